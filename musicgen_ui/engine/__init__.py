@@ -1,0 +1,1 @@
+"""MusicGen's own decode loop: one decoder, many jobs, audio while it is made."""

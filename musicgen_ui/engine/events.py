@@ -1,0 +1,99 @@
+"""What comes back while music is made, and what the page knows of the engine.
+
+An engine turns a request into a stream of events: `Progress` from the first moment, `Chunk`s of
+new audio as they are decoded, and one `Finished` a variation. Each names its variation, so that
+several can share a stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from musicgen_ui.request import Clip, GenerationRequest
+
+Stage = Literal["waiting", "loading", "composing"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a variation stands."""
+
+    stage: Stage
+    variation: int = 0
+    place: int = 0  # waiting: how many jobs are served before this one, itself included
+    note: str = ""  # loading: what is going on, in words ("downloading 0.3 of 2.4 GB")
+    done_s: float = 0.0  # composing: seconds of new music so far
+    total_s: float = 0.0
+    speed: float = 0.0  # composing: seconds of music a second of work, since the first step
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """New music, in order and without gaps: a variation's chunks joined are its new audio."""
+
+    variation: int
+    clip: Clip
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A variation is done, or was stopped and holds what was made so far."""
+
+    variation: int
+    clip: Clip  # the take: the audio prompt too where the request includes it
+    request: GenerationRequest  # resolved: this variation's seed, the checkpoint's name, …
+    prompt_s: float  # seconds of `clip` that are the audio prompt
+    speed: float  # seconds of new music a second of work
+    stopped: bool = False  # before its length was reached
+    notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
+
+
+Event = Progress | Chunk | Finished
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint can do, known before it is loaded."""
+
+    checkpoint: str  # its name, Hub id or folder
+    stereo: Literal["choice", "always", "never"]  # a sibling, stereo itself, neither
+    sampling_rate: int  # Hz
+    summary: str  # a line for the page: parameters, memory, licence
+
+
+class Engine(Protocol):
+    """What makes music for the page, the API and the command line. `ModelManager` is the one."""
+
+    def stream(
+        self, request: GenerationRequest, stop: threading.Event | None = None
+    ) -> AsyncIterator[Event]:
+        """The events of a request, ending with one `Finished` a variation.
+
+        Setting `stop` ends every variation at the next step; `Finished` still comes, with what
+        was made. Closing the iterator frees the rows without a take. An error for the user is a
+        `RequestError`.
+        """
+        ...
+
+    def checkpoints(self) -> list[str]:
+        """The names that the page offers, the default first."""
+        ...
+
+    def describe(self, checkpoint: str) -> Description:
+        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+
+        Raises:
+            RequestError: there is no such checkpoint.
+        """
+        ...
+
+    def status(self) -> str:
+        """A line for the page's head: what is loaded, where and in which precision."""
+        ...
+
+    def unload(self) -> None:
+        """Gives the memory of every idle model back."""
+        ...
