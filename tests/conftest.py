@@ -1,0 +1,26 @@
+"""What tests share: tiny checkpoints, built once a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_mono(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mono checkpoint's folder; copy it before changing it."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-mono")
+
+
+@pytest.fixture(scope="session")
+def tiny_stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stereo checkpoint's folder; copy it before changing it."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-stereo", stereo=True)
