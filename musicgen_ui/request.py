@@ -51,40 +51,71 @@ class Clip:
         return self.samples.shape[1] / self.sampling_rate
 
 
-def _setting(
-    default: Any, help: str, minimum: float | None = None, maximum: float | None = None
-) -> Any:
-    return field(default=default, metadata={"help": help, "min": minimum, "max": maximum})
+def _about(
+    label: str,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unit: str = "",
+) -> dict[str, Any]:
+    return {"label": label, "help": help, "min": minimum, "max": maximum, "unit": unit}
+
+
+def _setting(default: Any, *about: Any) -> Any:
+    return field(default=default, metadata=_about(*about))
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request for music. Every field has a default; see each field's `help`.
+    """One request for music. Every field has a default; see each field's `label` and `help`.
+
+    A text's `max` is in characters, a number's `min` and `max` in its `unit`.
 
     Raises:
         RequestError: a value is of the wrong kind or outside its limits.
     """
 
-    prompt: str = _setting("", "the music in words; empty lets the model choose", maximum=2000)
-    negative_prompt: str = _setting("", "what to steer away from, in words", maximum=2000)
-    audio_prompt: Clip | None = _setting(None, "a clip to continue")
+    prompt: str = _setting("", "Prompt", "the music in words; empty lets the model choose", 0, 2000)
+    negative_prompt: str = _setting(
+        "", "Negative prompt", "what to steer away from, in words", 0, 2000
+    )
+    audio_prompt: Clip | None = field(
+        default=None, metadata=_about("Audio prompt", "a clip to continue")
+    )
     context_s: float = _setting(
-        0.0, "seconds of the clip's end that the model hears; 0 is as much as fits", 0, WINDOW_S
+        0.0,
+        "Context",
+        "seconds of the clip's end that the model hears; 0 is as much as fits",
+        0,
+        WINDOW_S,
+        "s",
     )
-    include_prompt: bool = _setting(True, "the take begins with the clip")
-    checkpoint: str = _setting("auto", "a checkpoint's name, Hub id or folder", maximum=500)
-    stereo: bool = _setting(False, "two channels, from the checkpoint's stereo sibling")
-    duration_s: float = _setting(10.0, "seconds of new music", 0.5, WINDOW_S)
-    guidance_scale: float = _setting(3.0, "how closely to follow the prompt; 1 is off", 1, 20)
-    do_sample: bool = _setting(True, "draw at random; off always takes the likeliest (greedy)")
-    temperature: float = _setting(1.0, "above 1 more adventurous, below 1 safer", 0.01, 5)
-    top_k: int = _setting(250, "draw from the likeliest k codes; 0 is all", 0, 1_000_000)
+    include_prompt: bool = _setting(True, "Start with the clip", "the take begins with the clip")
+    checkpoint: str = _setting(
+        "auto", "Checkpoint", "a checkpoint's name, Hub id or folder", 0, 500
+    )
+    stereo: bool = _setting(False, "Stereo", "two channels, from the checkpoint's stereo sibling")
+    duration_s: float = _setting(10.0, "Length", "seconds of new music", 0.5, WINDOW_S, "s")
+    guidance_scale: float = _setting(
+        3.0, "Guidance", "how closely to follow the prompt; 1 is off", 1, 20
+    )
+    do_sample: bool = _setting(
+        True, "Sampling", "draw at random; off always takes the likeliest (greedy)"
+    )
+    temperature: float = _setting(
+        1.0, "Temperature", "above 1 more adventurous, below 1 safer", 0.01, 5
+    )
+    top_k: int = _setting(250, "Top-k", "draw from the likeliest k codes; 0 is all", 0, 1_000_000)
     top_p: float = _setting(
-        0.0, "draw from the likeliest codes of this total share; 0 is off", 0, 1
+        0.0, "Top-p", "draw from the likeliest codes of this total share; 0 is off", 0, 1
     )
-    seed: int = _setting(-1, "the same seed gives the same take; -1 draws one", -1, MAX_SEED)
-    variations: int = _setting(1, "takes at once, with the seeds seed, seed + 1 …", 1, 4)
-    normalize: bool = _setting(False, "bring the finished file to -14 LUFS")
+    seed: int = _setting(
+        -1, "Seed", "the same seed gives the same take; -1 draws one", -1, MAX_SEED
+    )
+    variations: int = _setting(
+        1, "Variations", "takes at once, with the seeds seed, seed + 1 …", 1, 4
+    )
+    normalize: bool = _setting(False, "Even loudness", "bring the finished file to -14 LUFS")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -92,9 +123,8 @@ class GenerationRequest:
             object.__setattr__(self, spec.name, value)
         if self.audio_prompt is not None and WINDOW_S - self.duration_s < MIN_CONTEXT_S:
             raise RequestError(
-                f"A {self.duration_s:g} s continuation leaves no room for your clip in the "
-                f"{WINDOW_S:g} s window: choose a length of at most "
-                f"{WINDOW_S - MIN_CONTEXT_S:g} s.",
+                f"A length of {self.duration_s:g} s leaves no room for your clip in the model's "
+                f"{WINDOW_S:g} s window: choose at most {WINDOW_S - MIN_CONTEXT_S:g} s.",
                 "duration_s",
             )
 
@@ -133,59 +163,57 @@ FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest)}
 def _coerce(spec: dataclasses.Field, value: Any) -> Any:
     if spec.name in CLIP_FIELDS:
         if value is not None and not isinstance(value, Clip):
-            raise RequestError(f"{spec.name} must be audio, or nothing.", spec.name)
+            raise _refusal(spec, "must be audio, or left empty.")
         return value
-    kind = type(spec.default)
-    if kind is str:
-        return _text(spec, value)
-    if kind is bool:
+    if value is None:
+        return spec.default
+    if isinstance(spec.default, str):
+        return _text(spec, value) or spec.default
+    if isinstance(spec.default, bool):
         return _switch(spec, value)
-    return _number(spec, value, kind)
+    return _number(spec, value)
+
+
+def _refusal(spec: dataclasses.Field, text: str) -> RequestError:
+    return RequestError(f"{spec.metadata['label']} {text}", spec.name)
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
 
 
 def _text(spec: dataclasses.Field, value: Any) -> str:
-    if value is None:
-        return spec.default
     if not isinstance(value, str):
-        raise RequestError(f"{spec.name} must be text.", spec.name)
+        raise _refusal(spec, "must be text.")
     # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
     text = "".join(c for c in value if c in "\n\t" or c.isprintable()).strip()
     limit = spec.metadata["max"]
     if len(text) > limit:
-        raise RequestError(
-            f"{spec.name} has {len(text):,} characters: shorten it to {limit:,}.", spec.name
-        )
-    return text or spec.default
+        raise _refusal(spec, f"has {len(text):,} characters: shorten it to {limit:,}.")
+    return text
 
 
 def _switch(spec: dataclasses.Field, value: Any) -> bool:
-    if value is None:
-        return spec.default
-    if isinstance(value, (bool, np.bool_)) or value in (0, 1):
-        return bool(value)
     words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
-    raise RequestError(f"{spec.name} must be true or false, not {value!r}.", spec.name)
+    if isinstance(value, (bool, int, float, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise _refusal(spec, f"must be on or off, not {_shown(value)}.")
 
 
-def _number(spec: dataclasses.Field, value: Any, kind: type) -> float | int:
-    if value is None:
-        return spec.default
+def _number(spec: dataclasses.Field, value: Any) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise RequestError(f"{spec.name} must be a number, not {value!r}.", spec.name) from None
-    low, high = spec.metadata["min"], spec.metadata["max"]
+        raise _refusal(spec, f"must be a number, not {_shown(value)}.") from None
+    low, high, unit = (spec.metadata[key] for key in ("min", "max", "unit"))
     if not math.isfinite(number) or not low <= number <= high:
-        raise RequestError(
-            f"{spec.name} must be between {low:g} and {high:,g}, not {value}.".replace(",", " ")
-            if high < 10_000
-            else f"{spec.name} must be between {low:g} and {int(high)}, not {value}.",
-            spec.name,
-        )
-    if kind is int:
+        limits = f"between {low:.15g} and {high:.15g} {unit}".rstrip()
+        raise _refusal(spec, f"must be {limits}, not {number:.15g}.")
+    if isinstance(spec.default, int):
         if number != int(number):
-            raise RequestError(f"{spec.name} must be a whole number, not {value}.", spec.name)
+            raise _refusal(spec, f"must be a whole number, not {number:.15g}.")
         return int(number)
     return number
