@@ -1,0 +1,182 @@
+"""What was made: a finished take as a WAV and a FLAC that carry the settings which made them.
+
+The settings are JSON in each file's comment (WAV: INFO/ICMT, FLAC: a Vorbis comment), so a file
+that went through a mail or a hard disk's crash can still fill the form again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+
+from musicgen_ui import audio
+from musicgen_ui.engine.events import Finished
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
+
+MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
+TARGET_LUFS = -14.0
+NAME_CHARACTERS, TITLE_CHARACTERS = 40, 100
+
+
+@dataclass(frozen=True, eq=False)
+class Take:
+    """A finished take on disk."""
+
+    wav: Path
+    flac: Path
+    settings: dict[str, Any]  # the request's fields, then what came of it; JSON
+    notes: tuple[str, ...]
+    clip: Clip  # as in the files, before rounding to 16 bits
+    prompt_s: float  # seconds of `clip` that are the audio prompt
+
+
+def save(finished: Finished, folder: Path) -> Take:
+    """Finishes the audio and writes it as WAV and FLAC under a new name in `folder`.
+
+    Raises:
+        RequestError: the folder cannot be written to, or the disk is full. Nothing is left there.
+    """
+    clip, notes = _mastered(finished)
+    settings = _settings(finished, clip)
+    tags = {
+        "title": " ".join(finished.request.prompt.split())[:TITLE_CHARACTERS] or "Untitled",
+        "artist": "MusicGen",
+        "software": "MusicGen UI",
+        "comment": json.dumps({MARK: settings}, ensure_ascii=False),
+    }
+    try:
+        wav, flac = _write_both(clip, folder, _stem(finished.request), tags)
+    except OSError as error:
+        raise RequestError(_complaint(error)) from error
+    return Take(wav, flac, settings, (*finished.notes, *notes), clip, finished.prompt_s)
+
+
+def read_settings(path: Path | str) -> dict[str, Any] | None:
+    """The settings in a WAV or FLAC made here; None for any other file, and for nonsense.
+
+    The request's fields are checked as a request's; unknown keys are dropped.
+    """
+    # libsndfile writes long comments into WAV but reads only those up to 2 kB; FFmpeg reads all.
+    for kind in ("wav", "flac"):
+        try:
+            with Path(path).open("rb") as raw, av.open(raw, "r", format=kind) as file:
+                found = json.loads(file.metadata["comment"])[MARK]
+            request = GenerationRequest(**{key: found[key] for key in _request_keys(found)})
+        except (OSError, av.FFmpegError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
+        return request.settings() | results
+    return None
+
+
+def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
+    clip, notes = finished.clip, []
+    if finished.request.normalize:
+        clip, gain_db = audio.normalize(clip, TARGET_LUFS)
+        reached = audio.loudness_lufs(clip)
+        if math.isinf(reached):
+            notes.append("The take is silent: its loudness was left as it is.")
+        elif reached < TARGET_LUFS - 0.1:
+            notes.append(f"Loudness is {reached:.1f} LUFS: at {TARGET_LUFS:g} peaks would clip.")
+        else:
+            notes.append(f"Loudness was changed by {gain_db:+.1f} dB to {reached:.1f} LUFS.")
+    clip, beyond = audio.clip_to_full_scale(clip)
+    if beyond:
+        samples = "1 sample" if beyond == 1 else f"{beyond:,} samples"
+        notes.append(f"{samples} went beyond full scale and were clipped.")
+    return clip, notes
+
+
+RESULTS: dict[str, type] = {
+    "made_s": float,
+    "prompt_s": float,
+    "sampling_rate": int,
+    "channels": int,
+    "speed_x": float,
+    "stopped": bool,
+}
+
+
+def _settings(finished: Finished, clip: Clip) -> dict[str, Any]:
+    return finished.request.settings() | {
+        "made_s": round(clip.duration_s - finished.prompt_s, 3),
+        "prompt_s": round(finished.prompt_s, 3),
+        "sampling_rate": clip.sampling_rate,
+        "channels": clip.channels,
+        "speed_x": round(finished.speed, 2),
+        "stopped": finished.stopped,
+    }
+
+
+def _request_keys(found: dict[str, Any]) -> list[str]:
+    return [key for key in FIELDS if key in found and key not in CLIP_FIELDS]
+
+
+def _is_result(key: str, value: Any) -> bool:
+    if RESULTS[key] is bool or isinstance(value, bool):
+        return RESULTS[key] is type(value)
+    return isinstance(value, (int, float)) and 0 <= value < 1e9
+
+
+def _stem(request: GenerationRequest) -> str:
+    words = _slug(request.prompt) or "untitled"
+    checkpoint = _slug(request.checkpoint.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    return "-".join(part for part in (words, checkpoint, f"seed-{request.seed}") if part)
+
+
+def _slug(text: str) -> str:
+    """Letters and digits of any script in words joined by hyphens, at most 40 characters."""
+    normal = unicodedata.normalize("NFKC", text).lower()
+    spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in normal)
+    whole = "-".join(spaced.split())
+    if len(whole) <= NAME_CHARACTERS:
+        return whole
+    return whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
+
+
+def _write_both(clip: Clip, folder: Path, stem: str, tags: dict[str, str]) -> tuple[Path, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    taken, name = _reserve(folder, stem)
+    wav, flac = folder / f"{name}.wav", folder / f"{name}.flac"
+    try:
+        audio.write(clip, wav, tags)
+        audio.write(clip, flac, tags)
+    except BaseException:
+        wav.unlink(missing_ok=True)
+        flac.unlink(missing_ok=True)
+        raise
+    finally:
+        taken.unlink(missing_ok=True)
+    return wav, flac
+
+
+def _reserve(folder: Path, stem: str) -> tuple[Path, str]:
+    """A name that no other writer has: whoever creates the marker file owns it."""
+    number = 1
+    while True:
+        name = stem if number == 1 else f"{stem}-{number}"
+        marker = folder / f".{name}.taken"
+        number += 1
+        try:
+            marker.open("x").close()
+        except FileExistsError:
+            continue
+        if not any((folder / f"{name}{ending}").exists() for ending in (".wav", ".flac")):
+            return marker, name
+        marker.unlink()
+
+
+def _complaint(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The take could not be saved because the disk is full: make room and try again."
+    return (
+        f"The take could not be saved ({error.strerror or 'unknown error'}): "
+        "choose an output folder that can be written to."
+    )
