@@ -1,0 +1,182 @@
+"""The codec equals transformers', in one piece and as a stream of any pieces."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import EncodecConfig, EncodecModel, MusicgenForConditionalGeneration
+
+from musicgen_ui.engine.codec import Codec
+from musicgen_ui.request import RequestError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SIZE = 64
+SETTINGS = {
+    "sampling_rate": 32_000,
+    "normalize": False,
+    "num_filters": 4,
+    "upsampling_ratios": [8, 5, 4, 4],
+    "use_causal_conv": False,
+    "codebook_size": SIZE,
+    "codebook_dim": 16,
+    "hidden_size": 16,
+    "target_bandwidths": [1.2],
+    "use_conv_shortcut": False,
+}
+KINDS = {
+    "meta's": {},
+    "bundled's": {"sampling_rate": 16_000, "upsampling_ratios": [4, 4, 5, 4], "num_lstm_layers": 1},
+    "causal": {"use_causal_conv": True},
+    "causal, trimmed on both sides": {"use_causal_conv": True, "trim_right_ratio": 0.5},
+    "deep": {
+        "num_residual_layers": 3,
+        "dilation_growth_rate": 3,
+        "residual_kernel_size": 5,
+        "use_conv_shortcut": True,
+        "sampling_rate": 1500,
+        "upsampling_ratios": [3, 2, 5],
+        "kernel_size": 9,
+        "last_kernel_size": 4,
+    },
+}
+
+
+def encodec(**changes) -> EncodecModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = EncodecModel(EncodecConfig(**{**SETTINGS, **changes})).eval()
+        tiny._waken_codec(model)
+    return model
+
+
+def draw(codec: Codec, frames: int, seed: int = 0) -> torch.Tensor:
+    rows = codec.channels * codec.codebooks
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, codec.codebook_size, (rows, frames), generator=generator)
+
+
+@torch.no_grad()
+def reference(model: EncodecModel, codes: torch.Tensor) -> torch.Tensor:
+    return model.decode(codes[None, None], [None]).audio_values[0]
+
+
+def streamed(codec: Codec, codes: torch.Tensor, sizes) -> torch.Tensor:
+    stream, audio, start = codec.stream(), [], 0
+    while start < codes.shape[1]:
+        size = next(sizes)
+        audio.append(stream.push(codes[:, start : start + size]))
+        start += size
+    audio.append(stream.push(codes[:, :0], last=True))
+    return torch.cat(audio, dim=1)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> EncodecModel:
+    model = MusicgenForConditionalGeneration.from_pretrained(
+        ASSETS / "bundled", dtype=torch.float32
+    )
+    return model.audio_encoder.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_equals_transformers_at_every_length(kind):
+    model = encodec(**KINDS[kind])
+    codec = Codec(model)
+    for frames in (1, 2, 3, 4, 5, 70):
+        codes = draw(codec, frames)
+        audio = codec.decode(codes)
+        assert audio.shape == (1, frames * codec.hop) and audio.dtype == torch.float32
+        assert apart(audio, reference(model, codes)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_any_pieces_equals_the_one_shot_decode(kind):
+    codec = Codec(encodec(**KINDS[kind]))
+    codes = draw(codec, 60)
+    audio = codec.decode(codes)
+    chance = random.Random(1)
+    for sizes in ([1], [2], [7], [25], [60], [chance.choice([0, 1, 2, 3, 11]) for _ in range(99)]):
+        pieces = (size for _ in range(99) for size in sizes)
+        assert apart(streamed(codec, codes, pieces), audio) < 2e-6
+
+
+def test_bundled_checkpoint_sounds_and_encodes_as_in_transformers(bundled):
+    codec = Codec(bundled)
+    codes = draw(codec, 50)
+    audio = codec.decode(codes)
+    assert apart(audio, reference(bundled, codes)) < 1e-5
+    with torch.no_grad():
+        expected = bundled.encode(audio[None]).audio_codes[0, 0]
+    assert codec.encode(audio).equal(expected)
+
+
+def test_stereo_interleaves_left_and_right():
+    model = encodec()
+    mono, stereo = Codec(model), Codec(model, channels=2)
+    left, right = draw(mono, 20, seed=1), draw(mono, 20, seed=2)
+    codes = torch.stack([left, right], dim=1).flatten(0, 1)  # rows left 0, right 0, left 1, …
+    audio = stereo.decode(codes)
+    assert apart(audio, torch.cat([mono.decode(left), mono.decode(right)])) < 2e-6
+    encoded = stereo.encode(audio)
+    with torch.no_grad():
+        for channel in range(2):
+            expected = model.encode(audio[None, channel : channel + 1]).audio_codes[0, 0]
+            assert encoded[channel::2].equal(expected)
+
+
+def test_streams_do_not_disturb_each_other():
+    codec = Codec(encodec())
+    signals = [draw(codec, 30, seed) for seed in range(3)]
+    streams = [codec.stream() for _ in signals]
+    audio = [[], [], []]
+    for start in range(0, 30, 6):
+        for i, codes in enumerate(signals):
+            audio[i].append(streams[i].push(codes[:, start : start + 6], last=start == 24))
+    for pieces, codes in zip(audio, signals, strict=True):
+        assert apart(torch.cat(pieces, dim=1), codec.decode(codes)) < 2e-6
+
+
+def test_first_samples_come_with_the_fourth_frame():
+    stream = Codec(encodec()).stream()
+    codes = draw(Codec(encodec()), 5)
+    assert stream.push(codes[:, :3]).shape[1] == 0
+    assert stream.push(codes[:, 3:4]).shape[1] > 0
+    assert stream.push(codes[:, 4:]).shape[1] == 640
+
+
+def test_an_ended_stream_says_so_and_an_empty_one_is_silent():
+    codec = Codec(encodec())
+    codes = draw(codec, 2)
+    stream = codec.stream()
+    assert stream.push(codes[:, :0], last=True).shape == (1, 0)
+    with pytest.raises(ValueError, match="ended"):
+        stream.push(codes)
+    assert codec.decode(codes[:, :0]).shape == (1, 0)
+
+
+def test_released_module_leaves_its_weights_to_the_codec():
+    model = encodec()
+    codes = draw(Codec(model), 6)
+    audio = reference(model, codes)
+    weights = sum(p.nbytes for p in model.parameters())
+    codec = Codec(model, release=True)
+    assert not list(model.decoder.parameters())
+    assert apart(codec.decode(codes), audio) < 1e-5
+    assert codec.nbytes < 1.05 * weights
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm_type": "time_group_norm"}, {"normalize": True}, {"pad_mode": "constant"}]
+)
+def test_other_kinds_of_codec_are_refused(changes):
+    with pytest.raises(RequestError, match="codec"):
+        Codec(EncodecModel(EncodecConfig(**{**SETTINGS, **changes})))
