@@ -1,0 +1,241 @@
+"""Which checkpoints there are, where they come from, and loading them.
+
+A checkpoint is named by a word ("bundled", "small", "stereo-medium"), by its id on the Hub, or by
+a folder in transformers' format. `resolve` turns a name into a `Source`, `describe` says what it
+can do from its configuration alone, `load` reads its weights. The parts of a checkpoint, text
+encoder, decoder and codec, come from three trainings, so `load` checks that they fit before it
+reads a weight. Memory is counted from the configuration too: what a model will need is known
+before it is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from musicgen_ui import configuration, hub
+from musicgen_ui.engine.events import Description
+from musicgen_ui.request import RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerBase
+
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "bundled"
+DEFAULT_ON_GPU = "facebook/musicgen-small"
+META_LICENCE = "CC-BY-NC 4.0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint comes from."""
+
+    name: str  # the word, Hub id or folder that resolves to it again
+    folder: Path | None = None  # None: it is on the Hub, under its name
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: transformers' model on the CPU and its own tokenizer."""
+
+    model: MusicgenForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    sampling_rate: int  # Hz
+    channels: int
+
+
+def known() -> dict[str, Source]:
+    """The checkpoints that need no Hub id or folder, by the word that names them."""
+    folders = (BUNDLED, BUNDLED.with_name(BUNDLED.name + "-stereo"))
+    sources = {f.name: Source(f.name, f) for f in folders if (f / "config.json").is_file()}
+    for stereo in ("", "stereo-"):
+        sources |= {
+            stereo + s: Source(f"facebook/musicgen-{stereo}{s}") for s in configuration.META_SIZES
+        }
+    return sources
+
+
+def resolve(checkpoint: str, stereo: bool = False, device: str = "cpu") -> Source:
+    """The source that `checkpoint` names, or its stereo sibling where stereo is wanted.
+
+    "auto" is Meta's small checkpoint on CUDA, if the Hub or its cache has it, and else the
+    bundled one. Asks the Hub only for "auto" on CUDA, and about stereo for an id that isn't known.
+
+    Raises:
+        RequestError: there is no such checkpoint, or it cannot do stereo.
+    """
+    if checkpoint == "auto":
+        return _auto(stereo, device)
+    source = _find(checkpoint)
+    if not stereo or config_of(source)["decoder"]["audio_channels"] == 2:
+        return source
+    sibling = _sibling(source)
+    if sibling is None:
+        raise RequestError(
+            f"{source.name} is mono and has no stereo sibling: switch stereo off, or choose "
+            "a checkpoint that has one, such as facebook/musicgen-small.",
+            "stereo",
+        )
+    return sibling
+
+
+def _auto(stereo: bool, device: str) -> Source:
+    if device == "cuda":
+        source = resolve(DEFAULT_ON_GPU, stereo)
+        if hub.has(source.name):
+            return source
+    return resolve("bundled", stereo)
+
+
+def _find(checkpoint: str) -> Source:
+    words = known()
+    word = checkpoint.lower().removeprefix("facebook/").removeprefix("musicgen-")
+    if word in words:
+        return words[word]
+    folder = _folder(checkpoint)
+    if folder:
+        return Source(_shown(folder), folder)
+    if hub.ID.fullmatch(checkpoint) and not checkpoint.endswith((".git", ".")):
+        return Source(checkpoint)
+    names = ", ".join(words)
+    raise RequestError(
+        f'There is no checkpoint or folder "{checkpoint[:80]}": choose one of {names}, a Hub '
+        f"id such as {DEFAULT_ON_GPU}, or a folder with a checkpoint in transformers' format.",
+        "checkpoint",
+    )
+
+
+def _folder(checkpoint: str) -> Path | None:
+    try:
+        folder = Path(checkpoint).expanduser()
+        return folder.resolve() if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long, not permitted, "~" of nobody
+        return None
+
+
+def _shown(folder: Path) -> str:
+    """A folder as its owner writes it: takes name it, and need not tell who that is."""
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+
+
+def _sibling(source: Source) -> Source | None:
+    words = known()
+    word = next((word for word, other in words.items() if other == source), "")
+    return words.get("bundled-stereo" if word == "bundled" else f"stereo-{word}")
+
+
+def describe(source: Source, bytes_a_weight: float = 4) -> Description:
+    """What the checkpoint can do, from its configuration alone.
+
+    Raises:
+        RequestError: there is no such checkpoint, or it is not one for this app.
+    """
+    config = config_of(source)
+    configuration.check(source.name, config)
+    memory = configuration.estimate_bytes(config, bytes_a_weight)
+    stereo = config["decoder"]["audio_channels"] == 2
+    rate = config["audio_encoder"]["sampling_rate"]
+    parts = [
+        f"{configuration.count_parameters(config) / 1e6:.0f} M parameters",
+        f"about {configuration.size_in_words(memory)} of memory",
+        f"{'stereo' if stereo else 'mono'}, {rate / 1000:g} kHz",
+    ]
+    if source.name.startswith("facebook/musicgen-"):
+        parts.append(f"weights {META_LICENCE}: not for commercial use")
+    choice: Literal["choice", "always", "never"] = "choice" if _sibling(source) else "never"
+    return Description(source.name, "always" if stereo else choice, rate, " · ".join(parts))
+
+
+def config_of(source: Source) -> configuration.Configuration:
+    """The checkpoint's configuration: known, read from its folder, or fetched from the Hub.
+
+    Raises:
+        RequestError: there is none, or it is not MusicGen's.
+    """
+    if source.folder is None and source in known().values():
+        stereo, _, size = source.name.removeprefix("facebook/musicgen-").rpartition("-")
+        return configuration.meta(size, stereo == "stereo")
+    file = source.folder / "config.json" if source.folder else hub.config_file(source.name)
+    return configuration.read(source.name, file)
+
+
+def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Loaded:
+    """Reads the checkpoint's weights as `dtype`, whatever they are stored as, after a download
+    where one is needed; `say` hears what is going on.
+
+    Raises:
+        RequestError: it cannot be had, is damaged, or its parts do not fit.
+        MemoryError, torch.OutOfMemoryError: there is no room for it.
+    """
+    folder = source.folder or hub.download(source.name, say)
+    config = configuration.read(source.name, folder / "config.json")
+    configuration.check(source.name, config, folder)
+    if not hub.weights_in(folder):
+        raise RequestError(
+            f"{source.name} is incomplete: it has no model.safetensors or pytorch_model.bin.",
+            "checkpoint",
+        )
+    say(f"reading {source.name}")
+    try:
+        model, tokenizer = _read(folder, dtype)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise RequestError(
+            f"{source.name} could not be read, its files are damaged or incomplete: delete "
+            f"{_shown(folder)} and fetch it again, or choose another checkpoint.",
+            "checkpoint",
+        ) from error
+    rate, channels = config["audio_encoder"]["sampling_rate"], config["decoder"]["audio_channels"]
+    return Loaded(model, tokenizer, source.name, rate, channels)
+
+
+def _read(
+    folder: Path, dtype: torch.dtype
+) -> tuple[MusicgenForConditionalGeneration, PreTrainedTokenizerBase]:
+    # Imported here: it takes seconds, and most of this module is needed before.
+    from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_the_start_token)
+    # The tokenizer alone: the processor of some checkpoints needs torchaudio.
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    read: Any = MusicgenForConditionalGeneration.from_pretrained
+    model, found = read(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=hub.weights_in(folder)[0].suffix == ".safetensors",
+        weights_only=True,
+        output_loading_info=True,
+    )
+    missing = [key for key in found["missing_keys"] if not key.endswith(_REBUILT)]
+    if missing:
+        raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:5])} …")
+    return model.eval(), tokenizer
+
+
+# What older checkpoints leave out and transformers fills in, or only training uses.
+_REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")
+
+
+def _not_the_start_token(record: logging.LogRecord) -> bool:
+    """MusicGen's start token is one past the codes, as it must be: no word of warning."""
+    return not re.search(r"(pad|bos)_token_id must be .* vocabulary", record.getMessage())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device's or the computer's memory is used up."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    said = str(error).lower()
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in said or "can't allocate memory" in said)
+    )

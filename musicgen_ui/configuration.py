@@ -1,0 +1,245 @@
+"""A checkpoint's configuration: what its `config.json` says and what follows from it.
+
+The number of parameters, the memory a model will need and whether its parts fit each other are all
+known from the configuration, before a weight is read and without importing transformers. The
+counts equal those of the models that transformers builds; a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from musicgen_ui.request import WINDOW_S, RequestError
+
+Configuration = dict[str, dict[str, Any]]  # "text_encoder", "audio_encoder" and "decoder"
+
+# Meta's sizes: layers, hidden size, heads, feed-forward size of the decoder. The rest is the same.
+META_SIZES = {
+    "small": (24, 1024, 16, 4096),
+    "medium": (48, 1536, 24, 6144),
+    "large": (48, 2048, 32, 8192),
+}
+# What a configuration means where it is silent: Meta's values.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+        "relative_attention_num_buckets": 32,
+        "feed_forward_proj": "relu",
+    },
+    "audio_encoder": {
+        "model_type": "encodec",
+        "sampling_rate": 32000,
+        "audio_channels": 1,
+        "num_filters": 64,
+        "num_residual_layers": 1,
+        "upsampling_ratios": [8, 5, 4, 4],
+        "hidden_size": 128,
+        "kernel_size": 7,
+        "last_kernel_size": 7,
+        "residual_kernel_size": 3,
+        "compress": 2,
+        "num_lstm_layers": 2,
+        "use_conv_shortcut": False,
+        "codebook_size": 2048,
+        "target_bandwidths": [2.2],
+    },
+    "decoder": {
+        "vocab_size": 2048,
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "ffn_dim": 4096,
+        "num_codebooks": 4,
+        "audio_channels": 1,
+    },
+}
+
+
+def meta(size: str, stereo: bool) -> Configuration:
+    """The configuration of one of Meta's checkpoints: "small", "medium" or "large"."""
+    layers, hidden, heads, ffn = META_SIZES[size]
+    decoder = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_dim": ffn,
+        "num_codebooks": 8 if stereo else 4,
+        "audio_channels": 2 if stereo else 1,
+    }
+    return _filled({"decoder": decoder})
+
+
+def read(name: str, file: Path) -> Configuration:
+    """`config.json`, every value that this module needs filled in.
+
+    Raises:
+        RequestError: it cannot be read, or is not MusicGen's.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        if kind == "musicgen":
+            return _filled(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{name} is no checkpoint: it has no readable config.json. Choose a folder with a "
+            'checkpoint in transformers\' format, or "bundled".',
+            "checkpoint",
+        ) from error
+    raise RequestError(
+        f'{name} holds a {kind} model, not MusicGen: choose another checkpoint, or "bundled".',
+        "checkpoint",
+    )
+
+
+def _filled(config: dict[str, Any]) -> Configuration:
+    return {part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}
+
+
+def check(name: str, config: Configuration, folder: Path | None = None) -> None:
+    """Holds that text encoder, decoder and codec fit, and `folder`'s processor with them.
+
+    Raises:
+        RequestError: they do not; the sentence names the two values.
+    """
+    codec, decoder = config["audio_encoder"], config["decoder"]
+    if codec["model_type"] != "encodec" or config["text_encoder"]["model_type"] != "t5":
+        kinds = f"{config['text_encoder']['model_type']} and {codec['model_type']}"
+        raise _misfit(name, f"its text encoder and codec must be t5 and encodec, not {kinds}")
+    channels, hop = decoder["audio_channels"], math.prod(codec["upsampling_ratios"])
+    if channels not in (1, 2) or codec["audio_channels"] != 1:
+        raise _misfit(
+            name,
+            f"its decoder makes {channels} channels and its codec takes {codec['audio_channels']} "
+            "at a time, but it must be 1 or 2 and 1",
+        )
+    if codec["sampling_rate"] % hop:
+        raise _misfit(
+            name, f"{codec['sampling_rate']} Hz is no whole number of {hop}-sample frames"
+        )
+    if decoder["vocab_size"] != codec["codebook_size"]:
+        raise _misfit(
+            name,
+            f"its decoder chooses among {decoder['vocab_size']} codes and its codec has "
+            f"{codec['codebook_size']}",
+        )
+    codebooks = _codebooks(codec) * channels
+    if decoder["num_codebooks"] != codebooks:
+        raise _misfit(
+            name,
+            f"its decoder writes {decoder['num_codebooks']} codebooks and its codec reads "
+            f"{codebooks}",
+        )
+    if folder:
+        _check_processor(name, config, folder)
+
+
+def _check_processor(name: str, config: Configuration, folder: Path) -> None:
+    """The feature extractor's own idea of sampling rate and channels, where there is one."""
+    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if not file.is_file():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values = values.get("feature_extractor", values)
+        rate, wanted = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
+        if rate not in (None, wanted):
+            raise _misfit(name, f"its processor expects {rate} Hz and its codec {wanted} Hz")
+        channels, wanted = values.get("feature_size"), config["decoder"]["audio_channels"]
+        if channels not in (None, wanted):
+            raise _misfit(
+                name, f"its processor expects {channels} channels and its decoder {wanted}"
+            )
+
+
+def _misfit(name: str, why: str) -> RequestError:
+    return RequestError(
+        f"The parts of {name} do not fit: {why}. Choose another checkpoint.", "checkpoint"
+    )
+
+
+def _codebooks(codec: dict[str, Any]) -> int:
+    """Codebooks a channel: how many the codec's largest bandwidth (kbit/s) pays for."""
+    frame_rate = math.ceil(codec["sampling_rate"] / math.prod(codec["upsampling_ratios"]))
+    bits = math.ceil(math.log2(codec["codebook_size"]))
+    return int(1000 * codec["target_bandwidths"][-1] // (frame_rate * bits))
+
+
+def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
+    """Memory for the weights and for the keys and values of one take of `WINDOW_S` seconds.
+
+    With guidance a take has two rows; `bytes_a_weight` is 4 in float32, 2 in half precision.
+    """
+    codec, decoder = config["audio_encoder"], config["decoder"]
+    frames = WINDOW_S * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
+    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * frames
+    return round((count_parameters(config) + cached) * bytes_a_weight)
+
+
+def count_parameters(config: Configuration) -> int:
+    """The number of parameters of text encoder, decoder, codec and the projection between."""
+    text, decoder = config["text_encoder"], config["decoder"]
+    d, hidden = text["d_model"], decoder["hidden_size"]
+    projection = 0 if d == hidden else d * hidden + hidden
+    return (
+        projection
+        + _count_text(text)
+        + _count_decoder(decoder)
+        + _count_codec(config["audio_encoder"])
+    )
+
+
+def _count_text(text: dict[str, Any]) -> int:
+    d, inner = text["d_model"], text["num_heads"] * text["d_kv"]
+    feed_forward = (3 if text["feed_forward_proj"].startswith("gated") else 2) * d * text["d_ff"]
+    layers = text["num_layers"] * (4 * d * inner + feed_forward + 2 * d)
+    return (
+        text["vocab_size"] * d
+        + layers
+        + text["relative_attention_num_buckets"] * text["num_heads"]
+        + d
+    )
+
+
+def _count_decoder(decoder: dict[str, Any]) -> int:
+    hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
+    layer = 8 * hidden**2 + 2 * hidden * decoder["ffn_dim"] + 6 * hidden
+    heads_and_embeddings = decoder["num_codebooks"] * (2 * codes + 1) * hidden
+    return decoder["num_hidden_layers"] * layer + heads_and_embeddings + 2 * hidden
+
+
+def _count_codec(codec: dict[str, Any]) -> int:
+    def conv(inputs: int, outputs: int, kernel: int) -> int:
+        return inputs * outputs * kernel + 2 * outputs  # a bias and a norm a channel
+
+    def resnet(n: int) -> int:
+        inner = n // codec["compress"]
+        block = conv(n, inner, codec["residual_kernel_size"]) + conv(inner, n, 1)
+        shortcut = conv(n, n, 1) if codec["use_conv_shortcut"] else 0
+        return codec["num_residual_layers"] * (block + shortcut)
+
+    width, total = codec["num_filters"], 0
+    for ratio in reversed(codec["upsampling_ratios"]):
+        down = conv(width, 2 * width, 2 * ratio)
+        # Upwards a layer has its biases on the narrow side and its norms on the wide one.
+        up = 2 * width * width * 2 * ratio + width + 2 * width
+        total += 2 * resnet(width) + down + up
+        width *= 2
+    total += 2 * codec["num_lstm_layers"] * (8 * width**2 + 8 * width)
+    total += conv(codec["audio_channels"], codec["num_filters"], codec["kernel_size"])
+    total += conv(codec["num_filters"], codec["audio_channels"], codec["last_kernel_size"])
+    total += conv(width, codec["hidden_size"], codec["last_kernel_size"])
+    return total + conv(codec["hidden_size"], width, codec["kernel_size"])
+
+
+def size_in_words(n_bytes: float) -> str:
+    """ "2.4 GB", or "17 MB" below one GB."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
