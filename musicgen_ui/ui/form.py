@@ -1,0 +1,159 @@
+"""The form's answers while it is filled in: the clip, the window, stereo, settings from a file.
+
+Nothing here starts a job. A mistake is said beside the field that it belongs to, and nothing
+that was typed is lost.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from anyio import to_thread
+
+from musicgen_ui import audio, takes
+from musicgen_ui.engine.events import Engine
+from musicgen_ui.request import FIELDS, MIN_CONTEXT_S, WINDOW_S, GenerationRequest, RequestError
+from musicgen_ui.ui.take_panel import Group, chosen_take
+
+log = logging.getLogger(__name__)
+
+STEREO_INFO = {
+    "choice": "left and right channel, from the model's stereo sibling",
+    "always": "this model always makes stereo",
+    "never": "this model has no stereo sibling",
+}
+
+
+def read_clip(path: str | None, duration_s: float, context_s: float, clip: dict) -> dict[str, Any]:
+    """Checks a clip as soon as it is there: what it is, what of it will be heard, or what is wrong.
+
+    `clip` is what is known of the last one; the answer's "clip" replaces it.
+    """
+    if not path:
+        # A refused clip is taken out of its field, which brings us here again: keep the sentence.
+        kept = clip if clip.get("refused") else {}
+        return {"clip": {}, "clip_line": clip_line(kept, duration_s, context_s), **no_offer()}
+    try:
+        reading = audio.read(Path(path))
+    except RequestError as error:
+        clip = {"refused": str(error)}
+        line = clip_line(clip, duration_s, context_s)
+        return {"clip": clip, "audio_prompt": None, "clip_line": line, **no_offer()}
+    clip = {"full_s": reading.full_s, "clip_s": reading.clip.duration_s, "notes": reading.notes}
+    line = clip_line(clip, duration_s, context_s)
+    return {"clip": clip, "clip_line": line, **offer(Path(path))}
+
+
+def clip_line(clip: dict, duration_s: float, context_s: float) -> str:
+    """How much of the clip the model will hear beside the new music, as HTML."""
+    if refused := clip.get("refused"):
+        return f'<p class="clip-line wrong" role="alert">{html.escape(refused)}</p>'
+    if not clip:
+        return '<p class="clip-line">Your clip is carried on from its end.</p>'
+    room_s = WINDOW_S - (duration_s or 0)
+    if room_s < MIN_CONTEXT_S:
+        most = f"{WINDOW_S - MIN_CONTEXT_S:g} s"
+        text = (
+            f"No room for your clip in the {WINDOW_S:g} s window: choose at most {most} of length."
+        )
+        return f'<p class="clip-line wrong" role="alert">{text}</p>'
+    used_s = min(clip["clip_s"], context_s or WINDOW_S, room_s)
+    parts = [f"last {used_s:.1f} s of {clip['full_s']:.1f} s", f"{duration_s:.1f} s new"]
+    if used_s + duration_s >= WINDOW_S - 0.05:
+        parts.append(f"the {WINDOW_S:g} s window is full")
+    text = ", ".join(parts)
+    notes = "".join(f"<br>{html.escape(note)}" for note in clip.get("notes", ()))
+    return f'<p class="clip-line">{text}{notes}</p>'
+
+
+def offer(path: Path) -> dict[str, Any]:
+    """Offers a take's own settings where the file holds them."""
+    settings = settings_of(path)
+    if not settings:
+        return no_offer()
+    label = f"This is a take with seed {settings.get('seed', '?')}: use its settings"
+    return {"offer": gr.update(value=label, visible=True), "offered": settings}
+
+
+def no_offer() -> dict[str, Any]:
+    """Nothing to take settings from."""
+    return {"offer": gr.update(visible=False), "offered": {}}
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that a take file holds, those only that this version knows and accepts."""
+    try:
+        held = takes.read_settings(path) or {}
+        known = {n: v for n, v in held.items() if n in FIELDS and n != "audio_prompt"}
+        return GenerationRequest(**known).settings() if known else {}
+    except (RequestError, OSError, ValueError):
+        log.info("No settings in %s", path.name, exc_info=True)
+        return {}
+
+
+def restore_file(path: str | None) -> dict[str, Any]:
+    """Fills the form from a take file."""
+    settings = settings_of(Path(path)) if path else {}
+    if settings:
+        return restore(settings)
+    gr.Warning("This file holds no settings: choose a WAV or FLAC that was made here.")
+    return {}
+
+
+def restore(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fills the form with settings; one take, since a file is one take."""
+    if not settings:
+        return {}
+    return {**settings, "variations": 1, **no_offer()}
+
+
+def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
+    """Takes over the seed of the take on show."""
+    return {"seed": chosen_take(history, chosen).settings["seed"]}
+
+
+def continue_take(history: list[Group], chosen: list[int]) -> dict[str, Any]:
+    """Makes the take on show the clip to continue."""
+    take = chosen_take(history, chosen)
+    return {"audio_prompt": str(take.wav), "audio_panel": gr.update(open=True)}
+
+
+class CheckpointFacts:
+    """What the page says about a checkpoint; asking may take a while, so it is done in a thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def choose(self, checkpoint: str) -> dict[str, Any]:
+        """The stereo toggle and the line under a chosen checkpoint."""
+        try:
+            facts = await to_thread.run_sync(self.engine.describe, (checkpoint or "auto").strip())
+        except RequestError as error:
+            text = f'<p class="clip-line wrong" role="alert">{html.escape(str(error))}</p>'
+            return {"checkpoint_line": text}
+        toggle: dict[str, Any] = {
+            "info": STEREO_INFO[facts.stereo],
+            "interactive": facts.stereo == "choice",
+        }
+        if facts.stereo != "choice":
+            toggle["value"] = facts.stereo == "always"
+        line = f'<p class="clip-line">{html.escape(facts.summary)}</p>'
+        return {"checkpoint_line": line, "stereo": gr.update(**toggle)}
+
+    async def load(self) -> dict[str, Any]:
+        """What only the engine knows when the page opens: the checkpoints and the first one's facts."""
+        names = await to_thread.run_sync(self.engine.checkpoints)
+        return {"checkpoint": gr.update(choices=names)} | await self.choose(names[0])
+
+    def status(self) -> str:
+        """The line in the page's head."""
+        return f'<span class="engine">{html.escape(self.engine.status())}</span>'
+
+    async def unload(self) -> str:
+        """Gives memory back and says what is loaded now."""
+        await to_thread.run_sync(self.engine.unload)
+        return self.status()

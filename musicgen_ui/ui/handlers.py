@@ -1,0 +1,321 @@
+"""Between the page and the engine: browser values become a request, its events become updates.
+
+A job has a desk entry from its click to its end: the desk refuses more than the queue holds and
+knows which stop events belong to which tab, so that Stop and a closed tab end their own jobs and
+nobody else's. `compose` serves the page and yields named updates, `generate` serves the API and
+yields (files, JSON); both read the same stream. This is the only module that raises `gr.Error`:
+a `RequestError` shows its sentence, anything else an apology, with the traceback in the log.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from anyio import to_thread
+
+from musicgen_ui import audio, takes
+from musicgen_ui.engine.events import Chunk, Engine, Finished, Progress
+from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.ui import take_panel
+from musicgen_ui.ui.live_player import LiveStream
+
+log = logging.getLogger(__name__)
+
+SORRY = "Something went wrong on the server; your settings are kept. Try again in a moment."
+STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as they come
+NEW_AT_LEAST_S = 0.02  # a take with less new music than a frame is none
+
+Updates = dict[str, Any]  # what a component of that name should show
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished variation and its files."""
+
+    finished: Finished
+    take: takes.Take
+
+
+class Desk:
+    """The jobs in flight: which belong to which tab, and no more than `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._stops: dict[str, set[threading.Event]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stops.values()))
+
+    @contextmanager
+    def place(self, tab: str) -> Iterator[threading.Event]:
+        """A job's place: yields its stop event and sets it at the end, however it ends."""
+        if len(self) >= self.limit:
+            raise RequestError(
+                f"The queue is full: {len(self)} takes are being made or waiting. "
+                "Try again in a minute."
+            )
+        stop = threading.Event()
+        self._stops.setdefault(tab, set()).add(stop)
+        try:
+            yield stop
+        finally:
+            stop.set()
+            self._stops[tab].discard(stop)
+            if not self._stops[tab]:
+                del self._stops[tab]
+
+    def stop(self, tab: str) -> int:
+        """Asks a tab's jobs to stop; how many there were."""
+        stops = self._stops.get(tab, ())
+        for stop in stops:
+            stop.set()
+        return len(stops)
+
+
+def names_every_setting(handler: Callable) -> Callable:
+    """Gives a handler that takes `**values` the request's fields as named, optional parameters.
+
+    Gradio reads the parameters of the API and of MCP tools from the signature and the docstring,
+    where `{settings}` becomes a line for each.
+    """
+    signature = inspect.signature(handler)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in FIELDS]
+    handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
+    lines = (f"{n}: {f.metadata['help']} (default {f.default!r})" for n, f in FIELDS.items())
+    doc = inspect.cleandoc(handler.__doc__ or "")
+    handler.__doc__ = doc.replace("{settings}", "\n    ".join(lines))
+    return handler
+
+
+def sentence(error: Exception) -> str:
+    """What the visitor reads about an error."""
+    if isinstance(error, RequestError):
+        return str(error)
+    log.error("A job failed", exc_info=error)
+    return SORRY
+
+
+class Handlers:
+    """The page's and the API's functions over one engine."""
+
+    def __init__(
+        self, engine: Engine, folder: Path, queue_length: int, max_duration_s: float = 30.0
+    ) -> None:
+        self.engine = engine
+        self.folder = folder
+        self.desk = Desk(queue_length)
+        self.max_duration_s = max_duration_s
+
+    @names_every_setting
+    def validate(self, history: Any = None, **values: Any) -> list[dict[str, Any]]:
+        """What is wrong with the form, said at the field; before anything is queued."""
+        at = {"history": gr.validate(True, "")} | {n: gr.validate(True, "") for n in FIELDS}
+        try:
+            self._check(values)
+        except RequestError as error:
+            at[error.field or "prompt"] = gr.validate(False, str(error))
+        return list(at.values())
+
+    @names_every_setting
+    async def compose(
+        self, history: list[take_panel.Group], request: gr.Request, **values: Any
+    ) -> AsyncIterator[Updates]:
+        """The page's Generate: status and live music first, then the takes."""
+        live = LiveStream(total_s=1.0)
+        yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
+        try:
+            async with aclosing(self._updates(live, history, tab(request), values)) as updates:
+                async for update in updates:
+                    yield update
+        except Exception as error:
+            said = sentence(error)
+            yield busy(False) | {"live": live.message("failed", said)}
+            raise gr.Error(said, print_exception=False) from None
+
+    @names_every_setting
+    async def generate(
+        self, request: gr.Request, **values: Any
+    ) -> AsyncIterator[tuple[list[str] | None, dict[str, Any]]]:
+        """Makes music from words, or continues a clip. Returns WAV and FLAC files and settings.
+
+        While the music is made, the intermediate results are (None, progress).
+
+        Args:
+            {settings}
+
+        Returns:
+            The files, WAV and FLAC of each variation in turn, and the settings that made them.
+        """
+        saved: list[Saved] = []
+        try:
+            async with aclosing(self._events(values, tab(request))) as events:
+                async for event in events:
+                    if isinstance(event, Saved):
+                        saved.append(event)
+                    elif isinstance(event, Progress):
+                        yield None, {"stage": event.stage, "status": status_text(event)}
+            if not saved:
+                raise RequestError("The take was stopped before its first sound.")
+        except Exception as error:
+            raise gr.Error(sentence(error), print_exception=False) from None
+        yield [str(path) for s in saved for path in (s.take.wav, s.take.flac)], summary(saved)
+
+    def stop(self, request: gr.Request) -> Updates:
+        """Asks this tab's jobs to stop; what was made so far comes as a take."""
+        if self.desk.stop(tab(request)):
+            return {"stop": gr.update(value="Stopping …", interactive=False)}
+        return busy(False)
+
+    def closed(self, request: gr.Request) -> None:
+        """The tab is gone: its jobs end, and only its own."""
+        self.desk.stop(tab(request))
+
+    async def _updates(
+        self, live: LiveStream, history: list[take_panel.Group], tab: str, values: dict[str, Any]
+    ) -> AsyncIterator[Updates]:
+        progress: dict[int, Progress] = {}
+        latest = Progress("waiting")
+        group: take_panel.Group = []
+        shown_at = 0.0
+        async with aclosing(self._events(values, tab)) as events:
+            async for event in events:
+                if isinstance(event, GenerationRequest):
+                    live.total_s = event.duration_s
+                elif isinstance(event, Progress):
+                    progress[event.variation] = event
+                    news = event.stage != latest.stage or event.note != latest.note
+                    latest = min(progress.values(), key=lambda p: p.done_s)
+                    if news or time.monotonic() - shown_at > STATUS_EVERY_S:
+                        shown_at = time.monotonic()
+                        yield {"live": say(live, latest)}
+                elif isinstance(event, Chunk) and event.variation == 0:
+                    live.add(event.clip)
+                    yield {"live": say(live, latest)}
+                elif isinstance(event, Saved):
+                    group.append(take_panel.shown(event.finished, event.take))
+                    history = [*history, group] if len(group) == 1 else history
+                    yield take_panel.show(history, -1, 0)
+        if not group:
+            stopped = "Stopped before the first sound: there is nothing to keep."
+            yield busy(False) | {"live": live.message("stopped", stopped)}
+            return
+        yield busy(False) | {"live": live.message(*ending(group), done_s=live.total_s)}
+        for index, take in enumerate(group):
+            await to_thread.run_sync(take_panel.draw, take)
+            if index == 0:
+                yield take_panel.show(history, -1, 0)
+        yield {"history": history}
+
+    async def _events(
+        self, values: dict[str, Any], tab: str
+    ) -> AsyncIterator[GenerationRequest | Progress | Chunk | Saved]:
+        """The resolved request, then the engine's events, with the takes saved."""
+        with self.desk.place(tab) as stop:
+            request, notes = await to_thread.run_sync(self._read, values)
+            yield request
+            async with aclosing(self.engine.stream(request, stop)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if not isinstance(event, Finished):
+                        yield event
+                    elif event.clip.duration_s - event.prompt_s >= NEW_AT_LEAST_S:
+                        finished = replace(event, notes=(*notes, *event.notes))
+                        take = await to_thread.run_sync(takes.save, finished, self.folder)
+                        yield Saved(finished, take)
+
+    def _read(self, values: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
+        """The request with its clip read; what is to be said about the clip."""
+        path = values.get("audio_prompt")
+        self._check(values)
+        if not path:
+            return GenerationRequest(**{**values, "audio_prompt": None}).with_seed(), ()
+        reading = audio.read(Path(path))
+        request = GenerationRequest(**{**values, "audio_prompt": reading.clip})
+        return request.with_seed(), tuple(reading.notes)
+
+    def _check(self, values: dict[str, Any]) -> None:
+        """Everything that can be known before the clip is read: raises RequestError."""
+        stand_in = Clip(np.zeros((1, 32_000), np.float32), 32_000)
+        clip = stand_in if values.get("audio_prompt") else None
+        request = GenerationRequest(**{**values, "audio_prompt": clip})
+        if request.duration_s > self.max_duration_s:
+            raise RequestError(
+                f"This server makes at most {self.max_duration_s:g} s at once: choose a shorter "
+                "length.",
+                "duration_s",
+            )
+
+
+def tab(request: gr.Request) -> str:
+    """Which browser tab, or API client, is asking."""
+    return request.session_hash or ""
+
+
+def busy(on: bool) -> Updates:
+    """Generate and Stop take turns."""
+    return {
+        "generate": gr.update(visible=not on),
+        "stop": gr.update(visible=on, interactive=on, value="Stop"),
+    }
+
+
+def say(live: LiveStream, progress: Progress) -> dict[str, Any]:
+    """The live player's message for a progress."""
+    return live.message(progress.stage, status_text(progress), progress.done_s, progress.speed)
+
+
+def status_text(progress: Progress) -> str:
+    """One line: where a job stands."""
+    if progress.stage == "waiting":
+        if progress.place > 1:
+            return f"Waiting at place {progress.place}"
+        return "Waiting: you are next" if progress.place else "Waiting"
+    if progress.stage == "loading":
+        return "Loading the model" + (f": {progress.note}" if progress.note else " …")
+    text = f"Composing {progress.done_s:.1f} of {progress.total_s:.1f} s"
+    if not progress.speed or not progress.done_s:
+        return text
+    left_s = (progress.total_s - progress.done_s) / progress.speed
+    return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
+
+
+def ending(group: take_panel.Group) -> tuple[str, str]:
+    """The last stage and what is said at the end."""
+    first = group[0]
+    if first.stopped:
+        return "stopped", f"Stopped: {first.new_s:.1f} s are kept as a take"
+    count = f"{len(group)} takes of " if len(group) > 1 else ""
+    return "finished", f"Finished: {count}{first.new_s:.1f} s at {first.speed:.1f}× real time"
+
+
+def summary(saved: list[Saved]) -> dict[str, Any]:
+    """The API's JSON: the settings of the first take, and what differs between the takes."""
+    fields = ("seed", "speed", "duration_s", "stopped")
+    each = [
+        dict(
+            zip(
+                fields,
+                (
+                    s.finished.request.seed,
+                    s.finished.speed,
+                    s.take.clip.duration_s,
+                    s.finished.stopped,
+                ),
+                strict=True,
+            ),
+            notes=list(s.take.notes),
+        )
+        for s in saved
+    ]
+    settings = saved[0].finished.request.settings()
+    return {**settings, "variations": len(saved), "takes": each}

@@ -1,0 +1,212 @@
+"""The page: what is where. No logic.
+
+Two columns on a desk, one on a phone, in the order of the work: words, a clip, length, Generate,
+the take. Components carry the request's field names; `wire` connects them to the handlers, whose
+answers are updates by component name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.api_component import Api
+
+from musicgen_ui.engine.events import Engine
+from musicgen_ui.request import CLIP_FIELDS, FIELDS
+from musicgen_ui.ui import form, take_panel
+from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.live_player import live_player
+from musicgen_ui.ui.settings import Settings
+from musicgen_ui.ui.wiring import Parts, connect
+
+IDEAS = {
+    "80s pop": ("80s pop with warm synth pads, gated drums and a catchy bass line", 10),
+    "Lo-fi": ("lo-fi hip hop, mellow electric piano, vinyl crackle, slow relaxed beat", 10),
+    "Techno": ("techno with a hard kick and synth bass, driving and dark", 10),
+    "Orchestral": ("orchestral, sweeping strings and brass, heroic and bright", 15),
+    "Funk": ("funk with slap bass, clean guitar and a tight drum groove", 10),
+    "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
+}
+
+
+def build(engine: Engine, settings: Settings, folder: Path | None = None) -> gr.Blocks:
+    """The page over an engine; takes are written to `folder`. Loads no model and no torch."""
+    folder = folder or Path(settings.output_folder or "takes")
+    handlers = Handlers(engine, folder, settings.queue_length, settings.max_duration_s)
+    # Uploads and copies of takes are forgotten after an hour without a download.
+    with gr.Blocks(title="MusicGen UI", delete_cache=(600, 3600), analytics_enabled=False) as page:
+        parts: Parts = {}
+        head(parts, engine)
+        with gr.Row(elem_id="desk", equal_height=False):
+            with gr.Column(elem_id="compose", min_width=340):
+                compose(parts, settings)
+            with gr.Column(elem_id="take", min_width=340):
+                take(parts)
+        api(parts)
+        connect(parts, handlers, engine, page)
+    return page
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own, in teal and stone; the rest is in assets/style.css."""
+    return gr.themes.Default(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="stone", radius_size="lg"
+    )
+
+
+def head(parts: Parts, engine: Engine) -> None:
+    """Name, what is loaded, unload."""
+    with gr.Row(elem_id="head"):
+        gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
+        parts["engine"] = gr.HTML("", elem_id="engine", apply_default_css=False)
+        parts["unload"] = gr.Button("Unload", elem_id="unload", size="sm", variant="secondary")
+
+
+def about(name: str, info: str | None = None) -> dict[str, Any]:
+    """A setting's label, help and id; errors name a setting by the same label."""
+    told = FIELDS[name].metadata
+    return {"label": told["label"], "info": told["help"] if info is None else info, "elem_id": name}
+
+
+def slider(name: str, low: float, high: float, step: float, info: str | None = None) -> gr.Slider:
+    """A setting as a slider; its limits may be tighter than the request's."""
+    value = min(FIELDS[name].default, high)
+    return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
+
+
+def switch(name: str, info: str | None = None) -> gr.Checkbox:
+    """A setting that is on or off."""
+    return gr.Checkbox(FIELDS[name].default, **about(name, info))
+
+
+def compose(parts: Parts, settings: Settings) -> None:
+    """The form."""
+    parts["prompt"] = gr.Textbox(
+        lines=3,
+        max_lines=6,
+        max_length=FIELDS["prompt"].metadata["max"],
+        placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
+        **about("prompt", ""),
+    )
+    parts["ideas"] = gr.Dataset(
+        label="Ideas",
+        elem_id="ideas",
+        components=[gr.Textbox(visible=False), gr.Number(visible=False)],
+        samples=[list(idea) for idea in IDEAS.values()],
+        sample_labels=list(IDEAS),
+        type="values",
+        show_label=False,
+    )
+    with gr.Accordion("Start from audio", open=False, elem_id="audio_panel") as panel:
+        parts["audio_panel"] = panel
+        start_from_audio(parts)
+    with gr.Row(elem_id="main_settings"):
+        parts["duration_s"] = slider("duration_s", 0.5, settings.max_duration_s, 0.5)
+        parts["guidance_scale"] = slider("guidance_scale", 1, 10, 0.1, "to the words; 1 is off")
+    parts["stereo"] = switch("stereo", form.STEREO_INFO["choice"])
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        advanced(parts, settings)
+    with gr.Row(elem_id="go"):
+        parts["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
+        parts["stop"] = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
+
+
+def start_from_audio(parts: Parts) -> None:
+    """The clip to continue."""
+    parts["audio_prompt"] = gr.Audio(
+        label=FIELDS["audio_prompt"].metadata["label"],
+        elem_id="audio_prompt",
+        type="filepath",
+        sources=["upload", "microphone"],
+        buttons=[],
+    )
+    parts["clip_line"] = gr.HTML(form.clip_line({}, 10, 0), elem_id="clip_line")
+    parts["offer"] = gr.Button("", visible=False, size="sm", elem_id="offer")
+    with gr.Row():
+        parts["include_prompt"] = switch("include_prompt", "off gives the continuation alone")
+        parts["context_s"] = slider(
+            "context_s", 0, 29.5, 0.5, "seconds of its end; 0 is all that fits"
+        )
+
+
+def advanced(parts: Parts, settings: Settings) -> None:
+    """What most takes do without."""
+    parts["checkpoint"] = gr.Dropdown(
+        [settings.checkpoint],
+        value=settings.checkpoint,
+        allow_custom_value=True,
+        **about("checkpoint"),
+    )
+    parts["checkpoint_line"] = gr.HTML("", elem_id="checkpoint_line")
+    parts["negative_prompt"] = gr.Textbox(
+        lines=1,
+        max_length=FIELDS["negative_prompt"].metadata["max"],
+        **about("negative_prompt"),
+    )
+    with gr.Row():
+        parts["variations"] = slider("variations", 1, 4, 1, "takes at once, each with its seed")
+        parts["seed"] = gr.Number(
+            FIELDS["seed"].default,
+            precision=0,
+            min_width=140,
+            **about("seed", "same seed, same take; -1 draws one"),
+        )
+    parts["do_sample"] = switch("do_sample")
+    with gr.Row():
+        parts["temperature"] = slider("temperature", 0.1, 2, 0.05, "below 1 safer, above 1 wilder")
+        parts["top_k"] = slider("top_k", 0, 2048, 1, "draw from the likeliest k; 0 is all")
+    with gr.Row():
+        parts["top_p"] = slider("top_p", 0, 1, 0.01, "draw from this total share; 0 is off")
+        parts["normalize"] = switch("normalize")
+    parts["restore"] = gr.UploadButton(
+        "Take the settings from a file …", size="sm", elem_id="restore", file_types=["audio"]
+    )
+
+
+def take(parts: Parts) -> None:
+    """What was made, and at first an example of it."""
+    opening = take_panel.example()
+    parts["live"] = live_player()
+    parts["take_title"] = gr.Markdown(take_panel.INTRO, elem_id="take_title")
+    parts["take_variation"] = gr.Radio(
+        [], label="Variations", show_label=False, visible=False, elem_id="take_variation"
+    )
+    parts["take_audio"] = gr.Audio(
+        str(opening.wav), label="Take", interactive=False, elem_id="take_audio", buttons=[],
+        show_label=False,
+    )  # fmt: skip
+    with gr.Row(elem_id="take_actions"):
+        parts["wav"] = gr.DownloadButton("WAV", str(opening.wav), size="sm", elem_id="wav")
+        parts["flac"] = gr.DownloadButton("FLAC", str(opening.flac), size="sm", elem_id="flac")
+        parts["continue"] = gr.Button("Continue this", size="sm", elem_id="continue")
+        parts["same_seed"] = gr.Button("Same seed", size="sm", elem_id="same_seed")
+    parts["spectrogram"] = gr.Image(
+        str(opening.picture), label="Spectrogram", interactive=False, elem_id="spectrogram",
+        alt_text=opening.alt, show_label=False, buttons=[],
+    )  # fmt: skip
+    parts["take_facts"] = gr.HTML(take_panel.facts_line(opening), elem_id="take_facts")
+    parts["take_notes"] = gr.HTML("", visible=False, elem_id="take_notes")
+    parts["take_history"] = gr.Radio(
+        [], label="Takes of this session", visible=False, elem_id="take_history"
+    )
+    parts["history"] = gr.State([])
+    parts["chosen"] = gr.State([0, 0])
+    parts["clip"] = gr.State({})
+    parts["offered"] = gr.State({})
+
+
+def api(parts: Parts) -> None:
+    """The API's parameters: the request's fields, unlimited by the form's sliders."""
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    with gr.Column(visible=False):
+        for name, spec in FIELDS.items():
+            if name in CLIP_FIELDS:
+                component: Any = gr.Audio(type="filepath", label=name)
+            else:
+                component = Api(spec.default, {"type": kinds[type(spec.default)]}, name)
+            parts["api:" + name] = component
+        parts["api"] = gr.Button("generate")
+        parts["api:files"] = gr.File(file_count="multiple", label="files")
+        parts["api:settings"] = gr.JSON(label="settings")

@@ -1,0 +1,113 @@
+"""The settings of a server: one table for the environment, the command line and README."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from musicgen_ui.request import WINDOW_S, RequestError
+
+PREFIX = "MUSICGEN_UI_"
+
+
+def _setting(default: Any, help: str, env: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "env": env})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server runs. Each field's `help` is README's row; see `variable` for its name there."""
+
+    host: str = _setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0 is every one", "GRADIO_SERVER_NAME"
+    )
+    port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT")
+    checkpoint: str = _setting("auto", "checkpoint chosen when the page opens")
+    any_checkpoint: bool = _setting(
+        True, "visitors may name any Hub id or folder; off offers the known ones only"
+    )
+    device: str = _setting("auto", "auto, cuda, mps or cpu")
+    precision: str = _setting("auto", "auto, float32, bfloat16, float16 or int8")
+    memory_gb: float = _setting(0.0, "memory for loaded models in GB; 0 is by the device")
+    idle_s: float = _setting(900.0, "seconds until an idle model is unloaded; 0 is never")
+    jobs: int = _setting(8, "takes made at the same time")
+    queue_length: int = _setting(32, "takes being made or waiting; more are turned away")
+    max_duration_s: float = _setting(WINDOW_S, "longest take, in seconds of new music")
+    max_upload_mb: float = _setting(100.0, "largest upload in MB")
+    output_folder: str = _setting(
+        "", "where takes are kept; empty is a temporary folder, cleared after a day"
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            object.__setattr__(self, spec.name, _coerce(spec, getattr(self, spec.name)))
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    spec = Settings.__dataclass_fields__[name]
+    return spec.metadata["env"] or PREFIX + name.upper()
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """README's rows: environment variable, flag, default, what it does."""
+    return [
+        (variable(f.name), flag(f.name), str(f.default), f.metadata["help"])
+        for f in dataclasses.fields(Settings)
+    ]
+
+
+def flag(name: str) -> str:
+    """The command line's flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting; one that is not given leaves the environment's value."""
+    for spec in dataclasses.fields(Settings):
+        what = f"{spec.metadata['help']} [{variable(spec.name)}, default {spec.default!r}]"
+        options: dict[str, Any] = {"help": what, "default": None, "dest": spec.name}
+        if isinstance(spec.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        parser.add_argument(flag(spec.name), **options)
+
+
+def settings(
+    arguments: Mapping[str, Any] | Sequence[str] = (), environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """The settings from the environment, overridden by flags or by their parsed values.
+
+    Raises:
+        RequestError: a value that cannot be understood; names the variable.
+    """
+    if not isinstance(arguments, Mapping):
+        parser = argparse.ArgumentParser(prog="app.py", description="Serves MusicGen UI.")
+        add_flags(parser)
+        arguments = vars(parser.parse_args(list(arguments)))
+    names = [spec.name for spec in dataclasses.fields(Settings)]
+    values: dict[str, Any] = {
+        n: environment[variable(n)] for n in names if environment.get(variable(n))
+    }
+    values |= {n: arguments[n] for n in names if arguments.get(n) is not None}
+    return Settings(**values)
+
+
+def _coerce(spec: dataclasses.Field, value: Any) -> Any:
+    kind = type(spec.default)
+    if kind is bool and isinstance(value, str):
+        words = {"1": True, "true": True, "on": True, "yes": True}
+        words |= {"0": False, "false": False, "off": False, "no": False}
+        if value.lower() in words:
+            return words[value.lower()]
+    elif kind is not bool or isinstance(value, bool):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            pass
+    raise RequestError(
+        f"{variable(spec.name)} ({flag(spec.name)}) cannot be {value!r}: {spec.metadata['help']}."
+    )

@@ -1,0 +1,140 @@
+"""Which event calls which handler. Handlers answer with updates by name; here names are parts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from musicgen_ui.engine.events import Engine
+from musicgen_ui.request import FIELDS
+from musicgen_ui.ui import form, take_panel
+from musicgen_ui.ui.handlers import Handlers
+
+Parts = dict[str, Any]  # components by name
+
+TAKE = (
+    "history chosen take_title take_audio wav flac spectrogram take_facts take_notes "
+    "take_variation take_history"
+).split()
+SETTINGS = [name for name in FIELDS if name != "audio_prompt"]
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -> None:
+    """Connects everything on the page."""
+    jobs(parts, handlers)
+    filling_in(parts, engine)
+    the_take(parts)
+    facts = form.CheckpointFacts(engine)
+    timer = gr.Timer(3)
+    on(parts, page.load, facts.load, [], ["checkpoint", "checkpoint_line", "stereo"], "load")
+    gr.on([page.load, timer.tick], facts.status, None, parts["engine"], api_name="status", **QUIET)
+    parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
+    page.unload(handlers.closed)
+
+
+def jobs(parts: Parts, handlers: Handlers) -> None:
+    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries."""
+    gr.on(
+        [parts["generate"].click],
+        named(handlers.compose, parts),
+        inputs=[parts["history"]],
+        inputs_kwargs={name: parts[name] for name in FIELDS},
+        outputs=[parts[n] for n in ("live", "generate", "stop", *TAKE)],
+        validator=handlers.validate,
+        concurrency_limit=None,
+        show_progress="hidden",
+        api_name="compose",
+        api_visibility="private",
+    )
+    on(parts, parts["stop"].click, handlers.stop, [], ["generate", "stop"], "stop")
+    parts["api"].click(
+        handlers.generate,
+        inputs_kwargs={name: parts["api:" + name] for name in FIELDS},
+        outputs=[parts["api:files"], parts["api:settings"]],
+        concurrency_limit=None,
+        api_name="generate",
+    )
+
+
+def filling_in(parts: Parts, engine: Engine) -> None:
+    """The form's own answers."""
+    window = ["clip", "duration_s", "context_s"]
+    clip = ["audio_prompt", "duration_s", "context_s", "clip"]
+    told = ["clip", "audio_prompt", "clip_line", "offer", "offered"]
+    filled = [*SETTINGS, "offer", "offered"]
+    parts["ideas"].click(
+        lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
+        api_name="idea", **QUIET,
+    )  # fmt: skip
+    on(parts, parts["audio_prompt"].change, form.read_clip, clip, told, "clip")
+    for name in ("duration_s", "context_s"):
+        parts[name].change(
+            form.clip_line, [parts[n] for n in window], parts["clip_line"],
+            api_name="window", trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
+    choose = form.CheckpointFacts(engine).choose
+    line = ["checkpoint_line", "stereo"]
+    on(parts, parts["checkpoint"].change, choose, ["checkpoint"], line, "checkpoint")
+    on(parts, parts["offer"].click, form.restore, ["offered"], filled, "use_settings")
+    on(parts, parts["restore"].upload, form.restore_file, ["restore"], filled, "restore")
+
+
+def the_take(parts: Parts) -> None:
+    """The lists of takes and what can be done with the one on show."""
+    chosen = ["history", "chosen"]
+    for name, answer, given in (
+        ("take_variation", take_panel.choose_variation, [*chosen, "take_variation"]),
+        ("take_history", take_panel.choose_earlier, ["history", "take_history"]),
+    ):
+        on(parts, parts[name].input, answer, given, TAKE, name)
+    clip = ["audio_prompt", "audio_panel"]
+    on(parts, parts["continue"].click, form.continue_take, chosen, clip, "continue")
+    on(parts, parts["same_seed"].click, form.same_seed, chosen, ["seed"], "same_seed")
+
+
+def on(
+    parts: Parts,
+    event: Callable,
+    handler: Callable,
+    given: Sequence[str],
+    told: Sequence[str],
+    api_name: str,
+) -> None:
+    """One quiet, private event whose handler answers with updates by name."""
+    inputs, outputs = [parts[n] for n in given], [parts[n] for n in told]
+    event(named(handler, parts), inputs, outputs, api_name=api_name, **QUIET)
+
+
+def named(handler: Callable, parts: Parts) -> Callable:
+    """The handler with its answers keyed by component, as Gradio takes them."""
+
+    def placed(updates: dict[str, Any]) -> dict[Any, Any]:
+        return {parts[name]: value for name, value in updates.items()}
+
+    if inspect.isasyncgenfunction(handler):
+
+        @functools.wraps(handler)
+        async def call(*args: Any, **values: Any) -> Any:
+            async for updates in handler(*args, **values):
+                yield placed(updates)
+
+    elif inspect.iscoroutinefunction(handler):
+
+        @functools.wraps(handler)
+        async def call(*args: Any, **values: Any) -> Any:  # type: ignore[misc]
+            return placed(await handler(*args, **values))
+
+    else:
+
+        @functools.wraps(handler)
+        def call(*args: Any, **values: Any) -> Any:
+            return placed(handler(*args, **values))
+
+    # A method's own signature, as `wraps` would copy it, still names `self`.
+    call.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]
+    return call
