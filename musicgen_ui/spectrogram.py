@@ -27,8 +27,8 @@ BANDS = 160
 WINDOW_S = 0.064
 RANGE_DB = 80.0
 LOWEST_HZ = 30.0
-TICKS_HZ = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
-GROUND, INK, FAINT = "#12141c", "#e6e8ef", "#8a90a2"
+TICKS_HZ = (100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
+GROUND, INK = "#12141c", "#e6e8ef"
 
 
 def draw(clip: Clip, path: Path, prompt_s: float = 0.0) -> Path:
@@ -40,28 +40,32 @@ def draw(clip: Clip, path: Path, prompt_s: float = 0.0) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = MONO_HEIGHT_PX if clip.channels == 1 else STEREO_HEIGHT_PX
-    figure = Figure(
-        figsize=(WIDTH_PX / 100, height / 100),
-        dpi=100 * PIXEL_DENSITY,
-        facecolor=GROUND,
-        layout="constrained",
+    height_px = MONO_HEIGHT_PX if clip.channels == 1 else STEREO_HEIGHT_PX
+    figure = Figure((WIDTH_PX / 100, height_px / 100), 100 * PIXEL_DENSITY, facecolor=GROUND)
+    # Places in pixels: matplotlib's own layout would draw everything twice.
+    grid = figure.add_gridspec(
+        clip.channels,
+        2,
+        width_ratios=(1, 0.013),
+        wspace=0.02,
+        hspace=0.08,
+        left=62 / WIDTH_PX,
+        right=1 - 58 / WIDTH_PX,
+        top=1 - 26 / height_px,
+        bottom=44 / height_px,
     )
-    canvas = FigureCanvasAgg(figure)
-    rows = figure.subplots(clip.channels, 1, sharex=True, squeeze=False)[:, 0]
-    levels = mel_db(clip)
-    for row, level, name in zip(rows, levels, ("left", "right"), strict=False):
-        image = _draw_channel(row, level, clip, prompt_s)
-        if clip.channels == 2:
-            row.set_title(name, color=FAINT, loc="left", fontsize=9, pad=4)
+    rows = [figure.add_subplot(grid[row, 0]) for row in range(clip.channels)]
+    names = ("Hz",) if clip.channels == 1 else ("left, Hz", "right, Hz")
+    for row, level, name in zip(rows, mel_db(clip), names, strict=True):
+        image = _draw_channel(row, level, clip)
+        row.set_ylabel(name, color=INK, fontsize=9)
+        row.tick_params(labelbottom=row is rows[-1])
     rows[-1].set_xlabel("seconds", color=INK, fontsize=9)
-    bar = figure.colorbar(image, ax=list(rows), pad=0.01, aspect=30)
-    bar.set_label("dB", color=INK, fontsize=9)
-    bar.ax.tick_params(colors=INK, labelsize=9)
-    bar.outline.set_visible(False)
+    _draw_scale(figure.add_subplot(grid[:, 1]), image)
     if prompt_s:
-        _mark_prompt(rows, clip, prompt_s)
-    canvas.print_png(path)
+        _mark_prompt(rows, prompt_s)
+    # Fast compression: a third of the time for a sixth more bytes.
+    FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": 1})
     return path
 
 
@@ -84,13 +88,13 @@ def mel_db(clip: Clip) -> np.ndarray:
 def _filters(rate: int, window: int) -> np.ndarray:
     from librosa.filters import mel
 
-    return mel(sr=rate, n_fft=window, n_mels=BANDS, fmin=LOWEST_HZ, norm=None)
+    return mel(sr=rate, n_fft=window, n_mels=BANDS, fmin=LOWEST_HZ, htk=True, norm=None)
 
 
-def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip, prompt_s: float) -> Any:
+def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip) -> Any:
     from librosa.core.convert import hz_to_mel
 
-    low, high = hz_to_mel([LOWEST_HZ, clip.sampling_rate / 2])
+    low, high = hz_to_mel([LOWEST_HZ, clip.sampling_rate / 2], htk=True)
     image = axes.imshow(
         level,
         origin="lower",
@@ -101,16 +105,41 @@ def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip, prompt_s: float) ->
         vmax=0,
         interpolation="nearest",
     )
-    ticks = [hz for hz in TICKS_HZ if hz <= clip.sampling_rate / 2]
-    axes.set_yticks(hz_to_mel(ticks), [f"{hz // 1000}k" if hz >= 1000 else f"{hz}" for hz in ticks])
-    axes.set_ylabel("Hz", color=INK, fontsize=9)
+    ticks = _readable_ticks(clip)
+    axes.set_yticks(hz_to_mel(ticks, htk=True), [_tick(hz) for hz in ticks])
     axes.tick_params(colors=INK, labelsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return image
 
 
-def _mark_prompt(rows: Any, clip: Clip, prompt_s: float) -> None:
+def _readable_ticks(clip: Clip) -> list[int]:
+    """Those of the ticks that fit without touching: low octaves lie close on a mel scale."""
+    from librosa.core.convert import hz_to_mel
+
+    top = hz_to_mel(clip.sampling_rate / 2, htk=True)
+    gap = top * (0.035 if clip.channels == 1 else 0.05)
+    ticks: list[int] = []
+    for hz in TICKS_HZ:
+        place = hz_to_mel(hz, htk=True)
+        clear = not ticks or place - hz_to_mel(ticks[-1], htk=True) >= gap
+        if place <= top and clear:
+            ticks.append(hz)
+    return ticks
+
+
+def _tick(hz: int) -> str:
+    return f"{hz // 1000}k" if hz >= 1000 else f"{hz}"
+
+
+def _draw_scale(axes: Axes, image: Any) -> None:
+    bar = axes.figure.colorbar(image, cax=axes)
+    bar.set_label("dB", color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=9)
+    bar.outline.set_visible(False)
+
+
+def _mark_prompt(rows: list[Axes], prompt_s: float) -> None:
     for row in rows:
         row.axvline(prompt_s, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
     for x, text, side in ((-6, "your clip", "right"), (6, "new", "left")):
@@ -144,7 +173,7 @@ def _energy_hz(clip: Clip) -> tuple[str, str]:
 
     energy = (10 ** (mel_db(clip) / 10)).sum(axis=(0, 2))
     share = np.cumsum(energy) / energy.sum()
-    hz = mel_frequencies(BANDS + 2, fmin=LOWEST_HZ, fmax=clip.sampling_rate / 2)
+    hz = mel_frequencies(BANDS + 2, fmin=LOWEST_HZ, fmax=clip.sampling_rate / 2, htk=True)
     low, high = (hz[int(np.searchsorted(share, part)) + 1] for part in (0.1, 0.9))
     return _hertz(low), _hertz(high)
 

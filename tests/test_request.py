@@ -1,0 +1,109 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from musicgen_ui.request import FIELDS, MAX_SEED, Clip, GenerationRequest, RequestError
+
+
+def clip(seconds=1.0, rate=100):
+    return Clip(np.zeros((1, round(seconds * rate)), np.float32), rate)
+
+
+def refusal(**settings):
+    with pytest.raises(RequestError) as caught:
+        GenerationRequest(**settings)
+    return caught.value
+
+
+def test_the_defaults_are_a_valid_request_and_none_means_the_default():
+    nothing = GenerationRequest(**dict.fromkeys(FIELDS))
+    assert nothing == GenerationRequest()
+
+
+def test_every_field_has_a_label_a_sentence_and_its_limits():
+    labels = [spec.metadata["label"] for spec in FIELDS.values()]
+    assert len(set(labels)) == len(labels)
+    for spec in FIELDS.values():
+        assert spec.metadata["help"]
+        if isinstance(spec.default, (int, float)) and not isinstance(spec.default, bool):
+            assert spec.metadata["min"] <= spec.default <= spec.metadata["max"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"duration_s": 0.2}, "Length must be between 0.5 and 30 s, not 0.2."),
+        ({"duration_s": -3}, "Length must be between 0.5 and 30 s, not -3."),
+        ({"duration_s": float("nan")}, "Length must be between 0.5 and 30 s, not nan."),
+        ({"duration_s": 1e999}, "Length must be between 0.5 and 30 s, not inf."),
+        ({"duration_s": "long"}, "Length must be a number, not “long”."),
+        ({"seed": 1.5}, "Seed must be a whole number, not 1.5."),
+        ({"seed": 2**40}, f"Seed must be between -1 and {MAX_SEED}, not 1099511627776."),
+        ({"temperature": 0}, "Temperature must be between 0.01 and 5, not 0."),
+        ({"top_k": []}, "Top-k must be a number, not “[]”."),
+        ({"stereo": "maybe"}, "Stereo must be on or off, not “maybe”."),
+        ({"stereo": np.array([0, 1])}, "Stereo must be on or off, not “array([0, 1])”."),
+        ({"prompt": 3}, "Prompt must be text."),
+        ({"prompt": "x" * 2001}, "Prompt has 2,001 characters: shorten it to 2,000."),
+        ({"audio_prompt": "song.wav"}, "Audio prompt must be audio, or left empty."),
+    ],
+)
+def test_a_wrong_value_is_refused_in_a_sentence_that_names_the_setting(settings, sentence):
+    error = refusal(**settings)
+    assert str(error) == sentence
+    assert error.field == next(iter(settings))
+
+
+def test_a_long_wrong_value_is_not_repeated_in_full():
+    assert len(str(refusal(seed="x" * 10_000))) < 100
+
+
+def test_what_browsers_shells_and_json_hand_over_is_coerced():
+    request = GenerationRequest(
+        duration_s="8", seed="7", top_k=50.0, stereo="on", do_sample=0, normalize=np.True_
+    )
+    assert (request.duration_s, request.seed, request.top_k) == (8.0, 7, 50)
+    assert isinstance(request.top_k, int)
+    assert (request.stereo, request.do_sample, request.normalize) == (True, False, True)
+
+
+def test_text_loses_what_cannot_be_tokenised_or_written():
+    assert GenerationRequest(prompt=" a\x00b\ud800\u202ec \n").prompt == "abc"
+    assert GenerationRequest(checkpoint="  ").checkpoint == "auto"
+
+
+def test_a_clip_needs_room_in_the_window():
+    assert "29.5 s" in str(refusal(audio_prompt=clip(), duration_s=30))
+    assert GenerationRequest(duration_s=30).duration_s == 30
+
+
+@pytest.mark.parametrize(
+    ("seconds", "context_s", "duration_s", "used"),
+    [(42, 0, 20, 10), (42, 5, 20, 5), (3, 0, 20, 3), (3, 5, 20, 3), (42, 15, 20, 10)],
+)
+def test_the_context_is_the_clip_the_wish_or_what_fits(seconds, context_s, duration_s, used):
+    request = GenerationRequest(
+        audio_prompt=clip(seconds), context_s=context_s, duration_s=duration_s
+    )
+    assert request.context_used_s == used
+
+
+def test_without_a_clip_there_is_no_context():
+    assert GenerationRequest(context_s=5).context_used_s == 0
+
+
+def test_a_drawn_seed_is_kept_and_variations_count_up_from_it():
+    seeded = GenerationRequest(variations=3).with_seed()
+    assert seeded.seed >= 0
+    assert seeded.with_seed() is seeded
+    assert [seeded.variation(i).seed - seeded.seed for i in range(3)] == [0, 1, 2]
+    assert seeded.variation(2).variations == 1
+    assert GenerationRequest(seed=MAX_SEED).variation(1).seed == 0
+
+
+def test_settings_survive_json():
+    request = GenerationRequest(prompt="café", audio_prompt=clip(), seed=7)
+    restored = GenerationRequest(**json.loads(json.dumps(request.settings())))
+    assert restored == dataclasses.replace(request, audio_prompt=None)
