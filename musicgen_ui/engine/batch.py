@@ -1,0 +1,291 @@
+"""The jobs in flight on one decoder: admit, step, deliver, stop.
+
+All the logic of generation is `Batch.step()`: it admits waiting jobs into free places, takes in a
+piece of a new job's audio prompt, moves every job one frame on, hands new audio to its caller and
+frees the places of jobs that ended. Jobs of different callers, lengths, settings and positions
+share each step. Callers hand in requests from any thread with `submit`; a single thread steps.
+Two drivers exist: `stream` below drives a batch of its own inline, `worker.Worker` drives one for
+many callers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from musicgen_ui.engine import sampling
+from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.conditioning import Conditioner
+from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.engine.events import Event, Finished, Progress
+from musicgen_ui.engine.job import Job
+from musicgen_ui.request import Clip, GenerationRequest, RequestError
+
+PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
+PROGRESS_S = 0.25  # between two reports of a job
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A caller's request while it is open."""
+
+    request: GenerationRequest  # with its seed
+    stop: threading.Event
+    deliver: Callable[[Event | Exception], None]
+    open: int  # variations that are not finished
+    place: int = 0  # last told
+
+    def close(self) -> None:
+        """Nobody listens any more: its jobs are dropped at the next step, without a take."""
+        self.open = 0
+
+
+class Batch:
+    """A checkpoint ready to make music for several callers at once.
+
+    Args:
+        model: transformers' `MusicgenForConditionalGeneration`; its parts are packed or taken
+            over, so the caller should let go of it.
+        tokenizer: of the checkpoint.
+        checkpoint: the name that takes carry.
+        device: of text encoder and decoder.
+        precision: see `linear.PRECISIONS`.
+        codec_device: where the codec runs, if not on `device`.
+        max_jobs: jobs that are stepped together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        checkpoint: str,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        codec_device: torch.device | str | None = None,
+        max_jobs: int = 8,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.max_jobs = max_jobs
+        channels = model.decoder.config.audio_channels
+        self.codec = Codec(model.audio_encoder, channels, codec_device or device, release=True)
+        projection = getattr(model, "enc_to_dec_proj", None)
+        self.conditioner = Conditioner(
+            model.text_encoder.to(device),
+            None if projection is None else projection.to(device),
+            tokenizer,
+        )
+        self.decoder = Decoder(model.decoder, self.device, precision)
+        self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
+        self.waiting: deque[tuple[Ticket, int]] = deque()  # in order of arrival
+        self.jobs: dict[Job, Ticket] = {}
+        self._settings: tuple[list[Job], sampling.Settings] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights and of the jobs in flight."""
+        held = sum(job.sequence.nbytes for job in list(self.jobs))
+        return held + self.decoder.nbytes + self.codec.nbytes + self.conditioner.nbytes
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None,
+        deliver: Callable[[Event | Exception], None],
+    ) -> Ticket:
+        """Queues every variation of `request`. May be called from any thread.
+
+        Args:
+            request: what to make.
+            stop: ends the variations at the next step, with what was made so far.
+            deliver: is called by the stepping thread with each event, or once with an exception,
+                after which nothing follows.
+        """
+        request = dataclasses.replace(request.with_seed(), checkpoint=self.checkpoint)
+        ticket = Ticket(request, stop or threading.Event(), deliver, open=request.variations)
+        self._inbox.append(ticket)
+        return ticket
+
+    def step(self) -> bool:
+        """Moves every job on by one frame; False when there was nothing to do."""
+        self._take_in()
+        self._drop_closed()
+        self._stop_waiting()
+        self._admit()
+        self._stop_running()
+        if not self.jobs:
+            return bool(self.waiting or self._inbox)
+        try:
+            self._prefill()
+            self._advance()
+            for job in list(self.jobs):
+                self._deliver(job)
+        except Exception as error:  # a fault of the device: no job can go on
+            for ticket in set(self.jobs.values()):
+                self._fail(ticket, error)
+        return True
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            ticket = self._inbox.popleft()
+            self.waiting.extend((ticket, index) for index in range(ticket.request.variations))
+
+    def _drop_closed(self) -> None:
+        for job in [job for job, ticket in self.jobs.items() if not ticket.open]:
+            del self.jobs[job]
+        if any(not ticket.open for ticket, _ in self.waiting):
+            self.waiting = deque(entry for entry in self.waiting if entry[0].open)
+
+    def _stop_waiting(self) -> None:
+        stopped = [entry for entry in self.waiting if entry[0].stop.is_set()]
+        if stopped:
+            self.waiting = deque(entry for entry in self.waiting if entry not in stopped)
+        for ticket, index in stopped:
+            request = ticket.request.variation(index)
+            nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
+            self._close(ticket, Finished(index, nothing, request, 0.0, 0.0, stopped=True))
+
+    def _admit(self) -> None:
+        """One job a step, so that the others are not held up by a crowd."""
+        if self.waiting and len(self.jobs) < self.max_jobs:
+            ticket, index = self.waiting.popleft()
+            try:
+                self.jobs[self._start(ticket, index)] = ticket
+            except Exception as error:
+                self._fail(ticket, error)
+        waiting = dict.fromkeys(ticket for ticket, _ in self.waiting)
+        running = set(self.jobs.values())
+        for place, ticket in enumerate((t for t in waiting if t not in running), start=1):
+            if ticket.place != place:
+                ticket.place = place
+                ticket.deliver(Progress("waiting", place=place))
+
+    def _start(self, ticket: Ticket, index: int) -> Job:
+        request = ticket.request.variation(index)
+        decoder = self.decoder
+        job = Job(request, index, self.codec, decoder.codebooks, decoder.start_token, self.device)
+        conditions = [self.conditioner.states(request.prompt)]
+        unwanted = self.conditioner.states(request.negative_prompt)
+        if request.guidance_scale > 1 and conditions[0] is not unwanted:
+            conditions.append(unwanted)
+        job.sequence = decoder.sequence(conditions, job.positions)
+        ticket.deliver(job.progress())
+        return job
+
+    def _stop_running(self) -> None:
+        for job, ticket in list(self.jobs.items()):
+            if ticket.stop.is_set():
+                self._finish(job)
+
+    def _prefill(self) -> None:
+        """Takes in a piece of one job's audio prompt."""
+        for job in self.jobs:
+            start, end = job.sequence.length, job.context_frames
+            if start < end:
+                columns = job.columns[:, start : min(end, start + PREFILL_COLUMNS)]
+                self.decoder.prefill(job.sequence, columns)
+                return
+
+    def _advance(self) -> None:
+        """Writes the next column of every job that has taken its audio prompt in."""
+        jobs = [job for job in self.jobs if job.sequence.length == job.written]
+        if not jobs:
+            return
+        settings = self._settings_of(jobs)
+        columns = torch.stack([job.column() for job in jobs])
+        logits = self.decoder.step(columns, [job.sequence for job in jobs])
+        first, last, row = [], [], 0
+        for job in jobs:  # the rows of what is wanted, and of what is not (or the same again)
+            first.append(row)
+            row += job.sequence.rows
+            last.append(row - 1)
+        logits = sampling.guide(logits[first], logits[last], settings.guidance_scale)
+        drawn = sampling.draw(logits, settings, torch.stack([job.uniform() for job in jobs]))
+        for job, codes in zip(jobs, drawn, strict=True):
+            job.write(codes)
+
+    def _settings_of(self, jobs: list[Job]) -> sampling.Settings:
+        if self._settings is None or self._settings[0] != jobs:
+            requests = [job.request for job in jobs]
+            made = sampling.Settings.of(requests, self.decoder.codebook_size, self.device)
+            self._settings = (jobs, made)
+        return self._settings[1]
+
+    def _deliver(self, job: Job) -> None:
+        """Hands what is new to the caller: audio, progress, in the end the take."""
+        ticket = self.jobs[job]
+        if job.chunk_due() and (chunk := job.chunk()):
+            ticket.deliver(chunk)
+        if job.done:
+            self._finish(job)
+        elif (now := time.monotonic()) - job.told_s >= PROGRESS_S:
+            job.told_s = now
+            ticket.deliver(job.progress())
+
+    def _finish(self, job: Job) -> None:
+        ticket = self.jobs.pop(job)
+        if job.frames_done > job.context_frames and (chunk := job.chunk(last=True)):
+            ticket.deliver(chunk)
+        self._close(ticket, job.finished(self._notes(job.request)))
+
+    def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
+        words = self.conditioner.cut_after(request.prompt)
+        return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
+
+    def _close(self, ticket: Ticket, finished: Finished) -> None:
+        ticket.open -= 1
+        ticket.deliver(finished)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """Ends all of a caller's jobs; the error is told once."""
+        if not ticket.open:
+            return
+        ticket.close()
+        self._drop_closed()
+        ticket.deliver(_told(error))
+
+
+def _told(error: Exception) -> Exception:
+    """The error as its caller should hear it."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        told = RequestError(
+            "The memory of this machine is full: try a shorter length, fewer variations or a "
+            "smaller checkpoint."
+        )
+        told.__cause__ = error
+        return told
+    return error
+
+
+def stream(
+    batch: Batch, request: GenerationRequest, stop: threading.Event | None = None
+) -> Iterator[Event]:
+    """The events of one request on a batch that nobody else drives.
+
+    Closing the iterator frees its rows without a take.
+
+    Raises:
+        RequestError: what the user can mend.
+    """
+    events: deque[Event | Exception] = deque()
+    ticket = batch.submit(request, stop, events.append)
+    try:
+        while ticket.open or events:
+            if not events:
+                batch.step()
+                continue
+            event = events.popleft()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+    finally:
+        ticket.close()
+        batch.step()  # frees the rows; nothing else is in flight here

@@ -1,0 +1,223 @@
+"""One step of the transformer for all rows.
+
+The weights are read once from transformers' `MusicgenForCausalLM` and packed for decoding: query,
+key and value in one matrix, all codebooks' embeddings and heads in one each. A job's `Sequence`
+holds its keys and values, allocated once for its whole length; the keys and values of the prompt
+are computed once a job. A step computes every matrix product for the rows of all jobs together,
+which costs little more than for one, and attends row by row to what is filled and no further.
+
+A job has a row for what is wanted and, when guided, one for what is not (the null condition or a
+negative prompt). transformers' model is the reference: greedy codes are equal to its `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from musicgen_ui.engine.linear import Linear, computing_dtype
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The packed weights of a transformer layer."""
+
+    self_norm: nn.LayerNorm
+    qkv: Linear
+    self_out: Linear
+    text_norm: nn.LayerNorm
+    text_q: Linear
+    text_kv: Linear
+    text_out: Linear
+    ffn_norm: nn.LayerNorm
+    up: Linear
+    down: Linear
+
+
+@dataclass
+class Sequence:
+    """A job's place in the decoder: the keys and values of its rows."""
+
+    keys: list[Tensor]  # a layer: [rows, heads, positions, head_dim]
+    values: list[Tensor]
+    text: list[list[tuple[Tensor, Tensor]] | None]  # a row: a layer: [1, heads, tokens, head_dim]
+    length: int = 0  # positions filled
+
+    @property
+    def rows(self) -> int:
+        """1, or 2 when guided."""
+        return len(self.text)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the keys and values hold, in bytes."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+
+class Decoder:
+    """MusicGen's language model, packed in one precision on one device.
+
+    Args:
+        lm: transformers' decoder; its layers' weights may be released as they are packed.
+        device: where to run.
+        precision: see `linear.PRECISIONS`.
+    """
+
+    def __init__(self, lm: Any, device: torch.device, precision: str) -> None:
+        config = lm.config
+        self.device = device
+        self.dtype = computing_dtype(precision)
+        self.heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.codebooks: int = config.num_codebooks
+        self.codebook_size: int = config.vocab_size
+        self.start_token: int = config.pad_token_id
+        self.activation = ACT2FN[config.activation_function]
+        inner = lm.model.decoder
+        self.positions_of = inner.embed_positions.get_embedding
+        with torch.inference_mode():
+            tables = torch.stack([e.weight for e in inner.embed_tokens])
+            self.embeddings = tables.flatten(0, 1).to(device, self.dtype)  # [K·(size+1), hidden]
+            self.offsets = torch.arange(self.codebooks, device=device) * tables.shape[1]
+            self.positions = self._sinusoids(2048)
+            self.layers = [self._pack_layer(layer, precision) for layer in inner.layers]
+            self.norm = inner.layer_norm.to(device, self.dtype)
+            heads = torch.cat([head.weight for head in lm.lm_heads])
+            self.lm_heads = Linear(heads, precision, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        products = [
+            p for layer in self.layers for p in vars(layer).values() if isinstance(p, Linear)
+        ]
+        return self.embeddings.nbytes + sum(p.nbytes for p in [*products, self.lm_heads])
+
+    def _sinusoids(self, count: int) -> Tensor:
+        weights = self.positions_of(count, self.heads * self.head_dim)
+        return weights.to(self.device, self.dtype)
+
+    def _pack_layer(self, layer: Any, precision: str) -> Layer:
+        own, text = layer.self_attn, layer.encoder_attn
+
+        def packed(*linears: nn.Linear) -> Linear:
+            return Linear(torch.cat([each.weight for each in linears]), precision, self.device)
+
+        def norm(module: nn.LayerNorm) -> nn.LayerNorm:
+            return module.to(self.device, self.dtype)
+
+        return Layer(
+            self_norm=norm(layer.self_attn_layer_norm),
+            qkv=packed(own.q_proj, own.k_proj, own.v_proj),
+            self_out=packed(own.out_proj),
+            text_norm=norm(layer.encoder_attn_layer_norm),
+            text_q=packed(text.q_proj),
+            text_kv=packed(text.k_proj, text.v_proj),
+            text_out=packed(text.out_proj),
+            ffn_norm=norm(layer.final_layer_norm),
+            up=packed(layer.fc1),
+            down=packed(layer.fc2),
+        )
+
+    @torch.inference_mode()
+    def sequence(self, conditions: list[Tensor | None], positions: int) -> Sequence:
+        """A new sequence of up to `positions` columns.
+
+        Args:
+            conditions: for each row the states it attends to, [tokens, hidden], or None.
+            positions: columns that it will hold at most.
+        """
+        if positions > len(self.positions):
+            self.positions = self._sinusoids(positions)
+        shape = (len(conditions), self.heads, positions, self.head_dim)
+
+        def cache() -> list[Tensor]:
+            return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+
+        return Sequence(cache(), cache(), [self._text_memory(states) for states in conditions])
+
+    def _text_memory(self, states: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
+        if states is None:
+            return None
+        states = states.to(self.device, self.dtype)
+        memory = []
+        for layer in self.layers:
+            key, value = layer.text_kv(states).view(len(states), 2, self.heads, -1).unbind(1)
+            memory.append((key.transpose(0, 1)[None], value.transpose(0, 1)[None]))
+        return memory
+
+    @torch.inference_mode()
+    def prefill(self, sequence: Sequence, columns: Tensor) -> None:
+        """Takes the next columns of a sequence in, int64 [codebooks, n], all known already."""
+        n, start = columns.shape[1], sequence.length
+        x = self._embed(columns.T) + self.positions[start : start + n]
+        x = x.repeat(sequence.rows, 1)  # [rows · n, hidden]
+        ahead = torch.ones(n, start + n, dtype=torch.bool, device=self.device).tril(start)
+        self._forward(x, [sequence], n, ahead)
+        sequence.length += n
+
+    @torch.inference_mode()
+    def step(self, columns: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Takes the next column of every sequence in and says what may follow.
+
+        Args:
+            columns: int64 [jobs, codebooks].
+            sequences: of the same jobs.
+
+        Returns:
+            Logits, float32 [rows of all jobs, codebooks, codebook_size].
+        """
+        rows = torch.tensor([s.rows for s in sequences], device=self.device)
+        at = torch.tensor([s.length for s in sequences], device=self.device)
+        x = (self._embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
+        x = self._forward(x, sequences, 1, None)
+        for sequence in sequences:
+            sequence.length += 1
+        return self.lm_heads(x).view(len(x), self.codebooks, -1).float()
+
+    def _embed(self, columns: Tensor) -> Tensor:  # [n, codebooks] -> [n, hidden]
+        return F.embedding(columns + self.offsets, self.embeddings).sum(1)
+
+    def _forward(self, x: Tensor, sequences: list[Sequence], n: int, mask: Tensor | None) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.self_norm(x))
+            x = x + layer.self_out(self._attend_self(index, qkv, sequences, n, mask))
+            query = layer.text_q(layer.text_norm(x))
+            x = x + layer.text_out(self._attend_text(index, query, sequences, n))
+            x = x + layer.down(self.activation(layer.up(layer.ffn_norm(x))))
+        return self.norm(x)
+
+    def _attend_self(
+        self, index: int, qkv: Tensor, sequences: list[Sequence], n: int, mask: Tensor | None
+    ) -> Tensor:
+        # [rows · n, 3 · hidden] -> 3 × [rows, heads, n, head_dim]
+        q, k, v = qkv.view(-1, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out, row = [], 0
+        for sequence in sequences:
+            rows = slice(row, row + sequence.rows)
+            keys, values = sequence.keys[index], sequence.values[index]
+            end = sequence.length + n
+            keys[:, :, sequence.length : end] = k[rows]
+            values[:, :, sequence.length : end] = v[rows]
+            out.append(
+                F.scaled_dot_product_attention(
+                    q[rows], keys[:, :, :end], values[:, :, :end], attn_mask=mask
+                )
+            )
+            row += sequence.rows
+        return torch.cat(out).transpose(1, 2).reshape(len(qkv), -1)
+
+    def _attend_text(self, index: int, query: Tensor, sequences: list[Sequence], n: int) -> Tensor:
+        q = query.view(-1, n, self.heads, self.head_dim).transpose(1, 2)
+        out = torch.zeros_like(q)  # a row of the null condition attends to nothing
+        memories = [memory for sequence in sequences for memory in sequence.text]
+        for row, memory in enumerate(memories):
+            if memory is not None:
+                key, value = memory[index]
+                out[row] = F.scaled_dot_product_attention(q[row : row + 1], key, value)[0]
+        return out.transpose(1, 2).reshape(len(query), -1)

@@ -1,0 +1,47 @@
+"""The codebook delay pattern, done and undone.
+
+MusicGen writes the K codebooks of a frame in K successive steps: codebook k of frame f stands in
+column 1 + f + k, after a first column of start tokens (Copet et al. 2023, "Simple and Controllable
+Music Generation", section 2.3). In stereo both channels of a codebook share its delay and their
+rows alternate: left, right, left, right. F frames therefore need F + K columns, the first given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNWRITTEN = -1
+
+
+def delays(codebooks: int, channels: int) -> list[int]:
+    """The delay in frames of each row: [0, 1, 2, 3] in mono, [0, 0, 1, 1, …] in stereo."""
+    return [row // channels for row in range(codebooks)]
+
+
+def delayed(context: Tensor, frames: int, channels: int, start_token: int) -> Tensor:
+    """The columns of a piece of `frames` frames that begins with the codes of `context`.
+
+    Args:
+        context: int64 [codebooks, context frames], may have no frames.
+        frames: of the whole piece, context included.
+        channels: 1 or 2.
+        start_token: what fills the places that hold no code.
+
+    Returns:
+        int64 [codebooks, 1 + frames + delay]; `UNWRITTEN` where the decoder is to write.
+    """
+    shifts = delays(context.shape[0], channels)
+    columns = context.new_full((context.shape[0], 1 + frames + shifts[-1]), start_token)
+    for row, shift in enumerate(shifts):
+        columns[row, 1 + shift : 1 + shift + frames] = UNWRITTEN
+        columns[row, 1 + shift : 1 + shift + context.shape[1]] = context[row]
+    return columns
+
+
+def undelayed(columns: Tensor, start: int, end: int, channels: int) -> Tensor:
+    """The codes of frames `start` to `end` (exclusive), int64 [codebooks, frames]."""
+    shifts = delays(columns.shape[0], channels)
+    return torch.stack(
+        [columns[row, 1 + shift + start : 1 + shift + end] for row, shift in enumerate(shifts)]
+    )

@@ -1,0 +1,173 @@
+"""One variation under way: its columns, its place in the decoder, its audio so far.
+
+A job's columns are laid out for its whole length when it is admitted, with the audio prompt's
+codes and the start tokens in their places, so a step only fills what is `UNWRITTEN`. Frames whose
+last codebook is written go to the codec's stream. The audio prompt goes through that stream
+first: the decoder of the codec then hears prompt and new frames as one piece, and the new audio
+is what `generate` would give from its first sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musicgen_ui import audio
+from musicgen_ui.engine import delay, sampling
+from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.decoder import Sequence
+from musicgen_ui.engine.events import Chunk, Finished, Progress
+from musicgen_ui.request import Clip, GenerationRequest
+
+FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
+CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other jobs
+
+
+class Job:
+    """A single variation of a request, from its codes to its take.
+
+    Args:
+        request: with its own seed and the checkpoint's name.
+        variation: its number among the request's.
+        codec: of the checkpoint.
+        codebooks: rows of codes: 4 in mono, 8 in stereo for Meta's.
+        start_token: of the decoder.
+        device: of the decoder.
+    """
+
+    sequence: Sequence  # given by the batch, which knows the decoder
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        variation: int,
+        codec: Codec,
+        codebooks: int,
+        start_token: int,
+        device: torch.device,
+    ) -> None:
+        self.request = request
+        self.variation = variation
+        self.codec = codec
+        self.new_frames = round(request.duration_s * codec.frame_rate)
+        self.clip = (
+            audio.convert(request.audio_prompt, codec.sampling_rate, codec.channels)
+            if request.audio_prompt
+            else None
+        )
+        context = self._encode_context(codebooks).to(device)
+        self.context_frames = context.shape[1]
+        self.frames = self.context_frames + self.new_frames
+        self.columns = delay.delayed(context, self.frames, codec.channels, start_token)
+        self.written = self.context_frames  # the last column that is wholly known
+        self.steps = self.columns.shape[1] - 1 - self.context_frames
+        self.uniforms = sampling.uniforms(request.seed, self.steps, codebooks).to(device)
+        self.stream = codec.stream()
+        self.decoded_frames = 0
+        self.pieces: list[np.ndarray] = []  # decoded audio, the context's included
+        self.started_s: float | None = None
+        self.told_s = 0.0
+
+    def _encode_context(self, codebooks: int) -> Tensor:
+        """The codes of the clip's end, int64 [codebooks, frames]; no frames without a clip."""
+        room = int(self.request.context_used_s * self.codec.frame_rate + 1e-6)
+        if self.clip is None:
+            return torch.empty(codebooks, 0, dtype=torch.int64)
+        frames = min(room, self.clip.samples.shape[1] // self.codec.hop)
+        if not frames:
+            return torch.empty(codebooks, 0, dtype=torch.int64)
+        return self.codec.encode(torch.from_numpy(self.clip.samples[:, -frames * self.codec.hop :]))
+
+    @property
+    def positions(self) -> int:
+        """Columns that go through the decoder."""
+        return self.columns.shape[1] - 1
+
+    @property
+    def done(self) -> bool:
+        """Every column is written."""
+        return self.written == self.columns.shape[1] - 1
+
+    @property
+    def frames_done(self) -> int:
+        """Frames whose codebooks are all known, the context's included."""
+        return max(self.context_frames, self.written - (self.positions - self.frames))
+
+    def column(self) -> Tensor:
+        """The last column, int64 [codebooks]: what the decoder takes in next."""
+        return self.columns[:, self.written]
+
+    def uniform(self) -> Tensor:
+        """What the next column is drawn from, float32 [codebooks]."""
+        return self.uniforms[self.written - self.context_frames]
+
+    def write(self, drawn: Tensor) -> None:
+        """Writes the next column, int64 [codebooks], where it is not given already."""
+        if self.started_s is None:
+            self.started_s = time.monotonic()
+        self.written += 1
+        column = self.columns[:, self.written]
+        column.copy_(torch.where(column == delay.UNWRITTEN, drawn, column))
+
+    def progress(self) -> Progress:
+        """How far the new music is."""
+        done_s = (self.frames_done - self.context_frames) / self.codec.frame_rate
+        total_s = self.new_frames / self.codec.frame_rate
+        return Progress(
+            "composing", self.variation, done_s=done_s, total_s=total_s, speed=self._speed(done_s)
+        )
+
+    def _speed(self, done_s: float) -> float:
+        worked_s = time.monotonic() - self.started_s if self.started_s else 0.0
+        return done_s / worked_s if worked_s else 0.0
+
+    def chunk_due(self) -> bool:
+        """There are frames enough to be worth a call of the codec."""
+        waiting = self.frames_done - self.decoded_frames
+        first = self.decoded_frames <= self.context_frames
+        return waiting >= (FIRST_CHUNK_FRAMES if first else CHUNK_FRAMES)
+
+    def chunk(self, last: bool = False) -> Chunk | None:
+        """Decodes the next frames (with `last`, all that are done); the new audio among it."""
+        end = (
+            self.frames_done if last else min(self.frames_done, self.decoded_frames + CHUNK_FRAMES)
+        )
+        codes = delay.undelayed(self.columns, self.decoded_frames, end, self.codec.channels)
+        piece = self.stream.push(codes, last=last).cpu().numpy()
+        before = self._decoded_samples()
+        self.pieces.append(piece)
+        self.decoded_frames = end
+        new = piece[:, max(0, self.context_samples - before) :]
+        return Chunk(self.variation, Clip(new, self.codec.sampling_rate)) if new.size else None
+
+    @property
+    def context_samples(self) -> int:
+        """Samples of the decoded audio that are the context's reconstruction."""
+        return self.context_frames * self.codec.hop
+
+    def _decoded_samples(self) -> int:
+        return sum(piece.shape[1] for piece in self.pieces)
+
+    def finished(self, notes: tuple[str, ...] = ()) -> Finished:
+        """The take, once `chunk(last=True)` has been called or nothing was made."""
+        new_s = (self.frames_done - self.context_frames) / self.codec.frame_rate
+        silence = np.zeros((self.codec.channels, 0), np.float32)
+        decoded = np.concatenate([silence, *self.pieces], axis=1)
+        clip = self.clip if self.request.include_prompt else None
+        if clip is None:
+            take = Clip(decoded[:, self.context_samples :], self.codec.sampling_rate)
+        else:
+            take = audio.join(clip, decoded, self.context_samples) if decoded.size else clip
+        return Finished(
+            variation=self.variation,
+            clip=take,
+            request=dataclasses.replace(self.request, stereo=self.codec.channels == 2),
+            prompt_s=clip.duration_s if clip else 0.0,
+            speed=self._speed(new_s),
+            stopped=not self.done,
+            notes=notes,
+        )
