@@ -1,0 +1,220 @@
+"""The engine that the page, the API and the command line know.
+
+`ModelManager` joins the rooms below it: `checkpoints` finds and reads what a request names,
+`residents` keeps models in memory and lends them, the engine's `Batch` makes the music, driven by
+a `Worker` for many callers or inline for one. It adds what only the whole can say: whether a
+checkpoint will ever fit this computer, and the status line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from musicgen_ui import checkpoints, configuration
+from musicgen_ui.checkpoints import Source
+from musicgen_ui.engine import batch as engine
+from musicgen_ui.engine import device as devices
+from musicgen_ui.engine.batch import Batch
+from musicgen_ui.engine.device import Place
+from musicgen_ui.engine.events import Description, Event, Progress
+from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.residents import Resident, Residents, Say
+
+IDLE_S = 1800.0
+_LOOK_S = 0.05  # between two looks at a load that is under way
+
+
+def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
+    """Reads a checkpoint and makes it ready on its device.
+
+    Raises:
+        RequestError: it cannot be had or read, see `checkpoints.load`.
+    """
+    # float32 whatever will be computed in: the codec stays precise, and reading in half precision
+    # would set torch's default for every thread, also for those that make music meanwhile.
+    loaded = checkpoints.load(source, torch.float32, say)
+    say(f"preparing {source.name}")
+    return Batch(
+        loaded.model,
+        loaded.tokenizer,
+        checkpoint=source.name,
+        device=place.device,
+        precision=place.precision,
+        codec_device=place.codec_device,
+        max_jobs=max_jobs,
+    )
+
+
+class ModelManager:
+    """The one implementation of `engine.events.Engine`. Its methods may be called by any thread.
+
+    Args:
+        device: "auto", "cuda", "mps" or "cpu".
+        precision: "auto" or one of `linear.PRECISIONS`.
+        budget_bytes: memory for all models together; None is by the device.
+        idle_s: seconds after which an unused model is unloaded; 0 is never.
+        max_jobs: jobs that a model steps together.
+        allow_any: whether any Hub id or folder may be asked for, or the listed names alone, as
+            on a public server.
+        also: checkpoints that are listed, and so allowed, beside the known ones.
+        load: makes a `Batch` of a source; tests hand in their own.
+
+    Raises:
+        RequestError: there is no such device or precision here.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: str = "auto",
+        budget_bytes: int | None = None,
+        idle_s: float = IDLE_S,
+        max_jobs: int = 8,
+        allow_any: bool = True,
+        also: Sequence[str] = (),
+        load: Callable[[Source, Place, int, Say], Batch] = load_batch,
+    ) -> None:
+        self.place = devices.choose(device, precision)
+        self.budget_bytes = budget_bytes or devices.budget_bytes(self.place)
+        self._allow_any = allow_any
+        self._also = tuple(also)
+        self._residents = Residents(
+            lambda source, say: load(source, self.place, max_jobs, say),
+            self._needs,
+            self.budget_bytes,
+            idle_s,
+        )
+
+    def checkpoints(self) -> list[str]:
+        """The names that the page offers, the default first; stereo siblings have a toggle."""
+        known = [source.name for source in checkpoints.known().values()]
+        return list(dict.fromkeys(["auto", *self._also, *(n for n in known if "stereo" not in n)]))
+
+    def describe(self, checkpoint: str) -> Description:
+        """What `checkpoint` can do, without loading it. Asks the Hub about an unknown id.
+
+        Raises:
+            RequestError: there is no such checkpoint, or it is not allowed.
+        """
+        return checkpoints.describe(self._resolve(checkpoint, False), self.place.bytes_a_weight)
+
+    def status(self) -> str:
+        """What is loaded, where, in which precision and memory: "bundled · CPU … · 34 MB"."""
+        residents = self._residents.all()
+        loaded = [resident for resident in residents if resident.batch]
+        parts = [resident.note for resident in residents if not resident.batch]
+        if loaded or not parts:
+            parts += [" + ".join(r.source.name for r in loaded) or "nothing loaded"]
+        parts += [self.place.label, self.place.precision]
+        if self.place.reason:
+            parts[-1] += f" ({self.place.reason})"
+        if loaded:
+            parts.append(configuration.size_in_words(sum(r.nbytes for r in loaded)))
+        return " · ".join(parts)
+
+    async def stream(
+        self, request: GenerationRequest, stop: threading.Event | None = None
+    ) -> AsyncIterator[Event]:
+        """The events of a request: `Progress("loading")` first where a model must be loaded.
+
+        Never blocks the event loop. Setting `stop` while it loads ends the stream at once, without
+        a take, since nothing was made; after that see `Worker.stream`.
+
+        Raises:
+            RequestError: what the user can mend.
+        """
+        stop = stop or threading.Event()
+        source = await asyncio.to_thread(self._resolve, request.checkpoint, request.stereo)
+        with self._residents.lease(source) as resident:
+            for event in _load_events(resident):
+                if stop.is_set():
+                    return
+                if event:
+                    yield event
+                await asyncio.sleep(_LOOK_S)
+            events: Any = self._residents.worker(resident).stream(request, stop)
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    yield event
+
+    def stream_sync(
+        self, request: GenerationRequest, stop: threading.Event | None = None
+    ) -> Iterator[Event]:
+        """`stream` for one caller without an event loop: its own thread does the work.
+
+        A manager is driven this way or by `stream`, not by both at once.
+        """
+        stop = stop or threading.Event()
+        source = self._resolve(request.checkpoint, request.stereo)
+        with self._residents.lease(source) as resident:
+            for event in _load_events(resident):
+                if event:
+                    yield event
+                if stop.wait(_LOOK_S):
+                    return
+            yield from engine.stream(resident.loaded(), request, stop)
+
+    @contextlib.contextmanager
+    def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Batch]:
+        """Lends the loaded model, after a wait for the load; it stays while it is lent.
+
+        Raises:
+            RequestError: there is no such checkpoint, it cannot be read, or there is no room.
+        """
+        with self._residents.lease(self._resolve(checkpoint, stereo)) as resident:
+            yield resident.loaded()
+
+    def preload(self, checkpoint: str = "auto") -> None:
+        """Loads a checkpoint ahead of the first request."""
+        with self.use(checkpoint):
+            pass
+
+    def unload(self) -> None:
+        """Gives the memory of every idle model back."""
+        self._residents.unload()
+
+    def close(self) -> None:
+        """Unloads every model, those in use when they are done, and refuses further requests."""
+        self._residents.close()
+
+    def _resolve(self, checkpoint: str, stereo: bool) -> Source:
+        if not self._allow_any and checkpoint not in self.checkpoints():
+            words = checkpoints.known()
+            if checkpoint not in {*words, *(source.name for source in words.values())}:
+                raise RequestError(
+                    f"This server offers these checkpoints alone: {', '.join(self.checkpoints())}.",
+                    "checkpoint",
+                )
+        return checkpoints.resolve(checkpoint, stereo, self.place.device)
+
+    def _needs(self, source: Source) -> int:
+        """The memory that a checkpoint will hold, in bytes.
+
+        Raises:
+            RequestError: its weights alone are more than the budget.
+        """
+        config = checkpoints.config_of(source)
+        weights = round(configuration.count_parameters(config) * self.place.bytes_a_weight)
+        if weights > self.budget_bytes:
+            in_words = configuration.size_in_words
+            raise RequestError(
+                f"{source.name} needs {in_words(weights)} of memory and models may use "
+                f"{in_words(self.budget_bytes)} here: choose a smaller checkpoint.",
+                "checkpoint",
+            )
+        return configuration.estimate_bytes(config, self.place.bytes_a_weight)
+
+
+def _load_events(resident: Resident) -> Iterator[Progress | None]:
+    """Until the model is loaded: what is new about the load, or None."""
+    told = ""
+    while not resident.ready.done():
+        note = resident.note
+        yield Progress("loading", note=note) if note != told else None
+        told = note
