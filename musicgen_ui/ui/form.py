@@ -7,7 +7,6 @@ that was typed is lost.
 from __future__ import annotations
 
 import html
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from anyio import to_thread
 
 from musicgen_ui import audio, takes
 from musicgen_ui.engine.events import Engine
-from musicgen_ui.request import FIELDS, MIN_CONTEXT_S, WINDOW_S, GenerationRequest, RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, MIN_CONTEXT_S, WINDOW_S, RequestError
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
-log = logging.getLogger(__name__)
-
+SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
     "always": "this model always makes stereo",
@@ -85,14 +83,9 @@ def no_offer() -> dict[str, Any]:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """The settings that a take file holds, those only that this version knows and accepts."""
-    try:
-        held = takes.read_settings(path) or {}
-        known = {n: v for n, v in held.items() if n in FIELDS and n != "audio_prompt"}
-        return GenerationRequest(**known).settings() if known else {}
-    except (RequestError, OSError, ValueError):
-        log.info("No settings in %s", path.name, exc_info=True)
-        return {}
+    """The request's fields that a take file made here holds; empty for any other file."""
+    held = takes.read_settings(path) or {}
+    return {name: held[name] for name in SETTINGS if name in held}
 
 
 def restore_file(path: str | None) -> dict[str, Any]:

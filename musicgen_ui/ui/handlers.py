@@ -184,8 +184,9 @@ class Handlers:
     async def _updates(
         self, live: LiveStream, history: list[take_panel.Group], tab: str, values: dict[str, Any]
     ) -> AsyncIterator[Updates]:
-        progress: dict[int, Progress] = {}
         latest = Progress("waiting")
+        progress: dict[int, Progress] = {}
+        saved: list[Saved] = []
         group: take_panel.Group = []
         shown_at = 0.0
         async with aclosing(self._events(values, tab)) as events:
@@ -194,7 +195,7 @@ class Handlers:
                     live.total_s = event.duration_s
                 elif isinstance(event, Progress):
                     progress[event.variation] = event
-                    news = event.stage != latest.stage or event.note != latest.note
+                    news = (event.stage, event.note) != (latest.stage, latest.note)
                     latest = min(progress.values(), key=lambda p: p.done_s)
                     if news or time.monotonic() - shown_at > STATUS_EVERY_S:
                         shown_at = time.monotonic()
@@ -203,19 +204,14 @@ class Handlers:
                     live.add(event.clip)
                     yield {"live": say(live, latest)}
                 elif isinstance(event, Saved):
-                    group.append(take_panel.shown(event.finished, event.take))
-                    history = [*history, group] if len(group) == 1 else history
-                    yield take_panel.show(history, -1, 0)
-        if not group:
-            stopped = "Stopped before the first sound: there is nothing to keep."
-            yield busy(False) | {"live": live.message("stopped", stopped)}
-            return
-        yield busy(False) | {"live": live.message(*ending(group), done_s=live.total_s)}
-        for index, take in enumerate(group):
-            await to_thread.run_sync(take_panel.draw, take)
-            if index == 0:
-                yield take_panel.show(history, -1, 0)
-        yield {"history": history}
+                    saved.append(event)
+                    group.append(take_panel.shown(event.take))
+                    yield take_panel.show([*history, group], -1, 0)
+        yield busy(False) | {"live": live.message(*ending(saved), done_s=live.total_s)}
+        for index, (shown, event) in enumerate(zip(group, saved, strict=True)):
+            await to_thread.run_sync(take_panel.draw, shown, event.take)
+            drawn = {} if index else take_panel.picture(shown)
+            yield drawn | {"history": [*history, group][-take_panel.KEPT_GROUPS :]}
 
     async def _events(
         self, values: dict[str, Any], tab: str
@@ -289,33 +285,22 @@ def status_text(progress: Progress) -> str:
     return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
 
 
-def ending(group: take_panel.Group) -> tuple[str, str]:
+def ending(saved: list[Saved]) -> tuple[str, str]:
     """The last stage and what is said at the end."""
-    first = group[0]
-    if first.stopped:
-        return "stopped", f"Stopped: {first.new_s:.1f} s are kept as a take"
-    count = f"{len(group)} takes of " if len(group) > 1 else ""
-    return "finished", f"Finished: {count}{first.new_s:.1f} s at {first.speed:.1f}× real time"
+    if not saved:
+        return "stopped", "Stopped before the first sound: there is nothing to keep"
+    made_s = saved[0].take.settings["made_s"]
+    if saved[0].finished.stopped:
+        return "stopped", f"Stopped: {made_s:.1f} s are kept as a take"
+    count = f"{len(saved)} takes of " if len(saved) > 1 else ""
+    return (
+        "finished",
+        f"Finished: {count}{made_s:.1f} s at {saved[0].finished.speed:.1f}× real time",
+    )
 
 
 def summary(saved: list[Saved]) -> dict[str, Any]:
-    """The API's JSON: the settings of the first take, and what differs between the takes."""
-    fields = ("seed", "speed", "duration_s", "stopped")
-    each = [
-        dict(
-            zip(
-                fields,
-                (
-                    s.finished.request.seed,
-                    s.finished.speed,
-                    s.take.clip.duration_s,
-                    s.finished.stopped,
-                ),
-                strict=True,
-            ),
-            notes=list(s.take.notes),
-        )
-        for s in saved
-    ]
-    settings = saved[0].finished.request.settings()
-    return {**settings, "variations": len(saved), "takes": each}
+    """The API's JSON: the settings of the first take, and what differs from take to take."""
+    each = ("seed", "made_s", "prompt_s", "speed_x", "stopped")
+    told = [{n: s.take.settings[n] for n in each} | {"notes": list(s.take.notes)} for s in saved]
+    return {**saved[0].take.settings, "variations": len(saved), "takes": told}

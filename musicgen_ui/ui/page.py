@@ -30,6 +30,10 @@ IDEAS = {
     "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
 }
 
+WAVEFORM = gr.WaveformOptions(
+    waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
+)
+
 
 def build(engine: Engine, settings: Settings, folder: Path | None = None) -> gr.Blocks:
     """The page over an engine; takes are written to `folder`. Loads no model and no torch."""
@@ -51,8 +55,39 @@ def build(engine: Engine, settings: Settings, folder: Path | None = None) -> gr.
 
 def theme() -> gr.themes.Base:
     """Gradio's own, in teal and stone; the rest is in assets/style.css."""
+    sans = gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700))
     return gr.themes.Default(
-        primary_hue="teal", secondary_hue="teal", neutral_hue="stone", radius_size="lg"
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="stone",
+        radius_size="lg",
+        font=[sans, "system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        block_border_width="0px",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_padding="0px",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        block_label_text_size="*text_sm",
+        block_title_text_color="*neutral_800",
+        block_title_text_color_dark="*neutral_100",
+        block_title_text_weight="600",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_secondary_background_fill="transparent",
+        button_secondary_background_fill_hover="*neutral_100",
+        button_secondary_background_fill_dark="transparent",
+        button_secondary_background_fill_hover_dark="*neutral_700",
+        button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
+        button_border_width="1px",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_500",
+        form_gap_width="0px",
     )
 
 
@@ -169,23 +204,37 @@ def take(parts: Parts) -> None:
     """What was made, and at first an example of it."""
     opening = take_panel.example()
     parts["live"] = live_player()
-    parts["take_title"] = gr.Markdown(take_panel.INTRO, elem_id="take_title")
+    parts["take_title"] = gr.HTML(
+        f'<p class="intro">{take_panel.INTRO}</p>{take_panel.title_html(opening)}',
+        elem_id="take_title",
+    )
     parts["take_variation"] = gr.Radio(
         [], label="Variations", show_label=False, visible=False, elem_id="take_variation"
     )
     parts["take_audio"] = gr.Audio(
-        str(opening.wav), label="Take", interactive=False, elem_id="take_audio", buttons=[],
+        str(opening.wav),
+        label="Take",
         show_label=False,
-    )  # fmt: skip
-    with gr.Row(elem_id="take_actions"):
-        parts["wav"] = gr.DownloadButton("WAV", str(opening.wav), size="sm", elem_id="wav")
-        parts["flac"] = gr.DownloadButton("FLAC", str(opening.flac), size="sm", elem_id="flac")
-        parts["continue"] = gr.Button("Continue this", size="sm", elem_id="continue")
-        parts["same_seed"] = gr.Button("Same seed", size="sm", elem_id="same_seed")
+        interactive=False,
+        elem_id="take_audio",
+        buttons=[],
+        waveform_options=WAVEFORM,
+    )
     parts["spectrogram"] = gr.Image(
-        str(opening.picture), label="Spectrogram", interactive=False, elem_id="spectrogram",
-        alt_text=opening.alt, show_label=False, buttons=[],
-    )  # fmt: skip
+        str(opening.picture),
+        label="Spectrogram",
+        show_label=False,
+        interactive=False,
+        elem_id="spectrogram",
+        alt_text=opening.alt,
+        buttons=["fullscreen"],
+    )
+    small: dict[str, Any] = {"size": "sm", "min_width": 60}
+    with gr.Row(elem_id="take_actions"):
+        parts["wav"] = gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small)
+        parts["flac"] = gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small)
+        parts["continue"] = gr.Button("Continue this", elem_id="continue", **small)
+        parts["same_seed"] = gr.Button("Same seed", elem_id="same_seed", **small)
     parts["take_facts"] = gr.HTML(take_panel.facts_line(opening), elem_id="take_facts")
     parts["take_notes"] = gr.HTML("", visible=False, elem_id="take_notes")
     parts["take_history"] = gr.Radio(

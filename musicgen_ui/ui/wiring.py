@@ -16,11 +16,10 @@ from musicgen_ui.ui.handlers import Handlers
 
 Parts = dict[str, Any]  # components by name
 
-TAKE = (
-    "history chosen take_title take_audio wav flac spectrogram take_facts take_notes "
-    "take_variation take_history"
-).split()
-SETTINGS = [name for name in FIELDS if name != "audio_prompt"]
+TAKE = [
+    *("history", "chosen", "take_title", "take_audio", "wav", "flac", "spectrogram"),
+    *("take_facts", "take_notes", "take_variation", "take_history"),
+]
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -66,7 +65,7 @@ def filling_in(parts: Parts, engine: Engine) -> None:
     window = ["clip", "duration_s", "context_s"]
     clip = ["audio_prompt", "duration_s", "context_s", "clip"]
     told = ["clip", "audio_prompt", "clip_line", "offer", "offered"]
-    filled = [*SETTINGS, "offer", "offered"]
+    filled = [*form.SETTINGS, "offer", "offered"]
     parts["ideas"].click(
         lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
         api_name="idea", **QUIET,
