@@ -141,7 +141,8 @@ def write(clip: Clip, path: Path, tags: Mapping[str, str] | None = None) -> None
         encoded, "w", clip.sampling_rate, clip.channels, "PCM_16", format=path.suffix[1:].upper()
     ) as file:
         for name, text in (tags or {}).items():
-            setattr(file, name, text)
+            if text:  # libsndfile refuses an empty tag
+                setattr(file, name, text)
         file.write(levels)
     _replace_file(path, encoded.getvalue())
 

@@ -106,7 +106,8 @@ def _read_end(reader: Reader, path: Path, keep_s: float) -> End:
                 end = _collect(source, keep_s)
             except UNDECODABLE:
                 end = None
-            if end and end.full_s >= keep_s and not end.broken:
+            whole = end and end.full_s > keep_s + SKIP_MARGIN_S - 0.5
+            if end and whole and not end.broken:
                 return End(end.header, end.samples, end.sampling_rate, end.header.claimed_s, False)
     with reader(path) as source:
         return _collect(source, keep_s)
@@ -187,9 +188,18 @@ def _cut_share(log: str) -> float:
 
 @contextmanager
 def _with_av(path: Path) -> Iterator[_Source]:
+    sought_s = 0.0
+
+    def seek(seconds: float) -> None:
+        nonlocal sought_s
+        sought_s = seconds
+        file.seek(round(seconds * av.time_base))
+
     def blocks() -> Iterator[np.ndarray]:
         resampler = av.AudioResampler(format="flt")
         for frame in file.decode(stream):
+            if frame.time is not None and frame.time < sought_s:
+                continue  # a file without an index is sought from its start
             if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
                 raise av.InvalidDataError(0, "the format changes on the way")
             for part in resampler.resample(frame):
@@ -204,7 +214,7 @@ def _with_av(path: Path) -> Iterator[_Source]:
         names = file.format.name
         kind = next((kind for kind in ("webm", "mp4") if kind in names), names).upper()
         header = Header(kind, rate, channels, (file.duration or 0) / av.time_base)
-        yield _Source(header, lambda seconds: file.seek(round(seconds * av.time_base)), blocks)
+        yield _Source(header, seek, blocks)
 
 
 def _read_end_fenced(path: Path, keep_s: float) -> End:

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, Re
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
 TARGET_LUFS = -14.0
+RESULTS: dict[str, type] = {
+    "made_s": float,
+    "prompt_s": float,
+    "sampling_rate": int,
+    "channels": int,
+    "speed_x": float,
+    "stopped": bool,
+}
 NAME_CHARACTERS, TITLE_CHARACTERS = 40, 100
 
 
@@ -63,17 +72,26 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
 
     The request's fields are checked as a request's; unknown keys are dropped.
     """
+    try:
+        found = json.loads(_comment(Path(path)))[MARK]
+        kept = {key: found[key] for key in FIELDS if key in found and key not in CLIP_FIELDS}
+        request = GenerationRequest(**kept)
+        results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return request.settings() | results
+
+
+def _comment(path: Path) -> str:
     # libsndfile writes long comments into WAV but reads only those up to 2 kB; FFmpeg reads all.
     for kind in ("wav", "flac"):
-        try:
-            with Path(path).open("rb") as raw, av.open(raw, "r", format=kind) as file:
-                found = json.loads(file.metadata["comment"])[MARK]
-            request = GenerationRequest(**{key: found[key] for key in _request_keys(found)})
-        except (OSError, av.FFmpegError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
-        return request.settings() | results
-    return None
+        with (
+            suppress(OSError, av.FFmpegError),
+            path.open("rb") as raw,
+            av.open(raw, "r", format=kind) as file,
+        ):
+            return file.metadata.get("comment", "")
+    return ""
 
 
 def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
@@ -94,16 +112,6 @@ def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
     return clip, notes
 
 
-RESULTS: dict[str, type] = {
-    "made_s": float,
-    "prompt_s": float,
-    "sampling_rate": int,
-    "channels": int,
-    "speed_x": float,
-    "stopped": bool,
-}
-
-
 def _settings(finished: Finished, clip: Clip) -> dict[str, Any]:
     return finished.request.settings() | {
         "made_s": round(clip.duration_s - finished.prompt_s, 3),
@@ -113,10 +121,6 @@ def _settings(finished: Finished, clip: Clip) -> dict[str, Any]:
         "speed_x": round(finished.speed, 2),
         "stopped": finished.stopped,
     }
-
-
-def _request_keys(found: dict[str, Any]) -> list[str]:
-    return [key for key in FIELDS if key in found and key not in CLIP_FIELDS]
 
 
 def _is_result(key: str, value: Any) -> bool:

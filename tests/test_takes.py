@@ -1,0 +1,210 @@
+import errno
+import json
+import threading
+
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+
+from musicgen_ui import audio, takes
+from musicgen_ui.engine.events import Finished
+from musicgen_ui.request import Clip, GenerationRequest, RequestError
+
+RATE = 16_000
+
+
+def finished(level=0.1, seconds=1.0, channels=1, prompt_s=0.0, **settings):
+    draw = np.random.default_rng(0)
+    samples = draw.uniform(-level, level, (channels, round(seconds * RATE))).astype(np.float32)
+    request = GenerationRequest(**{"seed": 7, "checkpoint": "bundled", **settings})
+    return Finished(0, Clip(samples, RATE), request, prompt_s, 1.2345, notes=("A note.",))
+
+
+def save(folder, **settings):
+    return takes.save(finished(**settings), folder)
+
+
+def test_a_take_is_two_16_bit_files_with_the_same_samples(tmp_path):
+    take = save(tmp_path, prompt="warm lo-fi", channels=2)
+    for path, kind in ((take.wav, "WAV"), (take.flac, "FLAC")):
+        info = soundfile.info(path)
+        assert (info.format, info.subtype) == (kind, "PCM_16")
+        assert (info.samplerate, info.channels, info.frames) == (RATE, 2, RATE)
+    wav, flac = (soundfile.read(path, dtype="int16")[0] for path in (take.wav, take.flac))
+    assert np.array_equal(wav, flac)
+    np.testing.assert_allclose(wav.T / 32768, take.clip.samples, atol=0.6 / 32768)
+    assert {path.name for path in tmp_path.iterdir()} == {take.wav.name, take.flac.name}
+
+
+def test_both_files_give_the_settings_back(tmp_path):
+    prompt = 'Café “曲”\n\t\\ " ' + "ü" * 1900
+    take = save(tmp_path, prompt=prompt, negative_prompt="曲" * 2000, prompt_s=0.25, stereo=True)
+    assert take.settings["prompt"] == prompt
+    for path in (take.wav, take.flac):
+        assert takes.read_settings(path) == take.settings
+    assert GenerationRequest(**{k: take.settings[k] for k in finished().request.settings()})
+    assert json.loads(json.dumps(take.settings)) == take.settings
+    assert take.settings["made_s"] == 0.75
+    assert take.settings["speed_x"] == 1.23
+
+
+def test_settings_are_read_whatever_the_file_is_called(tmp_path):
+    take = save(tmp_path)
+    assert takes.read_settings(take.flac.rename(tmp_path / "upload")) == take.settings
+
+
+def test_players_see_title_and_software(tmp_path):
+    take = save(tmp_path, prompt="80s pop\nwith drums")
+    for path in (take.wav, take.flac):
+        with soundfile.SoundFile(path) as file:
+            assert file.title == "80s pop with drums"
+            assert file.software.startswith("MusicGen UI")
+
+
+GOOD = {"seed": 7, "duration_s": 4.0}
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "",
+        "a comment",
+        "[" * 100_000,
+        "null",
+        "[]",
+        '"MusicGen UI settings"',
+        '{"MusicGen UI settings": null}',
+        '{"MusicGen UI settings": [1]}',
+        '{"another program": {"seed": 7}}',
+        json.dumps({takes.MARK: {"seed": -5}}),
+        json.dumps({takes.MARK: {"seed": "x"}}),
+        json.dumps({takes.MARK: {"prompt": 3}}),
+        json.dumps({takes.MARK: {"duration_s": float("nan")}}),
+    ],
+)
+def test_nonsense_gives_no_settings(tmp_path, comment):
+    path = tmp_path / "a.flac"
+    audio.write(finished().clip, path, {"comment": comment})
+    assert takes.read_settings(path) is None
+
+
+def test_what_is_no_take_gives_no_settings(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    for name in ("a.txt", "missing.wav", "."):
+        assert takes.read_settings(tmp_path / name) is None
+
+
+def test_unknown_keys_and_wrong_results_are_dropped(tmp_path):
+    found = GOOD | {"evil": 1, "audio_prompt": "x", "speed_x": "fast", "stopped": 1, "made_s": True}
+    path = tmp_path / "a.flac"
+    audio.write(finished().clip, path, {"comment": json.dumps({takes.MARK: found})})
+    assert takes.read_settings(path) == GenerationRequest(**GOOD).settings()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("80s pop, with Bassy drums!", "80s-pop-with-bassy-drums-bundled-seed-7"),
+        ("", "untitled-bundled-seed-7"),
+        ("../../etc/passwd", "etc-passwd-bundled-seed-7"),
+        ("C:\\con\\..\\nul", "c-con-nul-bundled-seed-7"),
+        ("a\tb\nc\x00\x1b[31md", "a-b-c-31md-bundled-seed-7"),
+        (".hidden", "hidden-bundled-seed-7"),
+        ("--help", "help-bundled-seed-7"),
+        ("café", "café-bundled-seed-7"),
+        ("cafe\u0301", "café-bundled-seed-7"),
+        ("ﬁne ２０", "fine-20-bundled-seed-7"),
+        ("静かなピアノ", "静かなピアノ-bundled-seed-7"),
+        ("🎸🔥", "untitled-bundled-seed-7"),
+    ],
+)
+def test_names_come_from_the_prompt_and_are_safe(tmp_path, prompt, name):
+    take = save(tmp_path, prompt=prompt)
+    assert (take.wav.name, take.flac.name) == (f"{name}.wav", f"{name}.flac")
+    assert take.wav.parent == tmp_path
+
+
+@pytest.mark.parametrize("prompt", ["word " * 400, "x" * 2000, "曲" * 2000])
+def test_names_stay_short(tmp_path, prompt):
+    take = save(tmp_path, prompt=prompt, checkpoint="/a/b\\" + "曲" * 400)
+    assert len(take.wav.name.encode()) <= 255
+    assert len(take.wav.name) < 110
+    assert take.wav.name.endswith("-seed-7.wav")
+
+
+def test_a_hub_id_or_folder_is_named_by_its_last_part(tmp_path):
+    assert "-musicgen-small-seed" in save(tmp_path, checkpoint="facebook/musicgen-small").wav.name
+    assert "-mine-seed" in save(tmp_path, checkpoint="/home/me/mine/").wav.name
+
+
+def test_the_same_request_never_overwrites_even_at_once(tmp_path):
+    made = []
+
+    def work():
+        made.extend(save(tmp_path, seconds=0.1) for _ in range(4))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({take.wav for take in made}) == len({take.flac for take in made}) == 24
+    assert all(take.wav.stem == take.flac.stem for take in made)
+    assert len(list(tmp_path.iterdir())) == 48
+
+
+def test_loudness_is_kept_unless_asked_for(tmp_path):
+    quiet = save(tmp_path, level=0.01)
+    assert np.abs(soundfile.read(quiet.wav)[0]).max() == pytest.approx(0.01, abs=1e-4)
+    assert quiet.notes == ("A note.",)
+    even = save(tmp_path, level=0.01, normalize=True, seconds=3)
+    for path in (even.wav, even.flac):
+        samples, rate = soundfile.read(path)
+        assert pyloudnorm.Meter(rate).integrated_loudness(samples) == pytest.approx(-14, abs=0.1)
+    assert "-14.0 LUFS" in even.notes[1]
+
+
+def test_loudness_that_peaks_forbid_is_said(tmp_path):
+    made = finished(normalize=True, seconds=3)
+    made.clip.samples[:] = 0
+    made.clip.samples[0, ::4000] = 0.5
+    take = takes.save(made, tmp_path)
+    assert "peaks" in take.notes[1]
+    made.clip.samples[:] = 0
+    assert "silent" in takes.save(made, tmp_path).notes[1]
+
+
+def test_clipped_samples_are_said(tmp_path):
+    take = save(tmp_path, level=2.0)
+    beyond = int((np.abs(finished(level=2.0).clip.samples) > 1).sum())
+    assert take.notes[1] == f"{beyond:,} samples went beyond full scale and were clipped."
+    assert np.abs(take.clip.samples).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "written to")]
+)
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch, code, words, fails_at):
+    calls = []
+    whole = audio.write
+
+    def write(clip, path, tags):
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise OSError(code, "no")
+        whole(clip, path, tags)
+
+    monkeypatch.setattr(audio, "write", write)
+    with pytest.raises(RequestError, match=words) as caught:
+        save(tmp_path)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_refused_and_a_missing_one_is_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match="could not be saved"):
+        save(tmp_path / "file")
+    assert save(tmp_path / "new" / "folder").wav.exists()
