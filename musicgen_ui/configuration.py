@@ -102,7 +102,18 @@ def read(name: str, file: Path) -> Configuration:
 
 
 def _filled(config: dict[str, Any]) -> Configuration:
-    return {part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}
+    filled = {part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}
+    for part, values in _DEFAULTS.items():
+        for key, default in values.items():
+            _hold_kind(filled[part][key], default)
+    return filled
+
+
+def _hold_kind(value: Any, default: Any) -> None:
+    """Raises ValueError unless `value` is of its default's kind; numbers must be positive."""
+    numbers = value if isinstance(default, list) else [value] if type(default) is int else []
+    if not isinstance(value, type(default)) or not all(number > 0 for number in numbers):
+        raise ValueError(f"{value!r} instead of a value such as {default!r}")
 
 
 def check(name: str, config: Configuration, folder: Path | None = None) -> None:
