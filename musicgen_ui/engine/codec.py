@@ -1,24 +1,26 @@
 """The codec: an audio prompt into codes, and codes into audio as a stream without seams.
 
-EnCodec's decoder (Défossez et al. 2022, arXiv 2210.13438; transformers' `EncodecModel` is the
-reference) is a chain of convolutions that look ahead, an LSTM, and transposed convolutions, all
-of which reflect the signal at its ends. Here every layer is a stage that is pushed new time steps
-and returns those of its output that are final: a convolution keeps the few inputs that its kernel
-still needs, the LSTM keeps its state, and padding is added where the signal begins and ends. So
-nothing is decoded twice, the one-shot decode is the stream itself, and the lookahead of the
-kernels is all the delay there is: 3.75 frames for Meta's 32 kHz codec, whose first samples come
-with the fourth frame.
+EnCodec (Défossez et al. 2022, arXiv 2210.13438; transformers' `EncodecModel` is the reference) is
+a chain of convolutions that look ahead, an LSTM, and transposed convolutions, and reflects the
+signal at its ends. Here every layer is a stage that is pushed new time steps and returns those of
+its output that are final: a convolution keeps the few inputs that its kernel still needs, the LSTM
+keeps its state, and padding is added where the signal begins and ends. So nothing is decoded
+twice, the one-shot decode is the stream itself, and the lookahead of the kernels is all the delay
+there is: 3.75 frames for Meta's 32 kHz codec, whose first samples come with the fourth frame.
 
 Activations are [batch, time, channels], contiguous, one batch row a channel of the music. A
-transposed convolution of stride s and kernel 2s is then a plain convolution of kernel 2, whose
-output channels are read as s time steps.
+transposed convolution of stride s and kernel 2s is then a matrix product over pairs of neighbours
+whose output channels are read as s time steps. On x86 the weights are packed once in the layout
+of oneDNN's kernels: transformers' modules have them reordered in every call.
 """
 
 from __future__ import annotations
 
 import math
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,17 @@ from transformers import EncodecConfig, EncodecModel
 
 from musicgen_ui.request import RequestError
 
-PIECE_FRAMES = 50  # the one-shot decode goes in pieces, so that activations stay in the cache
+PIECE_FRAMES = 50  # one-shot work goes in pieces, so that memory does not grow with the length
+
+Precision = Literal["float32", "float16"]
 
 
 class Codec:
-    """EnCodec's weights in the shape that decoding wants; immutable, so streams can share it.
+    """EnCodec's weights in the shape that coding wants; immutable, so streams can share it.
 
-    It packs copies of the decoder's weights and of the codebooks, and encodes through transformers'
-    encoder modules, which it moves to `device` in float32 and keeps. The caller may drop the
-    `EncodecModel`; with `release` it is emptied of what was packed, and can then no longer decode.
+    All that is needed is copied, so the caller may drop the `EncodecModel`; with `release` it is
+    emptied at once and of no more use. `precision` is that of the LSTM's recurrent weights when
+    decoding on an x86 CPU, where reading them is what a frame waits for; all else is float32.
 
     Raises:
         RequestError: a codec of a kind that MusicGen does not use.
@@ -46,9 +50,11 @@ class Codec:
         encodec: EncodecModel,
         channels: int = 1,
         device: torch.device | str = "cpu",
+        precision: Precision = "float32",
         release: bool = False,
     ) -> None:
-        config = encodec.config
+        module: Any = encodec  # torch's stubs know nothing of a module's parts
+        config = module.config
         _check(config)
         self.channels = channels  # of the music; EnCodec itself hears one at a time
         self.device = torch.device(device)
@@ -57,39 +63,32 @@ class Codec:
         self.frame_rate: int = config.frame_rate  # frames a second
         self.codebooks: int = config.num_quantizers  # a channel
         self.codebook_size: int = config.codebook_size
-        module: Any = encodec  # torch's stubs know nothing of a module's parts
-        module.to(self.device, torch.float32).eval()
-        books = [layer.codebook.embed for layer in module.quantizer.layers]
-        self.tables = torch.stack(books[: self.codebooks])  # [codebooks, codebook_size, dim]
-        self.stages = _stages(module.decoder.layers)
+        books = [layer.codebook.embed for layer in module.quantizer.layers[: self.codebooks]]
+        self.tables = torch.stack(books).to(self.device, torch.float32)  # [codebooks, size, dim]
+        numbers = self.tables.numel() + sum(weight.numel() for weight in module.parameters())
+        self.nbytes = 4 * numbers  # of the weights
+        with torch.no_grad():
+            module.to(self.device, torch.float32)
+            self.encoder = _stages(module.encoder.layers, "float32")
+            self.decoder = _stages(module.decoder.layers, precision)
         if release:
-            module.decoder.layers = nn.ModuleList()
-        self._encodec = module
+            module.encoder, module.decoder, module.quantizer = nn.Module(), nn.Module(), nn.Module()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights, the encoder's included."""
-        held = [*_tensors([self.tables, self.stages]), *self._encodec.encoder.parameters()]
-        return sum(tensor.nbytes for tensor in held)
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:
         """Audio as codes: float32 [channels, samples] to int64 [channels * codebooks, frames].
 
         Samples of whole frames. In stereo the rows interleave: left 0, 2, …, right 1, 3, ….
         """
-        encoder, quantizer = self._encodec.encoder, self._encodec.quantizer
-        audio = samples.to(self.device, torch.float32)
-        # Each channel alone, as transformers does: rounding decides between near codes.
-        codes = [quantizer.encode(encoder(channel[None, None])) for channel in audio]
-        return torch.cat(codes, dim=1)[: self.codebooks].flatten(0, 1)
+        pasts = [Past() for _ in self.encoder]
+        pieces = samples.to(self.device, torch.float32)[..., None].split(PIECE_FRAMES * self.hop, 1)
+        latents = [_through(self.encoder, pasts, x, x is pieces[-1]) for x in pieces]
+        return _quantize(torch.cat(latents, dim=1), self.tables).flatten(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes as audio: int64 [channels * codebooks, frames] to float32 [channels, samples]."""
-        stream = self.stream()
-        pieces = codes.split(PIECE_FRAMES, dim=1)
-        audio = [stream.push(piece, last=piece is pieces[-1]) for piece in pieces]
-        return torch.cat(audio, dim=1)
+        stream, pieces = self.stream(), codes.split(PIECE_FRAMES, dim=1)
+        return torch.cat([stream.push(piece, piece is pieces[-1]) for piece in pieces], dim=1)
 
     def stream(self) -> CodecStream:
         """A new stream of frames into audio."""
@@ -101,15 +100,18 @@ class CodecStream:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._pasts = [Past() for _ in codec.stages]
+        self._pasts = [Past() for _ in codec.decoder]
         self._begun = self._ended = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def push(self, codes: Tensor, last: bool = False) -> Tensor:
         """Takes new frames and returns the samples that are final now.
 
         int64 [channels * codebooks, frames], 0 frames or more, to float32 [channels, samples].
         `last` ends the signal and returns all that was held back.
+
+        Raises:
+            ValueError: the signal has ended.
         """
         codec = self._codec
         if self._ended:
@@ -117,14 +119,11 @@ class CodecStream:
         self._ended = last
         self._begun = self._begun or codes.shape[1] > 0
         if not self._begun:
-            return codes.new_zeros(codec.channels, 0, dtype=torch.float32)
+            return codec.tables.new_zeros(codec.channels, 0)
         # [codebooks, channels, frames]
         codes = codes.to(codec.device).unflatten(0, (codec.codebooks, codec.channels))
-        latents = map(F.embedding, codes, codec.tables)
-        x = torch.stack(list(latents)).sum(0)  # [channels, frames, dim]
-        for stage, past in zip(codec.stages, self._pasts, strict=True):
-            x = stage.push(x, past, last)
-        return x[..., 0]
+        x = torch.stack(list(map(F.embedding, codes, codec.tables))).sum(0)
+        return _through(codec.decoder, self._pasts, x, last)[..., 0]
 
 
 @dataclass
@@ -137,66 +136,49 @@ class Past:
 
 
 class Convolution:
-    """A convolution of stride 1 that reflects the signal at its ends, after an optional ELU."""
+    """A convolution that reflects the signal at its ends, after an ELU unless it comes first."""
 
-    def __init__(self, layer: Any, elu: bool = False) -> None:
+    def __init__(self, layer: Any, elu: bool = True) -> None:
         conv = layer.conv
-        span = (conv.kernel_size[0] - 1) * conv.dilation[0]
-        self.right = 0 if layer.causal else span // 2
-        self.left = span - self.right
-        self.dilation = conv.dilation[0]
         self.elu = elu
-        self.weight, self.bias = _packed(conv.weight), conv.bias.detach().clone()
+        self.stride = conv.stride[0]
+        self.reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1  # inputs of one output
+        padding = self.reach - self.stride
+        self.right = 0 if layer.causal else padding // 2
+        self.left = padding - self.right
+        self.width = conv.out_channels
+        self.kernel = _convolution(conv)
 
     def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, in] to [batch, time less the delay, out]."""
+        """[batch, time, in] to [batch, time / stride less the delay, out]."""
         return self(self.stretch(F.elu(x) if self.elu else x, past, last))
 
     def stretch(self, x: Tensor, past: Past, last: bool) -> Tensor:
         """The inputs of all outputs that `x` makes final."""
         if past.inputs is not None:
             x = torch.cat([past.inputs, x], dim=1)
-        right = self.right if last else 0
-        if past.begun:
-            x = _reflect(x, 0, right)
-        elif last or x.shape[1] > self.left:
-            x = _reflect(x, self.left, right)
-            past.begun = True
-        span = self.left + self.right
-        past.inputs = x[:, max(0, x.shape[1] - span) :] if past.begun else x
-        return x if past.begun else x[:, :0]
+        past.inputs = x
+        if not past.begun and not last and x.shape[1] <= self.left:
+            return x[:, :0]  # the reflection needs more
+        x = _reflect(x, 0 if past.begun else self.left, self.right if last else 0)
+        past.begun = True
+        past.inputs = x[:, self.outputs(x) * self.stride :]
+        return x
+
+    def outputs(self, x: Tensor) -> int:
+        """How many outputs the inputs [batch, time, in] are enough for."""
+        return max(0, (x.shape[1] - self.reach) // self.stride + 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Without padding: [batch, time, in] to [batch, time - span, out]."""
-        if x.shape[1] <= self.left + self.right:
-            return x.new_zeros(x.shape[0], 0, len(self.bias))
-        return _convolve(x, self.weight, self.bias, self.dilation)
-
-
-class Recurrence:
-    """An LSTM with its input added."""
-
-    def __init__(self, layer: Any) -> None:
-        weights = [w.detach().clone() for w in layer.lstm.parameters()]
-        # a layer: input weight, hidden weight [4 * hidden, hidden], their biases [4 * hidden]
-        self.layers = [weights[i : i + 4] for i in range(0, len(weights), 4)]
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, hidden] to the same shape, without delay."""
-        zeros = x.new_zeros(x.shape[0], x.shape[2])
-        past.hidden = past.hidden or [(zeros, zeros)] * len(self.layers)
-        y = x
-        for i, weights in enumerate(self.layers):
-            y, past.hidden[i] = _recur(y, *past.hidden[i], *weights)
-        return x + y
+        """Without padding: [batch, time, in] to [batch, outputs, out]."""
+        return self.kernel(x) if self.outputs(x) else x.new_zeros(x.shape[0], 0, self.width)
 
 
 class Residual:
     """ELU, convolution, ELU, convolution of kernel 1, beside the input or its projection."""
 
     def __init__(self, block: Any) -> None:
-        self.wide = Convolution(block.block[1])
-        self.narrow = Convolution(block.block[3])
+        self.wide, self.narrow = Convolution(block.block[1]), Convolution(block.block[3])
         shortcut = block.shortcut
         self.shortcut = None if isinstance(shortcut, nn.Identity) else Convolution(shortcut)
 
@@ -216,12 +198,12 @@ class Upsampling:
         self.stride = conv.stride[0]
         half = self.stride // 2
         self.right = math.ceil(self.stride * layer.trim_right_ratio) if layer.causal else half
-        self.left = self.stride - self.right  # trimmed samples before and after the signal
+        self.left = self.stride - self.right  # steps trimmed before and after the signal
         # An input reaches s steps with the first half of the kernel, the next s with the second.
-        now, later = conv.weight.detach().split(self.stride, dim=2)  # [in, out, s]
-        weight = torch.stack([later, now], dim=-1)  # [in, out, s, 2]
-        self.weight = _packed(weight.permute(2, 1, 0, 3).flatten(0, 1))
-        self.bias = conv.bias.detach().repeat(self.stride)
+        now, later = conv.weight.split(self.stride, dim=2)  # [in, out, s]
+        pairs = torch.cat([later, now]).permute(2, 1, 0)  # [s, out, (input before, input)]
+        self.width = conv.out_channels
+        self.kernel = _linear(pairs.flatten(0, 1), conv.bias.repeat(self.stride))
 
     def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
         """[batch, time, in] to [batch, s * time less the delay, out]."""
@@ -230,76 +212,180 @@ class Upsampling:
         before = silence if past.inputs is None else past.inputs
         x = torch.cat([before, x, silence] if last else [before, x], dim=1)
         past.inputs = x[:, -1:]
-        if x.shape[1] < 2:
-            return x.new_zeros(x.shape[0], 0, len(self.bias) // self.stride)
-        y = _convolve(x, self.weight, self.bias).unflatten(2, (self.stride, -1)).flatten(1, 2)
-        begin = 0 if past.begun else self.left
-        past.begun = True
-        return y[:, begin : y.shape[1] - self.right if last else None]
+        pairs = torch.cat([x[:, :-1], x[:, 1:]], dim=2)
+        y = self.kernel(pairs).view(x.shape[0], -1, self.width)
+        begin, end = 0 if past.begun else self.left, y.shape[1] - self.right if last else None
+        past.begun = past.begun or y.shape[1] > 0
+        return y[:, begin:end]
 
 
-Stage = Convolution | Recurrence | Residual | Upsampling
+class Recurrence:
+    """An LSTM with its input added. On the CPU a loop of our own over packed weights."""
+
+    def __init__(self, layer: Any, precision: Precision) -> None:
+        lstm: nn.LSTM = layer.lstm
+        weights = [weight.detach() for weight in lstm.parameters()]
+        self.layers = []
+        for i in range(0, len(weights), 4):
+            inputs, hidden, bias, more = map(_sigmoids_first, weights[i : i + 4])
+            recurrent = _half(hidden) if precision == "float16" else _linear(hidden)
+            self.layers.append((_linear(inputs, bias + more), recurrent))
+
+    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
+        """[batch, time, hidden] to the same shape, without delay."""
+        zeros = x.new_zeros(x.shape[0], x.shape[2])
+        past.hidden = past.hidden or [(zeros, zeros)] * len(self.layers)
+        y = x
+        for i, (inputs, recurrent) in enumerate(self.layers):
+            y, past.hidden[i] = _recur(inputs(y), recurrent, past.hidden[i])
+        return x + y
+
+
+class LibraryRecurrence:
+    """The same by torch's own LSTM: on a GPU one launch does all frames."""
+
+    def __init__(self, layer: Any) -> None:
+        self.lstm: nn.LSTM = layer.lstm
+
+    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
+        """[batch, time, hidden] to the same shape, without delay."""
+        if not x.shape[1]:
+            return x
+        y, state = self.lstm(x.transpose(0, 1), past.hidden and past.hidden[0])
+        past.hidden = [state]
+        return x + y.transpose(0, 1)
+
+
+Stage = Convolution | Residual | Upsampling | Recurrence | LibraryRecurrence
+Kernel = Callable[[Tensor], Tensor]
 
 
 def _check(config: EncodecConfig) -> None:
     if config.norm_type != "weight_norm" or config.pad_mode != "reflect":
-        raise RequestError("This codec's normalisation or padding is not supported.")
+        raise RequestError(
+            "This checkpoint's codec is not supported: it must use weight norm and reflection."
+        )
     if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
-        raise RequestError("Only codecs that hear one channel, whole and as loud as it is, fit.")
+        raise RequestError(
+            "This checkpoint's codec is not supported: it must take one channel, in one piece and "
+            "without normalising it."
+        )
 
 
-def _stages(layers: nn.ModuleList) -> list[Stage]:
+def _stages(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
     stages: list[Stage] = []
     for layer in layers:
         match type(layer).__name__:
             case "EncodecConv1d":
                 stages.append(Convolution(layer, elu=bool(stages)))
-            case "EncodecLSTM":
-                stages.append(Recurrence(layer))
-            case "EncodecConvTranspose1d":
-                stages.append(Upsampling(layer))
             case "EncodecResnetBlock":
                 stages.append(Residual(layer))
+            case "EncodecConvTranspose1d":
+                stages.append(Upsampling(layer))
+            case "EncodecLSTM" if next(layer.parameters()).is_cuda:
+                stages.append(LibraryRecurrence(layer))
+            case "EncodecLSTM":
+                stages.append(Recurrence(layer, precision))
     return stages
 
 
-def _tensors(held: Any) -> list[Tensor]:
-    if isinstance(held, Tensor):
-        return [held]
-    if isinstance(held, list):
-        return [tensor for part in held for tensor in _tensors(part)]
-    return _tensors(list(vars(held).values())) if isinstance(held, Stage) else []
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """[out, in, kernel] in the layout for [batch, time, channels] activations."""
-    return weight.detach()[:, :, None].clone(memory_format=torch.channels_last)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Tensor:
-    """[batch, time + span, in] to [batch, time, out]."""
-    image = x.transpose(1, 2)[:, :, None]  # [batch, in, 1, time], channels last in memory
-    return F.conv2d(image, weight, bias, dilation=(1, dilation))[:, :, 0].transpose(1, 2)
+def _through(stages: list[Stage], pasts: list[Past], x: Tensor, last: bool) -> Tensor:
+    for stage, past in zip(stages, pasts, strict=True):
+        x = stage.push(x, past, last)
+    return x
 
 
 def _reflect(x: Tensor, left: int, right: int) -> Tensor:
-    """Mirrors both ends of [batch, time, channels]; a shorter signal counts as ending in zeros."""
+    """Mirrors the ends of [batch, time, channels]; a shorter signal counts as ending in zeros."""
+    if not left and not right:
+        return x
     missing = max(0, max(left, right) + 1 - x.shape[1])
-    x = F.pad(x, (0, 0, 0, missing))
-    mirrored = [x[:, 1 : left + 1].flip(1), x, x[:, x.shape[1] - 1 - right : -1].flip(1)]
-    x = torch.cat(mirrored, dim=1)
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    end = x.shape[1] - 1
+    x = torch.cat([x[:, 1 : left + 1].flip(1), x, x[:, end - right : end].flip(1)], dim=1)
     return x[:, : x.shape[1] - missing]
 
 
+def _quantize(latents: Tensor, tables: Tensor) -> Tensor:
+    """[channels, frames, dim] to [codebooks, channels, frames]: nearest entries of what is left.
+
+    Distances are computed as in transformers, so that near ties fall the same way.
+    """
+    codes = []
+    for table in tables:
+        squares = latents.pow(2).sum(-1, keepdim=True)
+        distances = squares - 2 * latents @ table.t() + table.pow(2).sum(-1)
+        codes.append(distances.argmin(-1))
+        latents = latents - F.embedding(codes[-1], table)
+    return torch.stack(codes)
+
+
 def _recur(
-    x: Tensor, h: Tensor, c: Tensor, w_in: Tensor, w_hid: Tensor, b_in: Tensor, b_hid: Tensor
+    projected: Tensor, recurrent: Kernel, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A layer of an LSTM over [batch, time, hidden], and its state (h, c) after it."""
-    projected = F.linear(x, w_in, b_in + b_hid)
-    outputs = []
+    """A layer of an LSTM over its projected inputs [batch, time, 4 * hidden].
+
+    Returns [batch, time, hidden] and the state (h, c) after it.
+    """
+    h, c = state  # [batch, hidden]
+    width, outputs = c.shape[1], [projected[:, :0, : c.shape[1]]]
     for gates in projected.unbind(1):
-        i, f, g, o = F.linear(h, w_hid).add_(gates).chunk(4, dim=1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        outputs.append(h)
-    return torch.stack(outputs, dim=1) if outputs else x, (h, c)
+        gates = recurrent(h).add_(gates)
+        gates[:, : 3 * width].sigmoid_()
+        i, f, o, g = gates.split(width, dim=1)
+        c = torch.addcmul(f * c, i, g.tanh_())
+        h = o * c.tanh()
+        outputs.append(h[:, None])
+    return torch.cat(outputs, dim=1), (h, c)
+
+
+def _sigmoids_first(weight: Tensor) -> Tensor:
+    """An LSTM's rows in the order input, forget, output, cell: three sigmoids become one."""
+    i, f, g, o = weight.chunk(4)
+    return torch.cat([i, f, o, g])
+
+
+def _packs(weight: Tensor) -> bool:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> Kernel:
+    """x @ weight.T + bias with the weight [out, in] packed where that is faster."""
+    weight = weight.contiguous()
+    if not _packs(weight):
+        return lambda x: F.linear(x, weight, bias)
+    packed, run = (
+        torch.ops.mkldnn._reorder_linear_weight(weight),
+        torch.ops.mkldnn._linear_pointwise,
+    )
+    return lambda x: run(x, packed, bias, "none", [], "")
+
+
+def _half(weight: Tensor) -> Kernel:
+    """x @ weight.T in float32 with the weight [out, in] held in float16."""
+    if not _packs(weight):
+        return _linear(weight)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+def _convolution(conv: Any) -> Kernel:
+    """`conv` without padding: [batch, time, in] to [batch, outputs, out]."""
+    stride, dilation = (1, conv.stride[0]), (1, conv.dilation[0])
+    weight = conv.weight.detach()[:, :, None].clone(memory_format=torch.channels_last)
+    bias = conv.bias.detach().clone()
+    if _packs(weight):
+        none = (0, 0)
+        weight = torch.ops.mkldnn._reorder_convolution_weight(weight, none, stride, dilation, 1)
+        run = torch.ops.mkldnn._convolution_pointwise
+
+        def image(x: Tensor) -> Tensor:
+            return run(x, weight, bias, none, stride, dilation, 1, "none", [], "")
+    else:
+
+        def image(x: Tensor) -> Tensor:
+            return F.conv2d(x, weight, bias, stride, dilation=dilation)
+
+    # [batch, in, 1, time] with the channels last in memory is what `x` already is
+    return lambda x: image(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
