@@ -138,7 +138,7 @@ class CheckpointFacts:
         return {"checkpoint_line": line, "stereo": gr.update(**toggle)}
 
     async def load(self) -> dict[str, Any]:
-        """What only the engine knows when the page opens: the checkpoints and the first one's facts."""
+        """What only the engine knows when the page opens: the checkpoints, facts of the first."""
         names = await to_thread.run_sync(self.engine.checkpoints)
         return {"checkpoint": gr.update(choices=names)} | await self.choose(names[0])
 

@@ -13,7 +13,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from musicgen_ui import audio, takes
 from musicgen_ui.engine.events import Chunk, Engine, Finished, Progress
 from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
 from musicgen_ui.ui import take_panel
-from musicgen_ui.ui.live_player import LiveStream
+from musicgen_ui.ui.live_player import LiveStream, status_text
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Handlers:
     @names_every_setting
     async def compose(
         self, history: list[take_panel.Group], request: gr.Request, **values: Any
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         """The page's Generate: status and live music first, then the takes."""
         live = LiveStream(total_s=1.0)
         yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
@@ -146,7 +146,7 @@ class Handlers:
     @names_every_setting
     async def generate(
         self, request: gr.Request, **values: Any
-    ) -> AsyncIterator[tuple[list[str] | None, dict[str, Any]]]:
+    ) -> AsyncGenerator[tuple[list[str] | None, dict[str, Any]], None]:
         """Makes music from words, or continues a clip. Returns WAV and FLAC files and settings.
 
         While the music is made, the intermediate results are (None, progress).
@@ -183,7 +183,7 @@ class Handlers:
 
     async def _updates(
         self, live: LiveStream, history: list[take_panel.Group], tab: str, values: dict[str, Any]
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         latest = Progress("waiting")
         progress: dict[int, Progress] = {}
         saved: list[Saved] = []
@@ -199,10 +199,10 @@ class Handlers:
                     latest = min(progress.values(), key=lambda p: p.done_s)
                     if news or time.monotonic() - shown_at > STATUS_EVERY_S:
                         shown_at = time.monotonic()
-                        yield {"live": say(live, latest)}
+                        yield {"live": live.progress(latest)}
                 elif isinstance(event, Chunk) and event.variation == 0:
                     live.add(event.clip)
-                    yield {"live": say(live, latest)}
+                    yield {"live": live.progress(latest)}
                 elif isinstance(event, Saved):
                     saved.append(event)
                     group.append(take_panel.shown(event.take))
@@ -215,7 +215,7 @@ class Handlers:
 
     async def _events(
         self, values: dict[str, Any], tab: str
-    ) -> AsyncIterator[GenerationRequest | Progress | Chunk | Saved]:
+    ) -> AsyncGenerator[GenerationRequest | Progress | Chunk | Saved, None]:
         """The resolved request, then the engine's events, with the takes saved."""
         with self.desk.place(tab) as stop:
             request, notes = await to_thread.run_sync(self._read, values)
@@ -263,26 +263,6 @@ def busy(on: bool) -> Updates:
         "generate": gr.update(visible=not on),
         "stop": gr.update(visible=on, interactive=on, value="Stop"),
     }
-
-
-def say(live: LiveStream, progress: Progress) -> dict[str, Any]:
-    """The live player's message for a progress."""
-    return live.message(progress.stage, status_text(progress), progress.done_s, progress.speed)
-
-
-def status_text(progress: Progress) -> str:
-    """One line: where a job stands."""
-    if progress.stage == "waiting":
-        if progress.place > 1:
-            return f"Waiting at place {progress.place}"
-        return "Waiting: you are next" if progress.place else "Waiting"
-    if progress.stage == "loading":
-        return "Loading the model" + (f": {progress.note}" if progress.note else " …")
-    text = f"Composing {progress.done_s:.1f} of {progress.total_s:.1f} s"
-    if not progress.speed or not progress.done_s:
-        return text
-    left_s = (progress.total_s - progress.done_s) / progress.speed
-    return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
 
 
 def ending(saved: list[Saved]) -> tuple[str, str]:

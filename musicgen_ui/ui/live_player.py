@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import Clip
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -26,29 +27,28 @@ RESENT = 3  # chunks in a message: as many as one update may swallow
 IDLE = "Press Generate: the music plays here while it is being made."
 
 # Never re-rendered, so the script may write into it: nothing here depends on the value.
-SKELETON = (
-    """
+SKELETON = f"""
 <div class="live" data-stage="idle">
   <div class="live-head"><span class="live-dot" aria-hidden="true"></span>
-    <span class="live-text">"""
-    + IDLE
-    + """</span></div>
-  <div class="live-bar" role="progressbar" aria-label="Composed" aria-valuemin="0"
-       aria-valuemax="100" aria-valuenow="0"><i class="live-made"></i><i class="live-heard"></i></div>
+    <span class="live-text">{IDLE}</span></div>
+  <div class="live-bar" role="progressbar" aria-label="Composed"
+    aria-valuemin="0" aria-valuemax="100" aria-valuenow="0">
+    <i class="live-made"></i><i class="live-heard"></i></div>
   <div class="live-foot">
     <button type="button" class="live-mute" aria-pressed="false" aria-label="Mute">
-      <svg viewBox="0 0 24 24" width="18" height="18" aria-hidden="true"><path d="M4 9v6h4l5 4V5L8 9z"
-        fill="currentColor"/><path class="live-waves" d="M16 8.5a5 5 0 0 1 0 7M18.5 6a8.5 8.5 0 0 1 0 12"
-        fill="none" stroke="currentColor" stroke-width="1.8" stroke-linecap="round"/></svg></button>
+      <svg viewBox="0 0 24 24" width="18" height="18" aria-hidden="true" fill="none"
+        stroke="currentColor" stroke-width="1.8" stroke-linecap="round">
+        <path d="M4 9v6h4l5 4V5L8 9z" fill="currentColor" stroke="none"/>
+        <path class="live-waves" d="M16 8.5a5 5 0 0 1 0 7M18.5 6a8.5 8.5 0 0 1 0 12"/>
+      </svg></button>
     <input type="range" class="live-volume" min="0" max="1" step="0.01" value="0.9"
-           aria-label="Volume of the live music">
+      aria-label="Volume of the live music">
     <span class="live-meter" aria-hidden="true"><i></i></span>
     <span class="live-clock"></span>
   </div>
   <span class="sr-only live-said" role="status" aria-live="polite"></span>
 </div>
 """
-)
 
 
 def live_player() -> gr.HTML:
@@ -91,6 +91,25 @@ class LiveStream:
             "chunks": list(self._recent),
             **self._format,
         }
+
+    def progress(self, now: Progress) -> dict[str, Any]:
+        """The message for where the take stands."""
+        return self.message(now.stage, status_text(now), now.done_s, now.speed)
+
+
+def status_text(progress: Progress) -> str:
+    """One line: where a job stands."""
+    if progress.stage == "waiting":
+        if progress.place > 1:
+            return f"Waiting at place {progress.place}"
+        return "Waiting: you are next" if progress.place else "Waiting"
+    if progress.stage == "loading":
+        return "Loading the model" + (f": {progress.note}" if progress.note else " …")
+    text = f"Composing {progress.done_s:.1f} of {progress.total_s:.1f} s"
+    if not progress.speed or not progress.done_s:
+        return text
+    left_s = (progress.total_s - progress.done_s) / progress.speed
+    return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
 
 
 def pcm16(clip: Clip) -> str:

@@ -30,6 +30,7 @@ IDEAS = {
     "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
 }
 
+DEFAULTS: dict[str, Any] = {name: spec.default for name, spec in FIELDS.items()}
 WAVEFORM = gr.WaveformOptions(
     waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
 )
@@ -107,13 +108,13 @@ def about(name: str, info: str | None = None) -> dict[str, Any]:
 
 def slider(name: str, low: float, high: float, step: float, info: str | None = None) -> gr.Slider:
     """A setting as a slider; its limits may be tighter than the request's."""
-    value = min(FIELDS[name].default, high)
+    value = min(DEFAULTS[name], high)
     return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
 
 
 def switch(name: str, info: str | None = None) -> gr.Checkbox:
     """A setting that is on or off."""
-    return gr.Checkbox(FIELDS[name].default, **about(name, info))
+    return gr.Checkbox(DEFAULTS[name], **about(name, info))
 
 
 def compose(parts: Parts, settings: Settings) -> None:
@@ -183,7 +184,7 @@ def advanced(parts: Parts, settings: Settings) -> None:
     with gr.Row():
         parts["variations"] = slider("variations", 1, 4, 1, "takes at once, each with its seed")
         parts["seed"] = gr.Number(
-            FIELDS["seed"].default,
+            DEFAULTS["seed"],
             precision=0,
             min_width=140,
             **about("seed", "same seed, same take; -1 draws one"),

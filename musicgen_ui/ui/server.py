@@ -15,20 +15,16 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from musicgen_ui.engine.events import Description, Engine, Event, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.ui.limits import BodyLimit, sweep_while
 from musicgen_ui.ui.settings import Settings, settings
 
 log = logging.getLogger(__name__)
-
-KEPT_S = 24 * 3600  # temporary takes and uploads older than this are deleted
-SWEEP_EVERY_S = 600.0
-BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 
 
 class BackgroundEngine:
@@ -52,7 +48,7 @@ class BackgroundEngine:
         preload = getattr(self._engine, "preload", None)
         if preload:
             try:
-                preload()
+                preload(self._checkpoint)
             except Exception:  # a click loads again and shows the reason
                 log.exception("The first checkpoint could not be loaded ahead")
 
@@ -110,79 +106,10 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
             idle_s=chosen.idle_s,
             max_jobs=chosen.jobs,
             allow_any=chosen.any_checkpoint,
+            also=[chosen.checkpoint],
         )
 
     return BackgroundEngine(build, chosen.checkpoint)
-
-
-class BodyLimit:
-    """Refuses request bodies that are too large, counted as they come (ASGI middleware).
-
-    Gradio limits uploaded files, but reads a form field or a JSON body of any size into memory.
-    """
-
-    def __init__(self, app: Any, upload_bytes: int, body_bytes: int = BODY_BYTES) -> None:
-        self.app = app
-        self.upload_bytes = upload_bytes
-        self.body_bytes = body_bytes
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        upload = scope["path"].rstrip("/").endswith("/upload")
-        limit = self.upload_bytes if upload else self.body_bytes
-        headers = dict(scope["headers"])
-        seen, started = 0, False
-
-        async def counted() -> dict:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise _TooLarge
-            return message
-
-        async def noted(message: dict) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            if int(headers.get(b"content-length", b"0") or 0) > limit:
-                raise _TooLarge
-            await self.app(scope, counted, noted)
-        except (_TooLarge, ValueError):
-            if started:
-                raise
-            await refuse(send, f"The request is larger than {limit // 1_000_000} MB.")
-
-
-class _TooLarge(Exception):
-    """A body passed its limit."""
-
-
-async def refuse(send: Callable, text: str) -> None:
-    """Answers 413 with a sentence."""
-    body = text.encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def sweep(folder: Path, older_than_s: float) -> int:
-    """Deletes files in `folder` that nobody touched for `older_than_s`; how many."""
-    count, before = 0, time.time() - older_than_s
-    for path in sorted(folder.rglob("*"), reverse=True):
-        try:
-            if path.is_dir():
-                path.rmdir()  # only an empty one goes
-            elif path.stat().st_mtime < before:
-                path.unlink()
-                count += 1
-        except OSError:
-            continue
-    return count
 
 
 def private_folder() -> Path:
@@ -190,21 +117,21 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="musicgen-ui-"))
 
 
-def launch(chosen: Settings, engine: Engine | None = None) -> Any:
-    """Starts the server and returns Gradio's Blocks; the caller blocks or closes it."""
+def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
+    """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
     temporary = private_folder()
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     engine = engine or managed_engine(chosen)
 
-    import gradio as gr
     from starlette.middleware import Middleware
 
-    from musicgen_ui.ui import page
+    from musicgen_ui.ui import page, take_panel
     from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
+    shown = [takes] if chosen.output_folder else []  # a temporary folder needs no leave
     upload_bytes = round(chosen.max_upload_mb * 1e6)
     demo = page.build(engine, chosen, takes)
     # The engine has the real queue; this one only bounds what waits for a validator.
@@ -220,7 +147,8 @@ def launch(chosen: Settings, engine: Engine | None = None) -> Any:
         enable_monitoring=False,
         strict_cors=True,
         max_file_size=upload_bytes,
-        allowed_paths=[str(takes)],
+        # What is shown is copied to the private cache; these folders may be copied from.
+        allowed_paths=[str(path) for path in (*shown, take_panel.EXAMPLE.with_suffix(".wav"))],
         footer_links=["api"],
         theme=page.theme(),
         css_paths=[ASSETS / "style.css"],
@@ -229,27 +157,26 @@ def launch(chosen: Settings, engine: Engine | None = None) -> Any:
     app.add_api_route("/healthz", lambda: {"status": "ok", "engine": engine.status()})
     # Gradio's catch-all page route comes first in the list: ours must come before it.
     app.router.routes.insert(0, app.router.routes.pop())
-    kept = gr.utils.get_upload_folder()
-    threading.Thread(target=_sweep_forever, args=(Path(kept), demo), daemon=True).start()
-    demo.temporary = temporary
-    return demo
+    running = lambda: demo.is_running  # noqa: E731
+    for work in (lambda: sweep_while(running, temporary), take_panel.warm_up):
+        threading.Thread(target=work, daemon=True).start()
+    return demo, temporary
 
 
-def _sweep_forever(folder: Path, demo: Any) -> None:
-    while demo.is_running:
-        time.sleep(SWEEP_EVERY_S)
-        sweep(folder, KEPT_S)
+def close(demo: Any, temporary: Path) -> None:
+    """Ends a launched server and deletes what was temporary."""
+    demo.close()
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def serve(chosen: Settings, engine: Engine | None = None) -> None:
     """Serves the page until it is interrupted."""
-    demo = launch(chosen, engine)
+    demo, temporary = launch(chosen, engine)
     print(f"MusicGen UI is at {demo.local_url}", flush=True)
     try:
         demo.block_thread()
     finally:
-        demo.close()
-        shutil.rmtree(demo.temporary, ignore_errors=True)
+        close(demo, temporary)
 
 
 def main(arguments: list[str] | None = None) -> int:

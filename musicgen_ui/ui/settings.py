@@ -49,7 +49,7 @@ class Settings:
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    spec = Settings.__dataclass_fields__[name]
+    spec = {f.name: f for f in dataclasses.fields(Settings)}[name]
     return spec.metadata["env"] or PREFIX + name.upper()
 
 
@@ -97,7 +97,7 @@ def settings(
 
 
 def _coerce(spec: dataclasses.Field, value: Any) -> Any:
-    kind = type(spec.default)
+    kind: Any = type(spec.default)
     if kind is bool and isinstance(value, str):
         words = {"1": True, "true": True, "on": True, "yes": True}
         words |= {"0": False, "false": False, "off": False, "no": False}

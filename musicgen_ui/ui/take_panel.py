@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import html
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from musicgen_ui import spectrogram, takes
+from musicgen_ui.request import Clip
 from musicgen_ui.ui.live_player import ASSETS
 
 log = logging.getLogger(__name__)
@@ -165,3 +168,9 @@ def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
 def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:
     """The take on show: the example before the first one is made."""
     return history[chosen[0]][chosen[1]] if history else example()
+
+
+def warm_up() -> None:
+    """Imports what draws pictures, so that the first take need not wait for it."""
+    silence = Clip(np.zeros((1, 1600), np.float32), 16_000)
+    spectrogram.draw(silence, Path(os.devnull))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
@@ -115,25 +116,23 @@ def named(handler: Callable, parts: Parts) -> Callable:
     def placed(updates: dict[str, Any]) -> dict[Any, Any]:
         return {parts[name]: value for name, value in updates.items()}
 
-    if inspect.isasyncgenfunction(handler):
-
-        @functools.wraps(handler)
-        async def call(*args: Any, **values: Any) -> Any:
-            async for updates in handler(*args, **values):
+    async def many(*args: Any, **values: Any) -> Any:
+        async with aclosing(handler(*args, **values)) as answers:
+            async for updates in answers:
                 yield placed(updates)
 
+    async def later(*args: Any, **values: Any) -> Any:
+        return placed(await handler(*args, **values))
+
+    def once(*args: Any, **values: Any) -> Any:
+        return placed(handler(*args, **values))
+
+    call: Any = once
+    if inspect.isasyncgenfunction(handler):
+        call = many
     elif inspect.iscoroutinefunction(handler):
-
-        @functools.wraps(handler)
-        async def call(*args: Any, **values: Any) -> Any:  # type: ignore[misc]
-            return placed(await handler(*args, **values))
-
-    else:
-
-        @functools.wraps(handler)
-        def call(*args: Any, **values: Any) -> Any:
-            return placed(handler(*args, **values))
-
+        call = later
+    functools.update_wrapper(call, handler)
     # A method's own signature, as `wraps` would copy it, still names `self`.
-    call.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(handler)
     return call

@@ -1,0 +1,90 @@
+"""What a public server must not take or keep: bodies without end, uploads that were given up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
+KEPT_S = 24 * 3600  # temporary takes and uploads older than this are deleted
+SWEEP_EVERY_S = 600.0
+
+
+class BodyLimit:
+    """Refuses request bodies that are too large, counted as they come (ASGI middleware).
+
+    Gradio limits uploaded files, but reads a form field or a JSON body of any size into memory.
+    """
+
+    def __init__(self, app: Any, upload_bytes: int, body_bytes: int = BODY_BYTES) -> None:
+        self.app = app
+        self.upload_bytes = upload_bytes
+        self.body_bytes = body_bytes
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Serves a request whose body stays within its limit, else answers 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        upload = scope["path"].rstrip("/").endswith("/upload")
+        limit = self.upload_bytes if upload else self.body_bytes
+        headers = dict(scope["headers"])
+        seen, started = 0, False
+
+        async def counted() -> dict:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _TooLargeError
+            return message
+
+        async def noted(message: dict) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            if int(headers.get(b"content-length", b"0") or 0) > limit:
+                raise _TooLargeError
+            await self.app(scope, counted, noted)
+        except (_TooLargeError, ValueError):
+            if started:
+                raise
+            await refuse(send, f"The request is larger than {limit // 1_000_000} MB.")
+
+
+class _TooLargeError(Exception):
+    """A body passed its limit."""
+
+
+async def refuse(send: Callable, text: str) -> None:
+    """Answers 413 with a sentence."""
+    body = text.encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def sweep(folder: Path, older_than_s: float) -> int:
+    """Deletes files in `folder` that nobody touched for `older_than_s`; how many."""
+    count, before = 0, time.time() - older_than_s
+    for path in sorted(folder.rglob("*"), reverse=True):
+        try:
+            if path.is_dir():
+                path.rmdir()  # only an empty one goes
+            elif path.stat().st_mtime < before:
+                path.unlink()
+                count += 1
+        except OSError:
+            continue
+    return count
+
+
+def sweep_while(running: Callable[[], bool], folder: Path) -> None:
+    """Sweeps a server's temporary folder every ten minutes for as long as it runs."""
+    while running():
+        time.sleep(SWEEP_EVERY_S)
+        sweep(folder, KEPT_S)
