@@ -1,0 +1,277 @@
+"""Models are loaded once, lent while in use, evicted when idle; failures leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from musicgen_ui.checkpoints import Source
+from musicgen_ui.hub import Abandoned
+from musicgen_ui.request import RequestError
+from musicgen_ui.residents import Residents
+
+A, B, C, D = (Source(name) for name in "ABCD")
+
+
+class Model:
+    """Stands for a Batch: what residents ask of one is its size."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+class Loader:
+    """Loads models of 10 bytes, as slowly and with as many failures as a test wants."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []
+        self.failures: list[Exception] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, source: Source, say: Callable[[str], None]) -> Model:
+        self.loads.append(source.name)
+        while not self.go.wait(0.005):
+            say(f"reading {source.name}")
+        if self.failures:
+            raise self.failures.pop(0)
+        return Model(10)
+
+
+def residents_of(loader: Loader, budget_bytes: int = 1000, idle_s: float = 0.0) -> Residents:
+    return Residents(loader, lambda source: 10, budget_bytes, idle_s)
+
+
+def use(residents: Residents, source: Source) -> None:
+    with residents.lease(source) as resident:
+        resident.loaded()
+
+
+def names(residents: Residents) -> list[str]:
+    return [resident.source.name for resident in residents.all()]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection takes half a second beside torch, and these models hold no memory."""
+    monkeypatch.setattr("musicgen_ui.residents.give_memory_back", lambda: None)
+
+
+@pytest.fixture
+def loader() -> Loader:
+    return Loader()
+
+
+def test_twenty_callers_at_once_share_one_load(loader):
+    loader.go.clear()
+    residents = residents_of(loader)
+
+    def ask(_: int) -> Model:
+        with residents.lease(A) as resident:
+            return resident.loaded()
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(ask, i) for i in range(20)]
+        wait_for(lambda: residents.all() and residents.all()[0].leases == 20)
+        loader.go.set()
+        models = {answer.result() for answer in answers}
+    assert len(models) == 1
+    assert loader.loads == ["A"]
+    assert residents.all()[0].leases == 0
+
+
+def test_the_longest_unused_model_makes_room(loader):
+    residents = residents_of(loader, budget_bytes=30)
+    for source in (A, B, C, A):
+        use(residents, source)
+    use(residents, D)
+    assert sorted(names(residents)) == ["A", "C", "D"]
+    use(residents, B)
+    assert sorted(names(residents)) == ["A", "B", "D"]
+    assert loader.loads == ["A", "B", "C", "D", "B"]
+
+
+def test_a_model_alone_is_loaded_whatever_the_estimate(loader):
+    residents = residents_of(loader, budget_bytes=5)
+    use(residents, A)
+    use(residents, B)
+    assert names(residents) == ["B"]
+
+
+def test_a_lent_model_stays_until_its_lease_ends(loader):
+    residents = residents_of(loader, budget_bytes=10)
+    started, leave, stayed = threading.Event(), threading.Event(), []
+
+    def hold() -> None:
+        with residents.lease(A) as resident:
+            model = resident.loaded()
+            started.set()
+            leave.wait(5)
+            assert resident.batch is model
+            stayed.append(names(residents))
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    started.wait(5)
+    with residents.lease(B) as resident:
+        wait_for(lambda: "waiting for room" in resident.note)
+        leave.set()
+        resident.loaded()
+        assert names(residents) == ["B"]
+    holder.join()
+    assert stayed == [["A", "B"]]
+
+
+def test_nobody_evicts_what_nobody_needs_to(loader):
+    residents = residents_of(loader, budget_bytes=40)
+    for source in (A, B, C, D):
+        use(residents, source)
+    assert names(residents) == ["A", "B", "C", "D"]
+
+
+def test_a_failed_load_is_told_to_every_caller_and_tried_again(loader):
+    loader.go.clear()
+    loader.failures = [RequestError("The disk is on fire: get some water.")]
+    residents = residents_of(loader)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(use, residents, A) for _ in range(4)]
+        wait_for(lambda: residents.all() and residents.all()[0].leases == 4)
+        loader.go.set()
+        for answer in answers:
+            with pytest.raises(RequestError, match="on fire"):
+                answer.result()
+    assert names(residents) == []
+    use(residents, A)
+    assert loader.loads == ["A", "A"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate …"),
+    ],
+)
+def test_a_load_without_memory_unloads_what_is_idle_and_tries_once_more(loader, error):
+    residents = residents_of(loader)
+    use(residents, A)
+    loader.failures = [error]
+    use(residents, B)
+    assert names(residents) == ["B"]
+    loader.failures = [error, error]
+    with pytest.raises(RequestError, match="not enough free memory for C"):
+        use(residents, C)
+    assert loader.loads == ["A", "B", "B", "C", "C"]
+    use(residents, C)
+    assert names(residents) == ["C"]
+
+
+def test_other_errors_are_not_tried_again(loader):
+    loader.failures = [KeyError("a bug")]
+    with pytest.raises(KeyError):
+        use(residents_of(loader), A)
+    assert loader.loads == ["A"]
+
+
+def test_an_unused_model_goes_after_its_time_and_a_used_one_does_not(loader):
+    residents = residents_of(loader, idle_s=0.05)
+    with residents.lease(A) as resident:
+        resident.loaded()
+        time.sleep(0.12)
+        assert names(residents) == ["A"]
+    wait_for(lambda: not names(residents))
+    use(residents, A)
+    assert loader.loads == ["A", "A"]
+    residents.close()
+    wait_for(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
+
+
+def test_a_new_lease_stops_the_clock(loader):
+    residents = residents_of(loader, idle_s=0.1)
+    use(residents, A)
+    with residents.lease(A):
+        time.sleep(0.15)
+        assert names(residents) == ["A"]
+
+
+def test_unload_frees_the_idle_and_keeps_the_lent(loader):
+    residents = residents_of(loader)
+    use(residents, A)
+    reference = weakref.ref(residents.all()[0].batch)
+    with residents.lease(B) as resident:
+        resident.loaded()
+        residents.unload()
+        assert names(residents) == ["B"]
+        gc.collect()
+        assert reference() is None
+    residents.unload()
+    assert names(residents) == []
+
+
+def test_a_load_that_nobody_waits_for_is_given_up(loader):
+    loader.go.clear()
+    residents = residents_of(loader)
+    with residents.lease(A) as resident:
+        wait_for(lambda: resident.note == "reading A")
+        with residents.lease(A):
+            pass
+        time.sleep(0.02)
+        assert not resident.ready.done()  # one of two still waits
+    wait_for(resident.ready.done)
+    assert isinstance(resident.ready.exception(), Abandoned)
+    assert names(residents) == []
+    loader.go.set()
+    use(residents, A)
+    assert names(residents) == ["A"]
+
+
+def test_a_load_given_up_does_not_harm_the_next_one(loader):
+    loader.go.clear()
+    residents = residents_of(loader)
+    for _ in range(20):
+        with residents.lease(A):
+            time.sleep(0.003)
+    with residents.lease(A) as resident:
+        loader.go.set()
+        assert resident.loaded().nbytes == 10
+
+
+def test_close_unloads_now_and_later_and_refuses(loader):
+    residents = residents_of(loader)
+    use(residents, A)
+    with residents.lease(B) as resident:
+        resident.loaded()
+        residents.close()
+        assert names(residents) == ["B"]
+    assert names(residents) == []
+    with pytest.raises(RequestError, match="closing"):
+        use(residents, A)
+
+
+def test_a_crowd_with_little_room_gets_what_it_asks_for(loader):
+    residents = residents_of(loader, budget_bytes=20, idle_s=0.01)
+
+    def ask(i: int) -> bool:
+        with residents.lease((A, B, C, D)[i % 4]) as resident:
+            loaded = resident.loaded()
+            time.sleep(0.001)
+            return resident.batch is loaded
+
+    with ThreadPoolExecutor(20) as pool:
+        assert all(pool.map(ask, range(100)))
+    assert all(resident.leases == 0 for resident in residents.all())
