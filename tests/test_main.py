@@ -1,0 +1,249 @@
+"""The command line: flags made from the request, exit codes, files, Ctrl+C."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fakes import FakeEngine
+
+from musicgen_ui import __main__ as cli
+from musicgen_ui import takes
+from musicgen_ui.engine.events import Finished
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
+
+ROOT = Path(__file__).parents[1]
+
+
+class FakeManager:
+    """A `ModelManager` for the command line that plays tones and keeps what it was asked."""
+
+    asked: list[GenerationRequest]
+    interrupt_after: int | None = None
+    failure: Exception | None = None
+
+    def __init__(self, **options):
+        FakeManager.options = options
+
+    def stream_sync(self, request, stop):
+        FakeManager.asked.append(request)
+        engine = FakeEngine(failure=FakeManager.failure)
+        with asyncio.Runner() as runner:
+            events = engine.stream(dataclasses.replace(request, checkpoint="auto"), stop)
+            for count in range(10_000):
+                if count == FakeManager.interrupt_after:
+                    signal.raise_signal(signal.SIGINT)
+                try:
+                    yield runner.run(anext(events))
+                except StopAsyncIteration:
+                    return
+
+    def close(self):
+        FakeManager.options["closed"] = True
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    import musicgen_ui.manager
+
+    monkeypatch.setattr(musicgen_ui.manager, "ModelManager", FakeManager)
+    monkeypatch.setattr(FakeManager, "asked", [], raising=False)
+    return FakeManager
+
+
+def example(name: str) -> tuple[list[str], object]:
+    """Another value than the default for a field: as arguments and as the request holds it."""
+    spec = FIELDS[name]
+    if isinstance(spec.default, bool):
+        return [cli.flag(name).replace("--", "--no-" if spec.default else "--")], not spec.default
+    if name == "checkpoint":
+        return ["--checkpoint", "bundled"], "bundled"
+    if isinstance(spec.default, str):
+        return [cli.flag(name), "slow piano"], "slow piano"
+    value = spec.metadata["max"] if name == "top_p" else spec.metadata["min"] + 2
+    return [cli.flag(name), str(value)], value
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in CLIP_FIELDS and n != "prompt"])
+def test_every_field_is_a_flag_of_its_name_without_the_unit(name, manager, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_check_checkpoint", lambda request: None)
+    arguments, value = example(name)
+    assert cli.main(["generate", *arguments, "-o", str(tmp_path / "out.wav")]) == 0
+    assert getattr(manager.asked[0], name) == value
+    assert "_s" not in cli.flag("duration_s") and cli.flag("top_k") == "--top-k"
+
+
+def test_the_prompt_and_a_clip_reach_the_engine_and_notes_the_file(manager, tmp_path, capsys):
+    clip = tmp_path / "clip.flac"  # named wrongly, which is said
+    soundfile.write(clip, np.zeros((8000, 1)), 16_000, format="WAV")
+    out = tmp_path / "out.wav"
+    assert cli.main(["generate", "rock", "--audio-prompt", str(clip), "-o", str(out)]) == 0
+    request = manager.asked[0]
+    assert request.prompt == "rock" and request.audio_prompt.duration_s == 0.5
+    told = capsys.readouterr()
+    assert "named .flac but holds WAV" in told.err and str(out) in told.out
+    assert "real time" in told.out
+
+
+def test_the_ending_chooses_the_format_and_variations_are_numbered(manager, tmp_path):
+    out = tmp_path / "deep" / "out.flac"
+    arguments = ["generate", "--variations", "3", "--seed", "5", "--duration", "1"]
+    assert cli.main([*arguments, "-o", str(out)]) == 0
+    files = sorted(out.parent.iterdir())
+    assert [file.name for file in files] == ["out-1.flac", "out-2.flac", "out-3.flac"]
+    assert [takes.read_settings(file)["seed"] for file in files] == [5, 6, 7]
+    assert {soundfile.info(file).format for file in files} == {"FLAC"}
+    assert soundfile.info(files[0]).duration == 1.0
+
+
+def test_a_folder_gets_named_takes_as_wav_and_flac(manager, tmp_path, capsys):
+    assert cli.main(["generate", "warm bass", "--seed", "3", "-o", str(tmp_path / "new")]) == 0
+    names = sorted(file.name for file in (tmp_path / "new").iterdir())
+    assert names == ["warm-bass-fake-seed-3.flac", "warm-bass-fake-seed-3.wav"]
+    told = capsys.readouterr().out
+    assert all(str(tmp_path / "new" / name) in told for name in names)
+
+
+WRONG = {
+    "a value out of range": ["--duration", "99"],
+    "no number": ["--top-k", "many"],
+    "an unknown flag": ["--tempo", "120"],
+    "an abbreviated flag": ["--dur", "3"],
+    "an unknown checkpoint": ["--checkpoint", "nonesuch"],
+    "a folder that is no checkpoint": ["--checkpoint", "/"],
+    "stereo without a sibling": ["--checkpoint", "{mono}", "--stereo"],
+    "no such clip": ["--audio-prompt", "nowhere.wav"],
+    "a clip that is no audio": ["--audio-prompt", __file__],
+    "another format": ["-o", "out.mp3"],
+    "a folder under a file": ["-o", f"{__file__}/out.wav"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
+def test_a_wrong_request_is_one_sentence_and_code_2(
+    arguments, manager, tiny_mono, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(mono=tiny_mono) for argument in arguments]
+    assert cli.main(["generate", "rock", *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and told.err.rstrip().endswith((".", ")."))
+    assert not told.out and not manager.asked
+
+
+def test_a_wrong_request_is_refused_before_torch_is_imported():
+    """In a process of its own, since this one has torch."""
+    code = (
+        "import sys; from musicgen_ui.__main__ import main\n"
+        "codes = [main(['generate', *a]) for a in (['--duration', '99'], "
+        "['--checkpoint', 'nonesuch'], ['--audio-prompt', 'none.wav'], ['-o', 'a.mp3'])]\n"
+        "assert codes == [2] * 4, codes\n"
+        "heavy = {'torch', 'transformers', 'gradio'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["serve", "--port", "x"]])
+def test_wrong_commands_and_settings_are_one_sentence_too(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_interrupted_it_keeps_what_was_made(manager, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(manager, "interrupt_after", 10)
+    before = signal.getsignal(signal.SIGINT)
+    out = tmp_path / "out.wav"
+    assert cli.main(["generate", "--duration", "20", "-o", str(out)]) == 130
+    assert 0 < soundfile.info(out).duration < 20
+    assert takes.read_settings(out)["stopped"] is True
+    assert "what was made so far is kept" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before and manager.options["closed"]
+
+
+def test_interrupted_before_the_first_sound_it_leaves_no_file(
+    manager, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(manager, "interrupt_after", 0)
+    assert cli.main(["generate", "-o", str(tmp_path / "out.wav")]) == 130
+    assert not list(tmp_path.iterdir())
+    assert "nothing to keep" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_it_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt), cli._stop_on_interrupt() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_fails_on_the_way_is_a_sentence_and_code_1(manager, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(manager, "failure", RequestError("The memory of this machine is full."))
+    assert cli.main(["generate", "-o", str(tmp_path / "out.wav")]) == 1
+    assert capsys.readouterr().err.endswith("The memory of this machine is full.\n")
+    monkeypatch.setattr(manager, "failure", RequestError("No such thing.", "checkpoint"))
+    assert cli.main(["generate", "-o", str(tmp_path / "out.wav")]) == 2
+
+
+def test_quiet_prints_the_files_alone(manager, tmp_path, capsys):
+    arguments = ["generate", "cut here", "-o", str(tmp_path / "out.wav")]
+    assert cli.main(arguments) == 0
+    loud = capsys.readouterr()
+    assert "100%" in loud.err and "The prompt was cut after “cut”." in loud.err
+    assert cli.main([*arguments, "--quiet"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and told.out.startswith(str(tmp_path / "out.wav"))
+
+
+def test_a_seed_gives_the_same_take_as_on_the_page(tiny_mono, tmp_path):
+    """The page streams over a worker, the command line drives the model itself."""
+    from musicgen_ui.manager import ModelManager
+
+    async def on_the_page(request: GenerationRequest) -> list[Finished]:
+        events = manager.stream(request, threading.Event())
+        return [event async for event in events if isinstance(event, Finished)]
+
+    out = tmp_path / "out.wav"
+    arguments = ["rock", "--duration", "0.5", "--seed", "7", "--checkpoint", str(tiny_mono)]
+    assert cli.main(["generate", *arguments, "--device", "cpu", "-o", str(out)]) == 0
+    manager = ModelManager(device="cpu")
+    request = GenerationRequest("rock", duration_s=0.5, seed=7, checkpoint=str(tiny_mono))
+    (finished,) = asyncio.run(on_the_page(request))
+    manager.close()
+    take = takes.save(finished, tmp_path / "page")
+    made, shown = soundfile.read(out)[0], soundfile.read(take.wav)[0]
+    assert np.array_equal(made, shown) and made.any()
+
+
+def test_serve_takes_the_settings_from_its_flags(monkeypatch):
+    from musicgen_ui.ui import server
+
+    served = []
+    monkeypatch.setattr(server, "serve", lambda chosen, *rest: served.append(chosen))
+    assert cli.main(["serve", "--port", "18401", "--no-any-checkpoint"]) == 0
+    assert served[0].port == 18401 and served[0].any_checkpoint is False
+
+
+def test_bench_reaches_the_bench(monkeypatch, tmp_path):
+    from musicgen_ui import bench
+
+    ran = []
+    monkeypatch.setattr(bench, "run", ran.append)
+    assert cli.main(["bench", "--checkpoint", "random:tiny", "--jobs", "1,4"]) == 0
+    assert ran[0].checkpoint == "random:tiny" and ran[0].jobs == [1, 4]
+
+
+def test_the_module_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "musicgen_ui", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and all(name in done.stdout for name in cli.COMMANDS)
