@@ -25,6 +25,7 @@ WIDTH_PX, MONO_HEIGHT_PX, STEREO_HEIGHT_PX = 1100, 360, 560
 PIXEL_DENSITY = 2  # drawn at twice that size: crisp on phones
 BANDS = 160
 WINDOW_S = 0.064
+PADDING = 2  # with zeros, so that the lowest bands, narrower than a bin, are not empty
 RANGE_DB = 80.0
 LOWEST_HZ = 30.0
 TICKS_HZ = (100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
@@ -78,17 +79,17 @@ def mel_db(clip: Clip) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, ::hop]
     frames = frames[:, : clip.samples.shape[1] // hop + 1]
     shape = np.hanning(window + 1)[:-1].astype(np.float32)
-    spectrum = np.fft.rfft(frames * (shape * (2 / shape.sum())), axis=2)
-    power = (np.abs(spectrum) ** 2).astype(np.float32)
-    bands = np.einsum("bf,ctf->cbt", _filters(rate, window), power, optimize=True)
+    spectrum = np.fft.rfft(frames * (shape * (2 / shape.sum())), n=PADDING * window, axis=2)
+    power = (np.abs(spectrum) ** 2 / PADDING).astype(np.float32)  # [channels, frames, bins]
+    bands = np.einsum("bf,ctf->cbt", _filters(rate, PADDING * window), power, optimize=True)
     return 10 * np.log10(np.maximum(bands, 1e-12))
 
 
 @lru_cache(maxsize=8)
-def _filters(rate: int, window: int) -> np.ndarray:
+def _filters(rate: int, fft: int) -> np.ndarray:
     from librosa.filters import mel
 
-    return mel(sr=rate, n_fft=window, n_mels=BANDS, fmin=LOWEST_HZ, htk=True, norm=None)
+    return mel(sr=rate, n_fft=fft, n_mels=BANDS, fmin=LOWEST_HZ, htk=True, norm=None)
 
 
 def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip) -> Any:

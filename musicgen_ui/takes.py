@@ -153,8 +153,7 @@ def _write_both(clip: Clip, folder: Path, stem: str, tags: dict[str, str]) -> tu
         audio.write(clip, wav, tags)
         audio.write(clip, flac, tags)
     except BaseException:
-        wav.unlink(missing_ok=True)
-        flac.unlink(missing_ok=True)
+        wav.unlink(missing_ok=True)  # the FLAC is last: it is whole or not there
         raise
     finally:
         taken.unlink(missing_ok=True)

@@ -357,7 +357,7 @@ def test_a_small_file_of_much_silence_stays_small_in_memory(tmp_path, seconds, r
 
 def test_an_mp4_whose_tables_claim_gigabytes_is_stopped(tmp_path):
     path = encode(tmp_path / "a.m4a", "aac", 20, movflags="faststart")
-    content, many = bytearray(path.read_bytes()), 100_000_000
+    content, many = bytearray(path.read_bytes()), 40_000_000
     size_at, chunk_at, time_at = (content.index(box) for box in (b"stsz", b"stsc", b"stts"))
     content[size_at + 8 : size_at + 16] = struct.pack(">II", 1, many)
     content[chunk_at + 8 : chunk_at + 24] = struct.pack(">IIII", 1, 1, many, 1)

@@ -35,6 +35,14 @@ def test_a_tone_is_brightest_at_its_frequency_and_level(rate, hz):
     assert levels[band].max() == pytest.approx(-6, abs=3)
 
 
+@pytest.mark.parametrize("rate", [8_000, 16_000, 24_000, 32_000, 44_100, 48_000])
+def test_no_band_is_empty(rate):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise = np.random.default_rng(0).standard_normal((1, rate)).astype(np.float32)
+        assert spectrogram.mel_db(Clip(noise, rate)).mean(axis=2).min() > -60
+
+
 def test_a_click_is_where_it_sounds():
     clip = Clip(np.zeros((1, 32_000), np.float32), 32_000)
     clip.samples[0, 24_000] = 1
