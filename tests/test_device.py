@@ -1,0 +1,58 @@
+"""Where models run is chosen by what the computer has, with the reason, or refused in words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from musicgen_ui.engine import device as devices
+from musicgen_ui.manager import ModelManager
+from musicgen_ui.request import RequestError
+
+
+def test_the_device_and_its_precision_are_chosen_with_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_has_mps", lambda: False)
+    assert devices.choose().device == "cpu"
+    assert devices.choose(precision="int8").precision == "int8"
+    monkeypatch.setattr(devices, "_has_mps", lambda: True)
+    apple = devices.choose()
+    assert (apple.device, apple.codec_device, apple.precision) == ("mps", "cpu", "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert devices.choose() == devices.Place("cuda", "cuda", "bfloat16", "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    old = devices.choose("cuda:1")
+    assert (old.device, old.codec_device, old.precision) == ("cuda:1", "cuda:1", "float16")
+    assert "no bfloat16" in old.reason
+    assert devices.choose("cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "said"),
+    [
+        ("cuda", "auto", 'no device "cuda"'),
+        ("toaster", "auto", "choose auto or cpu"),
+        ("cpu", "float8", 'no precision "float8"'),
+    ],
+)
+def test_a_device_or_precision_that_is_not_there_is_a_sentence(
+    monkeypatch, device, precision, said
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_has_mps", lambda: False)
+    with pytest.raises(RequestError, match=said):
+        ModelManager(device=device, precision=precision)
+
+
+def test_int8_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RequestError, match="int8 runs on the CPU alone"):
+        devices.choose("cuda", "int8")
+
+
+def test_the_budget_is_a_share_of_the_memory():
+    place = devices.choose("cpu")
+    assert 0.1e9 < devices.budget_bytes(place) < devices._ram_bytes()
+    assert ModelManager(device="cpu", budget_bytes=123).budget_bytes == 123

@@ -1,0 +1,206 @@
+"""Checkpoints come from the Hub with progress, whole, once; else a sentence says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub as local_hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+from musicgen_ui import checkpoints, hub
+from musicgen_ui.request import RequestError
+
+TINY = "someone/musicgen-tiny"
+
+
+def load(name: str) -> checkpoints.Loaded:
+    return checkpoints.load(checkpoints.resolve(name), torch.float32, lambda _: None)
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Points the Hub's client at a server of this test and at an empty cache."""
+
+    def point_at(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub._reachable.cache_clear()
+
+    return point_at
+
+
+@pytest.fixture
+def served(tiny_mono: Path, tiny_stereo: Path, online):
+    with local_hub.serve(
+        someone__musicgen_tiny=tiny_mono, facebook__musicgen_stereo_small=tiny_stereo
+    ) as server:
+        server.repositories = {
+            name.replace("_", "-"): folder for name, folder in server.repositories.items()
+        }
+        online(server.url)
+        yield server
+
+
+def test_a_checkpoint_comes_from_the_hub_with_progress_and_then_from_the_cache(served):
+    said: list[str] = []
+    loaded = checkpoints.load(checkpoints.resolve(TINY), torch.float32, said.append)
+    assert loaded.name == TINY
+    assert said[0] == f"asking the Hub for {TINY}"
+    assert any(note.startswith(f"downloading {TINY}: ") for note in said)
+    done, total = next(n for n in reversed(said) if "downloading" in n).split()[-4:-1:2]
+    assert done == total
+    assert said[-1] == f"reading {TINY}"
+    served.asked.clear()
+    load(TINY)
+    assert served.asked == []
+
+
+def test_only_what_is_needed_is_downloaded(served, tiny_mono, tmp_path):
+    changeable = Path(shutil.copytree(tiny_mono, tmp_path / "more"))
+    (changeable / "pytorch_model.bin").write_bytes(b"the same again")
+    (changeable / "training_state.bin").write_bytes(b"something else")
+    served.repositories[TINY] = changeable
+    load(TINY)
+    assert "model.safetensors" in served.fetched()
+    assert not {"pytorch_model.bin", "training_state.bin"} & set(served.fetched())
+
+
+def test_a_broken_transfer_is_taken_up_where_it_stopped(served, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    served.break_after["model.safetensors"] = [150_000]
+    load(TINY)
+    ranges = [r for m, p, r in served.asked if m == "GET" and p.endswith("model.safetensors")]
+    assert len(ranges) == 2
+    assert ranges[0] == "" and 0 < int(ranges[1].removeprefix("bytes=").strip("-")) <= 150_000
+
+
+def test_a_download_that_fails_is_a_sentence_and_the_next_one_completes(served, monkeypatch):
+    from huggingface_hub import file_download
+
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    served.break_after["model.safetensors"] = [1000] + [0] * 20
+    with pytest.raises(RequestError, match="cannot be downloaded now"):
+        load(TINY)
+    assert hub.cached(TINY) is None
+    served.break_after.clear()
+    served.asked.clear()
+    assert load(TINY).name == TINY
+    assert "tokenizer.json" not in served.fetched()  # what was complete was kept
+
+
+def test_what_say_raises_ends_the_download(served):
+    def leave(note: str) -> None:
+        if note.startswith("downloading"):
+            raise hub.Abandoned
+
+    with pytest.raises(hub.Abandoned):
+        checkpoints.load(checkpoints.resolve(TINY), torch.float32, leave)
+    assert hub.cached(TINY) is None
+
+
+def test_an_unknown_id_is_a_sentence(served):
+    with pytest.raises(RequestError, match='no checkpoint "someone/nothing"'):
+        load("someone/nothing")
+    with pytest.raises(RequestError, match='no checkpoint "someone/nothing"'):
+        checkpoints.describe(checkpoints.resolve("someone/nothing"))
+
+
+def test_an_id_is_described_from_its_configuration_alone(served):
+    description = checkpoints.describe(checkpoints.resolve(TINY))
+    assert description.checkpoint == TINY
+    assert served.fetched() == ["config.json"]
+    served.asked.clear()
+    with pytest.raises(RequestError, match="no stereo sibling"):
+        checkpoints.resolve(TINY, stereo=True)
+    assert served.asked == []
+
+
+def test_a_repository_without_a_checkpoint_is_a_sentence(served, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("nothing here")
+    served.repositories["someone/empty"] = tmp_path / "empty"
+    with pytest.raises(RequestError, match="no weights"):
+        load("someone/empty")
+    with pytest.raises(RequestError, match="no checkpoint"):
+        checkpoints.describe(checkpoints.resolve("someone/empty"))
+
+
+def test_without_a_network_a_sentence_names_the_bundled_one_and_the_cache_works(
+    served, online, tiny_mono
+):
+    load(TINY)
+    online("http://127.0.0.1:9")  # nothing listens: refused at once
+    assert load(TINY).name == TINY
+    assert checkpoints.describe(checkpoints.resolve(TINY)).checkpoint == TINY
+    with pytest.raises(RequestError, match=r"check the network .*bundled"):
+        load("small")
+    with pytest.raises(RequestError, match=r"check the network .*bundled"):
+        checkpoints.describe(checkpoints.resolve("someone/else"))
+
+
+def test_auto_is_metas_small_one_on_cuda_if_it_can_be_had(served, online, tiny_mono):
+    bundled = checkpoints.resolve("bundled")
+    assert checkpoints.resolve("auto", device="cpu") == bundled
+    assert checkpoints.resolve("auto", device="cuda") == bundled  # the Hub lacks it
+    assert checkpoints.resolve("auto", True, "cuda").name == "facebook/musicgen-stereo-small"
+    served.repositories["facebook/musicgen-small"] = tiny_mono
+    hub._reachable.cache_clear()
+    assert checkpoints.resolve("auto", device="cuda").name == "facebook/musicgen-small"
+    load("small")
+    online("http://127.0.0.1:9")
+    assert checkpoints.resolve("auto", device="cuda").name == "facebook/musicgen-small"
+
+
+def run_with(**environment: str) -> subprocess.CompletedProcess:
+    code = (
+        "from musicgen_ui import hub\n"
+        "from musicgen_ui.request import RequestError\n"
+        f"try: print(hub.download({TINY!r}, print))\n"
+        "except RequestError as error: print('sentence:', error)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_the_hub_and_being_offline_are_set_by_the_environment(tiny_mono, tmp_path):
+    cache = str(tmp_path / "cache")
+    with local_hub.serve() as server:
+        server.repositories[TINY] = tiny_mono
+        offline = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        assert "sentence:" in run_with(**offline).stdout
+        assert server.asked == []
+        folder = run_with(HF_ENDPOINT=server.url, HF_HUB_CACHE=cache).stdout.splitlines()[-1]
+        assert (Path(folder) / "model.safetensors").is_file()
+        server.asked.clear()
+        assert run_with(**offline).stdout.strip() == folder
+        assert server.asked == []
+
+
+def test_several_threads_may_download_the_same(served):
+    results: list[checkpoints.Loaded] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(hub.download(TINY, print))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(str, results))) == 1
