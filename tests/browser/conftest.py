@@ -1,0 +1,90 @@
+"""One Chromium and one server for all journeys; a fresh browser context for each."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes import FakeEngine
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from musicgen_ui.ui.server import close, launch
+from musicgen_ui.ui.settings import Settings
+
+ARGUMENTS = [
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--autoplay-policy=no-user-gesture-required",
+]
+SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+
+Open = Callable[..., Page]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/browser/" in str(item.path):
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[tuple[str, FakeEngine]]:
+    engine, port = FakeEngine(), free_port()
+    demo, temporary = launch(Settings(port=port), engine)
+    yield f"http://127.0.0.1:{port}/", engine
+    close(demo, temporary)
+
+
+@pytest.fixture
+def engine(served: tuple[str, FakeEngine]) -> Iterator[FakeEngine]:
+    """The engine behind the page, back to its usual speed afterwards."""
+    engine = served[1]
+    engine.speed, engine.failure = 8.0, None
+    yield engine
+
+
+@pytest.fixture
+def open_page(
+    chromium: Browser, served: tuple[str, FakeEngine], engine: FakeEngine
+) -> Iterator[Open]:
+    """Opens the page in a context of its own; anything odd in the browser fails the test."""
+    contexts, odd = [], []
+
+    def open_one(screen: str = "desk", scheme: str = "light", url: str = served[0]) -> Page:
+        context = chromium.new_context(
+            viewport=SCREENS[screen], color_scheme=scheme, has_touch=screen == "phone"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: odd.append(str(error)))
+        page.on("console", lambda m: odd.append(m.text) if m.type == "error" else None)
+        page.on("request", lambda r: odd.append(r.url) if outside(r.url, url) else None)
+        page.goto(url)
+        page.locator("#generate").wait_for()
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert odd == []
+
+
+def outside(address: str, url: str) -> bool:
+    """Whether the page asks another server for something."""
+    return not address.startswith((url, "data:", "blob:"))

@@ -1,0 +1,240 @@
+"""What people do with the page, in Chromium."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import Open
+from fakes import FakeEngine
+from playwright.sync_api import Page, expect
+
+HEARD = "() => window.musicgenLive.heard_s()"
+
+
+def generate(page: Page, prompt: str = "calm", length_s: float = 3.0) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    set_number(page, "duration_s", length_s)
+    page.get_by_role("button", name="Generate", exact=True).click()
+
+
+def set_number(page: Page, name: str, value: float) -> None:
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(f"{value:g}")
+    field.press("Tab")
+
+
+def finished(page: Page, stage: str = "finished") -> None:
+    expect(page.locator(f".live[data-stage={stage}]")).to_be_visible()
+    expect(page.locator("#generate")).to_be_visible()
+
+
+def download(page: Page, name: str, folder: Path) -> Path:
+    with page.expect_download() as waiting:
+        page.locator(f"#{name}").click()
+    path = folder / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("screen", ["desk", "phone"])
+def test_generate_hear_and_download(
+    open_page: Open, engine: FakeEngine, tmp_path: Path, screen: str
+) -> None:
+    page = open_page(screen)
+    engine.speed = 2.0
+    generate(page, "slow waltz", 4)
+    expect(page.locator(".live-text")).to_have_text(
+        re.compile(r"^Composing [123]\.\d of 4.0 s at 2")
+    )
+    page.wait_for_function("() => musicgenLive.heard_s() > 0.5 && musicgenLive.level() > 0.2")
+    before = page.evaluate(HEARD)
+    page.wait_for_function(f"() => musicgenLive.heard_s() > {before} + 0.3")  # the clock runs
+    finished(page)
+    expect(page.locator("#take_title")).to_have_text("slow waltz")
+    expect(page.locator("#spectrogram img")).to_have_attribute("alt", re.compile("Mel spectrogram"))
+    page.wait_for_function("() => musicgenLive.heard_s() > 3.9")
+    assert page.evaluate("musicgenLive.lost") == 0
+    wav, flac = (download(page, kind, tmp_path) for kind in ("wav", "flac"))
+    assert wav.name.startswith("slow-waltz")
+    for path in (wav, flac):
+        samples, rate = soundfile.read(path)
+        assert len(samples) == 4 * rate and np.abs(samples).max() > 0.1
+
+
+def test_slower_than_real_time_buffers_first(open_page: Open, engine: FakeEngine) -> None:
+    page = open_page()
+    engine.speed = 0.6
+    generate(page, length_s=3)
+    page.wait_for_function("() => musicgenLive.buffered_s > 0.5")
+    assert page.evaluate(HEARD) == 0
+    page.wait_for_function("() => musicgenLive.heard_s() > 2.9")
+    assert page.evaluate("musicgenLive.underruns") == 0
+
+
+def test_stop_is_acknowledged_at_once_and_keeps_the_partial(
+    open_page: Open, engine: FakeEngine, tmp_path: Path
+) -> None:
+    page = open_page()
+    engine.speed = 1.0
+    generate(page, length_s=25)
+    page.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+    page.locator("#stop").click()
+    finished(page, "stopped")
+    expect(page.locator(".live-text")).to_have_text(re.compile("Stopped: .* kept as a take"))
+    made_s = soundfile.info(download(page, "wav", tmp_path)).duration
+    assert 0.2 < made_s < 15
+    generate(page, "again", 1)  # the page is ready for more
+    expect(page.locator("#take_title")).to_have_text("again")
+    expect(page.locator("#take_history label")).to_have_count(2)
+
+
+def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeEngine) -> None:
+    engine.speed = 2.0
+    one, two = open_page(), open_page()
+    generate(one, "one", 20)
+    generate(two, "two", 5)
+    one.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+    two.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+    one.locator("#stop").click()
+    finished(one, "stopped")
+    finished(two)
+    expect(two.locator("#take_facts")).to_contain_text("5.0 s")
+
+
+def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeEngine) -> None:
+    engine.speed = 1.0
+    page = open_page()
+    generate(page, length_s=30)
+    page.wait_for_function("() => musicgenLive.received > 0")
+    page.close()
+    for _ in range(100):
+        if engine.running == 0:
+            break
+        time.sleep(0.05)
+    assert engine.running == 0
+
+
+def test_an_upload_is_continued_and_a_take_too(
+    open_page: Open, engine: FakeEngine, tmp_path: Path
+) -> None:
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, 0.2 * np.sin(np.arange(32_000) / 9), 16_000)
+    page = open_page()
+    page.get_by_role("button", name="Start from audio").click()
+    page.locator("#audio_prompt input[type=file]").set_input_files(clip)
+    expect(page.locator("#clip_line")).to_contain_text("last 2.0 s of 2.0 s, 10.0 s new")
+    expect(page.locator("#audio_prompt [data-testid^=waveform]")).to_be_visible()
+    set_number(page, "duration_s", 29)
+    expect(page.locator("#clip_line")).to_contain_text("last 1.0 s of 2.0 s, 29.0 s new, the 30 s")
+    generate(page, length_s=3)
+    expect(page.locator("#take_facts")).to_contain_text("after your clip of")
+    finished(page)
+    assert soundfile.info(download(page, "wav", tmp_path)).duration == 5.0
+    page.locator("#continue").click()
+    expect(page.locator("#clip_line")).to_contain_text("of 5.0 s")
+    expect(page.locator("#offer")).to_have_text(re.compile("use its settings"))
+    page.locator("#same_seed").click()
+    seed = str(engine.requests[-1].seed)
+    expect(page.locator("#seed input")).to_have_value(seed)
+
+
+def test_mistakes_are_said_at_the_field_and_lose_nothing(
+    open_page: Open, engine: FakeEngine, tmp_path: Path
+) -> None:
+    page = open_page()
+    bad = tmp_path / "bad.wav"
+    bad.write_text("<html>not audio</html>")
+    page.get_by_role("button", name="Start from audio").click()
+    page.locator("#audio_prompt input[type=file]").set_input_files(bad)
+    expect(page.locator("#clip_line [role=alert]")).to_be_visible()
+    asked = len(engine.requests)
+    page.evaluate("document.querySelector('#prompt textarea').removeAttribute('maxlength')")
+    generate(page, "x" * 2001)
+    expect(page.locator("#prompt")).to_contain_text("2,001 characters")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("x" * 2001)
+    assert len(engine.requests) == asked
+    page.get_by_label("Prompt", exact=True).fill("kept")
+    engine.failure = RuntimeError("broken")
+    page.locator("#generate").click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Something went wrong")
+    expect(page.locator("#generate")).to_be_visible()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("kept")
+
+
+def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_label("Stereo").check()
+    generate(page, length_s=1)
+    finished(page)
+    assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
+    page.get_by_role("button", name="Advanced").click()
+    model = page.get_by_label("Checkpoint")
+    for name, on in (("mono", False), ("wide", True)):
+        model.fill(name)
+        model.press("Enter")
+        expect(page.get_by_label("Stereo")).to_be_disabled()
+        expect(page.get_by_label("Stereo")).to_be_checked(checked=on)
+    model.fill("nonsense")
+    model.press("Enter")
+    expect(page.locator("#checkpoint_line [role=alert]")).to_contain_text("no checkpoint")
+
+
+def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) -> None:
+    page = open_page()
+    page.get_by_role("button", name="Lo-fi").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("^lo-fi hip hop"))
+    page.get_by_role("button", name="Advanced").click()
+    set_number(page, "variations", 3)
+    set_number(page, "seed", 40)
+    set_number(page, "duration_s", 1)
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    chips = page.locator("#take_variation label")
+    expect(chips).to_have_count(3)
+    finished(page)
+    chips.nth(2).click()
+    expect(page.locator("#take_facts")).to_contain_text("seed42")
+    assert [engine.requests[-1].seed, engine.requests[-1].variations] == [40, 3]
+
+
+@pytest.mark.parametrize(
+    ("screen", "scheme"), [("phone", "dark"), ("desk", "dark"), ("phone", "light")]
+)
+def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> None:
+    page = open_page(screen, scheme)
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    page.get_by_role("button", name="Start from audio").click()
+    page.get_by_role("button", name="Advanced").click()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.reload()
+    page.locator("#generate").wait_for()
+    for name in ("#prompt", "#generate"):  # above the fold
+        box = page.locator(name).bounding_box()
+        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 844
+
+
+def test_streaming_moves_nothing(open_page: Open, engine: FakeEngine) -> None:
+    page = open_page()
+    places = "['#live', '#take_title', '#take_audio', '#spectrogram', '#generate, #stop'].map(" \
+        "s => { const b = [...document.querySelectorAll(s)].find(e => e.offsetParent)" \
+        ".getBoundingClientRect(); return Math.round(b.top + scrollY) })"  # fmt: skip
+    engine.speed = 2.0
+    before = page.evaluate(places)
+    generate(page, length_s=3)
+    page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
+    assert page.evaluate(places) == before
+
+
+def test_everything_has_a_name_for_screen_readers(open_page: Open) -> None:
+    page = open_page()
+    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, textarea, img')]
+        .filter(e => e.offsetParent && e.type !== 'file')
+        .filter(e => !(e.ariaLabel || e.innerText || e.title || e.alt || e.labels?.length))
+        .map(e => e.outerHTML.slice(0, 120))""")
+    assert nameless == []
+    expect(page.locator("[role=status][aria-live=polite]")).to_have_count(1)

@@ -1,0 +1,154 @@
+"""The server's settings, its limits, and a page that answers before the engine is there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeEngine
+
+from musicgen_ui.engine.events import Progress
+from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.ui.limits import BodyLimit, sweep
+from musicgen_ui.ui.server import BackgroundEngine, main
+from musicgen_ui.ui.settings import Settings, settings, table, variable
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_settings_come_from_the_environment_and_flags_override_them() -> None:
+    environment = {"GRADIO_SERVER_PORT": "9000", "MUSICGEN_UI_JOBS": "2", "MUSICGEN_UI_DEVICE": ""}
+    chosen = settings(["--port", "9001", "--no-any-checkpoint"], environment)
+    assert (chosen.port, chosen.jobs, chosen.device) == (9001, 2, "auto")
+    assert not chosen.any_checkpoint
+    assert settings([], {}) == Settings()
+
+
+def test_gradios_own_variables_name_host_and_port() -> None:
+    assert (variable("host"), variable("port")) == ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT")
+    assert variable("queue_length") == "MUSICGEN_UI_QUEUE_LENGTH"
+    assert Settings().host == "127.0.0.1" and Settings().port == 7860
+
+
+def test_every_setting_is_explained() -> None:
+    rows = table()
+    assert len(rows) == len(Settings.__dataclass_fields__)
+    assert all(help for *_, help in rows)
+    assert "--queue-length" in [row[1] for row in rows]
+
+
+@pytest.mark.parametrize("wrong", [["--port", "many"], ["--jobs", "1.5"]])
+def test_a_wrong_setting_is_one_sentence_and_exit_code_2(
+    wrong: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert main(wrong) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and wrong[0] in said
+
+
+def test_the_page_and_the_server_load_without_torch() -> None:
+    code = "import sys, musicgen_ui.ui.page, musicgen_ui.ui.server; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def collect(engine: Any, request: GenerationRequest, stop: threading.Event | None = None) -> list:
+    async def run() -> list:
+        return [event async for event in engine.stream(request, stop)]
+
+    return asyncio.run(run())
+
+
+def test_a_click_waits_for_an_engine_that_is_being_built() -> None:
+    built = threading.Event()
+
+    def build() -> FakeEngine:
+        built.wait()
+        return FakeEngine()
+
+    engine = BackgroundEngine(build, "mono")
+    assert engine.status() == "starting …"
+    threading.Timer(0.3, built.set).start()
+    events = collect(engine, GenerationRequest(duration_s=0.5))
+    assert events[0] == Progress("loading", note="starting the engine")
+    assert events[-1].clip.duration_s == 0.5
+    assert engine.checkpoints() == ["mono", "auto", "wide"]
+    assert engine.status() == "fake · CPU · float32"
+
+
+def test_stop_ends_the_wait_for_the_engine() -> None:
+    engine = BackgroundEngine(lambda: time.sleep(60), "auto")  # type: ignore[arg-type, return-value]
+    stop = threading.Event()
+    stop.set()
+    assert len(collect(engine, GenerationRequest(), stop)) == 1
+
+
+def test_an_engine_that_fails_to_start_is_said_in_a_sentence() -> None:
+    def build() -> FakeEngine:
+        raise OSError("no such device")
+
+    engine = BackgroundEngine(build, "auto")
+    with pytest.raises(RequestError, match="could not start"):
+        engine.describe("auto")
+    assert "failed" in engine.status()
+
+
+async def app(scope: dict, receive: Any, send: Any) -> None:
+    """Reads the whole body and answers 200."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"read"})
+
+
+def post(path: str, chunks: list[bytes], length: int | None = None) -> int:
+    sent: list[dict] = []
+    queue = [{"type": "http.request", "body": c, "more_body": True} for c in chunks]
+    queue.append({"type": "http.request", "body": b"", "more_body": False})
+    headers = [(b"content-length", str(length).encode())] if length is not None else []
+
+    async def receive() -> dict:
+        return queue.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    limited = BodyLimit(app, upload_bytes=5_000, body_bytes=1_000)
+    scope = {"type": "http", "path": path, "headers": headers}
+    asyncio.run(limited(scope, receive, send))
+    return sent[0]["status"]
+
+
+@pytest.mark.parametrize(
+    ("path", "chunks", "length", "status"),
+    [
+        ("/gradio_api/queue/join", [b"x" * 900], None, 200),
+        ("/gradio_api/queue/join", [b"x" * 900] * 2, None, 413),  # sent in chunks, unannounced
+        ("/gradio_api/queue/join", [], 2_000, 413),  # announced: refused before it is read
+        ("/gradio_api/upload", [b"x" * 900] * 2, None, 200),
+        ("/gradio_api/upload", [b"x" * 900] * 6, None, 413),
+        ("/gradio_api/queue/join", [], -1, 200),
+    ],
+)
+def test_bodies_are_bounded(
+    path: str, chunks: list[bytes], length: int | None, status: int
+) -> None:
+    assert post(path, chunks, length) == status
+
+
+def test_the_sweeper_deletes_what_is_old_and_folders_that_are_empty(tmp_path: Path) -> None:
+    old, new = tmp_path / "a" / "old.wav", tmp_path / "b" / "new.wav"
+    for path in (old, new):
+        path.parent.mkdir()
+        path.write_bytes(b"x")
+    yesterday = time.time() - 100_000
+    os.utime(old, (yesterday, yesterday))
+    assert sweep(tmp_path, 50_000) == 1
+    assert new.exists() and not old.parent.exists()
