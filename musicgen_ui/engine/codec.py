@@ -1,45 +1,36 @@
 """The codec: an audio prompt into codes, and codes into audio as a stream without seams.
 
 EnCodec (Défossez et al. 2022, arXiv 2210.13438; transformers' `EncodecModel` is the reference) is
-a chain of convolutions that look ahead, an LSTM, and transposed convolutions, and reflects the
-signal at its ends. Here every layer is a stage that is pushed new time steps and returns those of
-its output that are final: a convolution keeps the few inputs that its kernel still needs, the LSTM
-keeps its state, and padding is added where the signal begins and ends. So nothing is decoded
-twice, the one-shot decode is the stream itself, and the lookahead of the kernels is all the delay
-there is: 3.75 frames for Meta's 32 kHz codec, whose first samples come with the fourth frame.
-
-Activations are [batch, time, channels], contiguous, one batch row a channel of the music. A
-transposed convolution of stride s and kernel 2s is then a matrix product over pairs of neighbours
-whose output channels are read as s time steps. On x86 the weights are packed once in the layout
-of oneDNN's kernels: transformers' modules have them reordered in every call.
+a chain of layers that look ahead, and reflects the signal at its ends. `stages` makes of every
+layer one that is pushed new time steps and returns the steps of its output that are final. So
+nothing is decoded twice, the one-shot decode is the stream itself, and the lookahead of the
+kernels is all the delay there is: 3.75 frames for Meta's 32 kHz codec, whose first samples come
+with the fourth frame. The encoder is a chain of the same stages.
 """
 
 from __future__ import annotations
 
-import math
-import platform
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
+from musicgen_ui.engine.stages import Past, Precision, assemble, through
 from musicgen_ui.request import RequestError
 
 PIECE_FRAMES = 50  # one-shot work goes in pieces, so that memory does not grow with the length
-
-Precision = Literal["float32", "float16"]
 
 
 class Codec:
     """EnCodec's weights in the shape that coding wants; immutable, so streams can share it.
 
-    All that is needed is copied, so the caller may drop the `EncodecModel`; with `release` it is
-    emptied at once and of no more use. `precision` is that of the LSTM's recurrent weights when
-    decoding on an x86 CPU, where reading them is what a frame waits for; all else is float32.
+    The caller may drop the `EncodecModel`; with `release` it is emptied at once and of no more
+    use. `precision` is that of the LSTM's recurrent weights when decoding on an x86 CPU, where a
+    frame waits for their reading; all else is float32. Weights that were published in float16 lose
+    nothing by it, others less than a 16-bit file does (the noise is 101 dB below the music for the
+    bundled codec with its weights moved off float16's grid).
 
     Raises:
         RequestError: a codec of a kind that MusicGen does not use.
@@ -50,7 +41,7 @@ class Codec:
         encodec: EncodecModel,
         channels: int = 1,
         device: torch.device | str = "cpu",
-        precision: Precision = "float32",
+        precision: Precision = "float16",
         release: bool = False,
     ) -> None:
         module: Any = encodec  # torch's stubs know nothing of a module's parts
@@ -69,8 +60,8 @@ class Codec:
         self.nbytes = 4 * numbers  # of the weights
         with torch.no_grad():
             module.to(self.device, torch.float32)
-            self.encoder = _stages(module.encoder.layers, "float32")
-            self.decoder = _stages(module.decoder.layers, precision)
+            self.encoder = assemble(module.encoder.layers, "float32")
+            self.decoder = assemble(module.decoder.layers, precision)
         if release:
             module.encoder, module.decoder, module.quantizer = nn.Module(), nn.Module(), nn.Module()
 
@@ -82,7 +73,7 @@ class Codec:
         """
         pasts = [Past() for _ in self.encoder]
         pieces = samples.to(self.device, torch.float32)[..., None].split(PIECE_FRAMES * self.hop, 1)
-        latents = [_through(self.encoder, pasts, x, x is pieces[-1]) for x in pieces]
+        latents = [through(self.encoder, pasts, x, x is pieces[-1]) for x in pieces]
         return _quantize(torch.cat(latents, dim=1), self.tables).flatten(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -123,141 +114,7 @@ class CodecStream:
         # [codebooks, channels, frames]
         codes = codes.to(codec.device).unflatten(0, (codec.codebooks, codec.channels))
         x = torch.stack(list(map(F.embedding, codes, codec.tables))).sum(0)
-        return _through(codec.decoder, self._pasts, x, last)[..., 0]
-
-
-@dataclass
-class Past:
-    """What a stage remembers of one stream."""
-
-    inputs: Tensor | None = None  # [batch, time, channels] that a kernel still needs
-    begun: bool = False  # the padding before the signal is done
-    hidden: list[tuple[Tensor, Tensor]] | None = None  # of an LSTM: (h, c) a layer
-
-
-class Convolution:
-    """A convolution that reflects the signal at its ends, after an ELU unless it comes first."""
-
-    def __init__(self, layer: Any, elu: bool = True) -> None:
-        conv = layer.conv
-        self.elu = elu
-        self.stride = conv.stride[0]
-        self.reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1  # inputs of one output
-        padding = self.reach - self.stride
-        self.right = 0 if layer.causal else padding // 2
-        self.left = padding - self.right
-        self.width = conv.out_channels
-        self.kernel = _convolution(conv)
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, in] to [batch, time / stride less the delay, out]."""
-        return self(self.stretch(F.elu(x) if self.elu else x, past, last))
-
-    def stretch(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """The inputs of all outputs that `x` makes final."""
-        if past.inputs is not None:
-            x = torch.cat([past.inputs, x], dim=1)
-        past.inputs = x
-        if not past.begun and not last and x.shape[1] <= self.left:
-            return x[:, :0]  # the reflection needs more
-        x = _reflect(x, 0 if past.begun else self.left, self.right if last else 0)
-        past.begun = True
-        past.inputs = x[:, self.outputs(x) * self.stride :]
-        return x
-
-    def outputs(self, x: Tensor) -> int:
-        """How many outputs the inputs [batch, time, in] are enough for."""
-        return max(0, (x.shape[1] - self.reach) // self.stride + 1)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Without padding: [batch, time, in] to [batch, outputs, out]."""
-        return self.kernel(x) if self.outputs(x) else x.new_zeros(x.shape[0], 0, self.width)
-
-
-class Residual:
-    """ELU, convolution, ELU, convolution of kernel 1, beside the input or its projection."""
-
-    def __init__(self, block: Any) -> None:
-        self.wide, self.narrow = Convolution(block.block[1]), Convolution(block.block[3])
-        shortcut = block.shortcut
-        self.shortcut = None if isinstance(shortcut, nn.Identity) else Convolution(shortcut)
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, channels] to [batch, time less the delay, channels]."""
-        x = self.wide.stretch(x, past, last)
-        y = self.narrow(F.elu_(self.wide(F.elu(x))))
-        x = x[:, self.wide.left : self.wide.left + y.shape[1]]
-        return y.add_(self.shortcut(x) if self.shortcut else x)
-
-
-class Upsampling:
-    """ELU, then a transposed convolution of stride s and kernel 2s."""
-
-    def __init__(self, layer: Any) -> None:
-        conv = layer.conv
-        self.stride = conv.stride[0]
-        half = self.stride // 2
-        self.right = math.ceil(self.stride * layer.trim_right_ratio) if layer.causal else half
-        self.left = self.stride - self.right  # steps trimmed before and after the signal
-        # An input reaches s steps with the first half of the kernel, the next s with the second.
-        now, later = conv.weight.split(self.stride, dim=2)  # [in, out, s]
-        pairs = torch.cat([later, now]).permute(2, 1, 0)  # [s, out, (input before, input)]
-        self.width = conv.out_channels
-        self.kernel = _linear(pairs.flatten(0, 1), conv.bias.repeat(self.stride))
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, in] to [batch, s * time less the delay, out]."""
-        x = F.elu(x)
-        silence = x.new_zeros(x.shape[0], 1, x.shape[2])
-        before = silence if past.inputs is None else past.inputs
-        x = torch.cat([before, x, silence] if last else [before, x], dim=1)
-        past.inputs = x[:, -1:]
-        pairs = torch.cat([x[:, :-1], x[:, 1:]], dim=2)
-        y = self.kernel(pairs).view(x.shape[0], -1, self.width)
-        begin, end = 0 if past.begun else self.left, y.shape[1] - self.right if last else None
-        past.begun = past.begun or y.shape[1] > 0
-        return y[:, begin:end]
-
-
-class Recurrence:
-    """An LSTM with its input added. On the CPU a loop of our own over packed weights."""
-
-    def __init__(self, layer: Any, precision: Precision) -> None:
-        lstm: nn.LSTM = layer.lstm
-        weights = [weight.detach() for weight in lstm.parameters()]
-        self.layers = []
-        for i in range(0, len(weights), 4):
-            inputs, hidden, bias, more = map(_sigmoids_first, weights[i : i + 4])
-            recurrent = _half(hidden) if precision == "float16" else _linear(hidden)
-            self.layers.append((_linear(inputs, bias + more), recurrent))
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, hidden] to the same shape, without delay."""
-        zeros = x.new_zeros(x.shape[0], x.shape[2])
-        past.hidden = past.hidden or [(zeros, zeros)] * len(self.layers)
-        y = x
-        for i, (inputs, recurrent) in enumerate(self.layers):
-            y, past.hidden[i] = _recur(inputs(y), recurrent, past.hidden[i])
-        return x + y
-
-
-class LibraryRecurrence:
-    """The same by torch's own LSTM: on a GPU one launch does all frames."""
-
-    def __init__(self, layer: Any) -> None:
-        self.lstm: nn.LSTM = layer.lstm
-
-    def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
-        """[batch, time, hidden] to the same shape, without delay."""
-        if not x.shape[1]:
-            return x
-        y, state = self.lstm(x.transpose(0, 1), past.hidden and past.hidden[0])
-        past.hidden = [state]
-        return x + y.transpose(0, 1)
-
-
-Stage = Convolution | Residual | Upsampling | Recurrence | LibraryRecurrence
-Kernel = Callable[[Tensor], Tensor]
+        return through(codec.decoder, self._pasts, x, last)[..., 0]
 
 
 def _check(config: EncodecConfig) -> None:
@@ -272,40 +129,6 @@ def _check(config: EncodecConfig) -> None:
         )
 
 
-def _stages(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
-    stages: list[Stage] = []
-    for layer in layers:
-        match type(layer).__name__:
-            case "EncodecConv1d":
-                stages.append(Convolution(layer, elu=bool(stages)))
-            case "EncodecResnetBlock":
-                stages.append(Residual(layer))
-            case "EncodecConvTranspose1d":
-                stages.append(Upsampling(layer))
-            case "EncodecLSTM" if next(layer.parameters()).is_cuda:
-                stages.append(LibraryRecurrence(layer))
-            case "EncodecLSTM":
-                stages.append(Recurrence(layer, precision))
-    return stages
-
-
-def _through(stages: list[Stage], pasts: list[Past], x: Tensor, last: bool) -> Tensor:
-    for stage, past in zip(stages, pasts, strict=True):
-        x = stage.push(x, past, last)
-    return x
-
-
-def _reflect(x: Tensor, left: int, right: int) -> Tensor:
-    """Mirrors the ends of [batch, time, channels]; a shorter signal counts as ending in zeros."""
-    if not left and not right:
-        return x
-    missing = max(0, max(left, right) + 1 - x.shape[1])
-    x = F.pad(x, (0, 0, 0, missing)) if missing else x
-    end = x.shape[1] - 1
-    x = torch.cat([x[:, 1 : left + 1].flip(1), x, x[:, end - right : end].flip(1)], dim=1)
-    return x[:, : x.shape[1] - missing]
-
-
 def _quantize(latents: Tensor, tables: Tensor) -> Tensor:
     """[channels, frames, dim] to [codebooks, channels, frames]: nearest entries of what is left.
 
@@ -318,74 +141,3 @@ def _quantize(latents: Tensor, tables: Tensor) -> Tensor:
         codes.append(distances.argmin(-1))
         latents = latents - F.embedding(codes[-1], table)
     return torch.stack(codes)
-
-
-def _recur(
-    projected: Tensor, recurrent: Kernel, state: tuple[Tensor, Tensor]
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A layer of an LSTM over its projected inputs [batch, time, 4 * hidden].
-
-    Returns [batch, time, hidden] and the state (h, c) after it.
-    """
-    h, c = state  # [batch, hidden]
-    width, outputs = c.shape[1], [projected[:, :0, : c.shape[1]]]
-    for gates in projected.unbind(1):
-        gates = recurrent(h).add_(gates)
-        gates[:, : 3 * width].sigmoid_()
-        i, f, o, g = gates.split(width, dim=1)
-        c = torch.addcmul(f * c, i, g.tanh_())
-        h = o * c.tanh()
-        outputs.append(h[:, None])
-    return torch.cat(outputs, dim=1), (h, c)
-
-
-def _sigmoids_first(weight: Tensor) -> Tensor:
-    """An LSTM's rows in the order input, forget, output, cell: three sigmoids become one."""
-    i, f, g, o = weight.chunk(4)
-    return torch.cat([i, f, o, g])
-
-
-def _packs(weight: Tensor) -> bool:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> Kernel:
-    """x @ weight.T + bias with the weight [out, in] packed where that is faster."""
-    weight = weight.contiguous()
-    if not _packs(weight):
-        return lambda x: F.linear(x, weight, bias)
-    packed, run = (
-        torch.ops.mkldnn._reorder_linear_weight(weight),
-        torch.ops.mkldnn._linear_pointwise,
-    )
-    return lambda x: run(x, packed, bias, "none", [], "")
-
-
-def _half(weight: Tensor) -> Kernel:
-    """x @ weight.T in float32 with the weight [out, in] held in float16."""
-    if not _packs(weight):
-        return _linear(weight)
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-
-
-def _convolution(conv: Any) -> Kernel:
-    """`conv` without padding: [batch, time, in] to [batch, outputs, out]."""
-    stride, dilation = (1, conv.stride[0]), (1, conv.dilation[0])
-    weight = conv.weight.detach()[:, :, None].clone(memory_format=torch.channels_last)
-    bias = conv.bias.detach().clone()
-    if _packs(weight):
-        none = (0, 0)
-        weight = torch.ops.mkldnn._reorder_convolution_weight(weight, none, stride, dilation, 1)
-        run = torch.ops.mkldnn._convolution_pointwise
-
-        def image(x: Tensor) -> Tensor:
-            return run(x, weight, bias, none, stride, dilation, 1, "none", [], "")
-    else:
-
-        def image(x: Tensor) -> Tensor:
-            return F.conv2d(x, weight, bias, stride, dilation=dilation)
-
-    # [batch, in, 1, time] with the channels last in memory is what `x` already is
-    return lambda x: image(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
