@@ -160,9 +160,9 @@ def _help(spec: dataclasses.Field) -> str:
     if not isinstance(spec.default, (str, bool)) and about["min"] is not None:
         facts.append(f"{about['min']:.15g} to {about['max']:.15g} {about['unit']}".rstrip())
     if spec.default not in (None, ""):
-        switch = isinstance(spec.default, bool)
-        shown = ("off", "on")[spec.default] if switch else f"{spec.default}".removesuffix(".0")
-        facts.append(f"default {shown}")
+        words = {"True": "on", "False": "off"}
+        shown = f"{spec.default}".removesuffix(".0")
+        facts.append(f"default {words.get(shown, shown)}")
     text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
     return text.replace("%", "%%")
 
