@@ -130,8 +130,10 @@ const show_clock = () => {
 
 const tick = () => {
   if (player.playing && player.next < player.context.currentTime) {
-    if (!player.message.last) player.underruns += 1;
-    player.playing = false; // ran dry: gather a lead again
+    // Ran dry: gather a lead again, unless that was all.
+    if (player.scheduled_s < player.message.total_s - 0.05 && !player.message.last)
+      player.underruns += 1;
+    player.playing = false;
   }
   show_clock();
   const busy = !player.message.last || player.playing || player.waiting.length;

@@ -206,12 +206,14 @@ class Handlers:
                 elif isinstance(event, Saved):
                     saved.append(event)
                     group.append(take_panel.shown(event.take))
-                    yield take_panel.show([*history, group], -1, 0)
-        yield busy(False) | {"live": live.message(*ending(saved), done_s=live.total_s)}
-        for index, (shown, event) in enumerate(zip(group, saved, strict=True)):
-            await to_thread.run_sync(take_panel.draw, shown, event.take)
-            drawn = {} if index else take_panel.picture(shown)
-            yield drawn | {"history": [*history, group][-take_panel.KEPT_GROUPS :]}
+        end = busy(False) | {"live": live.message(*ending(saved), done_s=live.total_s)}
+        if not group:
+            yield end
+            return
+        history = [*history, group]
+        yield take_panel.show(history, -1, 0) | end
+        await to_thread.run_sync(take_panel.draw, group[0])
+        yield take_panel.picture(group[0])
 
     async def _events(
         self, values: dict[str, Any], tab: str

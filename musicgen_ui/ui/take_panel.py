@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from musicgen_ui import spectrogram, takes
+from musicgen_ui import audio, spectrogram, takes
 from musicgen_ui.request import Clip
 from musicgen_ui.ui.live_player import ASSETS
 
@@ -56,14 +56,17 @@ def shown(take: takes.Take) -> ShownTake:
     return ShownTake(take.wav, take.flac, take.settings, list(take.notes))
 
 
-def draw(shown: ShownTake, take: takes.Take) -> None:
-    """Draws a take's spectrogram beside its files."""
+def draw(take: ShownTake) -> None:
+    """Draws a take's spectrogram beside its files, once."""
+    if take.picture:
+        return
     try:
-        shown.alt = spectrogram.alt_text(take.clip, take.prompt_s)
-        shown.picture = spectrogram.draw(take.clip, take.wav.with_suffix(".png"), take.prompt_s)
+        clip, prompt_s = audio.read(take.wav).clip, take.settings["prompt_s"]
+        take.alt = spectrogram.alt_text(clip, prompt_s)
+        take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), prompt_s)
     except Exception:  # the music is what matters: it is never lost for its picture
         log.exception("The spectrogram of %s could not be drawn", take.wav.name)
-        shown.notes.append("The spectrogram could not be drawn.")
+        take.notes.append("The spectrogram could not be drawn.")
 
 
 def example() -> ShownTake:
@@ -157,12 +160,13 @@ def notes_html(notes: list[str]) -> str:
 
 def choose_variation(history: list[Group], chosen: list[int], variation: int) -> dict[str, Any]:
     """Shows another variation of the same click."""
-    return show(history, chosen[0], variation) if history else {}
+    draw(history[chosen[0]][variation])
+    return show(history, chosen[0], variation)
 
 
 def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
     """Shows the takes of an earlier click."""
-    return show(history, which, 0) if history else {}
+    return show(history, which, 0)
 
 
 def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:

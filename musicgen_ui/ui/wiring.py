@@ -117,9 +117,13 @@ def named(handler: Callable, parts: Parts) -> Callable:
         return {parts[name]: value for name, value in updates.items()}
 
     async def many(*args: Any, **values: Any) -> Any:
+        # Two answers that reach the browser in one frame become one there: what only the first
+        # one said would be lost, so each says all that was said before. Only changes travel.
+        told: dict[str, Any] = {}
         async with aclosing(handler(*args, **values)) as answers:
             async for updates in answers:
-                yield placed(updates)
+                told |= updates
+                yield placed(told)
 
     async def later(*args: Any, **values: Any) -> Any:
         return placed(await handler(*args, **values))

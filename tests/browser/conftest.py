@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from fakes import FakeEngine
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from musicgen_ui.ui.server import close, launch
 from musicgen_ui.ui.settings import Settings
@@ -18,6 +18,8 @@ ARGUMENTS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+# What the browser logs when the page refuses a form (422) or a file that is no audio.
+REFUSED = ("422", "Waveform load error")
 
 Open = Callable[..., Page]
 
@@ -30,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
         yield browser
@@ -82,7 +85,7 @@ def open_page(
     yield open_one
     for context in contexts:
         context.close()
-    assert odd == []
+    assert [what for what in odd if not any(known in what for known in REFUSED)] == []
 
 
 def outside(address: str, url: str) -> bool:
