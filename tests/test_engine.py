@@ -415,3 +415,12 @@ def run_alone(worker: Worker, request: GenerationRequest) -> np.ndarray:
         return events[-1].clip.samples
 
     return asyncio.run(run())
+
+
+def test_int8_makes_music_and_holds_fewer_bytes(tiny_mono):
+    exact, packed = make_batch(tiny_mono), make_batch(tiny_mono, precision="int8")
+    request = GenerationRequest(ROCK, audio_prompt=noise(0.5), duration_s=0.5, seed=3)
+    takes = [run_job(packed, request)[2].clip.samples for _ in range(2)]
+    assert np.array_equal(*takes)
+    assert takes[0].shape == run_job(exact, request)[2].clip.samples.shape
+    assert packed.nbytes < exact.nbytes

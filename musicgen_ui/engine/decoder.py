@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from musicgen_ui.engine.attention import FloatCache, Int8Cache, warm_up
 from musicgen_ui.engine.linear import Linear, computing_dtype
 
 
@@ -43,8 +44,7 @@ class Layer:
 class Sequence:
     """A job's place in the decoder: the keys and values of its rows."""
 
-    keys: list[Tensor]  # a layer: [rows, heads, positions, head_dim]
-    values: list[Tensor]
+    caches: list[FloatCache | Int8Cache]  # a layer
     text: list[list[tuple[Tensor, Tensor]] | None]  # a row: a layer: [1, heads, tokens, head_dim]
     length: int = 0  # positions filled
 
@@ -56,7 +56,7 @@ class Sequence:
     @property
     def nbytes(self) -> int:
         """Memory that the keys and values hold, in bytes."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(cache.nbytes for cache in self.caches)
 
 
 class Decoder:
@@ -71,6 +71,7 @@ class Decoder:
     def __init__(self, lm: Any, device: torch.device, precision: str) -> None:
         config = lm.config
         self.device = device
+        self.precision = precision
         self.dtype = computing_dtype(precision)
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -89,6 +90,8 @@ class Decoder:
             self.norm = inner.layer_norm.to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
+        if precision == "int8":
+            warm_up()
 
     @property
     def nbytes(self) -> int:
@@ -135,11 +138,13 @@ class Decoder:
         if positions > len(self.positions):
             self.positions = self._sinusoids(positions)
         shape = (len(conditions), self.heads, positions, self.head_dim)
+        caches = [self._cache(shape) for _ in self.layers]
+        return Sequence(caches, [self._text_memory(states) for states in conditions])
 
-        def cache() -> list[Tensor]:
-            return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
-
-        return Sequence(cache(), cache(), [self._text_memory(states) for states in conditions])
+    def _cache(self, shape: tuple[int, ...]) -> FloatCache | Int8Cache:
+        if self.precision == "int8":
+            return Int8Cache(shape)
+        return FloatCache(shape, self.dtype, self.device)
 
     def _text_memory(self, states: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
         if states is None:
@@ -157,8 +162,7 @@ class Decoder:
         n, start = columns.shape[1], sequence.length
         x = self._embed(columns.T) + self.positions[start : start + n]
         x = x.repeat(sequence.rows, 1)  # [rows · n, hidden]
-        ahead = torch.ones(n, start + n, dtype=torch.bool, device=self.device).tril(start)
-        self._forward(x, [sequence], n, ahead)
+        self._forward(x, [sequence], n)
         sequence.length += n
 
     @torch.inference_mode()
@@ -175,7 +179,7 @@ class Decoder:
         rows = torch.tensor([s.rows for s in sequences], device=self.device)
         at = torch.tensor([s.length for s in sequences], device=self.device)
         x = (self._embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
-        x = self._forward(x, sequences, 1, None)
+        x = self._forward(x, sequences, 1)
         for sequence in sequences:
             sequence.length += 1
         return self.lm_heads(x).view(len(x), self.codebooks, -1).float()
@@ -183,34 +187,22 @@ class Decoder:
     def _embed(self, columns: Tensor) -> Tensor:  # [n, codebooks] -> [n, hidden]
         return F.embedding(columns + self.offsets, self.embeddings).sum(1)
 
-    def _forward(self, x: Tensor, sequences: list[Sequence], n: int, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.self_norm(x))
-            x = x + layer.self_out(self._attend_self(index, qkv, sequences, n, mask))
+            x = x + layer.self_out(self._attend_self(index, qkv, sequences, n))
             query = layer.text_q(layer.text_norm(x))
             x = x + layer.text_out(self._attend_text(index, query, sequences, n))
             x = x + layer.down(self.activation(layer.up(layer.ffn_norm(x))))
         return self.norm(x)
 
-    def _attend_self(
-        self, index: int, qkv: Tensor, sequences: list[Sequence], n: int, mask: Tensor | None
-    ) -> Tensor:
-        # [rows · n, 3 · hidden] -> 3 × [rows, heads, n, head_dim]
-        q, k, v = qkv.view(-1, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        out, row = [], 0
-        for sequence in sequences:
-            rows = slice(row, row + sequence.rows)
-            keys, values = sequence.keys[index], sequence.values[index]
-            end = sequence.length + n
-            keys[:, :, sequence.length : end] = k[rows]
-            values[:, :, sequence.length : end] = v[rows]
-            out.append(
-                F.scaled_dot_product_attention(
-                    q[rows], keys[:, :, :end], values[:, :, :end], attn_mask=mask
-                )
-            )
-            row += sequence.rows
-        return torch.cat(out).transpose(1, 2).reshape(len(qkv), -1)
+    def _attend_self(self, index: int, qkv: Tensor, sequences: list[Sequence], n: int) -> Tensor:
+        parts = qkv.view(-1, n, 3, self.heads, self.head_dim).split([s.rows for s in sequences])
+        out = [
+            sequence.caches[index].attend(part, sequence.length)
+            for sequence, part in zip(sequences, parts, strict=True)
+        ]
+        return torch.cat(out).view(len(qkv), -1)
 
     def _attend_text(self, index: int, query: Tensor, sequences: list[Sequence], n: int) -> Tensor:
         q = query.view(-1, n, self.heads, self.head_dim).transpose(1, 2)

@@ -37,14 +37,26 @@ class Linear:
         if precision == "int8":
             self.nbytes = weight.numel()
             self._product = _int8(weight.float())
-        else:
-            packed = weight.to(device, getattr(torch, precision)).contiguous()
-            self.nbytes = packed.nbytes
-            self._product = partial(F.linear, weight=packed)
+            return
+        packed = weight.to(device, getattr(torch, precision)).contiguous()
+        self.nbytes = packed.nbytes
+        on_cpu = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
+        self._product = _onednn(packed) if on_cpu else partial(F.linear, weight=packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product of [rows, inputs] with the weights."""
         return self._product(x)
+
+
+def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    # Laid out for oneDNN once: for 2 rows of musicgen-small's size 51 ms of one core (AMD EPYC
+    # 9005) where F.linear, which goes through MKL there, takes 219 ms.
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
+
+    def product(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    return product
 
 
 def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -52,11 +64,13 @@ def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
+    # Without VNNI the kernel adds pairs of products in 16 bits: activations of 7 bits then.
+    reduce_range = not torch.cpu._is_vnni_supported()
 
     def product(x: Tensor) -> Tensor:
         # The operator quantises all rows on one scale. Dividing each by its own peak first keeps
         # a loud row from drowning its quiet neighbours, and is exact since there is no bias.
-        peak = x.abs().amax(1, keepdim=True).clamp_min(1e-12)
-        return torch.ops.quantized.linear_dynamic(x / peak, packed, True) * peak
+        peak = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).clamp_min_(1e-12)
+        return torch.ops.quantized.linear_dynamic(x / peak, packed, reduce_range).mul_(peak)
 
     return product
