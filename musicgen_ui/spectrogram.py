@@ -29,6 +29,7 @@ PADDING = 2  # with zeros, so that the lowest bands, narrower than a bin, are no
 RANGE_DB = 80.0
 LOWEST_HZ = 30.0
 TICKS_HZ = (100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
+TEXT_PT = 16  # legible where the page shows the picture at 40 % of its width
 GROUND, INK = "#12141c", "#e6e8ef"
 
 
@@ -50,18 +51,18 @@ def draw(clip: Clip, path: Path, prompt_s: float = 0.0) -> Path:
         width_ratios=(1, 0.013),
         wspace=0.02,
         hspace=0.08,
-        left=62 / WIDTH_PX,
-        right=1 - 58 / WIDTH_PX,
-        top=1 - 26 / height_px,
-        bottom=44 / height_px,
+        left=98 / WIDTH_PX,
+        right=1 - 98 / WIDTH_PX,
+        top=1 - 36 / height_px,
+        bottom=64 / height_px,
     )
     rows = [figure.add_subplot(grid[row, 0]) for row in range(clip.channels)]
     names = ("Hz",) if clip.channels == 1 else ("left, Hz", "right, Hz")
     for row, level, name in zip(rows, mel_db(clip), names, strict=True):
         image = _draw_channel(row, level, clip)
-        row.set_ylabel(name, color=INK, fontsize=9)
+        row.set_ylabel(name, color=INK, fontsize=TEXT_PT)
         row.tick_params(labelbottom=row is rows[-1])
-    rows[-1].set_xlabel("seconds", color=INK, fontsize=9)
+    rows[-1].set_xlabel("seconds", color=INK, fontsize=TEXT_PT)
     _draw_scale(figure.add_subplot(grid[:, 1]), image)
     if prompt_s:
         _mark_prompt(rows, prompt_s)
@@ -108,7 +109,7 @@ def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip) -> Any:
     )
     ticks = _readable_ticks(clip)
     axes.set_yticks(hz_to_mel(ticks, htk=True), [_tick(hz) for hz in ticks])
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(colors=INK, labelsize=TEXT_PT)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return image
@@ -119,7 +120,7 @@ def _readable_ticks(clip: Clip) -> list[int]:
     from librosa.core.convert import hz_to_mel
 
     top = hz_to_mel(clip.sampling_rate / 2, htk=True)
-    gap = top * (0.035 if clip.channels == 1 else 0.05)
+    gap = top * (0.09 if clip.channels == 1 else 0.12)
     ticks: list[int] = []
     for hz in TICKS_HZ:
         place = hz_to_mel(hz, htk=True)
@@ -135,8 +136,8 @@ def _tick(hz: int) -> str:
 
 def _draw_scale(axes: Axes, image: Any) -> None:
     bar = axes.figure.colorbar(image, cax=axes)
-    bar.set_label("dB", color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=9)
+    bar.set_label("dB", color=INK, fontsize=TEXT_PT)
+    axes.tick_params(colors=INK, labelsize=TEXT_PT)
     bar.outline.set_visible(False)
 
 
@@ -152,7 +153,7 @@ def _mark_prompt(rows: list[Axes], prompt_s: float) -> None:
             textcoords="offset points",
             ha=side,
             color=INK,
-            fontsize=9,
+            fontsize=TEXT_PT,
         )
 
 
