@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 
@@ -134,17 +133,9 @@ def test_other_processors_hear_the_same(kind, monkeypatch):
     model = encodec(**KINDS[kind])
     codec = Codec(model)
     codes = draw(codec, 30)
-    assert apart(codec.decode(codes), reference(model, codes)) < 1e-5
-
-
-def test_gpus_lstm_streams_the_same():
-    model = encodec()
-    codec = Codec(model)
-    codec.decoder[1] = stages.LibraryRecurrence(model.decoder.layers[1])
-    codes = draw(codec, 30)
     audio = reference(model, codes)
-    for size in (1, 7):
-        assert apart(streamed(codec, codes, itertools.repeat(size)), audio) < 1e-5
+    assert apart(codec.decode(codes), audio) < 1e-5
+    assert apart(streamed(codec, codes, iter(range(1, 30))), audio) < 1e-5
 
 
 def test_stereo_interleaves_left_and_right():

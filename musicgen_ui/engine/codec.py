@@ -27,9 +27,9 @@ class Codec:
     """EnCodec's weights in the shape that coding wants; immutable, so streams can share it.
 
     The caller may drop the `EncodecModel`; with `release` it is emptied at once and of no more
-    use. `precision` is that of the LSTM's recurrent weights when decoding on an x86 CPU, where a
-    frame waits for their reading; all else is float32. Weights that were published in float16 lose
-    nothing by it, others less than a 16-bit file does (the noise is 101 dB below the music for the
+    use. `precision` is that of the LSTM's weights when decoding on an x86 CPU, where a frame waits
+    for their reading; all else is float32. Weights that were published in float16 lose
+    nothing by it, others less than a 16-bit file does (the noise is 93 dB below the music for the
     bundled codec with its weights moved off float16's grid).
 
     Raises:
