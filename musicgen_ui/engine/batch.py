@@ -76,7 +76,14 @@ class Batch:
         self.device = torch.device(device)
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
-        self.codec = Codec(model.audio_encoder, channels, codec_device or device, release=True)
+        self.precision = precision
+        self.codec = Codec(
+            model.audio_encoder,
+            channels,
+            codec_device or device,
+            precision="float32" if precision == "float32" else "float16",
+            release=True,
+        )
         projection = getattr(model, "enc_to_dec_proj", None)
         self.conditioner = Conditioner(
             model.text_encoder.to(device),
