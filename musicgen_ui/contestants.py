@@ -205,25 +205,34 @@ def source(checkpoint: str) -> Iterator[Source]:
 
 def write_random(folder: Path, size: str) -> None:
     """Writes a checkpoint with random weights of one of Meta's sizes, or a tiny one."""
-    parts = configuration.meta("small" if size == "tiny" else size, stereo=False)
-    if size == "tiny":
-        _shrink(parts)
-    start = parts["decoder"]["vocab_size"]  # one past the codes
-    tokens = {"pad_token_id": start, "bos_token_id": start}
-    whole: dict[str, Any] = {"normalize": False, "chunk_length_s": None, "use_causal_conv": False}
-    config = transformers.MusicgenConfig(
-        text_encoder=transformers.T5Config(**parts["text_encoder"]),
-        audio_encoder=transformers.EncodecConfig(**parts["audio_encoder"], **whole),
-        decoder=transformers.MusicgenDecoderConfig(**parts["decoder"], **tokens),
-    )
+    config = random_config(size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: Any = transformers.MusicgenForConditionalGeneration(config)
         for layer in model.audio_encoder.quantizer.layers:
             layer.codebook.embed.normal_()
-    model.generation_config = transformers.GenerationConfig(**tokens, decoder_start_token_id=start)
+    start = config.decoder.pad_token_id
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=start, bos_token_id=start, decoder_start_token_id=start
+    )
     model.save_pretrained(folder)
     _write_tokenizer(folder)
+
+
+def random_config(size: str) -> Any:
+    """transformers' configuration of "small", "medium", "large" or "tiny"."""
+    parts = configuration.meta("small" if size == "tiny" else size, stereo=False)
+    if size == "tiny":
+        _shrink(parts)
+    start = parts["decoder"]["vocab_size"]  # one past the codes
+    whole: dict[str, Any] = {"normalize": False, "chunk_length_s": None, "use_causal_conv": False}
+    return transformers.MusicgenConfig(
+        text_encoder=transformers.T5Config(**parts["text_encoder"]),
+        audio_encoder=transformers.EncodecConfig(**parts["audio_encoder"], **whole),
+        decoder=transformers.MusicgenDecoderConfig(
+            **parts["decoder"], pad_token_id=start, bos_token_id=start
+        ),
+    )
 
 
 def _shrink(parts: configuration.Configuration) -> None:

@@ -1,0 +1,155 @@
+"""The bench: the same weights and work for everyone, one at a time, and figures that add up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+import transformers
+
+from musicgen_ui import bench, checkpoints, configuration, contestants, gauges
+from musicgen_ui.engine import device as devices
+from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.request import RequestError
+
+WANTED = (
+    *("name", "peer", "device", "precision", "checkpoint", "jobs", "duration_s", "steps_per_s"),
+    *("real_time_factor", "first_audio_s", "codec_s", "peak_mb", "cold_start_s", "floor_share"),
+)
+
+
+def flags_of(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_flags(parser)
+    return parser.parse_args(["--device", "cpu", *arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with contestants.source("random:tiny") as source:
+        yield source
+
+
+def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, capsys):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    for kind in (contestants.Peer, contestants.Ours):
+
+        def alone(self, *args, load=kind.__init__, **options):
+            assert not alive, "the one before still holds its weights"
+            load(self, *args, **options)
+            alive.add(self)
+
+        monkeypatch.setattr(kind, "__init__", alone)
+    file = tmp_path / "rows.json"
+    rows = bench.run(flags_of("--quick", "--json", str(file)))
+    assert json.loads(file.read_text()) == rows
+    who = {(row["name"], row["peer"], row["precision"], row["jobs"]) for row in rows}
+    ours = {("musicgen_ui", False, p, n) for p in ("float32", "int8") for n in (1, 2)}
+    peers = {("transformers", True, p, n) for p in ("float32", "bfloat16") for n in (1, 2)}
+    assert who == ours | peers
+    for row in rows:
+        assert set(WANTED) <= set(row)
+        assert all(v > 0 for v in row.values() if isinstance(v, float))
+    table = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert table == [[row["name"], row["precision"], str(row["jobs"])] for row in rows]
+
+
+def test_the_steps_that_are_counted_are_the_steps_that_are_run(tiny, monkeypatch):
+    ours = contestants.Ours(tiny, devices.choose("cpu", "float32"), max_jobs=2)
+    ran = []
+    step = Decoder.step
+    monkeypatch.setattr(
+        Decoder, "step", lambda self, *args: ran.append(len(args[1])) or step(self, *args)
+    )
+    ours.run(1, 0.5)
+    assert len(ran) == bench._steps(checkpoints.config_of(tiny), 0.5) == 28
+
+
+def test_a_step_reads_every_matrix_but_those_of_the_prompt(tiny):
+    config = contestants.random_config("tiny")
+    lm = transformers.MusicgenForCausalLM(config.decoder)
+    read = sum(
+        module.weight.numel()
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+    )
+    assert bench._weights_read(checkpoints.config_of(tiny)["decoder"]) == read
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_random_checkpoints_have_metas_sizes(size):
+    with torch.device("meta"):
+        model = transformers.MusicgenForConditionalGeneration(contestants.random_config(size))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == configuration.count_parameters(configuration.meta(size, stereo=False))
+
+
+def test_the_codec_is_timed_on_the_decoders_thread_alone():
+    class Codec:
+        def decode(self):
+            time.sleep(0.02)
+
+    codec = Codec()
+    with contestants._timed(codec, "decode") as spent:
+        other = threading.Thread(target=codec.decode)
+        other.start()
+        other.join()
+        assert spent == [0.0]
+        codec.decode()
+    told = spent[0]
+    assert told >= 0.02
+    codec.decode()  # no longer counted
+    assert spent == [told]
+
+
+def test_rounds_are_interleaved_and_figures_are_medians(monkeypatch):
+    order = []
+
+    def measured(contestant, source, settings, bandwidth):
+        order.append(str(contestant))
+        figure = {0: 5.0, 1: 1.0, 2: 2.0}[order.count(str(contestant)) - 1]
+        yield settings[0], dict.fromkeys(("real_time_factor", "steps_per_s", "codec_s"), figure)
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    monkeypatch.setattr(bench, "table", lambda rows: "")
+    rows = bench.run(flags_of("--checkpoint", "random:tiny", "--only", "float32"))
+    assert order == ["transformers float32", "musicgen_ui float32"] * 3
+    assert [row["real_time_factor"] for row in rows] == [2.0, 2.0]
+    assert [row["rounds"] for row in rows] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--checkpoint", "random:huge"],
+        ["--precision", "int3"],
+        ["--device", "abacus"],
+        ["--only", "nobody"],
+        ["--durations", "99"],
+        ["--jobs", "0"],
+        ["--rounds", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_measured_is_refused_at_once(wrong, monkeypatch):
+    monkeypatch.setattr(contestants, "write_random", pytest.fail)
+    with pytest.raises(RequestError):
+        bench.run(flags_of(*wrong))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_peak_counts_from_the_last_reset():
+    memory = gauges.Memory(devices.choose("cpu", "float32"))
+    before = memory.peak_mb()
+    held = bytearray(b"x") * 300_000_000
+    del held
+    assert memory.peak_mb() - before > 250
+    memory.reset()
+    assert memory.peak_mb() - before < 100
