@@ -99,7 +99,8 @@ def _find(checkpoint: str) -> Source:
         return words[word]
     folder = _folder(checkpoint)
     if folder:
-        return Source(_shown(folder), folder)
+        same = (source for source in words.values() if source.folder == folder)
+        return next(same, Source(_shown(folder), folder))
     if hub.ID.fullmatch(checkpoint) and not checkpoint.endswith((".git", ".")):
         return Source(checkpoint)
     names = ", ".join(words)
@@ -173,6 +174,7 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
         RequestError: it cannot be had, is damaged, or its parts do not fit.
         MemoryError, torch.OutOfMemoryError: there is no room for it.
     """
+    configuration.check(source.name, config_of(source))  # before gigabytes are fetched
     folder = source.folder or hub.download(source.name, say)
     config = configuration.read(source.name, folder / "config.json")
     configuration.check(source.name, config, folder)

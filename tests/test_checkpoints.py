@@ -70,6 +70,10 @@ def test_the_bundled_checkpoint_finds_a_stereo_sibling_beside_it(
     assert checkpoints.describe(checkpoints.resolve("auto")).stereo == "choice"
 
 
+def test_the_bundled_folder_is_the_bundled_checkpoint():
+    assert checkpoints.resolve(str(checkpoints.BUNDLED)) == checkpoints.resolve("bundled")
+
+
 def test_a_folder_may_be_absolute_relative_or_under_home(changeable, monkeypatch):
     monkeypatch.chdir(changeable.parent)
     monkeypatch.setenv("HOME", str(changeable.parent))
@@ -146,6 +150,21 @@ def test_weights_may_be_a_pickle_without_code_or_in_shards(changeable, tmp_path)
     next(sharded.glob("model-00002-*")).unlink()
     with pytest.raises(RequestError, match="incomplete"):
         load(sharded)
+
+
+def test_weights_under_the_names_of_older_versions_are_read(changeable):
+    from safetensors.torch import load_file, save_file
+
+    expected = load(changeable).model.state_dict()
+    weights = load_file(changeable / "model.safetensors")
+    old = {"parametrizations.weight.original0": "weight_g"}
+    old |= {"parametrizations.weight.original1": "weight_v"}
+    for new_name, old_name in old.items():
+        weights = {key.replace(new_name, old_name): value for key, value in weights.items()}
+    weights["decoder.model.decoder.embed_positions.weights"] = torch.zeros(2048, 16)
+    save_file(weights, changeable / "model.safetensors", metadata={"format": "pt"})
+    for key, value in load(changeable).model.state_dict().items():
+        assert torch.equal(value, expected[key])
 
 
 class Bomb:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import hub as local_hub
 import pytest
+import tiny
 import torch
 from huggingface_hub import constants
 
@@ -128,14 +129,23 @@ def test_an_id_is_described_from_its_configuration_alone(served):
     assert served.asked == []
 
 
-def test_a_repository_without_a_checkpoint_is_a_sentence(served, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "README.md").write_text("nothing here")
-    served.repositories["someone/empty"] = tmp_path / "empty"
-    with pytest.raises(RequestError, match="no weights"):
-        load("someone/empty")
+def test_parts_that_do_not_fit_are_refused_before_the_download(served, tiny_mono, tmp_path):
+    folder = Path(shutil.copytree(tiny_mono, tmp_path / "misfit"))
+    tiny.edit_config(folder, "decoder", vocab_size=128)
+    served.repositories[TINY] = folder
+    with pytest.raises(RequestError, match="128 codes"):
+        load(TINY)
+    assert served.fetched() == ["config.json"]
+
+
+def test_a_repository_without_a_checkpoint_is_a_sentence(served, tiny_mono, tmp_path):
+    (tmp_path / "README.md").write_text("nothing here")
+    served.repositories[TINY] = tmp_path
     with pytest.raises(RequestError, match="no checkpoint"):
-        checkpoints.describe(checkpoints.resolve("someone/empty"))
+        load(TINY)
+    shutil.copy(tiny_mono / "config.json", tmp_path)
+    with pytest.raises(RequestError, match="no weights"):
+        hub.download(TINY, print)
 
 
 def test_without_a_network_a_sentence_names_the_bundled_one_and_the_cache_works(
