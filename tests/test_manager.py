@@ -152,10 +152,9 @@ def test_progress_of_the_load_is_told_live_and_the_event_loop_goes_on(held, tiny
 
 def test_stop_during_the_load_ends_the_stream_without_a_take(held, tiny_mono):
     manager, load = held
-    for drive in (collect, lambda *a: list(manager.stream_sync(*a[1:]))):
+    for drive in (collect, lambda made, *asked: list(made.stream_sync(*asked))):
         stop = threading.Event()
-        timer = threading.Timer(0.1, stop.set)
-        timer.start()
+        threading.Timer(0.1, stop.set).start()
         events = drive(manager, ask(tiny_mono), stop)
         assert events and all(e.stage == "loading" for e in events if isinstance(e, Progress))
         assert not takes(events)
@@ -235,6 +234,12 @@ def test_an_unknown_checkpoint_is_refused_by_every_way_in(manager):
         with pytest.raises(RequestError, match='no checkpoint or folder "nonsense"'):
             call()
     assert manager._residents.all() == []
+
+
+def test_stereo_without_a_sibling_is_refused(manager, tiny_mono):
+    for drive in (collect, lambda made, request: list(made.stream_sync(request))):
+        with pytest.raises(RequestError, match="no stereo sibling"):
+            drive(manager, ask(tiny_mono, stereo=True))
 
 
 def test_a_checkpoint_that_never_fits_is_refused_before_it_is_fetched():

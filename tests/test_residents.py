@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import weakref
@@ -209,16 +208,35 @@ def test_a_new_lease_stops_the_clock(loader):
         assert names(residents) == ["A"]
 
 
-def test_unload_frees_the_idle_and_keeps_the_lent(loader):
+def test_a_busy_day_leaves_one_timer_a_model(loader):
+    residents = residents_of(loader, idle_s=60)
+    for _ in range(10):
+        use(residents, A)
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    own = [timer for timer in timers if timer.function == residents._expire]
+    assert sum(not timer.finished.is_set() for timer in own) == 1
+    residents.close()
+
+
+def test_a_model_is_gone_before_its_memory_is_given_back(loader, monkeypatch):
     residents = residents_of(loader)
     use(residents, A)
     reference = weakref.ref(residents.all()[0].batch)
+    gone: list[bool] = []
+    monkeypatch.setattr(
+        "musicgen_ui.residents.give_memory_back", lambda: gone.append(reference() is None)
+    )
+    residents.unload()
+    assert gone == [True]
+
+
+def test_unload_frees_the_idle_and_keeps_the_lent(loader):
+    residents = residents_of(loader)
+    use(residents, A)
     with residents.lease(B) as resident:
         resident.loaded()
         residents.unload()
         assert names(residents) == ["B"]
-        gc.collect()
-        assert reference() is None
     residents.unload()
     assert names(residents) == []
 
