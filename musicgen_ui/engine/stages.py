@@ -225,9 +225,12 @@ def _half_lstm(lstm: nn.LSTM) -> Callable[[Tensor, State | None], tuple[Tensor, 
 
 def _convolution(conv: Any) -> Kernel:
     """`conv` without padding: [batch, time, in] to [batch, outputs, out]."""
+    bias = conv.bias.detach().clone()
+    if conv.kernel_size[0] == 1 and conv.stride[0] == 1:
+        # As a convolution oneDNN wants the weights in another layout at another length.
+        return _linear(conv.weight.detach()[..., 0], bias)
     stride, dilation = (1, conv.stride[0]), (1, conv.dilation[0])
     weight = conv.weight.detach()[:, :, None].clone(memory_format=torch.channels_last)
-    bias = conv.bias.detach().clone()
     if _packs(weight):
         none = (0, 0)
         weight = torch.ops.mkldnn._reorder_convolution_weight(weight, none, stride, dilation, 1)
