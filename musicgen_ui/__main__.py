@@ -1,35 +1,21 @@
 """The command line: `python -m musicgen_ui serve`, `generate` and `bench`.
 
-`generate` has a flag for every field of `GenerationRequest`, made from the field's metadata, so a
-new field appears by itself. What can be refused is refused before torch is imported; the music
-comes from the same engine as the page's, so a seed gives the same take here and there.
-
-Exit codes: 0 done, 1 failed, 2 a request that cannot be run, 130 interrupted.
+Each command's flags and work are in a module of its own, imported when it is asked for: gradio for
+`serve`, torch for the others, and not before a wrong request has been refused. Exit codes: 0 done,
+1 failed, 2 a request that cannot be run, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import logging
-import os
-import signal
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
-from tqdm import tqdm
+from musicgen_ui.request import RequestError
 
-from musicgen_ui.engine.events import Event, Finished, Progress
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
-
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-ENDINGS = (".wav", ".flac")
-NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
+DONE, WRONG, INTERRUPTED = 0, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="python -m musicgen_ui", description="Music from words, on this computer.")
-    about = "; ".join(f"{name}: {command.__doc__}" for name, command in COMMANDS.items())
+    about = "; ".join(f"{name} {command.__doc__}" for name, command in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=about)
     try:
         command = COMMANDS[parser.parse_args(arguments[:1]).command]
@@ -61,7 +47,7 @@ def serve(arguments: list[str]) -> int:
     """starts the page"""
     from musicgen_ui.ui import settings
 
-    parser = Parser(prog="python -m musicgen_ui serve", description="Starts the page.")
+    parser = _parser("serve", "Starts the page.")
     settings.add_flags(parser)
     chosen = settings.settings(vars(parser.parse_args(arguments)))
     from musicgen_ui.ui import server
@@ -71,43 +57,23 @@ def serve(arguments: list[str]) -> int:
     return DONE
 
 
+def generate(arguments: list[str]) -> int:
+    """makes music and saves it"""
+    from musicgen_ui import generate
+
+    parser = _parser("generate", "Makes music and saves it, with its settings in the file.")
+    generate.add_flags(parser)
+    return generate.run(parser.parse_args(arguments))
+
+
 def bench(arguments: list[str]) -> int:
     """measures the speed beside transformers'"""
     from musicgen_ui import bench
 
-    parser = Parser(
-        prog="python -m musicgen_ui bench",
-        description=bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _parser("bench", bench.__doc__ or "")
     bench.add_flags(parser)
     bench.run(parser.parse_args(arguments))
     return DONE
-
-
-def generate(arguments: list[str]) -> int:
-    """makes music and saves it"""
-    flags = _generate_parser().parse_args(arguments)
-    output = _output(flags.output)
-    request, notes = _read(vars(flags))
-    _check_checkpoint(request)
-    from musicgen_ui.manager import ModelManager  # torch: seconds
-
-    manager = ModelManager(device=flags.device, precision=flags.precision)
-    with contextlib.closing(manager), _stop_on_interrupt() as stop:
-        try:
-            events = manager.stream_sync(request, stop)
-            saved = _save_all(events, request, output, notes, flags.quiet)
-        except RequestError as error:
-            if error.field:
-                raise
-            print(error, file=sys.stderr)
-            return FAILED
-        if not stop.is_set():
-            return DONE
-        kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
-        print(f"Stopped: {kept}.", file=sys.stderr)
-        return INTERRUPTED
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -117,202 +83,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def flag(name: str) -> str:
-    """The flag of a request's field: its name without the unit."""
-    unit = FIELDS[name].metadata["unit"]
-    return "--" + name.removesuffix(f"_{unit}").replace("_", "-")
-
-
-def _generate_parser() -> Parser:
-    parser = Parser(
-        prog="python -m musicgen_ui generate",
-        description="Makes music and saves it, with its settings in the file.",
+def _parser(command: str, description: str) -> Parser:
+    return Parser(
+        prog=f"python -m musicgen_ui {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for name, spec in FIELDS.items():
-        options: dict[str, Any] = {"help": _help(spec), "default": None, "dest": name}
-        if name == "prompt":
-            parser.add_argument(name, nargs="?", default="", help=_help(spec))
-        elif isinstance(spec.default, bool):
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(flag(name), metavar=_metavar(spec), **options)
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="takes",
-        help="out.wav or out.flac (out-1.wav … for variations), or a folder where every take gets "
-        "a name of its own, as WAV and FLAC (default takes)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        help="auto, float32, bfloat16, float16 or int8 (default auto)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
-    return parser
-
-
-def _help(spec: dataclasses.Field) -> str:
-    about = spec.metadata
-    facts = []
-    if not isinstance(spec.default, (str, bool)) and about["min"] is not None:
-        facts.append(f"{about['min']:.15g} to {about['max']:.15g} {about['unit']}".rstrip())
-    if spec.default not in (None, ""):
-        words = {"True": "on", "False": "off"}
-        shown = f"{spec.default}".removesuffix(".0")
-        facts.append(f"default {words.get(shown, shown)}")
-    text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
-    return text.replace("%", "%%")
-
-
-def _metavar(spec: dataclasses.Field) -> str:
-    if spec.name in CLIP_FIELDS:
-        return "FILE"
-    return spec.metadata["unit"].upper() or ("TEXT" if isinstance(spec.default, str) else "N")
-
-
-def _output(text: str) -> Path:
-    """The file or folder to write to; its folder is made.
-
-    Raises:
-        RequestError: it cannot be written to, or asks for another kind of file.
-    """
-    path = Path(text).expanduser()
-    if path.is_dir() or not path.suffix or text.endswith("/"):
-        folder = path
-    elif path.suffix.lower() in ENDINGS:
-        folder = path.parent
-    else:
-        raise RequestError(
-            f"Takes are WAV or FLAC: end {path.name} in .wav or .flac, or name a folder."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"{folder} cannot be a folder: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise RequestError(f"The folder {folder} cannot be written to: choose another.")
-    return path
-
-
-def _read(flags: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
-    """The request with its clips read, and what is to be said about them."""
-    values = {name: flags[name] for name in FIELDS}
-    notes: list[str] = []
-    for name in CLIP_FIELDS:
-        if values[name] is not None:
-            from musicgen_ui import audio
-
-            reading = audio.read(values[name])
-            values[name] = reading.clip
-            notes += reading.notes
-    return GenerationRequest(**values), tuple(notes)
-
-
-def _check_checkpoint(request: GenerationRequest) -> None:
-    """Refuses an unknown or unsuitable checkpoint; which one "auto" is depends on the device."""
-    from musicgen_ui import checkpoints
-
-    if request.checkpoint != "auto":
-        checkpoints.describe(checkpoints.resolve(request.checkpoint, request.stereo))
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl+C sets the event, the second one interrupts."""
-    stop = threading.Event()
-
-    def interrupted(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, interrupted)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _save_all(
-    events: Iterable[Event],
-    request: GenerationRequest,
-    output: Path,
-    notes: tuple[str, ...],
-    quiet: bool,
-) -> int:
-    """Saves and tells every take with new music in it; how many there were."""
-    saved = 0
-    with _Bar(request, quiet) as bar:
-        for event in events:
-            if isinstance(event, Progress):
-                bar.show(event)
-            elif isinstance(event, Finished):
-                new_s = event.clip.duration_s - event.prompt_s
-                if new_s < NEW_AT_LEAST_S:
-                    continue
-                bar.show(Progress("composing", event.variation, done_s=new_s, speed=event.speed))
-                finished = dataclasses.replace(event, notes=(*notes, *event.notes))
-                lines, told = _save(finished, output, request.variations)
-                saved += 1
-                bar.say(lines, sys.stdout)
-                bar.say([] if quiet else told, sys.stderr)
-    return saved
-
-
-def _save(finished: Finished, output: Path, count: int) -> tuple[list[str], tuple[str, ...]]:
-    """Writes a take; a line for each file, and the take's notes."""
-    from musicgen_ui import takes
-
-    if output.is_dir():
-        take = takes.save(finished, output)
-        files = [take.wav, take.flac]
-    else:
-        number = f"-{finished.variation + 1}" if count > 1 else ""
-        files = [output.with_stem(output.stem + number)]
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
-            take = takes.save(finished, Path(scratch))
-            (take.wav if output.suffix.lower() == ".wav" else take.flac).replace(files[0])
-    facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
-    return [f"{file}  {facts}" for file in files], take.notes
-
-
-class _Bar:
-    """A progress bar on stderr: seconds of new music over all variations."""
-
-    def __init__(self, request: GenerationRequest, quiet: bool) -> None:
-        self._done_s = [0.0] * request.variations
-        self._stage = ""
-        self._bar = tqdm(
-            total=request.duration_s * request.variations,
-            disable=quiet,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,  # s; a log file wants few lines
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total:.1f} s{postfix}",
-        )
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, progress: Progress) -> None:
-        """Moves the bar."""
-        stage = progress.note or progress.stage
-        if stage != self._stage:
-            self._stage = stage
-            self._bar.set_description_str(stage)
-        if progress.stage == "composing":
-            self._done_s[progress.variation] = progress.done_s
-            self._bar.set_postfix_str(f"{progress.speed:.2f}× real time", refresh=False)
-            self._bar.update(min(sum(self._done_s), self._bar.total) - self._bar.n)
-
-    def say(self, lines: Iterable[str], file: Any) -> None:
-        """Prints lines without disturbing the bar."""
-        for line in lines:
-            self._bar.write(line, file=file)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import soundfile
 from fakes import FakeEngine
 
 from musicgen_ui import __main__ as cli
-from musicgen_ui import takes
+from musicgen_ui import generate, takes
 from musicgen_ui.engine.events import Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
 
@@ -63,22 +63,24 @@ def example(name: str) -> tuple[list[str], object]:
     """Another value than the default for a field: as arguments and as the request holds it."""
     spec = FIELDS[name]
     if isinstance(spec.default, bool):
-        return [cli.flag(name).replace("--", "--no-" if spec.default else "--")], not spec.default
+        return [
+            generate.flag(name).replace("--", "--no-" if spec.default else "--")
+        ], not spec.default
     if name == "checkpoint":
         return ["--checkpoint", "bundled"], "bundled"
     if isinstance(spec.default, str):
-        return [cli.flag(name), "slow piano"], "slow piano"
+        return [generate.flag(name), "slow piano"], "slow piano"
     value = spec.metadata["max"] if name == "top_p" else spec.metadata["min"] + 2
-    return [cli.flag(name), str(value)], value
+    return [generate.flag(name), str(value)], value
 
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in CLIP_FIELDS and n != "prompt"])
 def test_every_field_is_a_flag_of_its_name_without_the_unit(name, manager, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_check_checkpoint", lambda request: None)
+    monkeypatch.setattr(generate, "_check_checkpoint", lambda request: None)
     arguments, value = example(name)
     assert cli.main(["generate", *arguments, "-o", str(tmp_path / "out.wav")]) == 0
     assert getattr(manager.asked[0], name) == value
-    assert "_s" not in cli.flag("duration_s") and cli.flag("top_k") == "--top-k"
+    assert "_s" not in generate.flag("duration_s") and generate.flag("top_k") == "--top-k"
 
 
 def test_the_prompt_and_a_clip_reach_the_engine_and_notes_the_file(manager, tmp_path, capsys):
@@ -180,7 +182,7 @@ def test_interrupted_before_the_first_sound_it_leaves_no_file(
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt), cli._stop_on_interrupt() as stop:
+    with pytest.raises(KeyboardInterrupt), generate._stop_on_interrupt() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         signal.raise_signal(signal.SIGINT)

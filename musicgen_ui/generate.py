@@ -1,0 +1,251 @@
+"""The command line's `generate`: a request from flags, a progress bar, files.
+
+There is a flag for every field of `GenerationRequest`, made from the field's metadata, so a new
+field appears by itself. What can be refused is refused before torch is imported; the music comes
+from the same engine as the page's, so a seed gives the same take here and there. The first Ctrl+C
+stops it and keeps what was made so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from musicgen_ui.engine.events import Event, Finished, Progress
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+ENDINGS = (".wav", ".flac")
+NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of the request, then those of the command itself."""
+    for name, spec in FIELDS.items():
+        options: dict[str, Any] = {"help": _help(spec), "default": None, "dest": name}
+        if name == "prompt":
+            parser.add_argument(name, nargs="?", default="", help=_help(spec))
+        elif isinstance(spec.default, bool):
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag(name), metavar=_metavar(spec), **options)
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="takes",
+        help="out.wav or out.flac (out-1.wav … for variations), or a folder where every take gets "
+        "a name of its own, as WAV and FLAC (default takes)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto, float32, bfloat16, float16 or int8 (default auto)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Makes the takes and saves them; returns the exit code.
+
+    Raises:
+        RequestError: a request that cannot be run.
+    """
+    request, notes = _read(vars(flags))
+    _check_checkpoint(request)
+    output = _output(flags.output)
+    from musicgen_ui.manager import ModelManager  # torch: seconds
+
+    manager = ModelManager(device=flags.device, precision=flags.precision)
+    with contextlib.closing(manager), _stop_on_interrupt() as stop:
+        try:
+            events = manager.stream_sync(request, stop)
+            saved = _save_all(events, request, output, notes, flags.quiet)
+        except RequestError as error:
+            if error.field:
+                raise
+            print(error, file=sys.stderr)
+            return FAILED
+        if not stop.is_set():
+            return DONE
+        kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
+        print(f"Stopped: {kept}.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def flag(name: str) -> str:
+    """The flag of a request's field: its name without the unit."""
+    unit = FIELDS[name].metadata["unit"]
+    return "--" + name.removesuffix(f"_{unit}").replace("_", "-")
+
+
+def _help(spec: dataclasses.Field) -> str:
+    about = spec.metadata
+    facts = []
+    if not isinstance(spec.default, (str, bool)) and about["min"] is not None:
+        facts.append(f"{about['min']:.15g} to {about['max']:.15g} {about['unit']}".rstrip())
+    if spec.default not in (None, ""):
+        words = {"True": "on", "False": "off"}
+        shown = f"{spec.default}".removesuffix(".0")
+        facts.append(f"default {words.get(shown, shown)}")
+    text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
+    return text.replace("%", "%%")
+
+
+def _metavar(spec: dataclasses.Field) -> str:
+    if spec.name in CLIP_FIELDS:
+        return "FILE"
+    return spec.metadata["unit"].upper() or ("TEXT" if isinstance(spec.default, str) else "N")
+
+
+def _output(text: str) -> Path:
+    """The file or folder to write to; its folder is made.
+
+    Raises:
+        RequestError: it cannot be written to, or asks for another kind of file.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.suffix or text.endswith("/"):
+        folder = path
+    elif path.suffix.lower() in ENDINGS:
+        folder = path.parent
+    else:
+        raise RequestError(
+            f"Takes are WAV or FLAC: end {path.name} in .wav or .flac, or name a folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be a folder: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"The folder {folder} cannot be written to: choose another.")
+    return path
+
+
+def _read(flags: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
+    """The request with its clips read, and what is to be said about them."""
+    values = {name: flags[name] for name in FIELDS}
+    notes: list[str] = []
+    for name in CLIP_FIELDS:
+        if values[name] is not None:
+            from musicgen_ui import audio
+
+            reading = audio.read(values[name])
+            values[name] = reading.clip
+            notes += reading.notes
+    return GenerationRequest(**values), tuple(notes)
+
+
+def _check_checkpoint(request: GenerationRequest) -> None:
+    """Refuses an unknown or unsuitable checkpoint; which one "auto" is depends on the device."""
+    from musicgen_ui import checkpoints
+
+    if request.checkpoint != "auto":
+        checkpoints.describe(checkpoints.resolve(request.checkpoint, request.stereo))
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl+C sets the event, the second one interrupts."""
+    stop = threading.Event()
+
+    def interrupted(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _save_all(
+    events: Iterable[Event],
+    request: GenerationRequest,
+    output: Path,
+    notes: tuple[str, ...],
+    quiet: bool,
+) -> int:
+    """Saves and tells every take with new music in it; how many there were."""
+    saved = 0
+    with _Bar(request, quiet) as bar:
+        for event in events:
+            if isinstance(event, Progress):
+                bar.show(event)
+            elif isinstance(event, Finished):
+                new_s = event.clip.duration_s - event.prompt_s
+                if new_s < NEW_AT_LEAST_S:
+                    continue
+                bar.show(Progress("composing", event.variation, done_s=new_s, speed=event.speed))
+                finished = dataclasses.replace(event, notes=(*notes, *event.notes))
+                lines, told = _save(finished, output, request.variations)
+                saved += 1
+                bar.say(lines, sys.stdout)
+                bar.say([] if quiet else told, sys.stderr)
+    return saved
+
+
+def _save(finished: Finished, output: Path, count: int) -> tuple[list[str], tuple[str, ...]]:
+    """Writes a take; a line for each file, and the take's notes."""
+    from musicgen_ui import takes
+
+    if output.is_dir():
+        take = takes.save(finished, output)
+        files = [take.wav, take.flac]
+    else:
+        number = f"-{finished.variation + 1}" if count > 1 else ""
+        files = [output.with_stem(output.stem + number)]
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
+            take = takes.save(finished, Path(scratch))
+            (take.wav if output.suffix.lower() == ".wav" else take.flac).replace(files[0])
+    facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
+    return [f"{file}  {facts}" for file in files], take.notes
+
+
+class _Bar:
+    """A progress bar on stderr: seconds of new music over all variations."""
+
+    def __init__(self, request: GenerationRequest, quiet: bool) -> None:
+        self._done_s = [0.0] * request.variations
+        self._stage = ""
+        self._bar = tqdm(
+            total=request.duration_s * request.variations,
+            disable=quiet,
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,  # s; a log file wants few lines
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total:.1f} s{postfix}",
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Moves the bar."""
+        stage = progress.note or progress.stage
+        if stage != self._stage:
+            self._stage = stage
+            self._bar.set_description_str(stage)
+        if progress.stage == "composing":
+            self._done_s[progress.variation] = progress.done_s
+            self._bar.set_postfix_str(f"{progress.speed:.2f}× real time", refresh=False)
+            self._bar.update(min(sum(self._done_s), self._bar.total) - self._bar.n)
+
+    def say(self, lines: Iterable[str], file: Any) -> None:
+        """Prints lines without disturbing the bar."""
+        for line in lines:
+            self._bar.write(line, file=file)
