@@ -120,7 +120,7 @@ def _readable_ticks(clip: Clip) -> list[int]:
     from librosa.core.convert import hz_to_mel
 
     top = hz_to_mel(clip.sampling_rate / 2, htk=True)
-    gap = top * (0.09 if clip.channels == 1 else 0.12)
+    gap = top * (0.09 if clip.channels == 1 else 0.1)
     ticks: list[int] = []
     for hz in TICKS_HZ:
         place = hz_to_mel(hz, htk=True)
