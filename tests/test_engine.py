@@ -43,9 +43,10 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
-@pytest.fixture(scope="module")
-def batch(folder: Path) -> Batch:
-    return make_batch(folder)
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
+    """Both ways of stepping; the graph's as it runs before it is captured."""
+    return make_batch(folder, graphs=request.param == "graph")
 
 
 @pytest.fixture(scope="module")
@@ -329,10 +330,28 @@ def test_stop_before_the_first_frame_gives_an_empty_take(batch):
 
 
 def test_closed_iterator_frees_the_rows_without_a_take(batch):
+    held = batch.nbytes
     with closing(stream(batch, GenerationRequest(ROCK, duration_s=20, variations=2))) as events:
         next(event for event in events if isinstance(event, Chunk))
         assert batch.jobs
     assert not batch.jobs and not batch.waiting
+    assert batch.nbytes == held
+
+
+def test_long_prompt_beside_a_short_one(batch, reference, folder):
+    """More tokens than the graph's buffers had room for, admitted while another job runs."""
+    long = ROCK + " " + "piano with " * 60
+    events: list[Event | Exception] = []
+    batch.submit(GenerationRequest(ROCK, duration_s=0.6, do_sample=False), None, events.append)
+    batch.step()
+    (short,) = batch.jobs
+    batch.submit(GenerationRequest(long, duration_s=0.6, do_sample=False), None, events.append)
+    while batch.step():
+        pass
+    expected, _ = generated(reference, folder, [ROCK], 30, 3.0)
+    assert torch.equal(delay.undelayed(short.columns, 0, 30, batch.codec.channels), expected[0])
+    codes = run_job(batch, GenerationRequest(long, duration_s=0.6, do_sample=False))[1]
+    assert torch.equal(codes, generated(reference, folder, [long.strip()], 30, 3.0)[0][0])
 
 
 def test_prompt_beyond_the_text_encoder_is_cut_and_said(tiny_mono):

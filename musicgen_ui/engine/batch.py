@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from musicgen_ui.engine import sampling
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.engine.eager import Eager
 from musicgen_ui.engine.events import Event, Finished, Progress
+from musicgen_ui.engine.graph import Graphed
 from musicgen_ui.engine.job import Job
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
+CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
 PROGRESS_S = 0.25  # between two reports of a job
 
 
@@ -58,7 +60,8 @@ class Batch:
         device: of text encoder and decoder.
         precision: see `linear.PRECISIONS`.
         codec_device: where the codec runs, if not on `device`.
-        max_jobs: jobs that are stepped together.
+        max_jobs: jobs that are stepped together; fewer where a GPU lacks the memory.
+        graphs: whether steps go through `graph.Graphed`; None is on CUDA alone.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Batch:
         precision: str = "float32",
         codec_device: torch.device | str | None = None,
         max_jobs: int = 8,
+        graphs: bool | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
@@ -91,16 +95,26 @@ class Batch:
             tokenizer,
         )
         self.decoder = Decoder(model.decoder, self.device, precision)
+        self.stepper: Eager | Graphed = Eager(self.decoder)
+        if self.device.type == "cuda" if graphs is None else graphs:
+            self.max_jobs = self._affordable(max_jobs)
+            self.stepper = Graphed(self.decoder, self.max_jobs)
+            self.stepper.warm_up()
         self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
         self.waiting: deque[tuple[Ticket, int]] = deque()  # in order of arrival
         self.jobs: dict[Job, Ticket] = {}
-        self._settings: tuple[list[Job], sampling.Settings] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights and of the jobs in flight."""
-        held = sum(job.sequence.nbytes for job in list(self.jobs))
-        return held + self.decoder.nbytes + self.codec.nbytes + self.conditioner.nbytes
+        rooms = (self.stepper, self.decoder, self.codec, self.conditioner)
+        return sum(room.nbytes for room in rooms)
+
+    def _affordable(self, jobs: int) -> int:
+        if self.device.type != "cuda":
+            return jobs
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(jobs, int(CACHE_SHARE * free / Graphed.slot_nbytes(self.decoder))))
 
     def submit(
         self,
@@ -147,7 +161,7 @@ class Batch:
 
     def _drop_closed(self) -> None:
         for job in [job for job, ticket in self.jobs.items() if not ticket.open]:
-            del self.jobs[job]
+            self._leave(job)
         if any(not ticket.open for ticket, _ in self.waiting):
             self.waiting = deque(entry for entry in self.waiting if entry[0].open)
 
@@ -183,7 +197,7 @@ class Batch:
         unwanted = self.conditioner.states(request.negative_prompt)
         if request.guidance_scale > 1 and conditions[0] is not unwanted:
             conditions.append(unwanted)
-        job.sequence = decoder.sequence(conditions, job.positions)
+        self.stepper.admit(job, conditions)
         ticket.deliver(job.progress())
         return job
 
@@ -206,25 +220,9 @@ class Batch:
         jobs = [job for job in self.jobs if job.sequence.length == job.written]
         if not jobs:
             return
-        settings = self._settings_of(jobs)
-        columns = torch.stack([job.column() for job in jobs])
-        logits = self.decoder.step(columns, [job.sequence for job in jobs])
-        first, last, row = [], [], 0
-        for job in jobs:  # the rows of what is wanted, and of what is not (or the same again)
-            first.append(row)
-            row += job.sequence.rows
-            last.append(row - 1)
-        logits = sampling.guide(logits[first], logits[last], settings.guidance_scale)
-        drawn = sampling.draw(logits, settings, torch.stack([job.uniform() for job in jobs]))
-        for job, codes in zip(jobs, drawn, strict=True):
-            job.write(codes)
-
-    def _settings_of(self, jobs: list[Job]) -> sampling.Settings:
-        if self._settings is None or self._settings[0] != jobs:
-            requests = [job.request for job in jobs]
-            made = sampling.Settings.of(requests, self.decoder.codebook_size, self.device)
-            self._settings = (jobs, made)
-        return self._settings[1]
+        self.stepper.step(jobs)
+        for job in jobs:
+            job.advance()
 
     def _deliver(self, job: Job) -> None:
         """Hands what is new to the caller: audio, progress, in the end the take."""
@@ -238,10 +236,14 @@ class Batch:
             ticket.deliver(job.progress())
 
     def _finish(self, job: Job) -> None:
-        ticket = self.jobs.pop(job)
+        ticket = self._leave(job)
         if job.frames_done > job.context_frames and (chunk := job.chunk(last=True)):
             ticket.deliver(chunk)
         self._close(ticket, job.finished(self._notes(job.request)))
+
+    def _leave(self, job: Job) -> Ticket:
+        self.stepper.release(job)
+        return self.jobs.pop(job)
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
         words = self.conditioner.cut_after(request.prompt)

@@ -12,6 +12,7 @@ negative prompt). transformers' model is the reference: greedy codes are equal t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers.activations import ACT2FN
 
 from musicgen_ui.engine.attention import FloatCache, Int8Cache, warm_up
 from musicgen_ui.engine.linear import Linear, computing_dtype
+
+Attend = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,15 @@ class Decoder:
             self.positions = self._sinusoids(positions)
         shape = (len(conditions), self.heads, positions, self.head_dim)
         caches = [self._cache(shape) for _ in self.layers]
-        return Sequence(caches, [self._text_memory(states) for states in conditions])
+        return Sequence(caches, [self.text_memory(states) for states in conditions])
 
     def _cache(self, shape: tuple[int, ...]) -> FloatCache | Int8Cache:
         if self.precision == "int8":
             return Int8Cache(shape)
         return FloatCache(shape, self.dtype, self.device)
 
-    def _text_memory(self, states: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
+    def text_memory(self, states: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
+        """The keys and values of [tokens, hidden] a layer, each [1, heads, tokens, head_dim]."""
         if states is None:
             return None
         states = states.to(self.device, self.dtype)
@@ -160,9 +164,8 @@ class Decoder:
     def prefill(self, sequence: Sequence, columns: Tensor) -> None:
         """Takes the next columns of a sequence in, int64 [codebooks, n], all known already."""
         n, start = columns.shape[1], sequence.length
-        x = self._embed(columns.T) + self.positions[start : start + n]
-        x = x.repeat(sequence.rows, 1)  # [rows · n, hidden]
-        self._forward(x, [sequence], n)
+        x = self.embed(columns.T) + self.positions[start : start + n]
+        self._forward(x.repeat(sequence.rows, 1), [sequence], n)
         sequence.length += n
 
     @torch.inference_mode()
@@ -178,23 +181,40 @@ class Decoder:
         """
         rows = torch.tensor([s.rows for s in sequences], device=self.device)
         at = torch.tensor([s.length for s in sequences], device=self.device)
-        x = (self._embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
+        x = (self.embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
         x = self._forward(x, sequences, 1)
         for sequence in sequences:
             sequence.length += 1
-        return self.lm_heads(x).view(len(x), self.codebooks, -1).float()
+        return self.logits(x)
 
-    def _embed(self, columns: Tensor) -> Tensor:  # [n, codebooks] -> [n, hidden]
+    def embed(self, columns: Tensor) -> Tensor:
+        """What goes in: int64 [n, codebooks] to [n, hidden], without positions."""
         return F.embedding(columns + self.offsets, self.embeddings).sum(1)
 
-    def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """What comes out: [rows, hidden] to float32 [rows, codebooks, codebook_size]."""
+        return self.lm_heads(x).view(len(x), self.codebooks, -1).float()
+
+    def forward(self, x: Tensor, attend_self: Attend, attend_text: Attend) -> Tensor:
+        """The layers, [n, hidden] to [n, hidden], with the attention handed in.
+
+        Args:
+            x: embedded columns.
+            attend_self: a layer's number and its [n, 3 · hidden] of queries, keys and values.
+            attend_text: a layer's number and its queries, [n, hidden].
+        """
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.self_norm(x))
-            x = x + layer.self_out(self._attend_self(index, qkv, sequences, n))
-            query = layer.text_q(layer.text_norm(x))
-            x = x + layer.text_out(self._attend_text(index, query, sequences, n))
+            x = x + layer.self_out(attend_self(index, layer.qkv(layer.self_norm(x))))
+            x = x + layer.text_out(attend_text(index, layer.text_q(layer.text_norm(x))))
             x = x + layer.down(self.activation(layer.up(layer.ffn_norm(x))))
         return self.norm(x)
+
+    def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
+        return self.forward(
+            x,
+            lambda index, qkv: self._attend_self(index, qkv, sequences, n),
+            lambda index, query: self._attend_text(index, query, sequences, n),
+        )
 
     def _attend_self(self, index: int, qkv: Tensor, sequences: list[Sequence], n: int) -> Tensor:
         parts = qkv.view(-1, n, 3, self.heads, self.head_dim).split([s.rows for s in sequences])

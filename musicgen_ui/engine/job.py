@@ -97,21 +97,11 @@ class Job:
         """Frames whose codebooks are all known, the context's included."""
         return max(self.context_frames, self.written - (self.positions - self.frames))
 
-    def column(self) -> Tensor:
-        """The last column, int64 [codebooks]: what the decoder takes in next."""
-        return self.columns[:, self.written]
-
-    def uniform(self) -> Tensor:
-        """What the next column is drawn from, float32 [codebooks]."""
-        return self.uniforms[self.written - self.context_frames]
-
-    def write(self, drawn: Tensor) -> None:
-        """Writes the next column, int64 [codebooks], where it is not given already."""
+    def advance(self) -> None:
+        """Another column was written."""
         if self.started_s is None:
             self.started_s = time.monotonic()
         self.written += 1
-        column = self.columns[:, self.written]
-        column.copy_(torch.where(column == delay.UNWRITTEN, drawn, column))
 
     def progress(self) -> Progress:
         """How far the new music is."""

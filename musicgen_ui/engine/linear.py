@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -62,7 +63,9 @@ def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
 def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
     scales = weight.abs().amax(1).clamp_min(1e-8) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
-    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    with warnings.catch_warnings():  # deprecated without a successor; there in torch 2.8 to 2.13
+        warnings.simplefilter("ignore", UserWarning)
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
     # Without VNNI the kernel adds pairs of products in 16 bits: activations of 7 bits then.
     reduce_range = not torch.cpu._is_vnni_supported()

@@ -8,7 +8,7 @@ moves a draw only where it crosses an edge between two codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Settings:
             nucleus=any(0 < r.top_p < 1 for r in requests),
             draws=any(r.do_sample for r in requests),
         )
+
+    def of_first(self, jobs: int) -> Settings:
+        """The settings of the first jobs alone, as views."""
+        tensors = ("guidance_scale", "temperature", "top_k", "top_p", "greedy")
+        return replace(self, **{name: getattr(self, name)[:jobs] for name in tensors})
 
 
 def guide(wanted: Tensor, unwanted: Tensor, scale: Tensor) -> Tensor:
