@@ -1,11 +1,15 @@
-"""What tests share: tiny checkpoints, built once a run."""
+"""What tests share: no network, and tiny checkpoints, built once a run."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before the libraries read them. Tests of downloads have a Hub of their own on this computer.
+os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
 
 sys.path.insert(0, str(Path(__file__).parent))
 

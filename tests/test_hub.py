@@ -31,6 +31,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Points the Hub's client at a server of this test and at an empty cache."""
 
     def point_at(url: str) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(
             constants,
@@ -183,7 +184,7 @@ def run_with(**environment: str) -> subprocess.CompletedProcess:
     )
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
         capture_output=True,
         text=True,
         check=True,
