@@ -20,17 +20,16 @@ from transformers import EncodecConfig, EncodecModel
 from musicgen_ui.engine.stages import Past, Precision, assemble, through
 from musicgen_ui.request import RequestError
 
-PIECE_FRAMES = 50  # one-shot work goes in pieces, so that memory does not grow with the length
+PIECE_FRAMES = 100  # one-shot work goes in pieces, so that memory does not grow with the length
 
 
 class Codec:
     """EnCodec's weights in the shape that coding wants; immutable, so streams can share it.
 
-    The caller may drop the `EncodecModel`; with `release` it is emptied at once and of no more
-    use. `precision` is that of the LSTM's weights when decoding on an x86 CPU, where a frame waits
-    for their reading; all else is float32. Weights that were published in float16 lose
-    nothing by it, others less than a 16-bit file does (the noise is 93 dB below the music for the
-    bundled codec with its weights moved off float16's grid).
+    The caller may drop the `EncodecModel`, and must not change it; with `release` it is emptied at
+    once. `precision` is that of the LSTM's weights when decoding on an x86 CPU, where a frame waits
+    for their reading; all else is float32. Weights published in float16 lose nothing by it; for
+    the bundled codec with its weights moved off float16's grid, noise is 93 dB below the music.
 
     Raises:
         RequestError: a codec of a kind that MusicGen does not use.
@@ -57,7 +56,7 @@ class Codec:
         books = [layer.codebook.embed for layer in module.quantizer.layers[: self.codebooks]]
         self.tables = torch.stack(books).to(self.device, torch.float32)  # [codebooks, size, dim]
         numbers = self.tables.numel() + sum(weight.numel() for weight in module.parameters())
-        self.nbytes = 4 * numbers  # of the weights
+        self.nbytes = 4 * numbers  # of the weights, at most
         with torch.no_grad():
             module.to(self.device, torch.float32)
             self.encoder = assemble(module.encoder.layers, "float32")

@@ -140,8 +140,8 @@ Stage = Convolution | Residual | Upsampling | Recurrence
 def assemble(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
     """The layers of transformers' `EncodecEncoder` or `EncodecDecoder`, float32, as stages.
 
-    They share no weights with `layers`, but for the LSTM on a GPU. `precision` is that of the
-    LSTM's recurrent weights on an x86 CPU.
+    They share with `layers` an LSTM that runs in float32, nothing else. `precision` is that of the
+    LSTM's weights on an x86 CPU.
     """
     stages: list[Stage] = []
     for layer in layers:
