@@ -74,6 +74,7 @@ def test_a_click_waits_for_an_engine_that_is_being_built() -> None:
         return FakeEngine()
 
     engine = BackgroundEngine(build, "mono")
+    engine.start()
     assert engine.status() == "starting …"
     threading.Timer(0.3, built.set).start()
     events = collect(engine, GenerationRequest(duration_s=0.5))
@@ -84,7 +85,7 @@ def test_a_click_waits_for_an_engine_that_is_being_built() -> None:
 
 
 def test_stop_ends_the_wait_for_the_engine() -> None:
-    engine = BackgroundEngine(lambda: time.sleep(60), "auto")  # type: ignore[arg-type, return-value]
+    engine = BackgroundEngine(FakeEngine, "auto")  # never started
     stop = threading.Event()
     stop.set()
     assert len(collect(engine, GenerationRequest(), stop)) == 1
@@ -95,6 +96,7 @@ def test_an_engine_that_fails_to_start_is_said_in_a_sentence() -> None:
         raise OSError("no such device")
 
     engine = BackgroundEngine(build, "auto")
+    engine.start()
     with pytest.raises(RequestError, match="could not start"):
         engine.describe("auto")
     assert "failed" in engine.status()

@@ -103,7 +103,8 @@ def head(parts: Parts, engine: Engine) -> None:
 def about(name: str, info: str | None = None) -> dict[str, Any]:
     """A setting's label, help and id; errors name a setting by the same label."""
     told = FIELDS[name].metadata
-    return {"label": told["label"], "info": told["help"] if info is None else info, "elem_id": name}
+    help = told["help"] if info is None else info or None
+    return {"label": told["label"], "info": help, "elem_id": name}
 
 
 def slider(name: str, low: float, high: float, step: float, info: str | None = None) -> gr.Slider:

@@ -35,11 +35,15 @@ class BackgroundEngine:
         self._ready = threading.Event()
         self._engine: Engine | None = None
         self._error: Exception | None = None
-        threading.Thread(target=self._build, args=(build,), daemon=True).start()
+        self._build = build
 
-    def _build(self, build: Callable[[], Engine]) -> None:
+    def start(self) -> None:
+        """Begins to build the engine and to load the first checkpoint, in a thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
         try:
-            self._engine = build()
+            self._engine = self._build()
         except Exception as error:
             log.exception("The engine could not be started")
             self._error = error
@@ -122,7 +126,8 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     temporary = private_folder()
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    engine = engine or managed_engine(chosen)
+    background = managed_engine(chosen)
+    engine = engine or background
 
     from starlette.middleware import Middleware
 
@@ -157,6 +162,8 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     app.add_api_route("/healthz", lambda: {"status": "ok", "engine": engine.status()})
     # Gradio's catch-all page route comes first in the list: ours must come before it.
     app.router.routes.insert(0, app.router.routes.pop())
+    if engine is background:  # not before: importing torch beside it would delay the page
+        background.start()
     running = lambda: demo.is_running  # noqa: E731
     for work in (lambda: sweep_while(running, temporary), take_panel.warm_up):
         threading.Thread(target=work, daemon=True).start()
@@ -187,5 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2
-    serve(chosen)
+    try:
+        serve(chosen)
+    except OSError as error:  # the port is taken, the address is not ours
+        print(f"Cannot listen on {chosen.host}:{chosen.port}: {error}", file=sys.stderr)
+        return 1
     return 0

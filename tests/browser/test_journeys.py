@@ -160,6 +160,7 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     prompt = page.locator("#prompt textarea")  # its label now holds the sentence
     expect(prompt).to_have_value("x" * 2001)
     assert len(engine.requests) == asked
+    expect(prompt).to_be_in_viewport()
     prompt.fill("kept")
     engine.failure = RuntimeError("broken")
     page.locator("#generate").click()

@@ -1,0 +1,44 @@
+"""One journey with nothing faked: the bundled checkpoint, from a server that has just started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import Open, free_port
+from playwright.sync_api import expect
+
+from musicgen_ui.ui.server import close, launch
+from musicgen_ui.ui.settings import Settings
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    port = free_port()
+    demo, temporary = launch(Settings(port=port, checkpoint="bundled", device="cpu"))
+    yield f"http://127.0.0.1:{port}/"
+    close(demo, temporary)
+
+
+def test_a_click_before_the_engine_is_there_becomes_music(
+    open_page: Open, url: str, tmp_path: Path
+) -> None:
+    page = open_page(url=url)
+    page.get_by_label("Prompt", exact=True).fill("techno with a hard kick and synth bass")
+    length = page.locator("#duration_s input[type=number]")
+    length.fill("2")
+    length.press("Tab")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator(".live-text")).to_contain_text("Composing", timeout=120_000)
+    expect(page.locator(".live[data-stage=finished]")).to_be_visible(timeout=120_000)
+    page.wait_for_function("() => musicgenLive.heard_s() > 1.9")
+    expect(page.locator("#engine")).to_contain_text("bundled")
+    with page.expect_download() as waiting:
+        page.locator("#wav").click()
+    path = tmp_path / "take.wav"
+    waiting.value.save_as(path)
+    samples, rate = soundfile.read(path)
+    assert len(samples) == 2 * rate and np.std(samples) > 0.001
