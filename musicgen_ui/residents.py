@@ -135,14 +135,17 @@ class Residents:
     def _return(self, resident: Resident) -> None:
         with self._changed:
             resident.leases -= 1
-            resident.used_s = time.monotonic()
-            if resident in self._idle() and self._idle_s:
-                resident.timer = threading.Timer(self._idle_s, self._expire, (resident,))
-                resident.timer.daemon = True
-                resident.timer.start()
-            self._changed.notify_all()
+            self._count_idle_time(resident)
         if self._closed:
             self.unload()
+
+    def _count_idle_time(self, resident: Resident) -> None:
+        resident.used_s = time.monotonic()
+        if self._idle_s and resident in self._idle():
+            resident.timer = threading.Timer(self._idle_s, self._expire, (resident,))
+            resident.timer.daemon = True
+            resident.timer.start()
+        self._changed.notify_all()
 
     def _expire(self, resident: Resident) -> None:
         with self._changed:
@@ -185,9 +188,10 @@ class Residents:
             return
         with self._changed:
             resident.batch = batch
-            resident.leases += 1  # one more that ends now, for its idle time to be counted
-        resident.ready.set_result(None)
-        self._return(resident)
+            resident.ready.set_result(None)
+            self._count_idle_time(resident)  # every caller may have left meanwhile
+        if self._closed:
+            self.unload()
 
     def _load_in_room(self, source: Source, say: Say) -> Batch:
         """Loads, and once more without the idle models if the memory does not suffice."""

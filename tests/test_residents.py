@@ -97,6 +97,7 @@ def test_the_longest_unused_model_makes_room(loader):
     residents = residents_of(loader, budget_bytes=30)
     for source in (A, B, C, A):
         use(residents, source)
+    assert names(residents) == ["A", "B", "C"]
     use(residents, D)
     assert sorted(names(residents)) == ["A", "C", "D"]
     use(residents, B)
@@ -133,13 +134,6 @@ def test_a_lent_model_stays_until_its_lease_ends(loader):
         assert names(residents) == ["B"]
     holder.join()
     assert stayed == [["A", "B"]]
-
-
-def test_nobody_evicts_what_nobody_needs_to(loader):
-    residents = residents_of(loader, budget_bytes=40)
-    for source in (A, B, C, D):
-        use(residents, source)
-    assert names(residents) == ["A", "B", "C", "D"]
 
 
 def test_a_failed_load_is_told_to_every_caller_and_tried_again(loader):
@@ -256,6 +250,22 @@ def test_a_load_that_nobody_waits_for_is_given_up(loader):
     loader.go.set()
     use(residents, A)
     assert names(residents) == ["A"]
+
+
+def test_a_model_whose_callers_left_during_the_last_of_its_load_goes_after_its_time():
+    reading, left = threading.Event(), threading.Event()
+
+    def load(source: Source, say: Callable[[str], None]) -> Model:
+        reading.set()
+        left.wait(5)
+        return Model(10)
+
+    residents = Residents(load, lambda source: 10, 1000, idle_s=0.02)
+    with residents.lease(A) as resident:
+        reading.wait(5)
+    left.set()
+    resident.loaded()
+    wait_for(lambda: not names(residents))
 
 
 def test_a_load_given_up_does_not_harm_the_next_one(loader):
