@@ -1,0 +1,125 @@
+"""README's tables, made from what they describe: `python tests/readme.py` writes them anew.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test holds README to them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from musicgen_ui import checkpoints, configuration, generate  # noqa: E402
+from musicgen_ui.engine.device import BYTES_A_WEIGHT  # noqa: E402
+from musicgen_ui.request import CLIP_FIELDS, FIELDS  # noqa: E402
+from musicgen_ui.ui import settings as server_settings  # noqa: E402
+
+README = ROOT / "README.md"
+MEASURED = ROOT / "assets" / "bench"  # a file of the bench's rows for each machine
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def settings() -> str:
+    """What each setting of a take does."""
+    rows = []
+    for name, spec in FIELDS.items():
+        about = spec.metadata
+        limits = ""
+        if about["min"] is not None:
+            unit = "characters" if isinstance(spec.default, str) else about["unit"]
+            limits = f"{about['min']:.15g} to {about['max']:,.15g} {unit}".rstrip()
+        default = {True: "on", False: "off", None: "", "": ""}.get(spec.default, spec.default)
+        default = f"{spec.default:g}" if type(spec.default) in (int, float) else default
+        flag = "PROMPT" if name == "prompt" else generate.flag(name)
+        clip = " (a file)" if name in CLIP_FIELDS else ""
+        what = about["help"] + clip
+        rows.append([about["label"], what, limits, str(default), f"`{name}`", f"`{flag}`"])
+    return table(["Setting", "What it does", "Limits", "Default", "In the API", "Flag"], rows)
+
+
+def models() -> str:
+    """The checkpoints that have a name."""
+    rows = []
+    for word, source in checkpoints.known().items():
+        config = checkpoints.config_of(source)
+        millions = configuration.count_parameters(config) / 1e6
+        memory = [
+            configuration.size_in_words(
+                configuration.estimate_bytes(config, BYTES_A_WEIGHT[precision])
+            )
+            for precision in ("bfloat16", "int8", "float32")
+        ]
+        sound = "stereo" if config["decoder"]["audio_channels"] == 2 else "mono"
+        rate = f"{config['audio_encoder']['sampling_rate'] / 1000:g} kHz"
+        of = "" if source.folder else f" ({source.name})"
+        rows.append([f"`{word}`{of}", f"{millions:,.0f} M", f"{sound}, {rate}", *memory])
+    heads = ["Name", "Parameters", "Sound", "Memory: bfloat16", "int8", "float32"]
+    return table(heads, rows)
+
+
+def server() -> str:
+    """How a server is set up."""
+    rows = [
+        [f"`{variable}`", f"`{flag}`", f"`{default}`" if default else "", what]
+        for variable, flag, default, what in server_settings.table()
+    ]
+    return table(["Environment variable", "Flag", "Default", "What it sets"], rows)
+
+
+def speed() -> str:
+    """What the bench measured, a table for each machine."""
+    return "\n".join(_measured(file) for file in sorted(MEASURED.glob("*.json")))
+
+
+def _measured(file: Path) -> str:
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    heads = [
+        *("Loop", "Precision", "Takes at once", "Length", "Steps a second", "× real time"),
+        *("First audio", "A second of codec", "Peak memory", "Of the floor"),
+    ]
+    cells = [
+        [
+            "transformers `generate`" if row["peer"] else "**MusicGen UI**",
+            row["precision"],
+            str(row["jobs"]),
+            f"{row['duration_s']:g} s",
+            f"{row['steps_per_s']:.1f}",
+            f"{row['real_time_factor']:.2f}",
+            f"{row['first_audio_s']:.2f} s",
+            f"{row['codec_s']:.3f} s",
+            f"{row['peak_mb']:,.0f} MB",
+            f"{row['floor_share']:.0%}",
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    machine = f"{first['device']}; {first['machine']}. Weights: `{first['checkpoint']}`; medians of"
+    return f"{machine} {first['rounds']} rounds.\n\n{table(heads, cells)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "models": models,
+    "server": server,
+    "speed": speed,
+}
+
+
+def written(readme: str) -> str:
+    """README with every table as it should be."""
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", readme)
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")

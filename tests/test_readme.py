@@ -1,0 +1,119 @@
+"""README says what is so: its commands, tables, examples, file tree and Space card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import readme
+import soundfile
+import yaml
+from fakes import FakeEngine
+
+from musicgen_ui import __main__ as cli
+from musicgen_ui.ui.server import close, launch
+from musicgen_ui.ui.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = yaml.safe_load(TEXT.split("---\n")[1])
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", readme.TABLES)
+def test_every_table_is_what_the_code_says(name):
+    tables = {found[2]: found[3] for found in readme.TABLE.finditer(TEXT)}
+    assert tables[name] == readme.TABLES[name](), "run python tests/readme.py"
+
+
+def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
+    start, test = (block.strip() for block in blocks("bash")[:2])
+    install = "python3 -m venv .venv && .venv/bin/pip install -r "
+    assert start == install + "requirements.txt && .venv/bin/python app.py"
+    assert test == install + "requirements-dev.txt && .venv/bin/python -m pytest"
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -m 1 -E '(.*)' README.md", script)[1]
+    found = ["grep", "-m", "1", "-E", pattern, "README.md"]
+    assert subprocess.check_output(found, text=True, cwd=ROOT).strip() == test
+    assert 'eval "$tests"' in script and "pytest" not in script.replace(pattern, "")
+
+
+def test_the_card_is_a_spaces():
+    assert CARD["sdk"] == "gradio" and CARD["app_file"] == "app.py"
+    assert CARD["sdk_version"] == importlib.metadata.version("gradio")
+    assert str(CARD["python_version"]).startswith(("3.11", "3.12"))
+    assert len(CARD["short_description"]) <= 60
+    wanted = "title emoji colorFrom colorTo license models tags preload_from_hub suggested_hardware"
+    assert all(CARD[key] for key in wanted.split())
+
+
+def test_the_files_it_names_are_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).is_file(), target
+
+
+def test_every_file_of_the_package_is_in_the_tree_with_a_line():
+    listed, folders = set(), {}
+    for line in TEXT.split("## Files")[1].splitlines():
+        found = re.match(r"^( *)(\S+?)(/?) +(?=\S)|^( *)(\S+)/$", line)
+        if not found:
+            continue
+        indent, name = found[1] or found[4] or "", found[2] or found[5]
+        depth = len(indent) // 2
+        folders[depth] = name
+        listed.add("/".join([*(folders[d] for d in range(depth)), name]))
+    files = {str(f.relative_to(ROOT)) for f in (ROOT / "musicgen_ui").rglob("*.py")}
+    assert {entry for entry in listed if entry.endswith(".py") and "/" in entry} == files
+
+
+EXAMPLES = [
+    shlex.split(line)[3:]
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("python -m musicgen_ui generate")
+]
+
+
+def test_the_command_lines_examples_run(tmp_path, monkeypatch):
+    """Shortened, in order: the second one continues the first one's file."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in EXAMPLES:
+        short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
+        assert cli.main([*arguments, *short]) == 0, arguments
+    made = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
+    assert {"out.wav", "longer.flac", "techno-1.wav", "techno-2.wav", "techno-3.wav"} < made
+    assert len(made) == 7  # and a WAV and a FLAC under takes/
+    assert soundfile.info("longer.flac").duration == 1.0
+
+
+def test_every_command_it_names_is_one():
+    assert set(re.findall(r"python -m musicgen_ui (\w+)", TEXT)) == set(cli.COMMANDS)
+
+
+def test_the_apis_lines_run_against_a_server():
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line]) <= 5
+    port = free_port()
+    demo, temporary = launch(Settings(port=port), FakeEngine())
+    try:
+        seen: dict = {}
+        exec(code.replace("http://127.0.0.1:7860", f"http://127.0.0.1:{port}"), seen)
+        assert [Path(file).suffix for file in seen["files"]] == [".wav", ".flac"]
+        assert seen["settings"]["seed"] == 7 and soundfile.info(seen["files"][0]).duration == 5
+    finally:
+        close(demo, temporary)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
