@@ -35,16 +35,19 @@ def settings() -> str:
     rows = []
     for name, spec in FIELDS.items():
         about = spec.metadata
-        limits = ""
-        if about["min"] is not None:
-            unit = "characters" if isinstance(spec.default, str) else about["unit"]
-            limits = f"{about['min']:.15g} to {about['max']:,.15g} {unit}".rstrip()
-        default = {True: "on", False: "off", None: "", "": ""}.get(spec.default, spec.default)
-        default = f"{spec.default:g}" if type(spec.default) in (int, float) else default
         flag = "PROMPT" if name == "prompt" else generate.flag(name)
-        clip = " (a file)" if name in CLIP_FIELDS else ""
-        what = about["help"] + clip
-        rows.append([about["label"], what, limits, str(default), f"`{name}`", f"`{flag}`"])
+        limits, default = "", spec.default or ""
+        if name in CLIP_FIELDS:
+            limits = "an audio file"
+        elif isinstance(spec.default, bool):
+            default = "on" if spec.default else "off"
+            flag = flag.replace("--", "--no-") if spec.default else flag
+        elif isinstance(spec.default, str):
+            limits = f"up to {about['max']:,} characters"
+        else:
+            default = f"{spec.default:g}"
+            limits = f"{about['min']:.15g} to {about['max']:,.15g} {about['unit']}".rstrip()
+        rows.append([about["label"], about["help"], limits, default, f"`{name}`", f"`{flag}`"])
     return table(["Setting", "What it does", "Limits", "Default", "In the API", "Flag"], rows)
 
 
