@@ -40,12 +40,13 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     # would set torch's default for every thread, also for those that make music meanwhile.
     loaded = checkpoints.load(source, torch.float32, say)
     say(f"preparing {source.name}")
+    weights = sum(weight.numel() for weight in loaded.model.decoder.parameters())
     return Batch(
         loaded.model,
         loaded.tokenizer,
         checkpoint=source.name,
         device=place.device,
-        precision=place.precision,
+        precision=place.precision_for(weights),
         codec_device=place.codec_device,
         max_jobs=max_jobs,
     )
@@ -111,7 +112,8 @@ class ModelManager:
         parts = [resident.note for resident in residents if not resident.batch]
         if loaded or not parts:
             parts += [" + ".join(r.source.name for r in loaded) or "nothing loaded"]
-        parts += [self.place.label, self.place.precision]
+        precisions = {r.batch.precision: None for r in loaded if r.batch}
+        parts += [self.place.label, " + ".join(precisions) or self.place.precision]
         if self.place.reason:
             parts[-1] += f" ({self.place.reason})"
         if loaded:

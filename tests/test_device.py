@@ -56,3 +56,10 @@ def test_the_budget_is_a_share_of_the_memory():
     place = devices.choose("cpu")
     assert 0.1e9 < devices.budget_bytes(place) < devices._ram_bytes()
     assert ModelManager(device="cpu", budget_bytes=123).budget_bytes == 123
+
+
+def test_int8_is_the_cpus_choice_for_decoders_that_gain_by_it() -> None:
+    auto, asked = devices.choose("cpu"), devices.choose("cpu", "int8")
+    assert (auto.precision_for(400_000_000), auto.precision_for(6_000_000)) == ("int8", "float32")
+    assert asked.precision_for(6_000_000) == "int8"
+    assert devices.choose("cpu", "float32").precision_for(400_000_000) == "float32"
