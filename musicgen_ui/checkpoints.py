@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,8 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
         )
     say(f"reading {source.name}")
     try:
-        model, tokenizer = _read(folder, dtype)
+        with _READING:
+            model, tokenizer = _read(folder, dtype)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -224,6 +226,8 @@ def _read(
     return model.eval(), tokenizer
 
 
+# transformers patches its own classes while it reads a model: two at once lose tied weights.
+_READING = threading.Lock()
 # What older checkpoints leave out and transformers fills in, or only training uses.
 _REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")
 

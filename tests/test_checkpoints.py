@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,12 @@ def test_weights_under_the_names_of_older_versions_are_read(changeable):
     save_file(weights, changeable / "model.safetensors", metadata={"format": "pt"})
     for key, value in load(changeable).model.state_dict().items():
         assert torch.equal(value, expected[key])
+
+
+def test_two_threads_may_load_at_once(tiny_mono, tiny_stereo):
+    with ThreadPoolExecutor(4) as pool:
+        loads = list(pool.map(load, [tiny_mono, tiny_stereo] * 4))
+    assert [loaded.channels for loaded in loads] == [1, 2] * 4
 
 
 class Bomb:

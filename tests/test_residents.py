@@ -194,14 +194,6 @@ def test_an_unused_model_goes_after_its_time_and_a_used_one_does_not(loader):
     wait_for(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
 
 
-def test_a_new_lease_stops_the_clock(loader):
-    residents = residents_of(loader, idle_s=0.1)
-    use(residents, A)
-    with residents.lease(A):
-        time.sleep(0.15)
-        assert names(residents) == ["A"]
-
-
 def test_a_busy_day_leaves_one_timer_a_model(loader):
     residents = residents_of(loader, idle_s=60)
     for _ in range(10):
