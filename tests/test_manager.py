@@ -199,7 +199,7 @@ def test_a_stream_that_is_left_gives_its_lease_back(tiny_mono, manager, how, sta
                             return
 
         task = asyncio.create_task(listen())
-        await asyncio.wait_for(reached.wait(), 10)
+        await asyncio.wait_for(reached.wait(), 30)
         assert how == "close" or leases(manager) == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
