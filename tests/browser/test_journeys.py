@@ -28,6 +28,11 @@ def set_number(page: Page, name: str, value: float) -> None:
     field.press("Tab")
 
 
+def unfold(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name).click()
+    page.wait_for_timeout(400)  # fields that are still being mounted forget what is typed
+
+
 def finished(page: Page, stage: str = "finished") -> None:
     expect(page.locator(f".live[data-stage={stage}]")).to_be_visible()
     expect(page.locator("#generate")).to_be_visible()
@@ -125,7 +130,7 @@ def test_an_upload_is_continued_and_a_take_too(
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, 0.2 * np.sin(np.arange(32_000) / 9), 16_000)
     page = open_page()
-    page.get_by_role("button", name="Start from audio").click()
+    unfold(page, "Start from audio")
     page.locator("#audio_prompt input[type=file]").set_input_files(clip)
     expect(page.locator("#clip_line")).to_contain_text("last 2.0 s of 2.0 s, 10.0 s new")
     expect(page.locator("#audio_prompt").get_by_label("Play", exact=True)).to_be_visible()
@@ -138,7 +143,7 @@ def test_an_upload_is_continued_and_a_take_too(
     page.locator("#continue").click()
     expect(page.locator("#clip_line")).to_contain_text("of 5.0 s")
     expect(page.locator("#offer")).to_have_text(re.compile("use its settings"))
-    page.get_by_role("button", name="Advanced").click()
+    unfold(page, "Advanced")
     page.locator("#same_seed").click()
     seed = str(engine.requests[-1].seed)
     expect(page.locator("#seed input")).to_have_value(seed)
@@ -150,7 +155,7 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     page = open_page()
     bad = tmp_path / "bad.wav"
     bad.write_text("<html>not audio</html>")
-    page.get_by_role("button", name="Start from audio").click()
+    unfold(page, "Start from audio")
     page.locator("#audio_prompt input[type=file]").set_input_files(bad)
     expect(page.locator("#clip_line [role=alert]")).to_be_visible()
     asked = len(engine.requests)
@@ -175,7 +180,7 @@ def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
     generate(page, length_s=1)
     finished(page)
     assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
-    page.get_by_role("button", name="Advanced").click()
+    unfold(page, "Advanced")
     model = page.get_by_label("Checkpoint")
     for name, on in (("mono", False), ("wide", True)):
         model.fill(name)
@@ -191,7 +196,7 @@ def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) 
     page = open_page()
     page.get_by_role("button", name="Lo-fi", exact=True).click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("^lo-fi hip hop"))
-    page.get_by_role("button", name="Advanced").click()
+    unfold(page, "Advanced")
     set_number(page, "variations", 3)
     set_number(page, "seed", 40)
     set_number(page, "duration_s", 1)
@@ -211,8 +216,8 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
     page = open_page(screen, scheme)
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
-    page.get_by_role("button", name="Start from audio").click()
-    page.get_by_role("button", name="Advanced").click()
+    unfold(page, "Start from audio")
+    unfold(page, "Advanced")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.reload()
     page.locator("#generate").wait_for()
