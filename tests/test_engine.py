@@ -443,3 +443,22 @@ def test_int8_makes_music_and_holds_fewer_bytes(tiny_mono):
     assert np.array_equal(*takes)
     assert takes[0].shape == run_job(exact, request)[2].clip.samples.shape
     assert packed.nbytes < exact.nbytes
+
+
+def test_worker_outlives_a_fault_of_the_device(tiny_mono, monkeypatch):
+    """Everybody in flight is told once; the next request is served."""
+    worker = Worker(make_batch(tiny_mono))
+    step, request = worker.batch.stepper.step, GenerationRequest(ROCK, duration_s=0.5, seed=1)
+    faults = iter([RuntimeError("the device is gone")])
+
+    def broken(jobs: list[Job]) -> None:
+        for fault in faults:
+            raise fault
+        step(jobs)
+
+    monkeypatch.setattr(worker.batch.stepper, "step", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run_alone(worker, request)
+    assert not worker.batch.jobs
+    assert run_alone(worker, request).shape == (1, 16000)
+    worker.close()

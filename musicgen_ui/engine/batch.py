@@ -136,23 +136,21 @@ class Batch:
         return ticket
 
     def step(self) -> bool:
-        """Moves every job on by one frame; False when there was nothing to do."""
-        self._take_in()
-        self._drop_closed()
-        self._stop_waiting()
-        self._admit()
-        self._stop_running()
-        if not self.jobs:
-            return bool(self.waiting or self._inbox)
+        """Moves every job on by one frame; False when nothing is left to do."""
         try:
+            self._take_in()
+            self._drop_closed()
+            self._stop_waiting()
+            self._admit()
+            self._stop_running()
             self._prefill()
             self._advance()
             for job in list(self.jobs):
                 self._deliver(job)
         except Exception as error:  # a fault of the device: no job can go on
-            for ticket in set(self.jobs.values()):
+            for ticket in {*self.jobs.values(), *(ticket for ticket, _ in self.waiting)}:
                 self._fail(ticket, error)
-        return True
+        return bool(self.jobs or self.waiting or self._inbox)
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -207,9 +205,12 @@ class Batch:
                 self._finish(job)
 
     def _prefill(self) -> None:
-        """Takes in a piece of one job's audio prompt."""
+        """Takes in a piece of one job's audio prompt: encodes it, then hears it."""
         for job in self.jobs:
             start, end = job.sequence.length, job.context_frames
+            if not job.encoded:
+                job.encode_piece()
+                return
             if start < end:
                 columns = job.columns[:, start : min(end, start + PREFILL_COLUMNS)]
                 self.decoder.prefill(job.sequence, columns)

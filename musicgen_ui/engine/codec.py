@@ -10,6 +10,7 @@ with the fourth frame. The encoder is a chain of the same stages.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,16 +65,22 @@ class Codec:
         if release:
             module.encoder, module.decoder, module.quantizer = nn.Module(), nn.Module(), nn.Module()
 
-    @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:
         """Audio as codes: float32 [channels, samples] to int64 [channels * codebooks, frames].
 
         Samples of whole frames. In stereo the rows interleave: left 0, 2, …, right 1, 3, ….
         """
+        return torch.cat(list(self.encoding(samples)), dim=1)
+
+    def encoding(self, samples: Tensor) -> Iterator[Tensor]:
+        """`encode` piece by piece, for those who have other work between two pieces."""
         pasts = [Past() for _ in self.encoder]
         pieces = samples.to(self.device, torch.float32)[..., None].split(PIECE_FRAMES * self.hop, 1)
-        latents = [through(self.encoder, pasts, x, x is pieces[-1]) for x in pieces]
-        return _quantize(torch.cat(latents, dim=1), self.tables).flatten(0, 1)
+        for x in pieces:
+            with torch.no_grad():
+                latents = through(self.encoder, pasts, x, x is pieces[-1])
+                codes = _quantize(latents, self.tables).flatten(0, 1)
+            yield codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes as audio: int64 [channels * codebooks, frames] to float32 [channels, samples]."""

@@ -35,8 +35,14 @@ def delayed(context: Tensor, frames: int, channels: int, start_token: int) -> Te
     columns = context.new_full((context.shape[0], 1 + frames + shifts[-1]), start_token)
     for row, shift in enumerate(shifts):
         columns[row, 1 + shift : 1 + shift + frames] = UNWRITTEN
-        columns[row, 1 + shift : 1 + shift + context.shape[1]] = context[row]
+    lay(context, columns, 0, channels)
     return columns
+
+
+def lay(codes: Tensor, columns: Tensor, start: int, channels: int) -> None:
+    """Puts the codes of the frames from `start` on, [codebooks, frames], into their places."""
+    for row, shift in enumerate(delays(columns.shape[0], channels)):
+        columns[row, 1 + shift + start : 1 + shift + start + codes.shape[1]] = codes[row]
 
 
 def undelayed(columns: Tensor, start: int, end: int, channels: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -59,9 +60,11 @@ class Job:
             if request.audio_prompt
             else None
         )
-        context = self._encode_context(codebooks).to(device)
-        self.context_frames = context.shape[1]
+        self.context_frames = self._room_for_context()
+        self.encoded_frames = 0  # of the context
+        self._encoding = self._encode_context()
         self.frames = self.context_frames + self.new_frames
+        context = torch.zeros(codebooks, self.context_frames, dtype=torch.int64, device=device)
         self.columns = delay.delayed(context, self.frames, codec.channels, start_token)
         self.written = self.context_frames  # the last column that is wholly known
         self.steps = self.columns.shape[1] - 1 - self.context_frames
@@ -72,15 +75,30 @@ class Job:
         self.started_s: float | None = None
         self.told_s = 0.0
 
-    def _encode_context(self, codebooks: int) -> Tensor:
-        """The codes of the clip's end, int64 [codebooks, frames]; no frames without a clip."""
-        room = int(self.request.context_used_s * self.codec.frame_rate + 1e-6)
+    def _room_for_context(self) -> int:
+        """Frames of the clip's end that the model hears; 0 without a clip."""
         if self.clip is None:
-            return torch.empty(codebooks, 0, dtype=torch.int64)
-        frames = min(room, self.clip.samples.shape[1] // self.codec.hop)
-        if not frames:
-            return torch.empty(codebooks, 0, dtype=torch.int64)
-        return self.codec.encode(torch.from_numpy(self.clip.samples[:, -frames * self.codec.hop :]))
+            return 0
+        room = int(self.request.context_used_s * self.codec.frame_rate + 1e-6)
+        return min(room, self.clip.samples.shape[1] // self.codec.hop)
+
+    def _encode_context(self) -> Iterator[Tensor]:
+        if self.clip is None or not self.context_frames:
+            return iter(())
+        heard = self.clip.samples[:, -self.context_frames * self.codec.hop :]
+        return self.codec.encoding(torch.from_numpy(heard))
+
+    @property
+    def encoded(self) -> bool:
+        """The context's codes are all in their places."""
+        return self.encoded_frames == self.context_frames
+
+    @torch.inference_mode()
+    def encode_piece(self) -> None:
+        """Lays the codes of some more of the context into their places."""
+        codes = next(self._encoding)
+        delay.lay(codes, self.columns, self.encoded_frames, self.codec.channels)
+        self.encoded_frames += codes.shape[1]
 
     @property
     def positions(self) -> int:

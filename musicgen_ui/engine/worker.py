@@ -7,6 +7,7 @@ thread sleeps while there is nothing to do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator
 
@@ -45,7 +46,7 @@ class Worker:
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
         def deliver(event: Event | Exception) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # its loop has ended: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         ticket = self.batch.submit(request, stop, deliver)
