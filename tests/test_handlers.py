@@ -252,58 +252,6 @@ def test_an_upload_is_continued(handlers: Handlers, clip: str) -> None:
     assert soundfile.info(alone["take_audio"]).duration == 1.0
 
 
-def test_the_window_is_explained(clip: str) -> None:
-    told = form.read_clip(clip, 26.0, 0.0, {})
-    assert "last 4.0 s of 5.0 s, 26.0 s new, the 30 s window is full" in told["clip_line"]
-    assert "last 2.0 s of 5.0 s, 10.0 s new<" in form.clip_line(told["clip"], 10.0, 2.0)
-    assert "No room" in form.clip_line(told["clip"], 30.0, 0.0)
-
-
-def test_a_file_that_is_no_audio_is_refused_beside_its_field(tmp_path: Path) -> None:
-    page = tmp_path / "page.wav"
-    page.write_text("<html>hello</html>")
-    told = form.read_clip(str(page), 10.0, 0.0, {})
-    assert told["audio_prompt"] is None and 'role="alert"' in told["clip_line"]
-    # The field is empty now, which asks again: the sentence must still be there.
-    again = form.read_clip(None, 10.0, 0.0, told["clip"])
-    assert again["clip_line"] == told["clip_line"]
-    assert "alert" not in form.read_clip(None, 10.0, 0.0, again["clip"])["clip_line"]
-
-
-def test_a_take_offers_its_settings(handlers: Handlers) -> None:
-    end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
-    told = form.read_clip(end["wav"]["value"], 10.0, 0.0, {})
-    assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
-    filled = form.restore(told["offered"])
-    assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7
-    assert filled["variations"] == 1 and filled["seed"] == 7
-    assert form.restore_file(end["flac"]["value"])["prompt"] == "slow waltz"
-
-
-def test_a_take_can_be_continued(handlers: Handlers) -> None:
-    end = state(compose(handlers))
-    told = form.continue_take(end["history"], end["chosen"])
-    assert told["audio_prompt"] == end["take_audio"]
-    assert form.continue_take([], [0, 0])["audio_prompt"].endswith("example.wav")
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "value", "usable"),
-    [("auto", None, True), ("mono", False, False), ("wide", True, False)],
-)
-def test_the_stereo_toggle_follows_the_checkpoint(
-    checkpoint: str, value: bool | None, usable: bool
-) -> None:
-    told = asyncio.run(form.CheckpointFacts(FakeEngine()).choose(checkpoint))["stereo"]
-    assert told["interactive"] is usable and told.get("value") is value
-    assert told["info"]
-
-
-def test_an_unknown_checkpoint_is_said_beside_its_field() -> None:
-    told = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("nonsense"))
-    assert "There is no checkpoint" in told["checkpoint_line"] and "stereo" not in told
-
-
 def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip: str) -> None:
     async def run() -> list[Any]:
         return [answer async for answer in handlers.generate(TAB, **values(variations=2))]
