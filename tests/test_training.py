@@ -1,0 +1,243 @@
+"""The recipe: composing on the grid, the quantiser, the delay pattern, and every stage for a few
+steps on sines, ending in a folder that transformers loads."""
+
+import json
+import random
+import wave
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, MusicgenForConditionalGeneration
+
+from training import codec as codecs
+from training.__main__ import main
+from training.assemble import build
+from training.captions import caption
+from training.composer import DRUM_CHANNEL, compose
+from training.finetune import finetune, read_pairs
+from training.lm import delayed, make_model, widen_to_stereo
+from training.material import CUT_FRAMES, Material, composed
+from training.presets import PRESETS
+from training.render import FluidRenderer, find_soundfont, render_sines
+from training.styles import STYLES
+from training.tokenizer import UNKNOWN, make_tokenizer
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rendered, encoded, trained and assembled, mono and stereo, with the preset for tests."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+    out = tmp_path_factory.mktemp("training")
+    common = ["--out", str(out), "--preset", "tiny", "--device", "cpu"]
+    main(["render", *common, "--soundfont", "sines", "--workers", "1"])
+    main(["codec", *common])
+    for stereo in ([], ["--stereo"]):
+        for stage in ("encode", "lm", "assemble"):
+            main([stage, *common, *stereo])
+    return out
+
+
+def test_songs_repeat_exactly_on_the_grid_and_come_in_variety():
+    seen = defaultdict(set)
+    for seed in range(400):
+        style = list(STYLES)[seed % 12]
+        song = compose(seed, style, 12.0)
+        meta = song.meta
+        end = meta.change or 600
+        start = {(n.frame, n.channel, n.key, n.velocity) for n in song.notes if n.frame < meta.loop}
+        second = {
+            (n.frame - meta.loop, n.channel, n.key, n.velocity)
+            for n in song.notes
+            if meta.loop <= n.frame < 2 * meta.loop
+        }
+        if end >= 3 * meta.loop:  # the loop before a change may hold a fill
+            assert start == second, (seed, style)
+        seen[style].add((meta.mode, meta.key))
+        seen[style + " tempi"].add(meta.bpm)
+        seen[style + " instruments"].add(tuple(sorted(song.programs.items())))
+    assert compose(7) == compose(7)
+    for style in STYLES:
+        assert len({key for _, key in seen[style]}) >= 4
+        assert len({mode for mode, _ in seen[style]}) == 2
+        assert len(seen[style + " tempi"]) == 5
+        assert len(seen[style + " instruments"]) >= 3
+
+
+def test_a_song_without_drums_has_none_and_its_captions_never_claim_them():
+    rng = random.Random(0)
+    song = compose(3, "rock", drums=False)
+    assert all(note.channel != DRUM_CHANNEL for note in song.notes)
+    texts = [caption(song.meta, rng) for _ in range(200)]
+    assert not any("heavy drums" in text for text in texts)
+    assert any("no drums" in text for text in texts)
+    assert len(set(texts)) > 150
+
+
+def test_every_caption_word_is_one_token_and_any_word_is_spelt():
+    tokenizer, rng = make_tokenizer(), random.Random(1)
+    for seed in range(300):
+        text = caption(compose(seed).meta, rng)
+        tokens = tokenizer.tokenize(text.replace(",", " ").rstrip("."))
+        assert len(tokens) == len(text.replace(",", " ").split()), (text, tokens)
+    assert UNKNOWN not in tokenizer.tokenize("Ñandú plays the ukulele @ 3am, café-style!")
+
+
+def test_the_renderers_follow_the_pan():
+    song = replace(compose(5, "folk"), pans={0: 0, 2: 0})
+    font = find_soundfont()
+    renderers = [render_sines] if font == "sines" else [render_sines, FluidRenderer(font)]
+    for renderer in renderers:
+        left, right = np.abs(renderer(song, 2.0)).mean(1)
+        assert left > 3 * right
+
+
+def test_the_quantizer_gives_what_transformers_decodes_from_its_codes():
+    torch.manual_seed(0)
+    codec = codecs.make_codec(TINY.codec).eval()
+    quantizer = codecs.ResidualQuantizer(codec, decay=1.0)
+    latent = torch.randn(4, TINY.codec.hidden, 50)
+    left = quantizer.start(latent.transpose(1, 2).flatten(0, 1))
+    assert left < 0.3
+    codes = codec.quantizer.encode(latent, codec.config.target_bandwidths[0])
+    expected = codec.quantizer.decode(codes)
+    made, commitment = quantizer(latent.requires_grad_())
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    made.sum().backward()  # straight through
+    torch.testing.assert_close(latent.grad, torch.ones_like(latent))
+    assert commitment > 0
+
+
+@pytest.mark.parametrize("stereo", [False, True])
+def test_the_delay_pattern_is_the_one_that_generate_undoes(stereo: bool):
+    model = build(TINY, stereo=stereo)
+    rows, channels = model.decoder.num_codebooks, 2 if stereo else 1
+    codes = torch.randint(0, 64, (2, rows, 12))
+    ours = delayed(codes, start=64, channels=channels)
+    longest = ours.shape[-1]
+    given = torch.cat([torch.full((2, rows, 1), 64), codes], -1).flatten(0, 1)
+    ids, mask = model.decoder.build_delay_pattern_mask(given, 64, max_length=longest)
+    full = model.decoder.apply_delay_pattern_mask(ours.flatten(0, 1), mask)
+    assert torch.equal(full, ours.flatten(0, 1))  # nothing of ours is where the pattern has padding
+    assert torch.equal(ids, ours.flatten(0, 1)[:, : ids.shape[1]])
+
+
+def test_the_first_heads_look_back_by_their_lag():
+    from training.lm import lag_plan
+
+    size = replace(TINY.decoder, hidden=128, heads=4, layers=4)
+    codec = codecs.make_codec(TINY.codec)
+    torch.manual_seed(0)
+    model = make_model(codec.config, 100, size).eval()
+    model.decoder.set_attn_implementation("eager")
+    codes = torch.randint(0, 64, (4, 300))
+    seen = {}
+    attention = model.decoder.model.decoder.layers[1].self_attn
+    attention.register_forward_hook(lambda module, given, result: seen.update(weights=result[1]))
+    with torch.no_grad():
+        model.decoder.model(codes, encoder_hidden_states=torch.zeros(1, 2, 128), use_cache=False)
+    for head, (lag, _) in enumerate(lag_plan(size.heads, size.layers)[1]):
+        steps = torch.arange(lag, 300)
+        near = sum(seen["weights"][0, head, steps, steps - lag + d].mean() for d in (-1, 0, 1))
+        assert near > 0.5, (lag, near)
+
+
+def test_windows_go_on_by_the_last_loop():
+    codes = np.arange(400, dtype=np.int16)[None]
+    material = Material([codes], lambda clip, rng: "", [100], [0], 0)
+    window = material.window(0, 700, 50)[0]
+    end = 400 - CUT_FRAMES
+    assert (window[: end - 50] == np.arange(50, end)).all()
+    assert (window[end - 50 :] == window[end - 150 : -100]).all()
+
+
+def test_stages_make_checkpoints_that_transformers_loads(made: Path):
+    for name, channels in (("checkpoint", 1), ("checkpoint-stereo", 2)):
+        model = MusicgenForConditionalGeneration.from_pretrained(made / name, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(made / name)
+        assert model.generation_config.do_sample
+        assert model.config.decoder.audio_channels == channels
+        inputs = processor(text=["fast techno"], return_tensors="pt")
+        audio = model.generate(**inputs, max_new_tokens=23)
+        assert audio.shape == (1, channels, 20 * TINY.codec.hop)
+        assert torch.isfinite(audio).all()
+    for stage in ("lm", "lm_stereo"):
+        losses = [json.loads(line) for line in (made / stage / "log.jsonl").open()]
+        assert losses[-1]["kind"] == "held out"
+        assert len(losses[-1]["losses"]) == (8 if "stereo" in stage else 4)
+
+
+def test_stereo_starts_from_mono_and_codes_of_one_side_differ_from_the_other(made: Path):
+    mono = torch.load(made / "lm" / "best.pt", weights_only=True)["model"]
+    wide = widen_to_stereo(mono)
+    model = build(TINY, stereo=True)
+    assert set(wide) == {k for k in model.state_dict() if not k.startswith("audio_encoder.")}
+    codes = np.stack(composed(made / "data", stereo=True).codes)
+    assert codes.shape[1] == 8
+    assert (codes[:, ::2] != codes[:, 1::2]).any()
+
+
+def test_training_goes_on_where_it_was_left(made: Path, tmp_path: Path):
+    import shutil
+
+    folder = tmp_path / "again"
+    shutil.copytree(made, folder)
+    common = ["--out", str(folder), "--preset", "tiny", "--device", "cpu"]
+    main(["lm", *common, "--steps", "6"])
+    steps = torch.load(folder / "lm" / "state.pt", weights_only=True)["step"]
+    assert steps == 6
+    main(
+        [
+            "codec",
+            *common,
+            "--decoder-only",
+            "--steps",
+            "2",
+            "--codec",
+            str(made / "codec/codec.pt"),
+        ]
+    )
+    before = torch.load(made / "codec/codec.pt", weights_only=True)
+    after = torch.load(folder / "codec_decoder/codec.pt", weights_only=True)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}  # the codes stay
+
+
+def test_fine_tuning_changes_the_decoder_alone(made: Path, tmp_path: Path):
+    folder = tmp_path / "music"
+    folder.mkdir()
+    tone = (np.sin(np.arange(44_100 * 2) / 20) * 9000).astype("<i2")
+    for i in range(3):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 44_100, 0, "NONE", ""))
+            file.writeframes(tone.tobytes())
+        if i == 0:
+            with pytest.raises(ValueError, match="txt"):
+                read_pairs(folder)
+        (folder / f"{i}.txt").write_text("a steady tone")
+    out = finetune(str(made / "checkpoint"), folder, tmp_path / "tuned", steps=2, window=60)
+    before = MusicgenForConditionalGeneration.from_pretrained(made / "checkpoint").state_dict()
+    after = MusicgenForConditionalGeneration.from_pretrained(out).state_dict()
+    changed = {
+        name.split(".")[0]
+        for name in before
+        if not torch.equal(before[name].float(), after[name].float())
+    }
+    assert changed <= {"decoder", "enc_to_dec_proj"}
+    assert "decoder" in changed
+
+
+def test_evaluate_prints_its_table(made: Path, capsys: pytest.CaptureFixture[str]):
+    main([
+        "evaluate", "--out", str(made), "--preset", "tiny", "--parts", "codec",
+        "--soundfont", "sines", "--judge-clips", "2",
+    ])  # fmt: skip
+    table = json.loads((made / "checkpoint.json").read_text())
+    assert table["judge on held-out rendered clips (ceiling)"] > 0.5
+    assert "log-mel distance, dB" in capsys.readouterr().out

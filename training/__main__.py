@@ -1,0 +1,171 @@
+"""The recipe's commands: `python -m training all --out runs/first` rebuilds everything."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.presets import PRESETS, Preset
+from training.render import find_soundfont
+
+
+@dataclass(frozen=True)
+class Job:
+    """One invocation: where its files are and how much may be spent."""
+
+    out: Path
+    preset: Preset
+    args: argparse.Namespace
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    @property
+    def codec(self) -> Path:
+        return self.args.codec or self.out / "codec" / "codec.pt"
+
+    @property
+    def lm(self) -> Path:
+        return self.out / ("lm_stereo" if self.args.stereo else "lm")
+
+
+def do_render(job: Job) -> None:
+    from training.render import render
+
+    args, size = job.args, job.preset
+    clips = args.clips or size.clips
+    render(job.data, clips, size.seconds, size.codec.sampling_rate, args.soundfont, size.keys,
+           workers=args.workers)  # fmt: skip
+
+
+def do_codec(job: Job) -> None:
+    from training.render import load_audio
+    from training.train_codec import CodecTrainer
+
+    args, size = job.args, job.preset.codec
+    out = job.out / ("codec_decoder" if args.decoder_only else "codec")
+    if (out / "codec.pt").exists():
+        print(f"{out / 'codec.pt'} exists: kept")
+        return
+    CodecTrainer(
+        size, load_audio(job.data), out, args.steps or size.steps, args.minutes,
+        decoder_only=args.decoder_only, device=args.device, init=args.codec,
+    ).train()  # fmt: skip
+
+
+def do_encode(job: Job) -> None:
+    from training.codec import load_codec
+    from training.encode import encode
+
+    codec = load_codec(job.codec, job.preset.codec)
+    encode(job.data, codec, stereo=job.args.stereo, device=job.args.device)
+
+
+def do_lm(job: Job) -> None:
+    from training.assemble import build, load_trained
+    from training.lm import widen_to_stereo
+    from training.material import composed
+    from training.tokenizer import make_tokenizer
+    from training.train_lm import Run, Trainer
+
+    args = job.args
+    model = build(job.preset, stereo=args.stereo, codec=job.codec)
+    if args.init:
+        load_trained(model, args.init)
+    elif args.stereo and (job.out / "lm" / "best.pt").exists():
+        mono = torch.load(job.out / "lm" / "best.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(widen_to_stereo(mono["model"]), strict=False)
+    run = Run(
+        job.lm, args.steps or job.preset.decoder.steps, args.minutes,
+        train_text=not args.stereo, device=args.device,
+    )  # fmt: skip
+    material = composed(job.data, stereo=args.stereo)
+    Trainer(model, make_tokenizer(), material, job.preset.decoder, run).train()
+
+
+def do_assemble(job: Job) -> None:
+    from training.assemble import assemble, build
+
+    weights = job.args.init or job.lm / "best.pt"
+    model = build(job.preset, stereo=job.args.stereo, weights=weights, codec=job.codec)
+    name = "checkpoint-stereo" if job.args.stereo else "checkpoint"
+    print(f"wrote {assemble(model, job.preset, job.out / name)}")
+
+
+def do_evaluate(job: Job) -> None:
+    from training.evaluate import PARTS, evaluate
+
+    args = job.args
+    name = "checkpoint-stereo" if args.stereo else "checkpoint"
+    parts = args.parts.split(",") if args.parts else list(PARTS)
+    evaluate(args.checkpoint or job.out / name, args.soundfont, parts, args.per_style,
+             args.judge_clips, job.out / f"{name}.json")  # fmt: skip
+
+
+def do_finetune(job: Job) -> None:
+    from training.finetune import finetune
+
+    args = job.args
+    if not args.checkpoint or not args.folder:
+        raise SystemExit("finetune needs --checkpoint and --folder.")
+    made = finetune(str(args.checkpoint), args.folder, job.out, steps=args.steps or 1000,
+                    device=args.device, window=args.window, batch=args.batch)  # fmt: skip
+    print(f"wrote {made}")
+
+
+def do_all(job: Job) -> None:
+    """Every stage in turn, mono then stereo; finished stages are skipped or resumed."""
+    for stage in (do_render, do_codec):
+        stage(job)
+    for stereo in (False, True):
+        args = argparse.Namespace(**{**vars(job.args), "stereo": stereo})
+        part = Job(job.out, job.preset, args)
+        for stage in (do_encode, do_lm, do_assemble, do_evaluate):
+            stage(part)
+
+
+STAGES: dict[str, Callable[[Job], None]] = {
+    "all": do_all, "render": do_render, "codec": do_codec, "encode": do_encode, "lm": do_lm,
+    "finetune": do_finetune, "assemble": do_assemble, "evaluate": do_evaluate,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m training", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch; all cores by default")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    parser.add_argument("--soundfont", default=find_soundfont(), help="a .sf2 file, or 'sines'")
+    parser.add_argument("--clips", type=int, help="songs to render")
+    parser.add_argument("--steps", type=int, help="instead of the preset's")
+    parser.add_argument("--minutes", type=float, help="a schedule by the clock, not by steps")
+    parser.add_argument("--stereo", action="store_true", help="8 codebooks, left and right")
+    parser.add_argument("--decoder-only", action="store_true", help="codec: keep every code")
+    parser.add_argument("--codec", type=Path, help="codec.pt to use or to start from")
+    parser.add_argument("--init", type=Path, help="decoder weights to start from or to assemble")
+    parser.add_argument("--checkpoint", type=Path, help="folder for evaluate and finetune")
+    parser.add_argument("--folder", type=Path, help="finetune: audio files with .txt captions")
+    parser.add_argument("--window", type=int, default=500, help="finetune: frames of a window")
+    parser.add_argument("--batch", type=int, default=2, help="finetune: windows a step")
+    parser.add_argument("--parts", help="evaluate: codec,style,control,continuation,signal")
+    parser.add_argument("--per-style", type=int, default=8, help="evaluate: clips a style")
+    parser.add_argument("--judge-clips", type=int, default=40, help="evaluate: to fit, a style")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    STAGES[args.stage](Job(args.out, PRESETS[args.preset], args))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that state is kept
+    main()

@@ -1,0 +1,58 @@
+"""Put codec, text encoder and decoder together as a checkpoint folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, MusicgenForConditionalGeneration
+
+from training.codec import load_codec
+from training.lm import make_model
+from training.presets import Preset
+from training.tokenizer import make_processor
+
+LONGEST_FRAMES = 1500  # 30 s, what the windows cover
+SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "top_k": 50, "temperature": 0.8}
+
+
+def build(preset: Preset, *, stereo: bool = False, weights: Path | None = None,
+          codec: Path | None = None) -> MusicgenForConditionalGeneration:  # fmt: skip
+    """The model in float32: untrained, or with the weights of a trainer and of a codec."""
+    from training.codec import make_codec
+
+    trained = load_codec(codec, preset.codec) if codec else make_codec(preset.codec)
+    words = len(make_processor(preset.codec.sampling_rate).tokenizer)
+    model = make_model(trained.config, words, preset.decoder, stereo=stereo)
+    model.audio_encoder.load_state_dict(trained.state_dict())
+    if weights:
+        load_trained(model, weights)
+    return model
+
+
+def load_trained(model: MusicgenForConditionalGeneration, path: Path) -> None:
+    """A trainer's file into the model; everything but the codec must be in it."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    missing = model.load_state_dict(state, strict=False)
+    lost = [name for name in missing.missing_keys if not name.startswith("audio_encoder.")]
+    if lost or missing.unexpected_keys:
+        names = (lost + missing.unexpected_keys)[:3]
+        raise ValueError(f"{path} is of another size or kind: {', '.join(names)} do not fit.")
+
+
+def assemble(model: MusicgenForConditionalGeneration, preset: Preset, out: Path) -> Path:
+    """Float16 safetensors, configuration, sampling defaults, tokenizer and feature extractor."""
+    decoder = model.config.decoder
+    start = decoder.pad_token_id
+    model.generation_config = GenerationConfig(
+        **SAMPLING, max_length=LONGEST_FRAMES + model.config.audio_encoder.num_quantizers - 1,
+        pad_token_id=start, bos_token_id=start, decoder_start_token_id=start,
+    )  # fmt: skip
+    decoder.use_cache = True
+    model.decoder.set_attn_implementation("eager")  # not stored: the loader chooses
+    model.eval().to(torch.float16).save_pretrained(out)
+    stereo = decoder.audio_channels == 2
+    make_processor(preset.codec.sampling_rate, stereo=stereo).save_pretrained(out)
+    for path in out.iterdir():
+        path.chmod(0o644)
+    return out

@@ -1,0 +1,165 @@
+"""Songs → sound: FluidSynth with a General MIDI soundfont, or plain sines where there is none.
+
+The rendered set is `audio_<part>.npy` (int16 [clips, 2, samples]) and `meta_<part>.json` in one
+folder; a part that is complete is not rendered again. No reverb, no chorus, no normalisation: the
+same bar must give the same samples.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+from scipy.signal import resample_poly
+
+from training.composer import DRUM_CHANNEL, FRAME_S, Meta, Song, compose
+from training.styles import STYLES
+
+SYNTH_RATE_HZ = 32_000
+SOUNDFONTS = (
+    Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"),
+    Path("/usr/share/soundfonts/FluidR3_GM.sf2"),
+)
+SINES = "sines"  # as a soundfont's name: the renderer that needs none
+KNEE = 0.7  # where the soft limiter starts
+
+
+def find_soundfont() -> str:
+    """The installed FluidR3 soundfont, or `SINES`."""
+    return next((str(path) for path in SOUNDFONTS if path.exists()), SINES)
+
+
+class FluidRenderer:
+    """One FluidSynth; notes start and end at exact samples."""
+
+    def __init__(self, soundfont: str):
+        import fluidsynth
+
+        settings = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.polyphony": 192}
+        self.synth = fluidsynth.Synth(gain=0.35, samplerate=SYNTH_RATE_HZ, **settings)
+        self.font = self.synth.sfload(soundfont)
+        if self.font < 0:
+            raise FileNotFoundError(f"FluidSynth cannot read the soundfont {soundfont}.")
+
+    def __call__(self, song: Song, seconds: float) -> np.ndarray:
+        """float32 [2, samples] at 32 kHz, before gain."""
+        synth, out, position = self.synth, [], 0
+        synth.system_reset()
+        for channel, program in song.programs.items():
+            bank = 128 if channel == DRUM_CHANNEL else 0
+            synth.program_select(channel, self.font, bank, program)
+            synth.cc(channel, 10, song.pans[channel])
+        for frame, on, note in _events(song):
+            start = round(frame * FRAME_S * SYNTH_RATE_HZ)
+            if start >= seconds * SYNTH_RATE_HZ:
+                break
+            out.append(synth.get_samples(start - position))
+            position = start
+            if on:
+                synth.noteon(note.channel, note.key, note.velocity)
+            else:
+                synth.noteoff(note.channel, note.key)
+        out.append(synth.get_samples(round(seconds * SYNTH_RATE_HZ) - position))
+        for channel in song.programs:
+            synth.cc(channel, 120, 0)
+        synth.get_samples(256)  # lets the cut notes fade before the next song
+        return np.concatenate(out).reshape(-1, 2).T.astype(np.float32) / 32768
+
+
+def render_sines(song: Song, seconds: float) -> np.ndarray:
+    """Decaying sines and noise bursts, panned: enough to exercise the recipe without FluidSynth."""
+    out = np.zeros((2, round(seconds * SYNTH_RATE_HZ)), np.float32)
+    noise = np.random.default_rng(0)
+    for note in song.notes:
+        start = round(note.frame * FRAME_S * SYNTH_RATE_HZ)
+        time = np.arange(min(round(note.frames * FRAME_S * SYNTH_RATE_HZ), out.shape[1] - start))
+        if note.channel == DRUM_CHANNEL:
+            wave = noise.standard_normal(len(time)) * np.exp(-time / (0.03 * SYNTH_RATE_HZ))
+        else:
+            pitch = 440 * 2 ** ((note.key - 69) / 12) / SYNTH_RATE_HZ
+            wave = np.sin(2 * np.pi * pitch * time) * np.exp(-time / (0.4 * SYNTH_RATE_HZ))
+        right = song.pans[note.channel] / 127
+        level = 0.1 * note.velocity / 127 / song.gain
+        out[:, start : start + len(time)] += level * np.outer(np.sqrt((1 - right, right)), wave)
+    return out
+
+
+def _events(song: Song) -> list:
+    """(frame, on, note) in time order, ends before starts."""
+    ends = [(n.frame + n.frames, False, n) for n in song.notes]
+    return sorted([*ends, *((n.frame, True, n) for n in song.notes)], key=lambda e: e[:2])
+
+
+def to_clip(stereo: np.ndarray, gain: float, sampling_rate: int) -> np.ndarray:
+    """Gain, soft limiter and resampling: [2, samples] at 32 kHz → int16 [2, samples]."""
+    loud = stereo * gain
+    over = np.abs(loud) > KNEE
+    room = 0.98 - KNEE
+    loud[over] = np.sign(loud[over]) * (KNEE + room * np.tanh((np.abs(loud[over]) - KNEE) / room))
+    shared = gcd(SYNTH_RATE_HZ, sampling_rate)
+    loud = resample_poly(loud, sampling_rate // shared, SYNTH_RATE_HZ // shared, axis=1)
+    return np.clip(np.round(loud * 32767), -32767, 32767).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    folder: Path
+    part: int
+    seeds: range
+    seconds: float
+    sampling_rate: int
+    soundfont: str
+    keys: int
+
+
+def render_part(job: RenderJob) -> None:
+    """One part of the set, styles in turn; written under its final name only when complete."""
+    done = job.folder / f"meta_{job.part}.json"
+    if done.exists():
+        return
+    renderer = render_sines if job.soundfont == SINES else FluidRenderer(job.soundfont)
+    samples = round(job.seconds * job.sampling_rate)
+    shape = (len(job.seeds), 2, samples)
+    path = job.folder / f"audio_{job.part}.npy"
+    audio = np.lib.format.open_memmap(path, mode="w+", dtype=np.int16, shape=shape)
+    metas, names = [], list(STYLES)
+    for i, seed in enumerate(job.seeds):
+        song = compose(seed, names[seed % len(names)], job.seconds, keys=job.keys)
+        audio[i] = to_clip(renderer(song, job.seconds), song.gain, job.sampling_rate)[:, :samples]
+        metas.append(song.meta.as_dict())
+    audio.flush()
+    done.write_text(json.dumps(metas))
+
+
+def render(folder: Path, clips: int, seconds: float, sampling_rate: int, soundfont: str, keys: int,
+           first_seed: int = 0, clips_a_part: int = 300, workers: int = 2) -> None:  # fmt: skip
+    """The whole set, parts side by side; resumes where it was left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranges = (range(s, min(s + clips_a_part, clips)) for s in range(0, clips, clips_a_part))
+    jobs = [
+        RenderJob(folder, part, range(first_seed + r.start, first_seed + r.stop), seconds,
+                  sampling_rate, soundfont, keys)
+        for part, r in enumerate(ranges)
+    ]  # fmt: skip
+    with ProcessPoolExecutor(workers) as pool:
+        for job, _ in zip(jobs, pool.map(render_part, jobs), strict=True):
+            print(f"rendered part {job.part + 1} of {len(jobs)}", flush=True)
+
+
+def load_metas(folder: Path) -> list[Meta]:
+    """The Meta of every rendered clip, in the order of the parts."""
+    metas = []
+    for part in range(len(list(folder.glob("meta_*.json")))):
+        for entry in json.loads((folder / f"meta_{part}.json").read_text()):
+            metas.append(Meta(**{**entry, "instruments": tuple(entry["instruments"])}))
+    return metas
+
+
+def load_audio(folder: Path) -> list[np.ndarray]:
+    """The parts as memory maps, int16 [clips, 2, samples]."""
+    count = len(list(folder.glob("meta_*.json")))
+    return [np.load(folder / f"audio_{part}.npy", mmap_mode="r") for part in range(count)]
