@@ -65,7 +65,7 @@ def test_the_steps_that_are_counted_are_the_steps_that_are_run(tiny, monkeypatch
     step, moved = Batch.step, []
     monkeypatch.setattr(Batch, "step", lambda batch: moved.append(step(batch)) or moved[-1])
     ours.run(1, 0.5)
-    assert sum(moved) == bench._steps(checkpoints.config_of(tiny), 0.5) == 28
+    assert len(moved) == bench._steps(checkpoints.config_of(tiny), 0.5) == 28
 
 
 def test_a_step_reads_every_matrix_but_those_of_the_prompt(tiny):

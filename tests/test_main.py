@@ -249,3 +249,10 @@ def test_the_module_runs():
         [sys.executable, "-m", "musicgen_ui", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0 and f"python -m musicgen_ui {command}" in capsys.readouterr().out
