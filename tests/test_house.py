@@ -136,7 +136,8 @@ def test_the_tests_and_the_training_find_what_they_import():
     dists = importlib.metadata.packages_distributions()
     tops = third_party(["tests", "training"])
     needed = {dists.get(name, [name])[0].lower().replace("_", "-") for name in tops}
-    listed = requirements("requirements.txt") | requirements("requirements-dev.txt")
+    files = ("requirements.txt", "requirements-dev.txt", "training/requirements.txt")
+    listed = {name: wanted for file in files for name, wanted in requirements(file).items()}
     of_the_listed = {
         Requirement(line).name.lower().replace("_", "-")
         for name in listed
