@@ -31,6 +31,7 @@ SETTINGS = {
 KINDS = {
     "meta's": {},
     "bundled's": {"sampling_rate": 16_000, "upsampling_ratios": [4, 4, 5, 4], "num_lstm_layers": 1},
+    "audiocraft's": {"pad_mode": "constant"},
     "causal": {"use_causal_conv": True},
     "causal, trimmed on both sides": {"use_causal_conv": True, "trim_right_ratio": 0.5},
     "deep": {
@@ -212,7 +213,7 @@ def test_encoding_in_pieces_equals_transformers_on_long_audio():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"norm_type": "time_group_norm"}, {"normalize": True}, {"pad_mode": "constant"}]
+    "changes", [{"norm_type": "time_group_norm"}, {"normalize": True}, {"pad_mode": "replicate"}]
 )
 def test_other_kinds_of_codec_are_refused(changes):
     with pytest.raises(RequestError, match="codec"):

@@ -1,11 +1,11 @@
 """The codec: an audio prompt into codes, and codes into audio as a stream without seams.
 
 EnCodec (Défossez et al. 2022, arXiv 2210.13438; transformers' `EncodecModel` is the reference) is
-a chain of layers that look ahead, and reflects the signal at its ends. `stages` makes of every
-layer one that is pushed new time steps and returns the steps of its output that are final. So
-nothing is decoded twice, the one-shot decode is the stream itself, and the lookahead of the
-kernels is all the delay there is: 3.75 frames for Meta's 32 kHz codec, whose first samples come
-with the fourth frame. The encoder is a chain of the same stages.
+a chain of layers that look ahead, and mirrors the signal at its ends or sets it in silence.
+`stages` makes of every layer one that is pushed new time steps and returns the steps of its output
+that are final. So nothing is decoded twice, the one-shot decode is the stream itself, and the
+lookahead of the kernels is all the delay there is: 3.75 frames for Meta's 32 kHz codec, whose first
+samples come with the fourth frame. The encoder is a chain of the same stages.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ class CodecStream:
 
 
 def _check(config: EncodecConfig) -> None:
-    if config.norm_type != "weight_norm" or config.pad_mode != "reflect":
+    if config.norm_type != "weight_norm" or config.pad_mode not in ("reflect", "constant"):
         raise RequestError(
-            "This checkpoint's codec is not supported: it must use weight norm and reflection."
+            "This checkpoint's codec is not supported: it must use weight norm, and reflection or "
+            "silence at the ends."
         )
     if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
         raise RequestError(

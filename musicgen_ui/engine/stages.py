@@ -35,7 +35,7 @@ class Past:
 
 
 class Convolution:
-    """A convolution that reflects the signal at its ends, after an ELU unless it comes first."""
+    """A convolution that pads the signal at its ends, after an ELU unless it comes first."""
 
     def __init__(self, layer: Any, elu: bool = True) -> None:
         conv = layer.conv
@@ -45,6 +45,7 @@ class Convolution:
         padding = self.reach - self.stride
         self.right = 0 if layer.causal else padding // 2
         self.left = padding - self.right
+        self.pad = _reflect if layer.pad_mode == "reflect" else _silence
         self.width = conv.out_channels
         self.kernel = _convolution(conv)
 
@@ -59,7 +60,7 @@ class Convolution:
         past.inputs = x
         if not past.begun and not last and x.shape[1] <= self.left:
             return x[:, :0]  # the reflection needs more
-        x = _reflect(x, 0 if past.begun else self.left, self.right if last else 0)
+        x = self.pad(x, 0 if past.begun else self.left, self.right if last else 0)
         past.begun = True
         past.inputs = x[:, self.outputs(x) * self.stride :].clone()  # a view would hold all of x
         return x
@@ -181,6 +182,11 @@ def _reflect(x: Tensor, left: int, right: int) -> Tensor:
     end = x.shape[1] - 1
     x = torch.cat([x[:, 1 : left + 1].flip(1), x, x[:, end - right : end].flip(1)], dim=1)
     return x[:, : x.shape[1] - missing]
+
+
+def _silence(x: Tensor, left: int, right: int) -> Tensor:
+    """Zeros around [batch, time, channels]."""
+    return F.pad(x, (0, 0, left, right))
 
 
 def _packs(weight: Tensor) -> bool:
