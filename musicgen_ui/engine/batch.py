@@ -81,6 +81,12 @@ class Batch:
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
         self.precision = precision
+        for part in (
+            model.audio_encoder,
+            model.text_encoder,
+            getattr(model, "enc_to_dec_proj", None),
+        ):
+            _own(part)
         self.codec = Codec(
             model.audio_encoder,
             channels,
@@ -261,6 +267,12 @@ class Batch:
         ticket.close()
         self._drop_closed()
         ticket.deliver(_told(error))
+
+
+def _own(module: torch.nn.Module | None) -> None:
+    """Copies weights out of the file that they are mapped from, so that the map can be dropped."""
+    for weight in module.parameters() if module else ():
+        weight.data = weight.data.clone()
 
 
 def _told(error: Exception) -> Exception:

@@ -12,6 +12,7 @@ negative prompt). transformers' model is the reference: greedy codes are equal t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ class Decoder:
             self.offsets = torch.arange(self.codebooks, device=device) * tables.shape[1]
             self.positions = self._sinusoids(2048)
             self.layers = [self._pack_layer(layer, precision) for layer in inner.layers]
-            self.norm = inner.layer_norm.to(device, self.dtype)
+            self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
         if precision == "int8":
@@ -115,7 +116,8 @@ class Decoder:
             return Linear(torch.cat([each.weight for each in linears]), precision, self.device)
 
         def norm(module: nn.LayerNorm) -> nn.LayerNorm:
-            return module.to(self.device, self.dtype)
+            # A copy, even where nothing changes: a view would keep the whole file mapped.
+            return copy.deepcopy(module).to(self.device, self.dtype)
 
         return Layer(
             self_norm=norm(layer.self_attn_layer_norm),
