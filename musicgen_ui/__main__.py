@@ -1,4 +1,4 @@
-"""The command line: `python -m musicgen_ui serve`, `generate` and `bench`.
+"""The command line: `python -m musicgen_ui serve`, `generate`, `bench` and `convert`.
 
 Each command's flags and work are in a module of its own, imported when it is asked for: gradio for
 `serve`, torch for the others, and not before a wrong request has been refused. Exit codes: 0 done,
@@ -76,10 +76,21 @@ def bench(arguments: list[str]) -> int:
     return DONE
 
 
+def convert(arguments: list[str]) -> int:
+    """makes an audiocraft checkpoint one in transformers' format"""
+    from musicgen_ui import convert
+
+    parser = _parser("convert", "Writes an audiocraft checkpoint in transformers' format.")
+    convert.add_flags(parser)
+    convert.run(parser.parse_args(arguments))
+    return DONE
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "generate": generate,
     "bench": bench,
+    "convert": convert,
 }
 
 

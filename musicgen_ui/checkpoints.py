@@ -1,24 +1,22 @@
 """Which checkpoints there are, where they come from, and loading them.
 
 A checkpoint is named by a word ("bundled", "small", "stereo-medium"), by its id on the Hub, or by
-a folder in transformers' format. `resolve` turns a name into a `Source`, `describe` says what it
-can do from its configuration alone, `load` reads its weights. The parts of a checkpoint, text
-encoder, decoder and codec, come from three trainings, so `load` checks that they fit before it
-reads a weight. Memory is counted from the configuration too: what a model will need is known
-before it is loaded.
+a folder in transformers' or audiocraft's format. `resolve` turns a name into a `Source`, `describe`
+says what it can do from its configuration alone, `load` reads its weights. The parts of a
+checkpoint, text encoder, decoder and codec, come from three trainings, so `load` checks that they
+fit before it reads a weight. Memory is counted from the configuration too: what a model will need
+is known before it is loaded.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import configuration, hub
+from musicgen_ui import configuration, convert, exported, hub, parts
 from musicgen_ui.engine.events import Description
 from musicgen_ui.request import RequestError
 
@@ -160,6 +158,8 @@ def config_of(source: Source) -> configuration.Configuration:
     Raises:
         RequestError: there is none, or it is not MusicGen's.
     """
+    if source.folder and exported.is_audiocraft(source.folder):
+        return configuration.of(source.name, convert.config_of(source.folder))
     if source.folder is None and source in known().values():
         stereo, _, size = source.name.removeprefix("facebook/musicgen-").rpartition("-")
         return configuration.meta(size, stereo == "stereo")
@@ -175,21 +175,26 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
         RequestError: it cannot be had, is damaged, or its parts do not fit.
         MemoryError, torch.OutOfMemoryError: there is no room for it.
     """
-    configuration.check(source.name, config_of(source))  # before gigabytes are fetched
+    config = config_of(source)
+    configuration.check(source.name, config)  # before gigabytes are fetched
     folder = source.folder or hub.download(source.name, say)
-    config = configuration.read(source.name, folder / "config.json")
-    configuration.check(source.name, config, folder)
-    if not hub.weights_in(folder):
-        raise RequestError(
-            f"{source.name} is incomplete: it has no model.safetensors or pytorch_model.bin.",
-            "checkpoint",
-        )
+    if exported.is_audiocraft(folder):
+        convert.fetch(folder, say)
+    else:
+        config = configuration.read(source.name, folder / "config.json")
+        configuration.check(source.name, config, folder)
+        if not hub.weights_in(folder):
+            raise RequestError(
+                f"{source.name} is incomplete: it has no model.safetensors or pytorch_model.bin.",
+                "checkpoint",
+            )
     say(f"reading {source.name}")
     try:
         with _READING:
-            model, tokenizer = _read(folder, dtype)
+            read = convert.load if exported.is_audiocraft(folder) else _read
+            model, tokenizer = read(folder, dtype)
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, RequestError) or out_of_memory(error):
             raise
         raise RequestError(
             f"{source.name} could not be read, its files are damaged or incomplete: delete "
@@ -205,10 +210,8 @@ def _read(
 ) -> tuple[MusicgenForConditionalGeneration, PreTrainedTokenizerBase]:
     # Imported here: it takes seconds, and most of this module is needed before.
     from transformers import AutoTokenizer, MusicgenForConditionalGeneration
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    logging.getLogger("transformers.configuration_utils").addFilter(_not_the_start_token)
+    parts.quieten()
     # The tokenizer alone: the processor of some checkpoints needs torchaudio.
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     read: Any = MusicgenForConditionalGeneration.from_pretrained
@@ -230,11 +233,6 @@ def _read(
 _READING = threading.Lock()
 # What older checkpoints leave out and transformers fills in, or only training uses.
 _REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")
-
-
-def _not_the_start_token(record: logging.LogRecord) -> bool:
-    """MusicGen's start token is one past the codes, as it must be: no word of warning."""
-    return not re.search(r"(pad|bos)_token_id must be .* vocabulary", record.getMessage())
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -86,17 +86,33 @@ def read(name: str, file: Path) -> Configuration:
     """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(name) from error
+    return of(name, config)
+
+
+def of(name: str, config: Any) -> Configuration:
+    """What `config.json` holds, every value that this module needs filled in.
+
+    Raises:
+        RequestError: it is not MusicGen's.
+    """
+    try:
         kind = config["model_type"]
         if kind == "musicgen":
             return _filled(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{name} is no checkpoint: it has no readable config.json. Choose a folder with a "
-            'checkpoint in transformers\' format, or "bundled".',
-            "checkpoint",
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(name) from error
     raise RequestError(
         f'{name} holds a {kind} model, not MusicGen: choose another checkpoint, or "bundled".',
+        "checkpoint",
+    )
+
+
+def _unreadable(name: str) -> RequestError:
+    return RequestError(
+        f"{name} is no checkpoint: it has no readable config.json. Choose a folder with a "
+        'checkpoint in transformers\' format, or "bundled".',
         "checkpoint",
     )
 
