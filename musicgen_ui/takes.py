@@ -107,8 +107,8 @@ def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
             notes.append(f"Loudness was changed by {gain_db:+.1f} dB to {reached:.1f} LUFS.")
     clip, beyond = audio.clip_to_full_scale(clip)
     if beyond:
-        samples = "1 sample" if beyond == 1 else f"{beyond:,} samples"
-        notes.append(f"{samples} went beyond full scale and were clipped.")
+        samples = "1 sample was" if beyond == 1 else f"{beyond:,} samples were"
+        notes.append(f"{samples} beyond full scale and clipped.")
     return clip, notes
 
 

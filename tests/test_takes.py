@@ -178,7 +178,7 @@ def test_loudness_that_peaks_forbid_is_said(tmp_path):
 def test_clipped_samples_are_said(tmp_path):
     take = save(tmp_path, level=2.0)
     beyond = int((np.abs(finished(level=2.0).clip.samples) > 1).sum())
-    assert take.notes[1] == f"{beyond:,} samples went beyond full scale and were clipped."
+    assert take.notes[1] == f"{beyond:,} samples were beyond full scale and clipped."
     assert np.abs(take.clip.samples).max() == 1
 
 
