@@ -31,6 +31,12 @@ def test_settings_come_from_the_environment_and_flags_override_them() -> None:
     assert settings([], {}) == Settings()
 
 
+def test_visitors_of_a_space_choose_among_the_listed_checkpoints_unless_it_says_otherwise() -> None:
+    assert not settings([], {"SPACE_ID": "owner/name"}).any_checkpoint
+    told = {"SPACE_ID": "owner/name", "MUSICGEN_UI_ANY_CHECKPOINT": "1"}
+    assert settings([], told).any_checkpoint
+
+
 def test_gradios_own_variables_name_host_and_port() -> None:
     assert (variable("host"), variable("port")) == ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT")
     assert variable("queue_length") == "MUSICGEN_UI_QUEUE_LENGTH"

@@ -9,6 +9,7 @@ and bodies, a private temporary folder that is swept, nothing served but what th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -73,8 +74,10 @@ class BackgroundEngine:
             await asyncio.sleep(0.2)
             if stop is not None and stop.is_set():
                 return
-        async for event in self._get().stream(request, stop):
-            yield event
+        events: Any = self._get().stream(request, stop)
+        async with contextlib.aclosing(events):  # a click that is closed early frees its rows now
+            async for event in events:
+                yield event
 
     def checkpoints(self) -> list[str]:
         """The chosen checkpoint first, then the others."""

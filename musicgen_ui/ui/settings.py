@@ -28,7 +28,7 @@ class Settings:
     port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT")
     checkpoint: str = _setting("auto", "checkpoint chosen when the page opens")
     any_checkpoint: bool = _setting(
-        True, "visitors may name any Hub id or folder; off offers the known ones only"
+        True, "visitors may name any Hub id or folder; off, as on Spaces, only the listed ones"
     )
     device: str = _setting("auto", "auto, cuda, mps or cpu")
     precision: str = _setting("auto", "auto, float32, bfloat16, float16 or int8")
@@ -89,9 +89,8 @@ def settings(
         add_flags(parser)
         arguments = vars(parser.parse_args(list(arguments)))
     names = [spec.name for spec in dataclasses.fields(Settings)]
-    values: dict[str, Any] = {
-        n: environment[variable(n)] for n in names if environment.get(variable(n))
-    }
+    values: dict[str, Any] = {"any_checkpoint": not environment.get("SPACE_ID")}  # public there
+    values |= {n: environment[variable(n)] for n in names if environment.get(variable(n))}
     values |= {n: arguments[n] for n in names if arguments.get(n) is not None}
     return Settings(**values)
 
