@@ -240,6 +240,9 @@ def test_every_published_architecture_converts_key_by_key(name, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["decoder"]["num_codebooks"] == (8 if stereo else 4)
     assert config["decoder"]["audio_channels"] == (2 if stereo else 1)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert (generation["top_k"], generation["guidance_scale"]) == (250, 3.0)
+    assert generation["max_length"] == 30 * 50 + 3 and generation["bos_token_id"] == 2048
     assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
     if not melody:
         description = checkpoints.describe(checkpoints.resolve(str(out)))
