@@ -28,3 +28,8 @@ def tiny_stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-stereo", stereo=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Browser tests last: Playwright leaves an event loop running in the main thread."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is not None)

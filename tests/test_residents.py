@@ -57,6 +57,11 @@ def names(residents: Residents) -> list[str]:
     return [resident.source.name for resident in residents.all()]
 
 
+def timers_of(residents: Residents) -> list[threading.Timer]:
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    return [timer for timer in timers if timer.function == residents._expire]
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 5
     while not condition():
@@ -191,16 +196,14 @@ def test_an_unused_model_goes_after_its_time_and_a_used_one_does_not(loader):
     use(residents, A)
     assert loader.loads == ["A", "A"]
     residents.close()
-    wait_for(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
+    wait_for(lambda: not timers_of(residents))
 
 
 def test_a_busy_day_leaves_one_timer_a_model(loader):
     residents = residents_of(loader, idle_s=60)
     for _ in range(10):
         use(residents, A)
-    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
-    own = [timer for timer in timers if timer.function == residents._expire]
-    assert sum(not timer.finished.is_set() for timer in own) == 1
+    assert sum(not timer.finished.is_set() for timer in timers_of(residents)) == 1
     residents.close()
 
 
