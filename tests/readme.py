@@ -107,8 +107,9 @@ def _measured(file: Path) -> str:
         for row in rows
     ]
     first = rows[0]
-    machine = f"{first['device']}; {first['machine']}. Weights: `{first['checkpoint']}`; medians of"
-    return f"{machine} {first['rounds']} rounds.\n\n{table(heads, cells)}"
+    machine = f"{first['device']}; {first['machine']}. Weights: `{first['checkpoint']}`;"
+    rounds = f"medians of {first['rounds']} rounds" if first["rounds"] > 1 else "one round"
+    return f"{machine} {rounds}.\n\n{table(heads, cells)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
