@@ -50,8 +50,8 @@ class Linear:
 
 
 def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    # Laid out for oneDNN once: for 2 rows of musicgen-small's size 51 ms of one core (AMD EPYC
-    # 9005) where F.linear, which goes through MKL there, takes 219 ms.
+    # Laid out for oneDNN once: for 2 rows of musicgen-small's size 51 ms of one core (AMD EPYC,
+    # Zen 5) where F.linear, which goes through MKL there, takes 219 ms.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
 
     def product(x: Tensor) -> Tensor:
