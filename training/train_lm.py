@@ -4,7 +4,8 @@ The loss is cross-entropy over the delay pattern. Input codes are corrupted from
 targets stay clean), so that at sampling time one wrong code does not lead to the next. Captions
 are dropped for 12 % of the rows, for guidance. The learning rate is held, then falls to nothing
 over the last quarter of the steps or minutes. State is written every few minutes and on exit; the
-weights with the lowest held-out loss are kept as `best.pt`.
+weights with the lowest held-out loss are kept as `best.pt`. A window's first frames weigh more:
+once some music is there it tells the style better than the caption does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from training.presets import DecoderSize
 
 BOOK_WEIGHTS = (1.3, 1.0, 0.9, 0.8)  # the first codebook carries the rhythm
 CAPTION_DROP, CAPTION_TOKENS = 0.12, 32
+EARLY_WEIGHT, EARLY_FRAMES = 3.0, 48  # the frames that only words can tell
 LONG_SHARE = 0.06  # of the batches: windows up to 30 s
 HOLD = 0.75  # share of the run at the full learning rate
 
@@ -134,8 +136,8 @@ class Trainer:
         return self._order.pop()
 
     def losses(self, codes: Tensor, captions: list[str], *, noise: float = 0.0,
-               drop: float = 0.0) -> Tensor:  # fmt: skip
-        """Mean cross-entropy in nats of each row of codes, [rows]."""
+               drop: float = 0.0, early: float = 1.0) -> Tensor:  # fmt: skip
+        """Mean cross-entropy in nats of each row of codes, [rows]; the first frames × `early`."""
         channels = self.model.config.decoder.audio_channels
         start = self.model.config.decoder.pad_token_id
         pattern = delayed(codes, start, channels)
@@ -145,8 +147,11 @@ class Trainer:
             states, mask = self._text(captions)
             mask = mask * (torch.rand(len(captions), 1, device=mask.device) >= drop)
             logits = code_logits(self.model, inputs, states, mask, frames)
+        at = torch.arange(frames, device=codes.device)
+        weight = 1 + (early - 1) * (1 - at / EARLY_FRAMES).clamp(min=0)
         return torch.stack([
-            F.cross_entropy(scores.float().transpose(1, 2), targets[:, row, late : late + frames])
+            (F.cross_entropy(scores.float().transpose(1, 2), targets[:, row, late : late + frames],
+                             reduction="none") * weight).sum() / (weight.sum() * len(codes))
             for row, scores in enumerate(logits)
             for late in (row // channels,)
         ])  # fmt: skip
@@ -170,7 +175,9 @@ class Trainer:
         """One optimizer step; returns the losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.size.learning_rate * self._rate()
-        losses = self.losses(*self.batch(), noise=self.run.noise, drop=CAPTION_DROP)
+        losses = self.losses(
+            *self.batch(), noise=self.run.noise, drop=CAPTION_DROP, early=EARLY_WEIGHT
+        )
         channels = self.model.config.decoder.audio_channels
         weights = torch.tensor([w for w in BOOK_WEIGHTS for _ in range(channels)]).to(losses)
         self.optimizer.zero_grad()
