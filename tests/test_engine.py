@@ -334,7 +334,7 @@ def test_closed_iterator_frees_the_rows_without_a_take(batch):
     with closing(stream(batch, GenerationRequest(ROCK, duration_s=20, variations=2))) as events:
         next(event for event in events if isinstance(event, Chunk))
         assert batch.jobs
-    assert not batch.jobs and not batch.waiting
+    assert not batch.jobs and not batch.line
     assert batch.nbytes == held
 
 

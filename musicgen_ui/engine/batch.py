@@ -24,29 +24,15 @@ from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.eager import Eager
-from musicgen_ui.engine.events import Event, Finished, Progress
+from musicgen_ui.engine.events import Event, Finished
 from musicgen_ui.engine.graph import Graphed
 from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.line import Line, Ticket
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
 PROGRESS_S = 0.25  # between two reports of a job
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """A caller's request while it is open."""
-
-    request: GenerationRequest  # with its seed
-    stop: threading.Event
-    deliver: Callable[[Event | Exception], None]
-    open: int  # variations that are not finished
-    place: int = 0  # last told
-
-    def close(self) -> None:
-        """Nobody listens any more: its jobs are dropped at the next step, without a take."""
-        self.open = 0
 
 
 class Batch:
@@ -106,8 +92,7 @@ class Batch:
             self.max_jobs = self._affordable(max_jobs)
             self.stepper = Graphed(self.decoder, self.max_jobs)
             self.stepper.warm_up()
-        self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
-        self.waiting: deque[tuple[Ticket, int]] = deque()  # in order of arrival
+        self.line = Line()
         self.jobs: dict[Job, Ticket] = {}
 
     @property
@@ -138,13 +123,13 @@ class Batch:
         """
         request = dataclasses.replace(request.with_seed(), checkpoint=self.checkpoint)
         ticket = Ticket(request, stop or threading.Event(), deliver, open=request.variations)
-        self._inbox.append(ticket)
+        self.line.add(ticket)
         return ticket
 
     def step(self) -> bool:
         """Moves every job on by one frame; False when nothing is left to do."""
         try:
-            self._take_in()
+            self.line.take_in()
             self._drop_closed()
             self._stop_waiting()
             self._admit()
@@ -154,44 +139,30 @@ class Batch:
             for job in list(self.jobs):
                 self._deliver(job)
         except Exception as error:  # a fault of the device: no job can go on
-            for ticket in {*self.jobs.values(), *(ticket for ticket, _ in self.waiting)}:
+            for ticket in {*self.jobs.values(), *self.line.tickets()}:
                 self._fail(ticket, error)
-        return bool(self.jobs or self.waiting or self._inbox)
-
-    def _take_in(self) -> None:
-        while self._inbox:
-            ticket = self._inbox.popleft()
-            self.waiting.extend((ticket, index) for index in range(ticket.request.variations))
+        return bool(self.jobs or self.line)
 
     def _drop_closed(self) -> None:
         for job in [job for job, ticket in self.jobs.items() if not ticket.open]:
             self._leave(job)
-        if any(not ticket.open for ticket, _ in self.waiting):
-            self.waiting = deque(entry for entry in self.waiting if entry[0].open)
+        self.line.drop_closed()
 
     def _stop_waiting(self) -> None:
-        stopped = [entry for entry in self.waiting if entry[0].stop.is_set()]
-        if stopped:
-            self.waiting = deque(entry for entry in self.waiting if entry not in stopped)
-        for ticket, index in stopped:
+        for ticket, index in self.line.pop_stopped():
             request = ticket.request.variation(index)
             nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
             self._close(ticket, Finished(index, nothing, request, 0.0, 0.0, stopped=True))
 
     def _admit(self) -> None:
         """One job a step, so that the others are not held up by a crowd."""
-        if self.waiting and len(self.jobs) < self.max_jobs:
-            ticket, index = self.waiting.popleft()
+        if len(self.jobs) < self.max_jobs and (entry := self.line.pop()):
+            ticket, index = entry
             try:
                 self.jobs[self._start(ticket, index)] = ticket
             except Exception as error:
                 self._fail(ticket, error)
-        waiting = dict.fromkeys(ticket for ticket, _ in self.waiting)
-        running = set(self.jobs.values())
-        for place, ticket in enumerate((t for t in waiting if t not in running), start=1):
-            if ticket.place != place:
-                ticket.place = place
-                ticket.deliver(Progress("waiting", place=place))
+        self.line.tell(set(self.jobs.values()))
 
     def _start(self, ticket: Ticket, index: int) -> Job:
         request = ticket.request.variation(index)
