@@ -63,12 +63,12 @@ def run(flags: argparse.Namespace) -> int:
         RequestError: a request that cannot be run.
     """
     request, notes = _read(vars(flags))
-    _check_checkpoint(request)
-    output = _output(flags.output)
+    check_checkpoint(request)
+    output = output_path(flags.output)
     from musicgen_ui.manager import ModelManager  # torch: seconds
 
     manager = ModelManager(device=flags.device, precision=flags.precision)
-    with contextlib.closing(manager), _stop_on_interrupt() as stop:
+    with contextlib.closing(manager), stop_on_interrupt() as stop:
         try:
             events = manager.stream_sync(request, stop)
             saved = _save_all(events, request, output, notes, flags.quiet)
@@ -109,7 +109,7 @@ def _metavar(spec: dataclasses.Field) -> str:
     return spec.metadata["unit"].upper() or ("TEXT" if isinstance(spec.default, str) else "N")
 
 
-def _output(text: str) -> Path:
+def output_path(text: str) -> Path:
     """The file or folder to write to; its folder is made.
 
     Raises:
@@ -147,8 +147,12 @@ def _read(flags: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
     return GenerationRequest(**values), tuple(notes)
 
 
-def _check_checkpoint(request: GenerationRequest) -> None:
-    """Refuses an unknown or unsuitable checkpoint; which one "auto" is depends on the device."""
+def check_checkpoint(request: GenerationRequest) -> None:
+    """Refuses an unknown or unsuitable checkpoint; which one "auto" is depends on the device.
+
+    Raises:
+        RequestError: there is no such checkpoint, or it cannot do what is asked.
+    """
     from musicgen_ui import checkpoints
 
     if request.checkpoint != "auto":
@@ -156,7 +160,7 @@ def _check_checkpoint(request: GenerationRequest) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
+def stop_on_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl+C sets the event, the second one interrupts."""
     stop = threading.Event()
 
@@ -180,15 +184,16 @@ def _save_all(
 ) -> int:
     """Saves and tells every take with new music in it; how many there were."""
     saved = 0
-    with _Bar(request, quiet) as bar:
+    with Bar(request.duration_s * request.variations, quiet) as bar:
         for event in events:
             if isinstance(event, Progress):
-                bar.show(event)
+                bar.show(event, event.variation)
             elif isinstance(event, Finished):
                 new_s = event.clip.duration_s - event.prompt_s
                 if new_s < NEW_AT_LEAST_S:
                     continue
-                bar.show(Progress("composing", event.variation, done_s=new_s, speed=event.speed))
+                made = Progress("composing", done_s=new_s, speed=event.speed)
+                bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
                 lines, told = _save(finished, output, request.variations)
                 saved += 1
@@ -214,36 +219,37 @@ def _save(finished: Finished, output: Path, count: int) -> tuple[list[str], tupl
     return [f"{file}  {facts}" for file in files], take.notes
 
 
-class _Bar:
-    """A progress bar on stderr: seconds of new music over all variations."""
+class Bar:
+    """A progress bar on stderr: seconds of new music over several takes."""
 
-    def __init__(self, request: GenerationRequest, quiet: bool) -> None:
-        self._done_s = [0.0] * request.variations
+    def __init__(self, total_s: float, quiet: bool) -> None:
+        self._done_s: dict[object, float] = {}
         self._stage = ""
         self._bar = tqdm(
-            total=request.duration_s * request.variations,
+            total=total_s,
             disable=quiet,
             file=sys.stderr,
             mininterval=0.1 if sys.stderr.isatty() else 5.0,  # s; a log file wants few lines
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total:.1f} s{postfix}",
         )
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def show(self, progress: Progress) -> None:
-        """Moves the bar."""
+    def show(self, progress: Progress, take: object, beside: str = "") -> None:
+        """Moves the bar; `take` says whose progress it is, `beside` replaces the speed."""
         stage = progress.note or progress.stage
         if stage != self._stage:
             self._stage = stage
             self._bar.set_description_str(stage)
         if progress.stage == "composing":
-            self._done_s[progress.variation] = progress.done_s
-            self._bar.set_postfix_str(f"{progress.speed:.2f}× real time", refresh=False)
-            self._bar.update(min(sum(self._done_s), self._bar.total) - self._bar.n)
+            beside = beside or f"{progress.speed:.2f}× real time"
+            self._bar.set_postfix_str(beside, refresh=False)
+            self._bar.update(progress.done_s - self._done_s.get(take, 0.0))
+            self._done_s[take] = progress.done_s
 
     def say(self, lines: Iterable[str], file: Any) -> None:
         """Prints lines without disturbing the bar."""

@@ -46,8 +46,10 @@ class Take:
     prompt_s: float  # seconds of `clip` that are the audio prompt
 
 
-def save(finished: Finished, folder: Path) -> Take:
+def save(finished: Finished, folder: Path, name: str = "") -> Take:
     """Finishes the audio and writes it as WAV and FLAC under a new name in `folder`.
+
+    A `name` without ending is used as it is: what had it before is replaced.
 
     Raises:
         RequestError: the folder cannot be written to, or the disk is full. Nothing is left there.
@@ -61,7 +63,7 @@ def save(finished: Finished, folder: Path) -> Take:
         "comment": json.dumps({MARK: settings}, ensure_ascii=False),
     }
     try:
-        wav, flac = _write_both(clip, folder, _stem(finished.request), tags)
+        wav, flac = _write_both(clip, folder, name, _stem(finished.request), tags)
     except OSError as error:
         raise RequestError(_complaint(error)) from error
     return Take(wav, flac, settings, (*finished.notes, *notes), clip, finished.prompt_s)
@@ -130,12 +132,12 @@ def _is_result(key: str, value: Any) -> bool:
 
 
 def _stem(request: GenerationRequest) -> str:
-    words = _slug(request.prompt) or "untitled"
-    checkpoint = _slug(request.checkpoint.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    words = slug(request.prompt) or "untitled"
+    checkpoint = slug(request.checkpoint.replace("\\", "/").rstrip("/").rpartition("/")[2])
     return "-".join(part for part in (words, checkpoint, f"seed-{request.seed}") if part)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Letters and digits of any script in words joined by hyphens, at most 40 characters."""
     normal = unicodedata.normalize("NFKC", text).lower()
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in normal)
@@ -145,9 +147,11 @@ def _slug(text: str) -> str:
     return whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
 
 
-def _write_both(clip: Clip, folder: Path, stem: str, tags: dict[str, str]) -> tuple[Path, Path]:
+def _write_both(
+    clip: Clip, folder: Path, name: str, stem: str, tags: dict[str, str]
+) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    taken, name = _reserve(folder, stem)
+    taken, name = (None, name) if name else _reserve(folder, stem)
     wav, flac = folder / f"{name}.wav", folder / f"{name}.flac"
     try:
         audio.write(clip, wav, tags)
@@ -156,7 +160,8 @@ def _write_both(clip: Clip, folder: Path, stem: str, tags: dict[str, str]) -> tu
         wav.unlink(missing_ok=True)  # the FLAC is last: it is whole or not there
         raise
     finally:
-        taken.unlink(missing_ok=True)
+        if taken:
+            taken.unlink(missing_ok=True)
     return wav, flac
 
 

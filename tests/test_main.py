@@ -76,7 +76,7 @@ def example(name: str) -> tuple[list[str], object]:
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in CLIP_FIELDS and n != "prompt"])
 def test_every_field_is_a_flag_of_its_name_without_the_unit(name, manager, monkeypatch, tmp_path):
-    monkeypatch.setattr(generate, "_check_checkpoint", lambda request: None)
+    monkeypatch.setattr(generate, "check_checkpoint", lambda request: None)
     arguments, value = example(name)
     assert cli.main(["generate", *arguments, "-o", str(tmp_path / "out.wav")]) == 0
     assert getattr(manager.asked[0], name) == value
@@ -182,7 +182,7 @@ def test_interrupted_before_the_first_sound_it_leaves_no_file(
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt), generate._stop_on_interrupt() as stop:
+    with pytest.raises(KeyboardInterrupt), generate.stop_on_interrupt() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         signal.raise_signal(signal.SIGINT)
