@@ -8,8 +8,6 @@ complete or not at all.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from musicgen_ui import files
 from musicgen_ui.reading import Reading, read
 from musicgen_ui.request import Clip
 
@@ -24,6 +23,7 @@ __all__ = [
     "Reading",
     "clip_to_full_scale",
     "convert",
+    "encode",
     "join",
     "loudness_lufs",
     "normalize",
@@ -125,36 +125,29 @@ def normalize(
     return Clip(samples, clip.sampling_rate), gain_db
 
 
-def write(clip: Clip, path: Path, tags: Mapping[str, str] | None = None) -> None:
-    """Writes WAV or FLAC (by the name's end) with 16-bit samples; complete or not at all.
+def encode(clip: Clip, ending: str, tags: Mapping[str, str] | None = None) -> bytes:
+    """The clip as a file, ".wav" or ".flac", with 16-bit samples.
 
     `tags` are soundfile's names: title, artist, comment, date … Samples are rounded to the
     nearest of 65,536 levels without dither: a codec's own noise lies far above the last bit, a
     16-bit clip comes back bit for bit, silence stays silent, and a seed gives the same file.
-
-    Raises:
-        OSError: the folder cannot be written to, or is full.
     """
     levels = np.clip(np.rint(clip.samples.T * 32768.0), -32768, 32767).astype(np.int16)
     encoded = io.BytesIO()
     with soundfile.SoundFile(
-        encoded, "w", clip.sampling_rate, clip.channels, "PCM_16", format=path.suffix[1:].upper()
+        encoded, "w", clip.sampling_rate, clip.channels, "PCM_16", format=ending[1:].upper()
     ) as file:
         for name, text in (tags or {}).items():
             if text:  # libsndfile refuses an empty tag
                 setattr(file, name, text)
         file.write(levels)
-    _replace_file(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    """Puts `content` under `path` in one step: a reader sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def write(clip: Clip, path: Path, tags: Mapping[str, str] | None = None) -> None:
+    """Writes WAV or FLAC (by the name's end) as `encode` makes it; complete or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
+    files.replace(path, encode(clip, path.suffix, tags))

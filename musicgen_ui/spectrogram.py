@@ -9,13 +9,14 @@ minute at the first use, so the transform is numpy's.
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from musicgen_ui import audio
+from musicgen_ui import audio, files
 from musicgen_ui.request import Clip
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ GROUND, INK = "#12141c", "#e6e8ef"
 
 
 def draw(clip: Clip, path: Path, prompt_s: float = 0.0) -> Path:
-    """Writes the mel spectrogram as a PNG and returns its path.
+    """Writes the mel spectrogram as a PNG, whole or not at all, and returns its path."""
+    files.replace(path, png(clip, prompt_s))
+    return path
+
+
+def png(clip: Clip, prompt_s: float = 0.0) -> bytes:
+    """The mel spectrogram as a PNG.
 
     Both channels are shown when the clip is stereo; the first `prompt_s` seconds are marked as
     the audio prompt.
@@ -67,8 +74,9 @@ def draw(clip: Clip, path: Path, prompt_s: float = 0.0) -> Path:
     if prompt_s:
         _mark_prompt(rows, prompt_s)
     # Fast compression: a third of the time for a sixth more bytes.
-    FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": 1})
-    return path
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn, pil_kwargs={"compress_level": 1})
+    return drawn.getvalue()
 
 
 def mel_db(clip: Clip) -> np.ndarray:

@@ -7,6 +7,7 @@ that went through a mail or a hard disk's crash can still fill the form again.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import unicodedata
@@ -17,7 +18,7 @@ from typing import Any
 
 import av
 
-from musicgen_ui import audio
+from musicgen_ui import audio, files
 from musicgen_ui.engine.events import Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
@@ -151,34 +152,31 @@ def _write_both(
     clip: Clip, folder: Path, name: str, stem: str, tags: dict[str, str]
 ) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    taken, name = (None, name) if name else _reserve(folder, stem)
-    wav, flac = folder / f"{name}.wav", folder / f"{name}.flac"
+    parts: list[Path] = []
     try:
-        audio.write(clip, wav, tags)
-        audio.write(clip, flac, tags)
-    except BaseException:
-        wav.unlink(missing_ok=True)  # the FLAC is last: it is whole or not there
-        raise
+        for ending in (".wav", ".flac"):
+            parts.append(files.write_part(folder, audio.encode(clip, ending, tags)))
+        wav, flac = _both(folder, name) if name else _claimed(parts[0], folder, stem)
+        if name:
+            parts[0].replace(wav)
+        parts[1].replace(flac)
     finally:
-        if taken:
-            taken.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
     return wav, flac
 
 
-def _reserve(folder: Path, stem: str) -> tuple[Path, str]:
-    """A name that no other writer has: whoever creates the marker file owns it."""
-    number = 1
-    while True:
-        name = stem if number == 1 else f"{stem}-{number}"
-        marker = folder / f".{name}.taken"
-        number += 1
-        try:
-            marker.open("x").close()
-        except FileExistsError:
-            continue
-        if not any((folder / f"{name}{ending}").exists() for ending in (".wav", ".flac")):
-            return marker, name
-        marker.unlink()
+def _both(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}.wav", folder / f"{name}.flac"
+
+
+def _claimed(part: Path, folder: Path, stem: str) -> tuple[Path, Path]:
+    """Gives the WAV a name that no other take has: whoever does owns the FLAC's too."""
+    for number in itertools.count(1):
+        named = _both(folder, stem if number == 1 else f"{stem}-{number}")
+        if not any(path.exists() for path in named) and files.claim(part, named[0]):
+            break
+    return named
 
 
 def _complaint(error: OSError) -> str:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import threading
 
 import numpy as np
@@ -188,15 +189,15 @@ def test_clipped_samples_are_said(tmp_path):
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch, code, words, fails_at):
     calls = []
-    whole = audio.write
+    to_the_disk = os.fsync
 
-    def write(clip, path, tags):
-        calls.append(path)
+    def fsync(handle):
+        calls.append(handle)
         if len(calls) == fails_at:
             raise OSError(code, "no")
-        whole(clip, path, tags)
+        to_the_disk(handle)
 
-    monkeypatch.setattr(audio, "write", write)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(RequestError, match=words) as caught:
         save(tmp_path)
     assert isinstance(caught.value.__cause__, OSError)

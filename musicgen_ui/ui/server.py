@@ -14,12 +14,12 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from musicgen_ui import files
 from musicgen_ui.engine.events import Description, Engine, Event, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import BodyLimit, sweep_while
@@ -119,14 +119,10 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
     return BackgroundEngine(build, chosen.checkpoint)
 
 
-def private_folder() -> Path:
-    """A new folder that only this process's user can read, for uploads and takes."""
-    return Path(tempfile.mkdtemp(prefix="musicgen-ui-"))
-
-
 def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
-    temporary = private_folder()
+    files.delete_leftovers(Path(chosen.output_folder) if chosen.output_folder else None)
+    temporary = files.private_folder()
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     background = managed_engine(chosen)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,4 +176,4 @@ def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:
 def warm_up() -> None:
     """Imports what draws pictures, so that the first take need not wait for it."""
     silence = Clip(np.zeros((1, 1600), np.float32), 16_000)
-    spectrogram.draw(silence, Path(os.devnull))
+    spectrogram.png(silence)

@@ -1,0 +1,96 @@
+"""Files that appear whole or not at all, and what a killed process leaves behind.
+
+A file is written under a hidden name, brought to the disk and then renamed, so whoever looks sees
+nothing or all of it, also after the process was killed or the power went. Hidden names and private
+folders hold the number of the process that made them: the next start deletes those of processes
+that are no more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+PRIVATE = "musicgen-ui-"  # then the process's number and token, and something random
+PART = ".part"
+_TOKEN = secrets.token_hex(3)  # a container gives every process the same number
+_NAMING = threading.Lock()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Puts `content` under `path` in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full. Nothing is left there.
+    """
+    part = write_part(path.parent, content)
+    try:
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_part(folder: Path, content: bytes) -> Path:
+    """Writes `content` to the disk under a hidden name in `folder`, to be renamed by the caller."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=_mine("."), suffix=PART)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def claim(part: Path, path: Path) -> bool:
+    """Gives a part its name, unless another file has it: then False."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without hard links
+        with _NAMING:
+            if path.exists():
+                return False
+            part.rename(path)
+    return True
+
+
+def private_folder() -> Path:
+    """A new temporary folder that only this process's user can read."""
+    return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
+
+
+def delete_leftovers(takes: Path | None) -> None:
+    """Deletes what killed processes left: their private folders, and parts in a folder of takes."""
+    for part in takes.glob(f".*{PART}") if takes else ():
+        if _is_of_the_dead(part.name, "."):
+            with suppress(OSError):
+                part.unlink()
+    for folder in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*-*"):
+        if _is_of_the_dead(folder.name, PRIVATE):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mine(prefix: str) -> str:
+    return f"{prefix}{os.getpid()}-{_TOKEN}-"
+
+
+def _is_of_the_dead(name: str, prefix: str) -> bool:
+    number = re.match(rf"{re.escape(prefix)}(\d+)-", name)
+    if not number or name.startswith(_mine(prefix)):
+        return False
+    return int(number[1]) == os.getpid() or not psutil.pid_exists(int(number[1]))
