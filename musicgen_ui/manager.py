@@ -121,7 +121,10 @@ class ModelManager:
         return " · ".join(parts)
 
     async def stream(
-        self, request: GenerationRequest, stop: threading.Event | None = None
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
     ) -> AsyncIterator[Event]:
         """The events of a request: `Progress("loading")` first where a model must be loaded.
 
@@ -140,7 +143,7 @@ class ModelManager:
                 if event:
                     yield event
                 await asyncio.sleep(_LOOK_S)
-            events: Any = self._residents.worker(resident).stream(request, stop)
+            events: Any = self._residents.worker(resident).stream(request, stop, visitor)
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event

@@ -16,6 +16,7 @@ from musicgen_ui.engine.events import Chunk, Description, Event, Finished, Progr
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 STEREO = {"auto": "choice", "mono": "never", "wide": "always"}
+OWN = {"wide": {"temperature": 0.7, "top_k": 50}}  # what a checkpoint states of its sampling
 
 
 def tone(seed: int, duration_s: float, sampling_rate: int, channels: int) -> np.ndarray:
@@ -43,7 +44,10 @@ class FakeEngine:
     unloads: int = 0
 
     async def stream(
-        self, request: GenerationRequest, stop: threading.Event | None = None
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
     ) -> AsyncIterator[Event]:
         stop = stop or threading.Event()
         self.describe(request.checkpoint)
@@ -116,7 +120,11 @@ class FakeEngine:
                 f"There is no checkpoint “{checkpoint}”: choose one from the list.", "checkpoint"
             )
         return Description(
-            checkpoint, STEREO[checkpoint], self.sampling_rate, "Tones for testing, 0 MB"
+            checkpoint,
+            STEREO[checkpoint],
+            self.sampling_rate,
+            "Tones for testing, 0 MB",
+            OWN.get(checkpoint, {}),
         )
 
     def status(self) -> str:

@@ -26,7 +26,7 @@ from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.eager import Eager
 from musicgen_ui.engine.events import Event, Finished
 from musicgen_ui.engine.graph import Graphed
-from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.job import Job, steps_for
 from musicgen_ui.engine.line import Line, Ticket
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
@@ -112,6 +112,7 @@ class Batch:
         request: GenerationRequest,
         stop: threading.Event | None,
         deliver: Callable[[Event | Exception], None],
+        visitor: str = "",
     ) -> Ticket:
         """Queues every variation of `request`. May be called from any thread.
 
@@ -120,9 +121,12 @@ class Batch:
             stop: ends the variations at the next step, with what was made so far.
             deliver: is called by the stepping thread with each event, or once with an exception,
                 after which nothing follows.
+            visitor: whose request it is: visitors take turns.
         """
         request = dataclasses.replace(request.with_seed(), checkpoint=self.checkpoint)
-        ticket = Ticket(request, stop or threading.Event(), deliver, open=request.variations)
+        stop = stop or threading.Event()
+        steps = steps_for(request, self.codec, self.decoder.codebooks)
+        ticket = Ticket(request, stop, deliver, request.variations, steps, visitor)
         self.line.add(ticket)
         return ticket
 
@@ -139,8 +143,9 @@ class Batch:
             for job in list(self.jobs):
                 self._deliver(job)
         except Exception as error:  # a fault of the device: no job can go on
-            for ticket in {*self.jobs.values(), *self.line.tickets()}:
+            for ticket in {*self.jobs.values(), *(ticket for ticket, _ in self.line.entries())}:
                 self._fail(ticket, error)
+        self.line.stepped()
         return bool(self.jobs or self.line)
 
     def _drop_closed(self) -> None:
@@ -162,7 +167,8 @@ class Batch:
                 self.jobs[self._start(ticket, index)] = ticket
             except Exception as error:
                 self._fail(ticket, error)
-        self.line.tell(set(self.jobs.values()))
+        left = [job.steps_left for job in self.jobs]
+        self.line.tell(set(self.jobs.values()), left + [0] * (self.max_jobs - len(left)))
 
     def _start(self, ticket: Ticket, index: int) -> Job:
         request = ticket.request.variation(index)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from musicgen_ui.request import Clip, GenerationRequest
 
@@ -24,6 +26,7 @@ class Progress:
     stage: Stage
     variation: int = 0
     place: int = 0  # waiting: how many jobs are served before this one, itself included
+    wait_s: float = 0.0  # waiting: about how long until it starts; 0 is not known yet
     note: str = ""  # loading: what is going on, in words ("downloading 0.3 of 2.4 GB")
     done_s: float = 0.0  # composing: seconds of new music so far
     total_s: float = 0.0
@@ -39,6 +42,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
+class Chroma:
+    """A melody's strongest pitch classes over time, as the music followed them."""
+
+    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B
+    column_s: float  # seconds from column to column
+
+
+@dataclass(frozen=True, eq=False)
 class Finished:
     """A variation is done, or was stopped and holds what was made so far."""
 
@@ -49,6 +60,7 @@ class Finished:
     speed: float  # seconds of new music a second of work
     stopped: bool = False  # before its length was reached
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
+    melody: Chroma | None = None  # what the new music followed
 
 
 Event = Progress | Chunk | Finished
@@ -62,18 +74,24 @@ class Description:
     stereo: Literal["choice", "always", "never"]  # a sibling, stereo itself, neither
     sampling_rate: int  # Hz
     summary: str  # a line for the page: parameters, memory, licence
+    melody: bool = False  # it can follow one
+    defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
 
 
 class Engine(Protocol):
     """What makes music for the page, the API and the command line. `ModelManager` is the one."""
 
     def stream(
-        self, request: GenerationRequest, stop: threading.Event | None = None
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
     ) -> AsyncIterator[Event]:
         """The events of a request, ending with one `Finished` a variation.
 
         Setting `stop` ends every variation at the next step; `Finished` still comes, with what
-        was made. Closing the iterator frees the rows without a take. An error for the user is a
+        was made. Closing the iterator frees the rows without a take. Visitors take turns where
+        jobs wait; a request without a `visitor` is one of its own. An error for the user is a
         `RequestError`.
         """
         ...

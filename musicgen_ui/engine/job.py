@@ -10,6 +10,7 @@ is what `generate` would give from its first sample.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 
@@ -19,13 +20,25 @@ from torch import Tensor
 
 from musicgen_ui import audio
 from musicgen_ui.engine import delay, sampling
-from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.codec import PIECE_FRAMES, Codec
 from musicgen_ui.engine.decoder import Sequence
 from musicgen_ui.engine.events import Chunk, Finished, Progress
 from musicgen_ui.request import Clip, GenerationRequest
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other jobs
+
+
+def steps_for(request: GenerationRequest, codec: Codec, codebooks: int) -> int:
+    """Steps that a variation of `request` takes, about; known before its `Job` is made."""
+    delayed = codebooks // codec.channels - 1
+    context = round(request.context_used_s * codec.frame_rate)
+    return round(request.duration_s * codec.frame_rate) + delayed + _pieces(context)
+
+
+def _pieces(context_frames: int) -> int:
+    """Steps in which an audio prompt is encoded and taken in."""
+    return math.ceil(context_frames / PIECE_FRAMES) * 2
 
 
 class Job:
@@ -104,6 +117,12 @@ class Job:
     def positions(self) -> int:
         """Columns that go through the decoder."""
         return self.columns.shape[1] - 1
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until it is done, about: pieces of the context that are still to come count too."""
+        unheard = 0 if self.started_s else _pieces(self.context_frames)
+        return self.columns.shape[1] - 1 - self.written + unheard
 
     @property
     def done(self) -> bool:

@@ -1,18 +1,31 @@
-"""The line of jobs that wait for a place on a decoder.
+"""The line of jobs that wait for a place on a decoder: who is next, and how long it takes.
 
-A caller's request is a `Ticket`, and each of its variations an entry of the line. Any thread may
-add a ticket; everything else is done by the thread that steps the batch.
+A caller's request is a `Ticket`, and each of its variations an entry of the line. Visitors stand
+in a ring in the order of their arrival and take turns: the first one's oldest entry starts, and
+if more of its entries wait it goes to the ring's end. So nobody is overtaken by a visitor who came
+later, and somebody with many jobs takes turns with the others. While somebody waits every place is
+taken and all places step together, so the waits follow from the steps left in each place and the
+pace of the last steps. Any thread may add a ticket; everything else is done by the thread that
+steps the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import math
 import threading
-from collections import deque
-from collections.abc import Callable, Collection
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Hashable, Iterable
+from itertools import zip_longest
 
 from musicgen_ui.engine.events import Event, Progress
 from musicgen_ui.request import GenerationRequest
+
+PACE_S = 10.0  # the pace is that of about so many seconds
+PACE_KNOWN_S = 1.0  # of measured steps; before, no wait is told
+TOLD_EVERY_S = 1.0  # the wait; a new place is told at once
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,7 +36,8 @@ class Ticket:
     stop: threading.Event
     deliver: Callable[[Event | Exception], None]
     open: int  # variations that are not finished
-    place: int = 0  # last told
+    steps: int = 0  # that each variation takes, about
+    visitor: str = ""  # whose it is; one without a name is a visitor of its own
 
     def close(self) -> None:
         """Nobody listens any more: its jobs are dropped at the next step, without a take."""
@@ -38,10 +52,13 @@ class Line:
 
     def __init__(self) -> None:
         self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
-        self._waiting: deque[Entry] = deque()
+        self._ring: OrderedDict[Hashable, deque[Entry]] = OrderedDict()  # by visitor
+        self._pace = Pace()
+        self._changed = False  # since the places were told
+        self._told_s = -math.inf
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._inbox)
+        return bool(self._ring or self._inbox)
 
     def add(self, ticket: Ticket) -> None:
         """Queues every variation of a ticket. May be called from any thread."""
@@ -51,32 +68,100 @@ class Line:
         """Lets those who were added join the line."""
         while self._inbox:
             ticket = self._inbox.popleft()
-            self._waiting.extend((ticket, index) for index in range(ticket.request.variations))
+            entries = self._ring.setdefault(ticket.visitor or ticket, deque())
+            entries.extend((ticket, index) for index in range(ticket.request.variations))
+            self._changed = True
 
     def drop_closed(self) -> None:
         """Lets those who closed leave the line."""
-        if any(not ticket.open for ticket, _ in self._waiting):
-            self._waiting = deque(entry for entry in self._waiting if entry[0].open)
-
-    def tickets(self) -> list[Ticket]:
-        """Those who wait with at least one variation, in the order of their first."""
-        return list(dict.fromkeys(ticket for ticket, _ in self._waiting))
+        self._pop_if(lambda ticket: not ticket.open)
 
     def pop_stopped(self) -> list[Entry]:
         """Takes the entries out of the line whose stop was asked for."""
-        stopped = [entry for entry in self._waiting if entry[0].stop.is_set()]
-        if stopped:
-            self._waiting = deque(entry for entry in self._waiting if entry not in stopped)
-        return stopped
+        return self._pop_if(lambda ticket: ticket.stop.is_set())
+
+    def _pop_if(self, leaves: Callable[[Ticket], bool]) -> list[Entry]:
+        left = [entry for entry in self.entries() if leaves(entry[0])]
+        for key in list(self._ring) if left else ():
+            stay = deque(entry for entry in self._ring[key] if entry not in left)
+            self._ring[key] = stay
+            if not stay:
+                del self._ring[key]
+        self._changed |= bool(left)
+        return left
+
+    def entries(self) -> list[Entry]:
+        """Those who wait, in the order in which they start if nobody comes or leaves."""
+        turns = zip_longest(*self._ring.values())
+        return [entry for turn in turns for entry in turn if entry]
 
     def pop(self) -> Entry | None:
-        """Takes the first entry out of the line."""
-        return self._waiting.popleft() if self._waiting else None
+        """Takes the entry whose turn it is out of the line."""
+        if not self._ring:
+            return None
+        visitor, entries = next(iter(self._ring.items()))
+        entry = entries.popleft()
+        self._ring.move_to_end(visitor)
+        if not entries:
+            del self._ring[visitor]
+        self._changed = True
+        return entry
 
-    def tell(self, running: Collection[Ticket]) -> None:
-        """Tells those who wait for their first variation their new places."""
-        waiting = (ticket for ticket in self.tickets() if ticket not in running)
-        for place, ticket in enumerate(waiting, start=1):
-            if ticket.place != place:
-                ticket.place = place
-                ticket.deliver(Progress("waiting", place=place))
+    def tell(self, running: Collection[Ticket], left: Iterable[int]) -> None:
+        """Tells those who wait for their first variation their place and the wait.
+
+        Args:
+            running: those who are told how far their music is.
+            left: about how many steps it takes until each place on the decoder is free.
+        """
+        now = time.monotonic()
+        if not self._changed and now - self._told_s < TOLD_EVERY_S:
+            return
+        self._changed, self._told_s = False, now
+        told = set(running)
+        starts = starts_after(left, [ticket.steps for ticket, _ in self.entries()])
+        for place, ((ticket, _), steps) in enumerate(zip(self.entries(), starts, strict=True), 1):
+            if ticket not in told:
+                told.add(ticket)
+                wait_s = steps * self._pace.step_s
+                ticket.deliver(Progress("waiting", place=place, wait_s=wait_s))
+
+    def stepped(self) -> None:
+        """Every job took a step: the pace counts while somebody waits."""
+        self._pace.stepped(bool(self._ring))
+
+
+def starts_after(left: Iterable[int], waiting: Iterable[int]) -> list[int]:
+    """Steps until each of `waiting`, given by its length in steps, gets one of the places.
+
+    `left` holds the steps until each place is free.
+    """
+    free = sorted(left)
+    starts = []
+    for steps in waiting:
+        starts.append(free[0])
+        heapq.heapreplace(free, free[0] + steps)
+    return starts
+
+
+class Pace:
+    """How long a step takes, codec and audio prompts included: a mean that forgets."""
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None  # when the last step ended
+        self._steps = 0.0
+        self._seconds = 0.0
+
+    def stepped(self, counts: bool) -> None:
+        """A step ended; the time since the one before counts if both do."""
+        now = time.monotonic()
+        if counts and self._last_s is not None:
+            kept = math.exp(-(now - self._last_s) / PACE_S)
+            self._seconds = self._seconds * kept + now - self._last_s
+            self._steps = self._steps * kept + 1
+        self._last_s = now if counts else None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds a step; 0 until enough was measured."""
+        return self._seconds / self._steps if self._seconds >= PACE_KNOWN_S else 0.0

@@ -33,7 +33,10 @@ class Worker:
                 self._wake.clear()
 
     async def stream(
-        self, request: GenerationRequest, stop: threading.Event | None = None
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
     ) -> AsyncIterator[Event]:
         """The events of a request, ending with one `Finished` a variation.
 
@@ -49,7 +52,7 @@ class Worker:
             with contextlib.suppress(RuntimeError):  # its loop has ended: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = self.batch.submit(request, stop, deliver)
+        ticket = self.batch.submit(request, stop, deliver, visitor)
         self._wake.set()
         try:
             unfinished = request.variations

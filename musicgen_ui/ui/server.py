@@ -66,7 +66,10 @@ class BackgroundEngine:
         return self._engine
 
     async def stream(
-        self, request: GenerationRequest, stop: threading.Event | None = None
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
     ) -> AsyncIterator[Event]:
         """See `Engine.stream`; waits for the engine first."""
         while not self._ready.is_set():
@@ -74,7 +77,7 @@ class BackgroundEngine:
             await asyncio.sleep(0.2)
             if stop is not None and stop.is_set():
                 return
-        events: Any = self._get().stream(request, stop)
+        events: Any = self._get().stream(request, stop, visitor)
         async with contextlib.aclosing(events):  # a click that is closed early frees its rows now
             async for event in events:
                 yield event
