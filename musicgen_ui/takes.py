@@ -47,13 +47,22 @@ class Take:
     prompt_s: float  # seconds of `clip` that are the audio prompt
 
 
-def save(finished: Finished, folder: Path, name: str = "") -> Take:
+class UnsavedError(RequestError):
+    """The take could not be written. It holds what is left of it: what would make it again."""
+
+    def __init__(self, message: str, settings: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.settings = settings
+
+
+def save(finished: Finished, folder: Path, name: str = "", spare: Path | None = None) -> Take:
     """Finishes the audio and writes it as WAV and FLAC under a new name in `folder`.
 
-    A `name` without ending is used as it is: what had it before is replaced.
+    A `name` without ending is used as it is: what had it before is replaced. Where `folder` does
+    not take it, `spare` may, and a note says so.
 
     Raises:
-        RequestError: the folder cannot be written to, or the disk is full. Nothing is left there.
+        UnsavedError: the folder cannot be written to, or the disk is full. Nothing is left there.
     """
     clip, notes = _mastered(finished)
     settings = _settings(finished, clip)
@@ -63,10 +72,17 @@ def save(finished: Finished, folder: Path, name: str = "") -> Take:
         "software": "MusicGen UI",
         "comment": json.dumps({MARK: settings}, ensure_ascii=False),
     }
+    stem = _stem(finished.request)
     try:
-        wav, flac = _write_both(clip, folder, name, _stem(finished.request), tags)
+        wav, flac = _write_both(clip, folder, name, stem, tags)
     except OSError as error:
-        raise RequestError(_complaint(error)) from error
+        try:
+            if spare is None:
+                raise
+            wav, flac = _write_both(clip, spare, name, stem, tags)
+        except OSError:
+            raise UnsavedError(_complaint(error), settings) from error
+        notes.append("The take could not be kept with the others: download it here, and soon.")
     return Take(wav, flac, settings, (*finished.notes, *notes), clip, finished.prompt_s)
 
 

@@ -15,7 +15,14 @@ from anyio import to_thread
 
 from musicgen_ui import audio, takes
 from musicgen_ui.engine.events import Engine
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, MIN_CONTEXT_S, WINDOW_S, RequestError
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    WINDOW_S,
+    RequestError,
+    context_used_s,
+)
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
@@ -26,7 +33,9 @@ STEREO_INFO = {
 }
 
 
-def read_clip(path: str | None, duration_s: float, context_s: float, clip: dict) -> dict[str, Any]:
+def read_clip(
+    path: str | None, duration_s: float, context_s: float, overlap_s: float, clip: dict
+) -> dict[str, Any]:
     """Checks a clip as soon as it is there: what it is, what of it will be heard, or what is wrong.
 
     `clip` is what is known of the last one; the answer's "clip" replaces it.
@@ -34,34 +43,31 @@ def read_clip(path: str | None, duration_s: float, context_s: float, clip: dict)
     if not path:
         # A refused clip is taken out of its field, which brings us here again: keep the sentence.
         kept = clip if clip.get("refused") else {}
-        return {"clip": {}, "clip_line": clip_line(kept, duration_s, context_s), **no_offer()}
+        line = clip_line(kept, duration_s, context_s, overlap_s)
+        return {"clip": {}, "clip_line": line, **no_offer()}
     try:
         reading = audio.read(Path(path))
     except RequestError as error:
         clip = {"refused": str(error)}
-        line = clip_line(clip, duration_s, context_s)
+        line = clip_line(clip, duration_s, context_s, overlap_s)
         return {"clip": clip, "audio_prompt": None, "clip_line": line, **no_offer()}
     clip = {"full_s": reading.full_s, "clip_s": reading.clip.duration_s, "notes": reading.notes}
-    line = clip_line(clip, duration_s, context_s)
+    line = clip_line(clip, duration_s, context_s, overlap_s)
     return {"clip": clip, "clip_line": line, **offer(Path(path))}
 
 
-def clip_line(clip: dict, duration_s: float, context_s: float) -> str:
+def clip_line(clip: dict, duration_s: float, context_s: float, overlap_s: float) -> str:
     """How much of the clip the model will hear beside the new music, as HTML."""
     if refused := clip.get("refused"):
         return f'<p class="clip-line wrong" role="alert">{html.escape(refused)}</p>'
     if not clip:
         return '<p class="clip-line">Your clip is carried on from its end.</p>'
-    room_s = WINDOW_S - (duration_s or 0)
-    if room_s < MIN_CONTEXT_S:
-        most = f"{WINDOW_S - MIN_CONTEXT_S:g} s"
-        text = (
-            f"No room for your clip in the {WINDOW_S:g} s window: choose at most {most} of length."
-        )
-        return f'<p class="clip-line wrong" role="alert">{text}</p>'
-    used_s = min(clip["clip_s"], context_s or WINDOW_S, room_s)
+    duration_s = duration_s or 0  # an emptied field
+    used_s = context_used_s(clip["clip_s"], context_s, duration_s, overlap_s)
     parts = [f"last {used_s:.1f} s of {clip['full_s']:.1f} s", f"{duration_s:.1f} s new"]
-    if used_s + duration_s >= WINDOW_S - 0.05:
+    if used_s + duration_s > WINDOW_S + 0.05:
+        parts.append(f"{WINDOW_S:g} s at a time")
+    elif used_s + duration_s >= WINDOW_S - 0.05:
         parts.append(f"the {WINDOW_S:g} s window is full")
     text = ", ".join(parts)
     notes = "".join(f"<br>{html.escape(note)}" for note in clip.get("notes", ()))
@@ -101,7 +107,9 @@ def restore(settings: dict[str, Any]) -> dict[str, Any]:
     """Fills the form with settings; one take, since a file is one take."""
     if not settings:
         return {}
-    return {**settings, "variations": 1, **no_offer()}
+    # Nothing follows the checkpoint any more: what a take was made with is what was asked for.
+    rows = settings.get("sections") or [[None, ""]]  # a table without a row cannot be filled in
+    return {**settings, "sections": rows, "variations": 1, "own": {}, **no_offer()}
 
 
 def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
@@ -112,7 +120,42 @@ def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
 def continue_take(history: list[Group], chosen: list[int]) -> dict[str, Any]:
     """Makes the take on show the clip to continue."""
     take = chosen_take(history, chosen)
+    if take.wav is None:
+        return {}  # it could not be saved: its notes say so
     return {"audio_prompt": str(take.wav), "audio_panel": gr.update(open=True)}
+
+
+def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:
+    """What a checkpoint is, and what it states that the form does not show, as HTML."""
+    words = {True: "on", False: "off"}
+    own = [
+        f"{FIELDS[name].metadata['label'].lower()} {words[v] if v in (True, False) else f'{v:g}'}"
+        for name, v in (kept or {}).items()
+    ]
+    parts = [summary, *([f"made for {', '.join(own)}; yours is kept"] if own else [])]
+    return f'<p class="clip-line">{html.escape(" · ".join(parts))}</p>'
+
+
+def follow(
+    facts: dict[str, Any], own: dict[str, Any], limits: dict[str, tuple], *values: Any
+) -> dict[str, Any]:
+    """The settings that the chosen checkpoint states, in place of those that the last one did.
+
+    Args:
+        facts: of the chosen checkpoint.
+        own: what followed the last checkpoint; a value that isn't so any more is the user's, and
+            stays.
+        limits: of the sliders, by name.
+        values: the form's, of `CHECKPOINT_FIELDS`.
+    """
+    stated = facts["defaults"]
+    now = {name: stated.get(name, FIELDS[name].default) for name in CHECKPOINT_FIELDS}
+    now |= {name: min(max(now[name], low), high) for name, (low, high) in limits.items()}
+    shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
+    free = {name for name in own if shown[name] == own[name]}
+    kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
+    line = checkpoint_line(facts["summary"], kept)
+    return {"own": now, "checkpoint_line": line, **{name: now[name] for name in free}}
 
 
 class CheckpointFacts:
@@ -122,7 +165,7 @@ class CheckpointFacts:
         self.engine = engine
 
     async def choose(self, checkpoint: str) -> dict[str, Any]:
-        """The stereo toggle and the line under a chosen checkpoint."""
+        """The stereo toggle, the line under a chosen checkpoint, and what it states."""
         try:
             facts = await to_thread.run_sync(self.engine.describe, (checkpoint or "auto").strip())
         except RequestError as error:
@@ -134,8 +177,11 @@ class CheckpointFacts:
         }
         if facts.stereo != "choice":
             toggle["value"] = facts.stereo == "always"
-        line = f'<p class="clip-line">{html.escape(facts.summary)}</p>'
-        return {"checkpoint_line": line, "stereo": gr.update(**toggle)}
+        return {
+            "checkpoint_line": checkpoint_line(facts.summary),
+            "stereo": gr.update(**toggle),
+            "facts": {"summary": facts.summary, "defaults": facts.defaults},
+        }
 
     async def load(self) -> dict[str, Any]:
         """What only the engine knows when the page opens: the checkpoints, facts of the first."""

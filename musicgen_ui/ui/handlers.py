@@ -25,7 +25,15 @@ from anyio import to_thread
 
 from musicgen_ui import audio, takes
 from musicgen_ui.engine.events import Chunk, Engine, Finished, Progress
-from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    Clip,
+    GenerationRequest,
+    RequestError,
+    completed,
+)
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.live_player import LiveStream, status_text
 
@@ -92,7 +100,11 @@ def names_every_setting(handler: Callable) -> Callable:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in FIELDS]
     handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
-    lines = (f"{n}: {f.metadata['help']} (default {f.default!r})" for n, f in FIELDS.items())
+    own = "the checkpoint's own, else "
+    lines = (
+        f"{n}: {f.metadata['help']} (default {own if n in CHECKPOINT_FIELDS else ''}{f.default!r})"
+        for n, f in FIELDS.items()
+    )
     doc = inspect.cleandoc(handler.__doc__ or "")
     handler.__doc__ = doc.replace("{settings}", "\n    ".join(lines))
     return handler
@@ -110,10 +122,15 @@ class Handlers:
     """The page's and the API's functions over one engine."""
 
     def __init__(
-        self, engine: Engine, folder: Path, queue_length: int, max_duration_s: float = 30.0
+        self,
+        engine: Engine,
+        folder: Path,
+        queue_length: int,
+        max_duration_s: float = 30.0,
+        spare: Path | None = None,
     ) -> None:
         self.engine = engine
-        self.folder = folder
+        self.folder, self.spare = folder, spare
         self.desk = Desk(queue_length)
         self.max_duration_s = max_duration_s
 
@@ -158,15 +175,18 @@ class Handlers:
             The files, WAV and FLAC of each variation in turn, and the settings that made them.
         """
         saved: list[Saved] = []
+        lost: takes.UnsavedError | None = None
         try:
             async with aclosing(self._events(values, tab(request))) as events:
                 async for event in events:
                     if isinstance(event, Saved):
                         saved.append(event)
+                    elif isinstance(event, takes.UnsavedError):
+                        lost = event
                     elif isinstance(event, Progress):
                         yield None, {"stage": event.stage, "status": status_text(event)}
             if not saved:
-                raise RequestError("The take was stopped before its first sound.")
+                raise lost or RequestError("The take was stopped before its first sound.")
         except Exception as error:
             raise gr.Error(sentence(error), print_exception=False) from None
         yield [str(path) for s in saved for path in (s.take.wav, s.take.flac)], summary(saved)
@@ -206,7 +226,9 @@ class Handlers:
                 elif isinstance(event, Saved):
                     saved.append(event)
                     group.append(take_panel.shown(event.take))
-        end = busy(False) | {"live": live.message(*ending(saved), done_s=live.total_s)}
+                elif isinstance(event, takes.UnsavedError):
+                    group.append(take_panel.unsaved(event))
+        end = busy(False) | {"live": live.message(*ending(saved, group), done_s=live.total_s)}
         if not group:
             yield end
             return
@@ -217,7 +239,7 @@ class Handlers:
 
     async def _events(
         self, values: dict[str, Any], tab: str
-    ) -> AsyncGenerator[GenerationRequest | Progress | Chunk | Saved, None]:
+    ) -> AsyncGenerator[GenerationRequest | Progress | Chunk | Saved | takes.UnsavedError, None]:
         """The resolved request, then the engine's events, with the takes saved."""
         with self.desk.place(tab) as stop:
             request, notes = await to_thread.run_sync(self._read, values)
@@ -228,24 +250,30 @@ class Handlers:
                         yield event
                     elif event.clip.duration_s - event.prompt_s >= NEW_AT_LEAST_S:
                         finished = replace(event, notes=(*notes, *event.notes))
-                        take = await to_thread.run_sync(takes.save, finished, self.folder)
-                        yield Saved(finished, take)
+                        yield await to_thread.run_sync(self._save, finished)
+
+    def _save(self, finished: Finished) -> Saved | takes.UnsavedError:
+        """Never fails the job: whoever heard the music is told what became of its files."""
+        try:
+            return Saved(finished, takes.save(finished, self.folder, spare=self.spare))
+        except takes.UnsavedError as error:
+            log.error("A take could not be saved", exc_info=error)
+            return error
 
     def _read(self, values: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
-        """The request with its clip read; what is to be said about the clip."""
-        path = values.get("audio_prompt")
+        """The request with its clips read; what is to be said about them."""
+        values = completed(values, lambda name: self.engine.describe(name).defaults)
         self._check(values)
-        if not path:
-            return GenerationRequest(**{**values, "audio_prompt": None}).with_seed(), ()
-        reading = audio.read(Path(path))
-        request = GenerationRequest(**{**values, "audio_prompt": reading.clip})
-        return request.with_seed(), tuple(reading.notes)
+        readings = {n: audio.read(Path(values[n])) for n in CLIP_FIELDS if values.get(n)}
+        clips = {n: readings[n].clip if n in readings else None for n in CLIP_FIELDS}
+        notes = tuple(note for reading in readings.values() for note in reading.notes)
+        return GenerationRequest(**{**values, **clips}).with_seed(), notes
 
     def _check(self, values: dict[str, Any]) -> None:
-        """Everything that can be known before the clip is read: raises RequestError."""
-        stand_in = Clip(np.zeros((1, 32_000), np.float32), 32_000)
-        clip = stand_in if values.get("audio_prompt") else None
-        request = GenerationRequest(**{**values, "audio_prompt": clip})
+        """Everything that can be known before the clips are read: raises RequestError."""
+        stand_in = Clip(np.ones((1, 32_000), np.float32), 32_000)
+        clips = {name: stand_in if values.get(name) else None for name in CLIP_FIELDS}
+        request = GenerationRequest(**{**values, **clips})
         if request.duration_s > self.max_duration_s:
             raise RequestError(
                 f"This server makes at most {self.max_duration_s:g} s at once: choose a shorter "
@@ -267,8 +295,10 @@ def busy(on: bool) -> Updates:
     }
 
 
-def ending(saved: list[Saved]) -> tuple[str, str]:
+def ending(saved: list[Saved], group: take_panel.Group) -> tuple[str, str]:
     """The last stage and what is said at the end."""
+    if lost := [take for take in group if take.wav is None]:
+        return "finished", lost[0].notes[0]
     if not saved:
         return "stopped", "Stopped before the first sound: there is nothing to keep"
     made_s = saved[0].take.settings["made_s"]

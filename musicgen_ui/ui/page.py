@@ -13,8 +13,9 @@ from typing import Any
 import gradio as gr
 from gradio.components.api_component import Api
 
+from musicgen_ui.coercion import KEYS
 from musicgen_ui.engine.events import Engine
-from musicgen_ui.request import CLIP_FIELDS, FIELDS
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
 from musicgen_ui.ui import form, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.live_player import live_player
@@ -36,10 +37,15 @@ WAVEFORM = gr.WaveformOptions(
 )
 
 
-def build(engine: Engine, settings: Settings, folder: Path | None = None) -> gr.Blocks:
-    """The page over an engine; takes are written to `folder`. Loads no model and no torch."""
+def build(
+    engine: Engine, settings: Settings, folder: Path | None = None, spare: Path | None = None
+) -> gr.Blocks:
+    """The page over an engine; takes are written to `folder`, or to `spare` when it is full.
+
+    Loads no model and no torch.
+    """
     folder = folder or Path(settings.output_folder or "takes")
-    handlers = Handlers(engine, folder, settings.queue_length, settings.max_duration_s)
+    handlers = Handlers(engine, folder, settings.queue_length, settings.max_duration_s, spare)
     # Uploads and copies of takes are forgotten after an hour without a download.
     with gr.Blocks(title="MusicGen UI", delete_cache=(600, 3600), analytics_enabled=False) as page:
         parts: Parts = {}
@@ -143,6 +149,8 @@ def compose(parts: Parts, settings: Settings) -> None:
         parts["duration_s"] = slider("duration_s", 0.5, settings.max_duration_s, 0.5)
         parts["guidance_scale"] = slider("guidance_scale", 1, 10, 0.1, "to the words; 1 is off")
     parts["stereo"] = switch("stereo", form.STEREO_INFO["choice"])
+    with gr.Accordion("Change over time", open=False, elem_id="over_time"):
+        over_time(parts)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         advanced(parts, settings)
     with gr.Row(elem_id="go"):
@@ -159,13 +167,43 @@ def start_from_audio(parts: Parts) -> None:
         sources=["upload", "microphone"],
         buttons=[],
     )
-    parts["clip_line"] = gr.HTML(form.clip_line({}, 10, 0), elem_id="clip_line")
+    parts["melody"] = gr.Audio(
+        label=FIELDS["melody"].metadata["label"],
+        elem_id="melody",
+        type="filepath",
+        sources=["upload", "microphone"],
+        buttons=[],
+        visible=False,
+    )
+    parts["clip_line"] = gr.HTML(form.clip_line({}, 10, 0, 12), elem_id="clip_line")
     parts["offer"] = gr.Button("", visible=False, size="sm", elem_id="offer")
     with gr.Row():
         parts["include_prompt"] = switch("include_prompt", "off gives the continuation alone")
         parts["context_s"] = slider(
             "context_s", 0, 29.5, 0.5, "seconds of its end; 0 is all that fits"
         )
+
+
+def over_time(parts: Parts) -> None:
+    """What joins the prompt from when on, and how windows hang together."""
+    gr.HTML(
+        '<p class="clip-line">From a second on, these words join your prompt, until the next row. '
+        "The prompt itself goes for the whole piece.</p>"
+    )
+    parts["sections"] = gr.Dataframe(
+        [[None, ""]],
+        headers=["from second", "these words"],
+        datatype=["number", "str"],
+        type="array",
+        column_count=2,
+        column_widths=["30%", "70%"],
+        interactive=True,
+        wrap=True,
+        buttons=[],
+        label=FIELDS["sections"].metadata["label"],
+        elem_id="sections",
+    )
+    parts["overlap_s"] = slider("overlap_s", 1, 25, 0.5)
 
 
 def advanced(parts: Parts, settings: Settings) -> None:
@@ -189,6 +227,13 @@ def advanced(parts: Parts, settings: Settings) -> None:
             precision=0,
             min_width=140,
             **about("seed", "same seed, same take; -1 draws one"),
+        )
+    with gr.Row():
+        parts["tempo_bpm"] = gr.Number(
+            DEFAULTS["tempo_bpm"], min_width=140, **about("tempo_bpm", "beats a minute; 0 is open")
+        )
+        parts["key"] = gr.Dropdown(
+            [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
         )
     parts["do_sample"] = switch("do_sample")
     with gr.Row():
@@ -246,17 +291,23 @@ def take(parts: Parts) -> None:
     parts["chosen"] = gr.State([0, 0])
     parts["clip"] = gr.State({})
     parts["offered"] = gr.State({})
+    parts["facts"] = gr.State({})  # of the chosen checkpoint
+    parts["own"] = gr.State({name: DEFAULTS[name] for name in CHECKPOINT_FIELDS})
+    sliders = {n: parts[n] for n in CHECKPOINT_FIELDS if isinstance(parts[n], gr.Slider)}
+    parts["limits"] = gr.State({n: (s.minimum, s.maximum) for n, s in sliders.items()})
 
 
 def api(parts: Parts) -> None:
     """The API's parameters: the request's fields, unlimited by the form's sliders."""
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", tuple: "array"}
     with gr.Column(visible=False):
         for name, spec in FIELDS.items():
             if name in CLIP_FIELDS:
                 component: Any = gr.Audio(type="filepath", label=name)
             else:
-                component = Api(spec.default, {"type": kinds[type(spec.default)]}, name)
+                # None: what the checkpoint states, else the request's default.
+                default = None if name in CHECKPOINT_FIELDS else spec.default
+                component = Api(default, {"type": kinds[type(spec.default)]}, name)
             parts["api:" + name] = component
         parts["api"] = gr.Button("generate")
         parts["api:files"] = gr.File(file_count="multiple", label="files")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from musicgen_ui import files
-from musicgen_ui.engine.events import Description, Engine, Event, Progress
+from musicgen_ui.engine.events import Description, Engine, Event, Health, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import BodyLimit, sweep_while
 from musicgen_ui.ui.settings import Settings, settings
@@ -97,6 +97,12 @@ class BackgroundEngine:
             return self._engine.status()
         return "engine failed, see the log" if self._error else "starting …"
 
+    def health(self) -> Health:
+        """See `Engine.health`; an engine that could not be built is trouble, one on its way not."""
+        if self._engine is not None:
+            return self._engine.health()
+        return Health("the engine could not be started" if self._error else "")
+
     def unload(self) -> None:
         """See `Engine.unload`."""
         if self._engine is not None:
@@ -140,7 +146,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     takes.mkdir(parents=True, exist_ok=True)
     shown = [takes] if chosen.output_folder else []  # a temporary folder needs no leave
     upload_bytes = round(chosen.max_upload_mb * 1e6)
-    demo = page.build(engine, chosen, takes)
+    demo = page.build(engine, chosen, takes, temporary / "takes")
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(

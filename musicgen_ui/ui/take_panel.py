@@ -33,8 +33,8 @@ KEPT_GROUPS = 20
 class ShownTake:
     """A take as the page shows it."""
 
-    wav: Path
-    flac: Path
+    wav: Path | None  # None: it could not be saved
+    flac: Path | None
     settings: dict[str, Any]  # the request's and what came of it, as the files carry them
     notes: list[str] = field(default_factory=list)
     picture: Path | None = None  # drawn a moment after the take is shown
@@ -55,9 +55,15 @@ def shown(take: takes.Take) -> ShownTake:
     return ShownTake(take.wav, take.flac, take.settings, list(take.notes))
 
 
+def unsaved(error: takes.UnsavedError) -> ShownTake:
+    """What is left of a take that could not be saved: how to make it again."""
+    again = "It plays above as it was made; Same seed and Generate make it again."
+    return ShownTake(None, None, error.settings, [str(error), again])
+
+
 def draw(take: ShownTake) -> None:
     """Draws a take's spectrogram beside its files, once."""
-    if take.picture:
+    if take.picture or take.wav is None:
         return
     try:
         clip, prompt_s = audio.read(take.wav).clip, take.settings["prompt_s"]
@@ -90,9 +96,9 @@ def show(history: list[Group], which: int, variation: int) -> dict[str, Any]:
         "history": history,
         "chosen": [which, variation],
         "take_title": gr.update(value=title_html(take)),
-        "take_audio": str(take.wav),
-        "wav": gr.update(value=str(take.wav)),
-        "flac": gr.update(value=str(take.flac)),
+        "take_audio": take.wav and str(take.wav),
+        "wav": gr.update(value=take.wav and str(take.wav), interactive=take.wav is not None),
+        "flac": gr.update(value=take.flac and str(take.flac), interactive=take.flac is not None),
         "take_facts": facts_line(take),
         "take_variation": gr.update(choices=chips, value=variation, visible=len(group) > 1),
         "take_history": gr.update(choices=earlier, value=which, visible=len(history) > 1),
