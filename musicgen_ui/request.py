@@ -10,27 +10,21 @@ user reads, so a request that exists is a request that can be run.
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from musicgen_ui.coercion import PROMPT_CHARACTERS, RequestError, coerce, refusal
+
 WINDOW_S = 30.0  # MusicGen is trained on windows of 30 s; beyond them it still runs, badly
-MIN_CONTEXT_S = 0.5  # less of a clip than this cannot be continued
+MAX_DURATION_S = 300.0  # ten windows and more; nothing but patience and disk bounds it
+MIN_NEW_S = 0.5  # a window is never so full of what came before that it adds less than this
+MIN_MELODY_S = 0.5  # shorter than a column of chroma looks at
+SILENCE = 1e-4  # -80 dBFS: below it there is no melody
 MAX_SEED = 2**32 - 1
-
-
-class RequestError(ValueError):
-    """Something the user can mend. Its text is shown to the user: a sentence that says what to do.
-
-    `field` names the setting at fault, where there is one.
-    """
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +69,20 @@ class GenerationRequest:
         RequestError: a value is of the wrong kind or outside its limits.
     """
 
-    prompt: str = _setting("", "Prompt", "the music in words; empty lets the model choose", 0, 2000)
+    prompt: str = _setting(
+        "", "Prompt", "the music in words; empty lets the model choose", 0, PROMPT_CHARACTERS
+    )
     negative_prompt: str = _setting(
-        "", "Negative prompt", "what to steer away from, in words", 0, 2000
+        "", "Negative prompt", "what to steer away from, in words", 0, PROMPT_CHARACTERS
+    )
+    sections: tuple[tuple[float, str], ...] = _setting(
+        (), "Sections", "what joins the prompt from when on: rows of a start in s and words", 0, 50
+    )
+    tempo_bpm: float = _setting(
+        0.0, "Tempo", "beats a minute, added to the words; 0 leaves it open", 0, 300, "bpm"
+    )
+    key: str = _setting(
+        "", "Key", "such as C minor or F# major, added to the words; empty leaves it open", 0, 20
     )
     audio_prompt: Clip | None = field(
         default=None, metadata=_about("Audio prompt", "a clip to continue")
@@ -91,11 +96,20 @@ class GenerationRequest:
         "s",
     )
     include_prompt: bool = _setting(True, "Start with the clip", "the take begins with the clip")
+    melody: Clip | None = field(
+        default=None,
+        metadata=_about("Melody", "a clip whose tune is followed, from a melody checkpoint"),
+    )
     checkpoint: str = _setting(
         "auto", "Checkpoint", "a checkpoint's name, Hub id or folder", 0, 500
     )
     stereo: bool = _setting(False, "Stereo", "two channels, from the checkpoint's stereo sibling")
-    duration_s: float = _setting(10.0, "Length", "seconds of new music", 0.5, WINDOW_S, "s")
+    duration_s: float = _setting(
+        10.0, "Length", "seconds of new music", MIN_NEW_S, MAX_DURATION_S, "s"
+    )
+    overlap_s: float = _setting(
+        12.0, "Overlap", "beyond 30 s: how much of its past the music goes on from", 1, 25, "s"
+    )
     guidance_scale: float = _setting(
         3.0, "Guidance", "how closely to follow the prompt; 1 is off", 1, 20
     )
@@ -119,22 +133,38 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value = _coerce(spec, getattr(self, spec.name))
+            value = _coerced(spec, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
-        if self.audio_prompt is not None and WINDOW_S - self.duration_s < MIN_CONTEXT_S:
+        if self.sections and self.sections[-1][0] >= self.duration_s:
             raise RequestError(
-                f"A length of {self.duration_s:g} s leaves no room for your clip in the model's "
-                f"{WINDOW_S:g} s window: choose at most {WINDOW_S - MIN_CONTEXT_S:g} s.",
-                "duration_s",
+                f"A section starts at {self.sections[-1][0]:g} s, but the piece ends at "
+                f"{self.duration_s:g} s: let it start earlier, or choose a greater length.",
+                "sections",
             )
+        if self.melody:
+            _check_melody(self.melody)
 
     @property
     def context_used_s(self) -> float:
         """Seconds of the audio prompt's end that the model hears; 0 without a clip."""
         if self.audio_prompt is None:
             return 0.0
-        wanted = self.context_s or WINDOW_S
-        return min(self.audio_prompt.duration_s, wanted, WINDOW_S - self.duration_s)
+        clip_s = self.audio_prompt.duration_s
+        return context_used_s(clip_s, self.context_s, self.duration_s, self.overlap_s)
+
+    def words(self, at_s: float = 0.0) -> str:
+        """What the model is told `at_s` seconds into the new music: prompt, section, tempo, key.
+
+        Tempo and key are written as in MusicGen's training data, where "name: value" pairs joined
+        by full stops follow the description, keys in small letters (audiocraft,
+        `augment_music_info_description`).
+        """
+        section = next((text for start_s, text in self.sections[::-1] if start_s <= at_s), "")
+        common = self.prompt.rstrip(".,") if section else self.prompt
+        told = ", ".join(filter(None, (common, section)))
+        pairs = [f"bpm: {self.tempo_bpm:g}"] if self.tempo_bpm else []
+        pairs += [f"key: {self.key.lower()}"] if self.key else []
+        return ". ".join(filter(None, (told.rstrip(".") if pairs else told, *pairs)))
 
     def with_seed(self) -> GenerationRequest:
         """The same request with a drawn seed where it said -1."""
@@ -149,71 +179,57 @@ class GenerationRequest:
 
     def settings(self) -> dict[str, Any]:
         """The fields that a JSON file can hold, in order: everything but the clips."""
-        return {
-            spec.name: getattr(self, spec.name)
-            for spec in dataclasses.fields(self)
-            if spec.name not in CLIP_FIELDS
-        }
+        values = {name: getattr(self, name) for name in FIELDS if name not in CLIP_FIELDS}
+        return values | {"sections": [list(row) for row in self.sections]}
 
 
-CLIP_FIELDS = ("audio_prompt",)
+CLIP_FIELDS = ("audio_prompt", "melody")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest)}
+# What a checkpoint's own generation_config.json may state; where nothing is asked for, that counts.
+CHECKPOINT_FIELDS = (
+    *("duration_s", "guidance_scale", "do_sample"),
+    *("temperature", "top_k", "top_p"),
+)
 
 
-def _coerce(spec: dataclasses.Field, value: Any) -> Any:
-    if spec.name in CLIP_FIELDS:
-        if value is not None and not isinstance(value, Clip):
-            raise _refusal(spec, "must be audio, or left empty.")
-        return value
-    if value is None:
-        return spec.default
-    if isinstance(spec.default, str):
-        return _text(spec, value) or spec.default
-    if isinstance(spec.default, bool):
-        return _switch(spec, value)
-    return _number(spec, value)
+def completed(
+    values: Mapping[str, Any], defaults_of: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`values` of a request, with the checkpoint's own in place of what is None or not there.
+
+    `defaults_of` gives what a checkpoint, by its name, states; it is asked only where one of
+    `CHECKPOINT_FIELDS` is missing.
+    """
+    missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
+    if not missing:
+        return dict(values)
+    stated = defaults_of(values.get("checkpoint") or FIELDS["checkpoint"].default)
+    return {**values, **{name: stated[name] for name in missing if name in stated}}
 
 
-def _refusal(spec: dataclasses.Field, text: str) -> RequestError:
-    return RequestError(f"{spec.metadata['label']} {text}", spec.name)
+def context_used_s(clip_s: float, context_s: float, duration_s: float, overlap_s: float) -> float:
+    """How much of a clip's end the model hears: what is wished for, else all that fits.
+
+    A piece that does not fit into one window with its clip hears at least the overlap.
+    """
+    fitting_s = max(WINDOW_S - duration_s, overlap_s)
+    return min(clip_s, context_s or fitting_s, WINDOW_S - MIN_NEW_S)
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
+def _check_melody(clip: Clip) -> None:
+    if clip.duration_s < MIN_MELODY_S:
+        raise RequestError(
+            f"The melody is {clip.duration_s:.2f} s short: choose a clip of at least "
+            f"{MIN_MELODY_S:g} s.",
+            "melody",
+        )
+    if np.abs(clip.samples).max() < SILENCE:
+        raise RequestError("The melody is silent: choose a clip with a tune in it.", "melody")
 
 
-def _text(spec: dataclasses.Field, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _refusal(spec, "must be text.")
-    # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
-    text = "".join(c for c in value if c in "\n\t" or c.isprintable()).strip()
-    limit = spec.metadata["max"]
-    if len(text) > limit:
-        raise _refusal(spec, f"has {len(text):,} characters: shorten it to {limit:,}.")
-    return text
-
-
-def _switch(spec: dataclasses.Field, value: Any) -> bool:
-    words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    if isinstance(value, (bool, int, float, np.bool_)) and value in (0, 1):
-        return bool(value)
-    raise _refusal(spec, f"must be on or off, not {_shown(value)}.")
-
-
-def _number(spec: dataclasses.Field, value: Any) -> float | int:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _refusal(spec, f"must be a number, not {_shown(value)}.") from None
-    low, high, unit = (spec.metadata[key] for key in ("min", "max", "unit"))
-    if not math.isfinite(number) or not low <= number <= high:
-        limits = f"between {low:.15g} and {high:.15g} {unit}".rstrip()
-        raise _refusal(spec, f"must be {limits}, not {number:.15g}.")
-    if isinstance(spec.default, int):
-        if number != int(number):
-            raise _refusal(spec, f"must be a whole number, not {number:.15g}.")
-        return int(number)
-    return number
+def _coerced(spec: dataclasses.Field, value: Any) -> Any:
+    if spec.name not in CLIP_FIELDS:
+        return spec.default if value is None else coerce(spec, value)
+    if value is not None and not isinstance(value, Clip):
+        raise refusal(spec, "must be audio, or left empty.")
+    return value

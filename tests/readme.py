@@ -44,6 +44,8 @@ def settings() -> str:
             flag = flag.replace("--", "--no-") if spec.default else flag
         elif isinstance(spec.default, str):
             limits = f"up to {about['max']:,} characters"
+        elif isinstance(spec.default, tuple):
+            limits, default = f"up to {about['max']} rows", ""
         else:
             default = f"{spec.default:g}"
             limits = f"{about['min']:.15g} to {about['max']:,.15g} {about['unit']}".rstrip()
