@@ -23,7 +23,14 @@ from typing import Any
 from tqdm import tqdm
 
 from musicgen_ui.engine.events import Event, Finished, Progress
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    GenerationRequest,
+    RequestError,
+    completed,
+)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
 ENDINGS = (".wav", ".flac")
@@ -47,6 +54,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="out.wav or out.flac (out-1.wav … for variations), or a folder where every take gets "
         "a name of its own, as WAV and FLAC (default takes)",
     )
+    parser.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="a request a row instead: prompts as text, CSV or JSON lines with any setting by its "
+        "API name; the flags are what rows leave out. Takes that are there are not made again",
+    )
+    parser.add_argument(
+        "--jobs",
+        default="8",
+        metavar="N",
+        help="takes of a batch made at the same time (default 8; fewer where memory is short)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     parser.add_argument(
         "--precision",
@@ -62,14 +81,16 @@ def run(flags: argparse.Namespace) -> int:
     Raises:
         RequestError: a request that cannot be run.
     """
-    request, notes = _read(vars(flags))
-    check_checkpoint(request)
+    values, notes = _read(vars(flags))
+    check_checkpoint(GenerationRequest(**values))
     output = output_path(flags.output)
     from musicgen_ui.manager import ModelManager  # torch: seconds
 
     manager = ModelManager(device=flags.device, precision=flags.precision)
     with contextlib.closing(manager), stop_on_interrupt() as stop:
         try:
+            own = completed(values, lambda name: manager.describe(name).defaults)
+            request = GenerationRequest(**own)
             events = manager.stream_sync(request, stop)
             saved = _save_all(events, request, output, notes, flags.quiet)
         except RequestError as error:
@@ -93,12 +114,13 @@ def flag(name: str) -> str:
 def _help(spec: dataclasses.Field) -> str:
     about = spec.metadata
     facts = []
-    if not isinstance(spec.default, (str, bool)) and about["min"] is not None:
+    if not isinstance(spec.default, (str, bool, tuple)) and about["min"] is not None:
         facts.append(f"{about['min']:.15g} to {about['max']:.15g} {about['unit']}".rstrip())
-    if spec.default not in (None, ""):
+    if spec.default not in (None, "", ()):
         words = {"True": "on", "False": "off"}
         shown = f"{spec.default}".removesuffix(".0")
-        facts.append(f"default {words.get(shown, shown)}")
+        own = "the checkpoint's own, else " if spec.name in CHECKPOINT_FIELDS else ""
+        facts.append(f"default {own}{words.get(shown, shown)}")
     text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
     return text.replace("%", "%%")
 
@@ -106,6 +128,8 @@ def _help(spec: dataclasses.Field) -> str:
 def _metavar(spec: dataclasses.Field) -> str:
     if spec.name in CLIP_FIELDS:
         return "FILE"
+    if isinstance(spec.default, tuple):
+        return "FILE-OR-JSON"
     return spec.metadata["unit"].upper() or ("TEXT" if isinstance(spec.default, str) else "N")
 
 
@@ -133,8 +157,8 @@ def output_path(text: str) -> Path:
     return path
 
 
-def _read(flags: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
-    """The request with its clips read, and what is to be said about them."""
+def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A request's values with the clips read, and what is to be said about them."""
     values = {name: flags[name] for name in FIELDS}
     notes: list[str] = []
     for name in CLIP_FIELDS:
@@ -144,7 +168,18 @@ def _read(flags: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
             reading = audio.read(values[name])
             values[name] = reading.clip
             notes += reading.notes
-    return GenerationRequest(**values), tuple(notes)
+    if values["sections"] and not values["sections"].lstrip().startswith("["):
+        values["sections"] = _text_of(Path(values["sections"]))
+    return values, tuple(notes)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path} cannot be read as sections: give a file of JSON, or JSON itself.", "sections"
+        ) from error
 
 
 def check_checkpoint(request: GenerationRequest) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from musicgen_ui.engine.events import Engine
-from musicgen_ui.request import FIELDS
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import form, take_panel
 from musicgen_ui.ui.handlers import Handlers
 
@@ -31,7 +31,8 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     the_take(parts)
     facts = form.CheckpointFacts(engine)
     timer = gr.Timer(3)
-    on(parts, page.load, facts.load, [], ["checkpoint", "checkpoint_line", "stereo"], "load")
+    told = ["checkpoint", "checkpoint_line", "stereo", "facts"]
+    on(parts, page.load, facts.load, [], told, "load")
     gr.on([page.load, timer.tick], facts.status, None, parts["engine"], api_name="status", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
     page.unload(handlers.closed)
@@ -63,23 +64,27 @@ def jobs(parts: Parts, handlers: Handlers) -> None:
 
 def filling_in(parts: Parts, engine: Engine) -> None:
     """The form's own answers."""
-    window = ["clip", "duration_s", "context_s"]
-    clip = ["audio_prompt", "duration_s", "context_s", "clip"]
+    window = ["clip", "duration_s", "context_s", "overlap_s"]
+    clip = ["audio_prompt", "duration_s", "context_s", "overlap_s", "clip"]
     told = ["clip", "audio_prompt", "clip_line", "offer", "offered"]
-    filled = [*form.SETTINGS, "offer", "offered"]
+    filled = [*form.SETTINGS, "own", "offer", "offered"]
     parts["ideas"].click(
         lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
         api_name="idea", **QUIET,
     )  # fmt: skip
     on(parts, parts["audio_prompt"].change, form.read_clip, clip, told, "clip")
-    for name in ("duration_s", "context_s"):
+    for name in ("duration_s", "context_s", "overlap_s"):
         parts[name].change(
             form.clip_line, [parts[n] for n in window], parts["clip_line"],
             api_name="window", trigger_mode="always_last", **QUIET,
         )  # fmt: skip
     choose = form.CheckpointFacts(engine).choose
-    line = ["checkpoint_line", "stereo"]
+    line = ["checkpoint_line", "stereo", "facts"]
     on(parts, parts["checkpoint"].change, choose, ["checkpoint"], line, "checkpoint")
+    # An event of its own: while facts are asked for, the user goes on changing the form.
+    follow = ["facts", "own", "limits", *CHECKPOINT_FIELDS]
+    told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
+    on(parts, parts["facts"].change, form.follow, follow, told, "follow")
     on(parts, parts["offer"].click, form.restore, ["offered"], filled, "use_settings")
     on(parts, parts["restore"].upload, form.restore_file, ["restore"], filled, "restore")
 
