@@ -22,12 +22,13 @@ from musicgen_ui.engine import batch as engine
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.device import Place
-from musicgen_ui.engine.events import Description, Event, Progress
+from musicgen_ui.engine.events import Description, Event, Health, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.residents import Resident, Residents, Say
 
 IDLE_S = 1800.0
 _LOOK_S = 0.05  # between two looks at a load that is under way
+STUCK_S = 60.0  # a step that takes longer will not end: the slowest machines take seconds
 
 
 def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
@@ -119,6 +120,23 @@ class ModelManager:
         if loaded:
             parts.append(configuration.size_in_words(sum(r.nbytes for r in loaded)))
         return " · ".join(parts)
+
+    def health(self) -> Health:
+        """See `Engine.health`: a worker's dead thread or a step without an end is trouble."""
+        residents = [resident for resident in self._residents.all() if resident.batch]
+        workers = [resident.worker for resident in residents if resident.worker]
+        batches = [worker.batch for worker in workers]
+        age_s = max((worker.step_age_s for worker in workers), default=0.0)
+        trouble = f"no step for {age_s:.0f} s" if age_s > STUCK_S else ""
+        if not all(worker.alive for worker in workers):
+            trouble = "the thread that makes music has ended"
+        return Health(
+            trouble,
+            {resident.source.name: resident.nbytes for resident in residents},
+            jobs=sum(len(batch.jobs) for batch in batches),
+            waiting=sum(len(batch.line) for batch in batches),
+            step_age_s=age_s,
+        )
 
     async def stream(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from musicgen_ui.engine.events import Chunk, Description, Event, Finished, Progress
+from musicgen_ui.engine.events import Chunk, Description, Event, Finished, Health, Progress
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 STEREO = {"auto": "choice", "mono": "never", "wide": "always"}
@@ -42,6 +42,7 @@ class FakeEngine:
     closed: int = 0  # iterators closed, finished or not
     running: int = 0
     unloads: int = 0
+    trouble: str = ""  # of its health
 
     async def stream(
         self,
@@ -124,11 +125,14 @@ class FakeEngine:
             STEREO[checkpoint],
             self.sampling_rate,
             "Tones for testing, 0 MB",
-            OWN.get(checkpoint, {}),
+            defaults=OWN.get(checkpoint, {}),
         )
 
     def status(self) -> str:
         return "fake · CPU · float32"
+
+    def health(self) -> Health:
+        return Health(self.trouble, {"fake": 1_000_000}, jobs=self.running)
 
     def unload(self) -> None:
         self.unloads += 1

@@ -96,6 +96,11 @@ class Batch:
         self.jobs: dict[Job, Ticket] = {}
 
     @property
+    def busy(self) -> bool:
+        """Something is being made or waits."""
+        return bool(self.jobs or self.line)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights and of the jobs in flight."""
         rooms = (self.stepper, self.decoder, self.codec, self.conditioner)
@@ -146,7 +151,7 @@ class Batch:
             for ticket in {*self.jobs.values(), *(ticket for ticket, _ in self.line.entries())}:
                 self._fail(ticket, error)
         self.line.stepped()
-        return bool(self.jobs or self.line)
+        return self.busy
 
     def _drop_closed(self) -> None:
         for job in [job for job, ticket in self.jobs.items() if not ticket.open]:

@@ -78,6 +78,17 @@ class Description:
     defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
 
 
+@dataclass(frozen=True)
+class Health:
+    """Whether music can be made now and what that holds, for whoever watches a server."""
+
+    trouble: str = ""  # what keeps music from being made, in words; "" is nothing
+    models: dict[str, int] = field(default_factory=dict)  # bytes held, by checkpoint
+    jobs: int = 0  # variations that are being made
+    waiting: int = 0  # variations in line
+    step_age_s: float = 0.0  # since the last step where there is something to do
+
+
 class Engine(Protocol):
     """What makes music for the page, the API and the command line. `ModelManager` is the one."""
 
@@ -110,6 +121,10 @@ class Engine(Protocol):
 
     def status(self) -> str:
         """A line for the page's head: what is loaded, where and in which precision."""
+        ...
+
+    def health(self) -> Health:
+        """Whether the engine lives; never blocks for long."""
         ...
 
     def unload(self) -> None:

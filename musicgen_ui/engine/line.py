@@ -57,8 +57,9 @@ class Line:
         self._changed = False  # since the places were told
         self._told_s = -math.inf
 
-    def __bool__(self) -> bool:
-        return bool(self._ring or self._inbox)
+    def __len__(self) -> int:
+        joining = sum(ticket.open for ticket in tuple(self._inbox))
+        return joining + sum(map(len, tuple(self._ring.values())))
 
     def add(self, ticket: Ticket) -> None:
         """Queues every variation of a ticket. May be called from any thread."""

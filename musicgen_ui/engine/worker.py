@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator
 
 from musicgen_ui.engine.batch import Batch
@@ -23,14 +24,27 @@ class Worker:
         self.batch = batch
         self._wake = threading.Event()
         self._closed = False
+        self._stepped_s = time.monotonic()  # when it last stepped, or had nothing to do
         self._thread = threading.Thread(target=self._run, name="musicgen-worker", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._closed:
-            if not self.batch.step():
+            busy = self.batch.step()
+            self._stepped_s = time.monotonic()
+            if not busy:
                 self._wake.wait()
                 self._wake.clear()
+
+    @property
+    def alive(self) -> bool:
+        """Its thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the last step; 0 while there is nothing to do."""
+        return time.monotonic() - self._stepped_s if self.batch.busy else 0.0
 
     async def stream(
         self,
@@ -52,6 +66,8 @@ class Worker:
             with contextlib.suppress(RuntimeError):  # its loop has ended: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if not self.batch.busy:
+            self._stepped_s = time.monotonic()  # its age counts from here
         ticket = self.batch.submit(request, stop, deliver, visitor)
         self._wake.set()
         try:
