@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import configuration, convert, exported, hub, parts
+from musicgen_ui import configuration, convert, defaults, exported, hub, parts
 from musicgen_ui.engine.events import Description
 from musicgen_ui.request import RequestError
 
@@ -149,7 +149,21 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
     if source.name.startswith("facebook/musicgen-"):
         parts.append(f"weights {META_LICENCE}: not for commercial use")
     choice: Literal["choice", "always", "never"] = "choice" if _sibling(source) else "never"
-    return Description(source.name, "always" if stereo else choice, rate, " · ".join(parts))
+    return Description(
+        source.name,
+        "always" if stereo else choice,
+        rate,
+        " · ".join(parts),
+        defaults=defaults.stated(_generation(source), config),
+    )
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    """What the checkpoint's `generation_config.json` holds, as far as it is here."""
+    if source.folder and exported.is_audiocraft(source.folder):
+        return convert.generation_of(source.folder)
+    folder = source.folder or hub.cached_with(source.name, defaults.FILE)
+    return defaults.read(folder) if folder else {}
 
 
 def config_of(source: Source) -> configuration.Configuration:

@@ -147,6 +147,16 @@ def config_of(folder: Path) -> Config:
     return _config(model, _codec_config(codec), parts.read_config(name, _TEXT_ADVICE))
 
 
+def generation_of(folder: Path) -> Config:
+    """How audiocraft samples from the checkpoint in `folder`, in transformers' words.
+
+    Raises:
+        RequestError: as `read`.
+    """
+    model, codec = exported.read(folder / LANGUAGE_MODEL), exported.read(folder / CODEC)
+    return audiocraft.generation(model.settings, _codec_config(codec))
+
+
 def fetch(folder: Path, say: Say) -> None:
     """Downloads what `load` will need beside the files in `folder` and the Hub's cache lacks.
 

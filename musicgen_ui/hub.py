@@ -35,6 +35,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
+_FACTS = ("config.json", "generation_config.json", "adapter_config.json")
 _OTHERS = (
     "config.json",
     "generation_config.json",
@@ -100,17 +101,25 @@ def weights_in(folder: Path) -> list[Path]:
     return []
 
 
+def cached_with(repo_id: str, file: str) -> Path | None:
+    """The newest cached snapshot that has `file`; asks no network."""
+    folder = _cached_snapshot(repo_id, [file])
+    return folder if folder and (folder / file).is_file() else None
+
+
 def config_file(repo_id: str) -> Path:
     """The checkpoint's `config.json`, from the cache if it is there, else from the Hub.
+
+    Other small files that say something of a checkpoint come with it.
 
     Raises:
         RequestError: there is no such checkpoint, or no network.
     """
-    folder = _cached_snapshot(repo_id, ["config.json"])
-    if not folder or not (folder / "config.json").is_file():
+    folder = cached_with(repo_id, "config.json")
+    if folder is None:
         with _Sentences(repo_id):
             # Not hf_hub_download: without a network it tries for 23 s before it says so.
-            folder = Path(snapshot_download(repo_id, allow_patterns=["config.json"]))
+            folder = Path(snapshot_download(repo_id, allow_patterns=[*_FACTS]))
     return folder / "config.json"
 
 

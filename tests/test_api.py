@@ -18,7 +18,7 @@ from fakes import FakeEngine
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from musicgen_ui.request import FIELDS
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui.server import close, launch
 from musicgen_ui.ui.settings import Settings
 
@@ -64,7 +64,9 @@ def test_every_parameter_is_optional_and_has_the_requests_name(client: Client) -
     assert [p["parameter_name"] for p in parameters] == list(FIELDS)
     assert all(p["parameter_has_default"] for p in parameters)
     defaults = {p["parameter_name"]: p["parameter_default"] for p in parameters}
-    assert defaults == {name: spec.default for name, spec in FIELDS.items()}
+    # None is what the checkpoint states, else the request's default.
+    own = dict.fromkeys(CHECKPOINT_FIELDS)
+    assert defaults == {name: spec.default for name, spec in FIELDS.items()} | own
 
 
 def test_predict_without_anything_gives_files_and_settings(client: Client) -> None:

@@ -123,7 +123,8 @@ def test_an_unknown_id_is_a_sentence(served):
 def test_an_id_is_described_from_its_configuration_alone(served):
     description = checkpoints.describe(checkpoints.resolve(TINY))
     assert description.checkpoint == TINY
-    assert served.fetched() == ["config.json"]
+    assert served.fetched() == ["config.json", "generation_config.json"]
+    assert description.defaults == {"do_sample": True, "guidance_scale": 3.0}
     served.asked.clear()
     with pytest.raises(RequestError, match="no stereo sibling"):
         checkpoints.resolve(TINY, stereo=True)
