@@ -137,7 +137,7 @@ def test_parts_that_do_not_fit_are_refused_before_the_download(served, tiny_mono
     served.repositories[TINY] = folder
     with pytest.raises(RequestError, match="128 codes"):
         load(TINY)
-    assert served.fetched() == ["config.json"]
+    assert served.fetched() == ["config.json", "generation_config.json"]
 
 
 def test_a_repository_without_a_checkpoint_is_a_sentence(served, tiny_mono, tmp_path):
