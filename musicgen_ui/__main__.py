@@ -59,11 +59,12 @@ def serve(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """makes music and saves it"""
-    from musicgen_ui import generate
+    from musicgen_ui import batches, generate
 
     parser = _parser("generate", "Makes music and saves it, with its settings in the file.")
     generate.add_flags(parser)
-    return generate.run(parser.parse_args(arguments))
+    flags = parser.parse_args(arguments)
+    return batches.run(flags) if flags.batch else generate.run(flags)
 
 
 def bench(arguments: list[str]) -> int:
