@@ -1,8 +1,14 @@
-"""What the decoder attends to: prompts as states of the text encoder.
+"""What the decoder is told: prompts as states of the text encoder, and a melody as its chroma.
 
 Every prompt is encoded alone and without padding, so what a job hears of its words never depends
-on its neighbours. An empty prompt is the null condition: no states at all, which is exact, since
-MusicGen's null states are zeros and its cross-attention has no biases.
+on its neighbours. Most checkpoints attend to the prompt's states by cross-attention, and an empty
+prompt is the null condition: no states at all, which is exact, since MusicGen's null states are
+zeros and its cross-attention has no biases.
+
+A melody checkpoint has no cross-attention: its states are a prefix of the decoder's input, first a
+window's columns of chroma, then the prompt. There silence (class C throughout) and zeros are the
+null conditions, as in audiocraft, and count as positions, so the rows of a job are as long as the
+longer of its two prompts.
 """
 
 from __future__ import annotations
@@ -11,27 +17,83 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from musicgen_ui.engine.chroma import MelodyEncoder
+from musicgen_ui.request import GenerationRequest, RequestError
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
 
 
 class Conditioner:
-    """Prompts to states, by the checkpoint's own tokenizer, text encoder and projection."""
+    """A request's words and melody as states, by the checkpoint's own modules and tokenizer."""
 
     def __init__(
-        self, text_encoder: nn.Module, projection: nn.Module | None, tokenizer: Any
+        self,
+        text_encoder: nn.Module,
+        projection: nn.Module | None,
+        tokenizer: Any,
+        melody: MelodyEncoder | None = None,
     ) -> None:
         self.text_encoder = text_encoder
         self.projection = projection  # None where the widths agree already
         self.tokenizer = tokenizer
+        self.melody = melody  # None where the checkpoint cannot follow one
         self.states = lru_cache(maxsize=64)(self._encode)  # visitors repeat prompts and examples
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        modules = [self.text_encoder, *([self.projection] if self.projection else [])]
+        projections = (self.projection, self.melody and self.melody.projection)
+        modules = [self.text_encoder, *(module for module in projections if module)]
         return sum(p.nbytes for module in modules for p in module.parameters())
+
+    @torch.inference_mode()
+    def conditions(
+        self, request: GenerationRequest, start_s: float = 0.0, at_s: float = 0.0
+    ) -> list[Tensor | None]:
+        """The states of a job's rows, [tokens, hidden] each: what is wanted, then what is not.
+
+        A job has the first row alone where guidance is off, or could not tell the two apart.
+
+        Args:
+            request: what to make.
+            start_s: where in the new music the decoder's window begins, in seconds; below 0 where
+                it begins with that much of the audio prompt. A melody moves along with it.
+            at_s: the time whose words count: a piece's prompt can change.
+
+        Raises:
+            RequestError: the checkpoint cannot follow a melody.
+        """
+        if request.melody and not self.melody:
+            raise RequestError(
+                "This checkpoint cannot follow a melody: choose one that can.", "melody"
+            )
+        alike = request.texts == [request.negative_prompt] and not request.melody
+        guided = request.guidance_scale > 1 and not alike
+        texts = [self.states(request.words(at_s))]
+        if guided:
+            texts.append(self.states(request.negative_prompt))
+        return self._prefixes(self.melody, request, start_s, texts) if self.melody else texts
+
+    def _prefixes(
+        self,
+        melody: MelodyEncoder,
+        request: GenerationRequest,
+        start_s: float,
+        texts: list[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Chroma, then text, for each row: what is not wanted is without the melody."""
+        columns = [melody.window(request, start_s), melody.silence]
+        # The null prompt is one token, the end of the text, and its state is zeros.
+        length = max(1 if text is None else len(text) for text in texts)
+        rows: list[Tensor | None] = []
+        for text, heard in zip(texts, columns, strict=False):
+            chroma = melody.states(heard)  # [columns, hidden]
+            text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
+            rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
+        return rows
 
     @torch.inference_mode()
     def _encode(self, prompt: str) -> Tensor | None:

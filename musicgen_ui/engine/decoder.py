@@ -1,10 +1,12 @@
 """One step of the transformer for all rows.
 
-The weights are read once from transformers' `MusicgenForCausalLM` and packed for decoding: query,
-key and value in one matrix, all codebooks' embeddings and heads in one each. A job's `Sequence`
-holds its keys and values, allocated once for its whole length; the keys and values of the prompt
-are computed once a job. A step computes every matrix product for the rows of all jobs together,
-which costs little more than for one, and attends row by row to what is filled and no further.
+The weights are read once from transformers' `MusicgenForCausalLM`, or `MusicgenMelodyForCausalLM`,
+and packed for decoding: query, key and value in one matrix, all codebooks' embeddings and heads in
+one each. A job's `Sequence` holds its keys and values, allocated once for its whole length. What
+the job is told is taken in once: by cross-attention, as keys and values of its own, or, in a melody
+checkpoint, which has none, as a prefix of states before the first column. A step computes every
+matrix product for the rows of all jobs together, which costs little more than for one, and attends
+row by row to what is filled and no further.
 
 A job has a row for what is wanted and, when guided, one for what is not (the null condition or a
 negative prompt). transformers' model is the reference: greedy codes are equal to its `generate`.
@@ -26,6 +28,18 @@ from musicgen_ui.engine.attention import FloatCache, Int8Cache, warm_up
 from musicgen_ui.engine.linear import Linear, computing_dtype
 
 Attend = Callable[[int, Tensor], Tensor]
+Caches = list[FloatCache | Int8Cache]  # a layer
+Memory = list[tuple[Tensor, Tensor]]  # a layer: keys and values, [1, heads, tokens, head_dim]
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The packed weights by which a layer attends to a prompt."""
+
+    norm: nn.LayerNorm
+    q: Linear
+    kv: Linear
+    out: Linear
 
 
 @dataclass(frozen=True)
@@ -35,27 +49,30 @@ class Layer:
     self_norm: nn.LayerNorm
     qkv: Linear
     self_out: Linear
-    text_norm: nn.LayerNorm
-    text_q: Linear
-    text_kv: Linear
-    text_out: Linear
     ffn_norm: nn.LayerNorm
     up: Linear
     down: Linear
+    text: CrossAttention | None  # None in a melody checkpoint
 
 
 @dataclass
 class Sequence:
     """A job's place in the decoder: the keys and values of its rows."""
 
-    caches: list[FloatCache | Int8Cache]  # a layer
-    text: list[list[tuple[Tensor, Tensor]] | None]  # a row: a layer: [1, heads, tokens, head_dim]
-    length: int = 0  # positions filled
+    caches: Caches
+    text: list[Memory | None]  # a row
+    prefix: Tensor  # states before the first column, [rows, states, hidden]
+    length: int = 0  # columns filled; below 0 while so many states of the prefix are missing
 
     @property
     def rows(self) -> int:
         """1, or 2 when guided."""
-        return len(self.text)
+        return len(self.prefix)
+
+    @property
+    def filled(self) -> int:
+        """Positions of the caches that are filled, the prefix included."""
+        return self.length + self.prefix.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -94,15 +111,15 @@ class Decoder:
             self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
+        self.prefixed = self.layers[0].text is None  # what it is told comes before the columns
         if precision == "int8":
             warm_up()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        products = [
-            p for layer in self.layers for p in vars(layer).values() if isinstance(p, Linear)
-        ]
+        rooms = [*self.layers, *(layer.text for layer in self.layers if layer.text)]
+        products = [p for room in rooms for p in vars(room).values() if isinstance(p, Linear)]
         return self.embeddings.nbytes + sum(p.nbytes for p in [*products, self.lm_heads])
 
     def _sinusoids(self, count: int) -> Tensor:
@@ -110,7 +127,7 @@ class Decoder:
         return weights.to(self.device, self.dtype)
 
     def _pack_layer(self, layer: Any, precision: str) -> Layer:
-        own, text = layer.self_attn, layer.encoder_attn
+        own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
 
         def packed(*linears: nn.Linear) -> Linear:
             return Linear(torch.cat([each.weight for each in linears]), precision, self.device)
@@ -123,52 +140,85 @@ class Decoder:
             self_norm=norm(layer.self_attn_layer_norm),
             qkv=packed(own.q_proj, own.k_proj, own.v_proj),
             self_out=packed(own.out_proj),
-            text_norm=norm(layer.encoder_attn_layer_norm),
-            text_q=packed(text.q_proj),
-            text_kv=packed(text.k_proj, text.v_proj),
-            text_out=packed(text.out_proj),
             ffn_norm=norm(layer.final_layer_norm),
             up=packed(layer.fc1),
             down=packed(layer.fc2),
+            text=CrossAttention(
+                norm=norm(layer.encoder_attn_layer_norm),
+                q=packed(text.q_proj),
+                kv=packed(text.k_proj, text.v_proj),
+                out=packed(text.out_proj),
+            )
+            if text
+            else None,
         )
 
     @torch.inference_mode()
-    def sequence(self, conditions: list[Tensor | None], positions: int) -> Sequence:
-        """A new sequence of up to `positions` columns.
+    def sequence(
+        self, conditions: list[Tensor | None], columns: int, caches: Caches | None = None
+    ) -> Sequence:
+        """A new sequence of up to `columns` columns.
 
         Args:
-            conditions: for each row the states it attends to, [tokens, hidden], or None.
-            positions: columns that it will hold at most.
+            conditions: for each row its states, [tokens, hidden], or None, which is no states. In
+                a melody checkpoint every row has as many.
+            columns: that it will hold at most.
+            caches: where its keys and values go, if not into new ones.
         """
+        rows = len(conditions)
+        prefix = self.embeddings.new_zeros(rows, 0, self.embeddings.shape[1])
+        text: list[Memory | None] = [None] * rows
+        if self.prefixed:
+            told = [states for states in conditions if states is not None]
+            prefix = torch.stack(told).to(self.device, self.dtype)
+        else:
+            text = [self.text_memory(states) for states in conditions]
+        positions = prefix.shape[1] + columns
+        self.reserve(positions)
+        shape = (rows, self.heads, positions, self.head_dim)
+        caches = caches or [self._cache(shape) for _ in self.layers]
+        return Sequence(caches, text, prefix, -prefix.shape[1])
+
+    @torch.inference_mode()
+    def reserve(self, positions: int) -> None:
+        """Makes room for sequences of so many positions, prefix included."""
         if positions > len(self.positions):
             self.positions = self._sinusoids(positions)
-        shape = (len(conditions), self.heads, positions, self.head_dim)
-        caches = [self._cache(shape) for _ in self.layers]
-        return Sequence(caches, [self.text_memory(states) for states in conditions])
 
     def _cache(self, shape: tuple[int, ...]) -> FloatCache | Int8Cache:
         if self.precision == "int8":
             return Int8Cache(shape)
         return FloatCache(shape, self.dtype, self.device)
 
-    def text_memory(self, states: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
+    def text_memory(self, states: Tensor | None) -> Memory | None:
         """The keys and values of [tokens, hidden] a layer, each [1, heads, tokens, head_dim]."""
         if states is None:
             return None
         states = states.to(self.device, self.dtype)
         memory = []
         for layer in self.layers:
-            key, value = layer.text_kv(states).view(len(states), 2, self.heads, -1).unbind(1)
+            assert layer.text
+            key, value = layer.text.kv(states).view(len(states), 2, self.heads, -1).unbind(1)
             memory.append((key.transpose(0, 1)[None], value.transpose(0, 1)[None]))
         return memory
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence, columns: Tensor) -> None:
-        """Takes the next columns of a sequence in, int64 [codebooks, n], all known already."""
-        n, start = columns.shape[1], sequence.length
-        x = self.embed(columns.T) + self.positions[start : start + n]
-        self._forward(x.repeat(sequence.rows, 1), [sequence], n)
-        sequence.length += n
+    def prefill(self, sequence: Sequence, columns: Tensor, most: int) -> None:
+        """Takes in what a sequence has not of its prefix, else of the columns known already.
+
+        Args:
+            sequence: to go on with.
+            columns: from the first one on, int64 [codebooks, n].
+            most: positions to take in now.
+        """
+        start = sequence.filled
+        x = sequence.prefix[:, start : start + most]  # [rows, positions, hidden]
+        if sequence.length >= 0:
+            columns = columns[:, sequence.length : sequence.length + most]
+            x = self.embed(columns.T).expand(sequence.rows, -1, -1)
+        x = x + self.positions[start : start + x.shape[1]]
+        self._forward(x.flatten(0, 1), [sequence], x.shape[1])
+        sequence.length += x.shape[1]
 
     @torch.inference_mode()
     def step(self, columns: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -182,7 +232,7 @@ class Decoder:
             Logits, float32 [rows of all jobs, codebooks, codebook_size].
         """
         rows = torch.tensor([s.rows for s in sequences], device=self.device)
-        at = torch.tensor([s.length for s in sequences], device=self.device)
+        at = torch.tensor([s.filled for s in sequences], device=self.device)
         x = (self.embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
         x = self._forward(x, sequences, 1)
         for sequence in sequences:
@@ -207,7 +257,8 @@ class Decoder:
         """
         for index, layer in enumerate(self.layers):
             x = x + layer.self_out(attend_self(index, layer.qkv(layer.self_norm(x))))
-            x = x + layer.text_out(attend_text(index, layer.text_q(layer.text_norm(x))))
+            if text := layer.text:
+                x = x + text.out(attend_text(index, text.q(text.norm(x))))
             x = x + layer.down(self.activation(layer.up(layer.ffn_norm(x))))
         return self.norm(x)
 
@@ -221,7 +272,7 @@ class Decoder:
     def _attend_self(self, index: int, qkv: Tensor, sequences: list[Sequence], n: int) -> Tensor:
         parts = qkv.view(-1, n, 3, self.heads, self.head_dim).split([s.rows for s in sequences])
         out = [
-            sequence.caches[index].attend(part, sequence.length)
+            sequence.caches[index].attend(part, sequence.filled)
             for sequence, part in zip(sequences, parts, strict=True)
         ]
         return torch.cat(out).view(len(qkv), -1)

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.attention import FloatCache
-from musicgen_ui.engine.decoder import Decoder, Sequence
+from musicgen_ui.engine.decoder import Caches, Decoder, Memory
 from musicgen_ui.engine.delay import UNWRITTEN
 from musicgen_ui.engine.job import Job
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # jobs that a graph steps
 LENGTHS = (256, 512, 1024, 1536)  # positions that a graph attends to
 TOKENS = (64, 512)  # of the prompts: room at first, and at most
+PREFIX = 768  # a melody checkpoint's more positions: 235 of chroma and a prompt's tokens
 ROWS = 2  # a slot's: what is wanted and what is not
 
 
@@ -40,7 +41,7 @@ class Graphed:
     Args:
         decoder: on the device where it will run, in a floating precision.
         slots: jobs at once; the buffers for all of them are allocated here.
-        positions: the longest job's.
+        positions: the longest job's columns.
         capture: whether to capture graphs; only CUDA can.
     """
 
@@ -49,21 +50,25 @@ class Graphed:
     ) -> None:
         self.decoder = decoder
         self.capture = capture and decoder.device.type == "cuda"
-        self.positions = positions
+        self.positions = positions + PREFIX * decoder.prefixed
+        decoder.reserve(self.positions)
         self._free = set(range(slots))
         self._slot: dict[Job, int] = {}
+        self._stepped: list[int] = []  # slots whose jobs are ready
         self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
         device, codebooks = decoder.device, decoder.codebooks
         zeros = functools.partial(torch.zeros, device=device)
         with torch.inference_mode():
-            shape = (ROWS * slots, decoder.heads, positions, decoder.head_dim)
+            shape = (ROWS * slots, decoder.heads, self.positions, decoder.head_dim)
             self.caches = [FloatCache(shape, decoder.dtype, device) for _ in decoder.layers]
-            text = (len(decoder.layers), 2, ROWS * slots, decoder.heads, TOKENS[0])
+            layers = 0 if decoder.prefixed else len(decoder.layers)
+            text = (layers, 2, ROWS * slots, decoder.heads, TOKENS[0])
             self.text = zeros((*text, decoder.head_dim), dtype=decoder.dtype)
             self.heard = zeros((ROWS * slots, TOKENS[0]), dtype=torch.bool)
             self.columns = zeros((slots, codebooks, positions + 1), dtype=torch.int64)
             self.uniforms = zeros((slots, positions, codebooks))
-            self.at = zeros(slots, dtype=torch.int64)  # the position that is stepped next
+            self.at = zeros(slots, dtype=torch.int64)  # the column that is stepped next
+            self.prefix = zeros(slots, dtype=torch.int64)  # positions before the first column
             self.ready = zeros(slots, dtype=torch.bool)
             self.settings = sampling.Settings(
                 guidance_scale=zeros(slots, 1, 1) + 1,
@@ -81,7 +86,8 @@ class Graphed:
     @staticmethod
     def slot_nbytes(decoder: Decoder, positions: int = LENGTHS[-1]) -> int:
         """Bytes that a slot takes, nearly: its caches and its prompts'."""
-        numbers = 2 * ROWS * (positions + TOKENS[0]) * decoder.heads * decoder.head_dim
+        told = PREFIX if decoder.prefixed else TOKENS[0]
+        numbers = 2 * ROWS * (positions + told) * decoder.heads * decoder.head_dim
         return numbers * len(decoder.layers) * decoder.dtype.itemsize
 
     @property
@@ -92,28 +98,37 @@ class Graphed:
 
     @torch.inference_mode()
     def admit(self, job: Job, conditions: list[Tensor | None]) -> None:
-        """Gives the job the lowest free slot; `conditions` as for `Decoder.sequence`."""
-        slot = min(self._free)
-        self._free.remove(slot)
-        self._slot[job] = slot
+        """Gives the job the lowest free slot, and its new window the same one.
+
+        `conditions` are as for `Decoder.sequence`.
+        """
+        if job not in self._slot:
+            self._slot[job] = min(self._free)
+            self._free.remove(self._slot[job])
+        slot = self._slot[job]
         rows = slice(ROWS * slot, ROWS * slot + len(conditions))
-        job.sequence = Sequence(
-            [_view(cache, rows) for cache in self.caches],
-            [self.decoder.text_memory(states) for states in conditions],
-        )
+        views: Caches = [_view(cache, rows) for cache in self.caches]
+        job.sequence = self.decoder.sequence(conditions, job.positions, views)
         self._hear(slot, job.sequence.text)
+        self.prefix[slot] = job.sequence.prefix.shape[1]
         self.columns[slot, :, : job.positions + 1] = job.columns
         job.columns = self.columns[slot, :, : job.positions + 1]
-        context = job.context_frames
-        self.uniforms[slot, context : context + job.steps] = job.uniforms
-        self.at[slot] = context
+        steps, drawn = job.positions - job.written, job.next_uniform
+        self.uniforms[slot, job.written : job.positions] = job.uniforms[drawn : drawn + steps]
+        self.at[slot] = job.written
         own = sampling.Settings.of([job.request], self.settings.candidates, self.decoder.device)
         for name in ("guidance_scale", "temperature", "top_k", "top_p", "greedy"):
             getattr(self.settings, name)[slot] = getattr(own, name)[0]
         if len(conditions) == 1:
             self.settings.guidance_scale[slot] = 1
 
-    def _hear(self, slot: int, memories: list[list[tuple[Tensor, Tensor]] | None]) -> None:
+    @torch.inference_mode()
+    def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
+        """Lets the job attend to other states from its next column on."""
+        job.sequence.text = [self.decoder.text_memory(states) for states in conditions]
+        self._hear(self._slot[job], job.sequence.text)
+
+    def _hear(self, slot: int, memories: list[Memory | None]) -> None:
         """Lays the prompts' keys and values into the slot's rows."""
         tokens = [memory[0][0].shape[2] for memory in memories if memory]
         if max(tokens, default=0) > self.text.shape[4]:
@@ -137,17 +152,19 @@ class Graphed:
         """Frees the slot of a job that has ended."""
         slot = self._slot.pop(job)
         job.columns = job.columns.clone()  # the take is still made of them
-        self.ready[slot] = False
         self._free.add(slot)
 
     @torch.inference_mode()
     def step(self, jobs: list[Job]) -> None:
         """Writes the next column of every job."""
-        for job in jobs:
-            if job.written == job.context_frames:
-                self.ready[self._slot[job]] = True
-        size = _enough(SIZES, 1 + max(self._slot[job] for job in jobs), len(self.at))
-        length = _enough(LENGTHS, 1 + max(job.written for job in jobs), self.positions)
+        slots = sorted(self._slot[job] for job in jobs)
+        if slots != self._stepped:
+            self._stepped = slots
+            self.ready.zero_()
+            self.ready[slots] = True
+        size = _enough(SIZES, 1 + slots[-1], len(self.at))
+        filled = max(job.sequence.filled for job in jobs)
+        length = _enough(LENGTHS, 1 + filled, self.positions)
         self._graph(size, length)()
         for job in jobs:
             job.sequence.length += 1
@@ -178,15 +195,16 @@ class Graphed:
 
     def warm_up(self) -> None:
         """Captures the graphs of a single job, so that the first one does not wait for them."""
-        for length in LENGTHS if self.capture else ():
+        for length in sorted({*LENGTHS, self.positions}) if self.capture else ():
             self._graph(1, length)
 
     def _step(self, size: int, length: int) -> None:
         """One step of the slots 0 to `size`: reads and writes the buffers and nothing else."""
         decoder, at = self.decoder, self.at[:size]
+        places = at + self.prefix[:size]
         slots = torch.arange(size, device=decoder.device)
         rows = torch.arange(ROWS * size, device=decoder.device)
-        at_rows = at.repeat_interleave(ROWS)
+        at_rows = places.repeat_interleave(ROWS)
         filled = torch.arange(length, device=decoder.device) <= at_rows[:, None]  # [rows, length]
 
         def attend_self(index: int, qkv: Tensor) -> Tensor:
@@ -205,7 +223,7 @@ class Graphed:
             keys, values = self.text[index, :, : len(rows)]
             return _attend(q, keys, values, self.heard[: len(rows)])
 
-        x = decoder.embed(self.columns[slots, :, at]) + decoder.positions[at]
+        x = decoder.embed(self.columns[slots, :, at]) + decoder.positions[places]
         x = decoder.forward(x.repeat_interleave(ROWS, 0), attend_self, attend_text)
         logits = decoder.logits(x).unflatten(0, (size, ROWS))  # [slots, rows, codebooks, codes]
         settings = self.settings.of_first(size)
