@@ -103,6 +103,12 @@ class GenerationRequest:
     checkpoint: str = _setting(
         "auto", "Checkpoint", "a checkpoint's name, Hub id or folder", 0, 500
     )
+    adapter: str = _setting(
+        "", "Adapter", "a LoRA for the checkpoint, by its Hub id or folder; empty is none", 0, 500
+    )
+    adapter_strength: float = _setting(
+        1.0, "Adapter strength", "how much of the adapter: 0 is none, 1 as it was trained", 0, 2
+    )
     stereo: bool = _setting(False, "Stereo", "two channels, from the checkpoint's stereo sibling")
     duration_s: float = _setting(
         10.0, "Length", "seconds of new music", MIN_NEW_S, MAX_DURATION_S, "s"
@@ -165,6 +171,12 @@ class GenerationRequest:
         pairs = [f"bpm: {self.tempo_bpm:g}"] if self.tempo_bpm else []
         pairs += [f"key: {self.key.lower()}"] if self.key else []
         return ". ".join(filter(None, (told.rstrip(".") if pairs else told, *pairs)))
+
+    @property
+    def texts(self) -> list[str]:
+        """All that the model is told on the way, in order."""
+        starts = (0.0, *(start_s for start_s, _ in self.sections))
+        return list(dict.fromkeys(map(self.words, starts)))
 
     def with_seed(self) -> GenerationRequest:
         """The same request with a drawn seed where it said -1."""

@@ -286,16 +286,6 @@ def test_take_begins_with_the_clip_whole(batch):
     assert alone.prompt_s == 0
 
 
-def test_window_is_never_passed(batch):
-    """A clip that fills the window is heard only as far as there is room."""
-    request = GenerationRequest(ROCK, audio_prompt=noise(29.9), duration_s=28.5)
-    job = Job(
-        request, 0, batch.codec, batch.decoder.codebooks, batch.decoder.start_token, batch.device
-    )
-    assert job.frames == 1500
-    assert job.context_frames == 75
-
-
 def test_chunks_joined_are_the_take(batch):
     request = GenerationRequest(ROCK, duration_s=1.3, seed=2)
     events = list(stream(batch, request))

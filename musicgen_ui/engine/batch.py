@@ -14,12 +14,14 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
@@ -39,8 +41,8 @@ class Batch:
     """A checkpoint ready to make music for several callers at once.
 
     Args:
-        model: transformers' `MusicgenForConditionalGeneration`; its parts are packed or taken
-            over, so the caller should let go of it.
+        model: transformers' `MusicgenForConditionalGeneration`, or `MusicgenMelodyFor…`; its parts
+            are packed or taken over, so the caller should let go of it.
         tokenizer: of the checkpoint.
         checkpoint: the name that takes carry.
         device: of text encoder and decoder.
@@ -48,6 +50,7 @@ class Batch:
         codec_device: where the codec runs, if not on `device`.
         max_jobs: jobs that are stepped together; fewer where a GPU lacks the memory.
         graphs: whether steps go through `graph.Graphed`; None is on CUDA alone.
+        extractor: the feature extractor's configuration, of a melody checkpoint.
     """
 
     def __init__(
@@ -61,17 +64,14 @@ class Batch:
         codec_device: torch.device | str | None = None,
         max_jobs: int = 8,
         graphs: bool | None = None,
+        extractor: Mapping[str, Any] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
         self.precision = precision
-        for part in (
-            model.audio_encoder,
-            model.text_encoder,
-            getattr(model, "enc_to_dec_proj", None),
-        ):
+        for part in (model.audio_encoder, model.text_encoder):
             _own(part)
         self.codec = Codec(
             model.audio_encoder,
@@ -80,11 +80,11 @@ class Batch:
             precision="float32" if precision == "float32" else "float16",
             release=True,
         )
-        projection = getattr(model, "enc_to_dec_proj", None)
         self.conditioner = Conditioner(
             model.text_encoder.to(device),
-            None if projection is None else projection.to(device),
+            _projection(model, "enc_to_dec_proj", device),
             tokenizer,
+            _melody_encoder(model, device, extractor),
         )
         self.decoder = Decoder(model.decoder, self.device, precision)
         self.stepper: Eager | Graphed = Eager(self.decoder)
@@ -143,6 +143,7 @@ class Batch:
             self._stop_waiting()
             self._admit()
             self._stop_running()
+            self._turn()
             self._prefill()
             self._advance()
             for job in list(self.jobs):
@@ -179,13 +180,24 @@ class Batch:
         request = ticket.request.variation(index)
         decoder = self.decoder
         job = Job(request, index, self.codec, decoder.codebooks, decoder.start_token, self.device)
-        conditions = [self.conditioner.states(request.prompt)]
-        unwanted = self.conditioner.states(request.negative_prompt)
-        if request.guidance_scale > 1 and conditions[0] is not unwanted:
-            conditions.append(unwanted)
-        self.stepper.admit(job, conditions)
+        self.stepper.admit(job, self._conditions(job))
         ticket.deliver(job.progress())
         return job
+
+    def _conditions(self, job: Job) -> list[Tensor | None]:
+        return self.conditioner.conditions(job.request, job.start_s, job.at_s)
+
+    def _turn(self) -> None:
+        """Begins the windows and the sections whose time has come."""
+        for job, ticket in list(self.jobs.items()):
+            try:
+                slid, turned = job.slide(), job.turn()
+                if slid or (turned and self.decoder.prefixed):  # what comes first: all anew
+                    self.stepper.admit(job, self._conditions(job))
+                elif turned:
+                    self.stepper.tell(job, self._conditions(job))
+            except Exception as error:
+                self._fail(ticket, error)
 
     def _stop_running(self) -> None:
         for job, ticket in list(self.jobs.items()):
@@ -193,20 +205,19 @@ class Batch:
                 self._finish(job)
 
     def _prefill(self) -> None:
-        """Takes in a piece of one job's audio prompt: encodes it, then hears it."""
+        """Takes in a piece of one job's prefix and past; an audio prompt is encoded first."""
         for job in self.jobs:
-            start, end = job.sequence.length, job.context_frames
             if not job.encoded:
                 job.encode_piece()
                 return
-            if start < end:
-                columns = job.columns[:, start : min(end, start + PREFILL_COLUMNS)]
-                self.decoder.prefill(job.sequence, columns)
+            if job.sequence.length < job.written:
+                known = job.columns[:, : job.written]
+                self.decoder.prefill(job.sequence, known, PREFILL_COLUMNS)
                 return
 
     def _advance(self) -> None:
-        """Writes the next column of every job that has taken its audio prompt in."""
-        jobs = [job for job in self.jobs if job.sequence.length == job.written]
+        """Writes the next column of every job that has taken its past in."""
+        jobs = [job for job in self.jobs if job.sequence.length == job.written < job.positions]
         if not jobs:
             return
         self.stepper.step(jobs)
@@ -235,7 +246,7 @@ class Batch:
         return self.jobs.pop(job)
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
-        words = self.conditioner.cut_after(request.prompt)
+        words = next(filter(None, map(self.conditioner.cut_after, request.texts)), None)
         return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
 
     def _close(self, ticket: Ticket, finished: Finished) -> None:
@@ -249,6 +260,23 @@ class Batch:
         ticket.close()
         self._drop_closed()
         ticket.deliver(_told(error))
+
+
+def _projection(model: Any, name: str, device: torch.device | str) -> torch.nn.Module | None:
+    """A part of the model that is only there where two widths differ."""
+    projection = getattr(model, name, None)
+    _own(projection)
+    return None if projection is None else projection.to(device)
+
+
+def _melody_encoder(
+    model: Any, device: torch.device | str, extractor: Mapping[str, Any] | None
+) -> MelodyEncoder | None:
+    length = getattr(model.config, "chroma_length", None)
+    if length is None:
+        return None
+    projection = _projection(model, "audio_enc_to_dec_proj", device)
+    return MelodyEncoder(projection, length, Extractor.of(extractor or {}))
 
 
 def _own(module: torch.nn.Module | None) -> None:

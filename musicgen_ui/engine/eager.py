@@ -29,9 +29,16 @@ class Eager:
         return sum(job.sequence.nbytes for job in list(self._jobs))
 
     def admit(self, job: Job, conditions: list[Tensor | None]) -> None:
-        """Gives the job a place in the decoder; `conditions` as for `Decoder.sequence`."""
+        """Gives the job, or its new window, a place; `conditions` as for `Decoder.sequence`."""
+        if job in self._jobs:
+            self.release(job)
         job.sequence = self.decoder.sequence(conditions, job.positions)
         self._jobs.add(job)
+
+    @torch.inference_mode()
+    def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
+        """Lets the job attend to other states from its next column on."""
+        job.sequence.text = [self.decoder.text_memory(states) for states in conditions]
 
     def release(self, job: Job) -> None:
         """Frees the cache of a job that has ended."""
@@ -50,7 +57,7 @@ class Eager:
             row += job.sequence.rows
             unwanted.append(row - 1)
         logits = sampling.guide(logits[wanted], logits[unwanted], settings.guidance_scale)
-        uniform = torch.stack([job.uniforms[job.written - job.context_frames] for job in jobs])
+        uniform = torch.stack([job.uniforms[job.next_uniform] for job in jobs])
         for job, codes in zip(jobs, sampling.draw(logits, settings, uniform), strict=True):
             column = job.columns[:, job.written + 1]
             column.copy_(torch.where(column == UNWRITTEN, codes, column))

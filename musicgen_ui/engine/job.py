@@ -1,10 +1,20 @@
 """One variation under way: its columns, its place in the decoder, its audio so far.
 
-A job's columns are laid out for its whole length when it is admitted, with the audio prompt's
-codes and the start tokens in their places, so a step only fills what is `UNWRITTEN`. Frames whose
-last codebook is written go to the codec's stream. The audio prompt goes through that stream
-first: the decoder of the codec then hears prompt and new frames as one piece, and the new audio
-is what `generate` would give from its first sample.
+A job's columns are laid out when it is admitted, with the audio prompt's codes and the start
+tokens in their places, so a step only fills what is `UNWRITTEN`. Frames whose last codebook is
+written go to the codec's stream. The audio prompt goes through that stream first: the decoder of
+the codec then hears prompt and new frames as one piece, and the new audio is what `generate` would
+give from its first sample.
+
+The columns are those of a window, the 30 s that the model was trained on. A longer piece is made
+of several, as in audiocraft (`GenModel._generate_tokens`): a window is written to its end, the
+last codebooks of its last frames included, and the codes of its last frames, the overlap, stand
+where the audio prompt's would at the head of the next one. There they are delayed anew, after a
+column of start tokens and with start tokens before the delayed codebooks: the only head of a window
+that the model knows. So each window is what `generate` makes of the overlap's codes. To go on from
+the columns as they are would save as many steps a window as codebooks are delayed, 3 of 900, and
+begin every window with a head that no training piece had. The codec's stream knows no windows, so
+nothing is decoded twice and there is no seam.
 """
 
 from __future__ import annotations
@@ -23,7 +33,7 @@ from musicgen_ui.engine import delay, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec
 from musicgen_ui.engine.decoder import Sequence
 from musicgen_ui.engine.events import Chunk, Finished, Progress
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.request import WINDOW_S, Clip, GenerationRequest
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other jobs
@@ -77,16 +87,64 @@ class Job:
         self.encoded_frames = 0  # of the context
         self._encoding = self._encode_context()
         self.frames = self.context_frames + self.new_frames
+        self.start_token = start_token
         context = torch.zeros(codebooks, self.context_frames, dtype=torch.int64, device=device)
-        self.columns = delay.delayed(context, self.frames, codec.channels, start_token)
-        self.written = self.context_frames  # the last column that is wholly known
-        self.steps = self.columns.shape[1] - 1 - self.context_frames
-        self.uniforms = sampling.uniforms(request.seed, self.steps, codebooks).to(device)
+        self._lay_out(0, context)
+        # Drawn for the whole piece: a code's number depends on its frame and never on the window.
+        draws = self.new_frames + self.positions - self.window_frames
+        self.uniforms = sampling.uniforms(request.seed, draws, codebooks).to(device)
+        self.words = request.words()
         self.stream = codec.stream()
         self.decoded_frames = 0
-        self.pieces: list[np.ndarray] = []  # decoded audio, the context's included
+        self.decoded_samples = 0  # of `samples`, which hold the context too
+        self.samples = np.empty((codec.channels, self.frames * codec.hop), np.float32)
         self.started_s: float | None = None
         self.told_s = 0.0
+
+    def _lay_out(self, start: int, known: Tensor) -> None:
+        """Begins the window at frame `start` with the codes of its first frames."""
+        self.start = start  # frames before the window
+        self.window_frames = min(self.frames - start, round(WINDOW_S * self.codec.frame_rate))
+        self.known_frames = known.shape[1]
+        self.columns = delay.delayed(
+            known, self.window_frames, self.codec.channels, self.start_token
+        )
+        self.written = self.known_frames  # the last column that is wholly known
+
+    @torch.inference_mode()
+    def slide(self) -> bool:
+        """Begins the next window if this one is full, with the codes of its end; whether it did.
+
+        It waits for the codec where that lags behind the overlap.
+        """
+        overlap = min(round(self.request.overlap_s * self.codec.frame_rate), self.window_frames - 1)
+        start = self.start + self.window_frames - overlap
+        if self.done or self.written < self.positions or self.decoded_frames < start:
+            return False
+        kept = self.window_frames - overlap, self.window_frames
+        self._lay_out(start, delay.undelayed(self.columns, *kept, self.codec.channels))
+        return True
+
+    def turn(self) -> bool:
+        """Goes on to the words for the frame that is written next; whether they are others."""
+        before, self.words = self.words, self.request.words(self.at_s)
+        return self.words != before
+
+    @property
+    def at_s(self) -> float:
+        """Where in the new music the frame lies that is begun next, in seconds."""
+        frame = self.start + min(self.written, self.window_frames - 1)
+        return (frame - self.context_frames) / self.codec.frame_rate
+
+    @property
+    def start_s(self) -> float:
+        """Where in the new music the window begins, in seconds; below 0 with an audio prompt."""
+        return (self.start - self.context_frames) / self.codec.frame_rate
+
+    @property
+    def next_uniform(self) -> int:
+        """The row of `uniforms` that the next column is drawn with."""
+        return self.start + self.written - self.context_frames
 
     def _room_for_context(self) -> int:
         """Frames of the clip's end that the model hears; 0 without a clip."""
@@ -115,24 +173,26 @@ class Job:
 
     @property
     def positions(self) -> int:
-        """Columns that go through the decoder."""
+        """Columns of the window that go through the decoder."""
         return self.columns.shape[1] - 1
 
     @property
     def steps_left(self) -> int:
         """Steps until it is done, about: pieces of the context that are still to come count too."""
         unheard = 0 if self.started_s else _pieces(self.context_frames)
-        return self.columns.shape[1] - 1 - self.written + unheard
+        return self.frames - self.frames_done + unheard
 
     @property
     def done(self) -> bool:
-        """Every column is written."""
-        return self.written == self.columns.shape[1] - 1
+        """Every column of the last window is written."""
+        last = self.start + self.window_frames == self.frames
+        return last and self.written == self.positions
 
     @property
     def frames_done(self) -> int:
         """Frames whose codebooks are all known, the context's included."""
-        return max(self.context_frames, self.written - (self.positions - self.frames))
+        delayed = self.positions - self.window_frames
+        return self.start + max(self.known_frames, self.written - delayed)
 
     def advance(self) -> None:
         """Another column was written."""
@@ -163,12 +223,14 @@ class Job:
         end = (
             self.frames_done if last else min(self.frames_done, self.decoded_frames + CHUNK_FRAMES)
         )
-        codes = delay.undelayed(self.columns, self.decoded_frames, end, self.codec.channels)
+        frames = self.decoded_frames - self.start, end - self.start
+        codes = delay.undelayed(self.columns, *frames, self.codec.channels)
         piece = self.stream.push(codes, last=last).cpu().numpy()
-        before = self._decoded_samples()
-        self.pieces.append(piece)
+        begin = self.decoded_samples
+        self.decoded_samples += piece.shape[1]
+        self.samples[:, begin : self.decoded_samples] = piece
         self.decoded_frames = end
-        new = piece[:, max(0, self.context_samples - before) :]
+        new = self.samples[:, max(self.context_samples, begin) : self.decoded_samples]
         return Chunk(self.variation, Clip(new, self.codec.sampling_rate)) if new.size else None
 
     @property
@@ -176,14 +238,10 @@ class Job:
         """Samples of the decoded audio that are the context's reconstruction."""
         return self.context_frames * self.codec.hop
 
-    def _decoded_samples(self) -> int:
-        return sum(piece.shape[1] for piece in self.pieces)
-
     def finished(self, notes: tuple[str, ...] = ()) -> Finished:
         """The take, once `chunk(last=True)` has been called or nothing was made."""
         new_s = (self.frames_done - self.context_frames) / self.codec.frame_rate
-        silence = np.zeros((self.codec.channels, 0), np.float32)
-        decoded = np.concatenate([silence, *self.pieces], axis=1)
+        decoded = self.samples[:, : self.decoded_samples]
         clip = self.clip if self.request.include_prompt else None
         if clip is None:
             take = Clip(decoded[:, self.context_samples :], self.codec.sampling_rate)
