@@ -30,6 +30,23 @@ def tiny_stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-stereo", stereo=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny melody checkpoint's folder; copy it before changing it."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-melody", melody=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_stereo_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stereo melody checkpoint's folder; copy it before changing it."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stereo-melody"
+    return tiny.build(folder, stereo=True, melody=True, text_hidden=24)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Browser tests last: Playwright leaves an event loop running in the main thread."""
     items.sort(key=lambda item: item.get_closest_marker("browser") is not None)

@@ -24,12 +24,22 @@ from transformers import (
     MusicgenConfig,
     MusicgenDecoderConfig,
     MusicgenForConditionalGeneration,
+    MusicgenMelodyConfig,
+    MusicgenMelodyDecoderConfig,
+    MusicgenMelodyForConditionalGeneration,
     MusicgenProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
 )
 
 CODEBOOKS_A_CHANNEL = 4
+CLASSES = (MusicgenConfig, MusicgenForConditionalGeneration, MusicgenDecoderConfig)
+MELODY_CLASSES = (
+    MusicgenMelodyConfig,
+    MusicgenMelodyForConditionalGeneration,
+    MusicgenMelodyDecoderConfig,
+)
 WORDS = [
     *("80s", "pop", "rock", "techno", "slow", "fast", "piano", "drums", "bass", "guitar"),
     *("and", "with", "the", "warm", "bright"),
@@ -41,6 +51,7 @@ def build(
     folder: Path | str,
     *,
     stereo: bool = False,
+    melody: bool = False,
     codebook_size: int = 64,
     layers: int = 2,
     hidden: int = 16,
@@ -55,29 +66,49 @@ def build(
     """Writes a checkpoint into `folder` and returns it.
 
     `codebook_size` is a power of two. `text_hidden` other than `hidden` adds the projection
-    between text encoder and decoder. `gated_t5` gives T5 1.1's feed-forward. The global random
-    state is left as it was.
+    between text encoder and decoder. `gated_t5` gives T5 1.1's feed-forward. `melody` makes it one
+    that follows melodies. The global random state is left as it was.
     """
     folder = Path(folder)
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = MusicgenConfig(
+        config_class, model_class, decoder_class = MELODY_CLASSES if melody else CLASSES
+        config = config_class(
             text_encoder=_t5(len(tokenizer), text_hidden, gated_t5),
             audio_encoder=_encodec(codebook_size, sampling_rate, ratios),
-            decoder=_decoder(codebook_size, layers, hidden, heads, stereo),
+            decoder=_decoder(decoder_class, codebook_size, layers, hidden, heads, stereo),
         )
-        model = MusicgenForConditionalGeneration(config).eval()
+        model = model_class(config).eval()
         _waken_text(model)
         _waken_decoder(model)
         _waken_codec(model.audio_encoder)
     model.generation_config = _generation(codebook_size)
     model.to(dtype).save_pretrained(folder)
+    if melody:
+        _save_melody_processor(folder, tokenizer)
+        return folder
     extractor = EncodecFeatureExtractor(
         feature_size=2 if stereo else 1, sampling_rate=sampling_rate, padding_side="left"
     )
     MusicgenProcessor(extractor, tokenizer).save_pretrained(folder)
     return folder
+
+
+def _save_melody_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """By hand, as its class needs torchaudio."""
+    tokenizer.save_pretrained(folder)
+    extractor = {
+        "feature_extractor_type": "MusicgenMelodyFeatureExtractor",
+        "feature_size": 12,
+        "num_chroma": 12,
+        "sampling_rate": 32_000,
+        "n_fft": 16_384,
+        "hop_length": 4_096,
+        "chunk_length": 30,
+    }
+    processor = {"feature_extractor": extractor, "processor_class": "MusicgenMelodyProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
 
 
 def edit_config(folder: Path, part: str | None = None, **values: object) -> None:
@@ -124,9 +155,9 @@ def _encodec(codebook_size: int, sampling_rate: int, ratios: Sequence[int]) -> E
 
 
 def _decoder(
-    codebook_size: int, layers: int, hidden: int, heads: int, stereo: bool
-) -> MusicgenDecoderConfig:
-    return MusicgenDecoderConfig(
+    kind: type, codebook_size: int, layers: int, hidden: int, heads: int, stereo: bool
+) -> PreTrainedConfig:
+    return kind(
         vocab_size=codebook_size,
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -177,6 +208,8 @@ def _waken_text(model: MusicgenForConditionalGeneration) -> None:
     torch.nn.init.normal_(model.text_encoder.shared.weight)
     if hasattr(model, "enc_to_dec_proj"):
         torch.nn.init.orthogonal_(model.enc_to_dec_proj.weight)
+    if hasattr(model, "audio_enc_to_dec_proj"):
+        torch.nn.init.normal_(model.audio_enc_to_dec_proj.weight)
 
 
 @torch.no_grad()
