@@ -3,13 +3,16 @@
 A checkpoint that lies complete in the Hub's cache is used without asking the network, so a second
 start is quick and works offline. Otherwise `huggingface_hub` downloads the few files that are
 needed, one form of the weights alone; it takes up a transfer that breaks off where it stopped, and
-keeps finished files for the next attempt. Whatever goes wrong becomes one sentence.
+keeps finished files for the next attempt. What came is held against the hashes that the Hub states
+for it, and no answer is waited for longer than `_ANSWER_S`. Whatever goes wrong becomes one
+sentence.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import get_session
 from tqdm import tqdm
 
 from musicgen_ui.request import RequestError
@@ -49,6 +53,7 @@ _OTHERS = (
     "spiece.model",
 )
 _LOOK_S = 3.0  # how long to wait for the Hub where there is another choice
+_ANSWER_S = 20.0  # and where there is none; the client itself would wait for ever
 
 
 def download(repo_id: str, say: Callable[[str], None]) -> Path:
@@ -57,24 +62,64 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
     `say` hears how far it is, in words; what it raises ends the download.
 
     Raises:
-        RequestError: there is no such checkpoint, or no network, or the download broke off.
+        RequestError: there is no such checkpoint, or no network, or the download broke off, or
+            what came is not what the Hub holds.
     """
     folder = cached(repo_id)
     if folder:
         return folder
     say(f"asking the Hub for {repo_id}")
-    bars = _bars(f"downloading {repo_id}", say)
-    with _Sentences(repo_id):
-        for weights in WEIGHTS:
-            folder = Path(
-                snapshot_download(repo_id, allow_patterns=[*_OTHERS, weights], tqdm_class=bars)
-            )
-            if weights_in(folder):
-                return folder
+    for weights in WEIGHTS:
+        folder = _fetched(repo_id, [*_OTHERS, weights], say)
+        if weights_in(folder):
+            return folder
     raise RequestError(
         f"{repo_id} on the Hub has no weights in transformers' format: choose another checkpoint.",
         "checkpoint",
     )
+
+
+def _fetched(repo_id: str, patterns: list[str], say: Callable[[str], None]) -> Path:
+    """A snapshot of the files that match; fetched once more where something came damaged."""
+    bars = _bars(f"downloading {repo_id}", say)
+    for _ in range(2):
+        with _Sentences(repo_id):
+            # Not hf_hub_download: without a network it tries for 23 s before it says so.
+            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, tqdm_class=bars))
+            say(f"checking {repo_id}")
+            if not _delete_damaged(folder):
+                return folder
+    raise RequestError(
+        f"{repo_id} came damaged from the Hub, twice, and was deleted: check the network and try "
+        "again.",
+        "checkpoint",
+    )
+
+
+def _delete_damaged(folder: Path) -> int:
+    """Deletes the files of a cached snapshot that are not what the Hub holds; how many there were.
+
+    Each is a link to a file that is called by the Hub's hash of it: SHA-256, or git's for a small
+    one. Where the system has no links there is no such name, and nothing is checked.
+    """
+    damaged = [path for path in folder.glob("*") if path.is_symlink() and not _is_whole(path)]
+    for path in damaged:
+        path.resolve().unlink()
+        path.unlink()
+    return len(damaged)
+
+
+def _is_whole(path: Path) -> bool:
+    stated = path.resolve().name
+    digest = {64: hashlib.sha256(), 40: hashlib.sha1(usedforsecurity=False)}.get(len(stated))
+    if digest is None:
+        return True
+    if len(stated) == 40:
+        digest.update(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest() == stated
 
 
 def cached(repo_id: str) -> Path | None:
@@ -107,6 +152,19 @@ def cached_with(repo_id: str, file: str) -> Path | None:
     return folder if folder and (folder / file).is_file() else None
 
 
+def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
+    """A folder with a repository's files of these names, as far as it has them.
+
+    Raises:
+        RequestError: there is no such repository, or no network; it names `field` of the request.
+    """
+    folder = _cached_snapshot(repo_id, [*names])
+    if folder and all((folder / name).is_file() for name in names):
+        return folder
+    with _Sentences(repo_id, field):
+        return Path(snapshot_download(repo_id, allow_patterns=[*names]))
+
+
 def config_file(repo_id: str) -> Path:
     """The checkpoint's `config.json`, from the cache if it is there, else from the Hub.
 
@@ -117,9 +175,7 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
-        with _Sentences(repo_id):
-            # Not hf_hub_download: without a network it tries for 23 s before it says so.
-            folder = Path(snapshot_download(repo_id, allow_patterns=[*_FACTS]))
+        folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
 
 
@@ -141,15 +197,18 @@ def _reachable(repo_id: str, minute: int) -> bool:
 class _Sentences:
     """Turns what the Hub's client raises into the sentence that the user reads."""
 
-    def __init__(self, repo_id: str) -> None:
+    def __init__(self, repo_id: str, field: str = "checkpoint") -> None:
         self.repo_id = repo_id
+        self.field = field
 
     def __enter__(self) -> None:
-        pass
+        hooks = get_session().event_hooks["request"]
+        if _wait_for_an_end not in hooks:
+            hooks.append(_wait_for_an_end)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, (RequestError, Abandoned)):
-            raise RequestError(self._sentence(error), "checkpoint") from error
+            raise RequestError(self._sentence(error), self.field) from error
 
     def _sentence(self, error: Exception) -> str:
         name = self.repo_id
@@ -168,6 +227,13 @@ class _Sentences:
             f"{name} is not on this computer and cannot be downloaded now: check the network and "
             'try again, or choose the checkpoint "bundled", which needs none.'
         )
+
+
+def _wait_for_an_end(request: Any) -> None:
+    """Gives a request of the client the limits that it lacks (a hook of httpx)."""
+    limits = request.extensions.get("timeout") or {}
+    phases = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {phase: limits.get(phase) or _ANSWER_S for phase in phases}
 
 
 class Abandoned(Exception):  # noqa: N818 - nothing went wrong

@@ -1,7 +1,8 @@
 """A Hub on this computer: enough of the Hugging Face Hub's API for the real client to download.
 
-It serves folders as repositories, with ranges, and can misbehave: break a transfer off, or answer
-that there is no such repository. It records what it was asked for.
+It serves folders as repositories, with ranges, and can misbehave: break a transfer off, damage or
+stall it, answer nothing at all, or say that there is no such repository. It records what it was
+asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Hub:
     repositories: dict[str, Path] = field(default_factory=dict)
     break_after: dict[str, list[int]] = field(default_factory=dict)  # a file: bytes before each cut
     slow: threading.Event | None = None  # transfers wait for it half-way
+    silent: threading.Event | None = None  # all answers wait for it
+    damaged: dict[str, int] = field(default_factory=dict)  # a file: how often it comes damaged
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
 
     def fetched(self) -> list[str]:
@@ -69,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        if self.state.silent:
+            self.state.silent.wait(10)
         path = unquote(urlsplit(self.path).path)
         self.state.asked.append((self.command, path, self.headers.get("Range", "")))
         if path.startswith("/api/models/"):
@@ -91,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, file: Path) -> None:
         body = file.read_bytes()
         headers = {"ETag": f'"{_hash(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if _is_lfs(file):
+            headers |= {"X-Linked-ETag": f'"{_hash(file)}"', "X-Linked-Size": str(len(body))}
+        if self.command == "GET" and self.state.damaged.get(file.name):
+            self.state.damaged[file.name] -= 1
+            body = body[:-9] + bytes(255 - byte for byte in body[-9:])
         wanted = self.headers.get("Range", "").removeprefix("bytes=")
         if not wanted:
             self._send(200, body, headers, self.state.break_after.get(file.name))
@@ -117,8 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def _is_lfs(file: Path) -> bool:
+    return file.stat().st_size > 100_000
+
+
 def _hash(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
+    """As the Hub names contents: SHA-256 of large files, git's hash of small ones."""
+    content = file.read_bytes()
+    if _is_lfs(file):
+        return hashlib.sha256(content).hexdigest()
+    whole = f"blob {len(content)}\0".encode() + content
+    return hashlib.sha1(whole, usedforsecurity=False).hexdigest()
 
 
 def _info(name: str, folder: Path) -> dict:
@@ -127,7 +146,11 @@ def _info(name: str, folder: Path) -> dict:
 
 
 def _tree(folder: Path) -> list[dict]:
-    return [
-        {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _hash(file)}
-        for file in sorted(folder.iterdir())
-    ]
+    return [_entry(file) for file in sorted(folder.iterdir())]
+
+
+def _entry(file: Path) -> dict:
+    size = file.stat().st_size
+    entry = {"type": "file", "path": file.name, "size": size, "oid": _hash(file)[:40]}
+    lfs = {"oid": _hash(file), "size": size, "pointerSize": 134}
+    return entry | {"lfs": lfs} if _is_lfs(file) else entry

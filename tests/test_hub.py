@@ -103,6 +103,38 @@ def test_a_download_that_fails_is_a_sentence_and_the_next_one_completes(served, 
     assert "tokenizer.json" not in served.fetched()  # what was complete was kept
 
 
+def test_a_damaged_file_is_fetched_again(served):
+    served.damaged = {"model.safetensors": 1, "config.json": 1}
+    load(TINY)
+    assert served.fetched().count("model.safetensors") == 2
+    assert served.fetched().count("tokenizer.json") == 1
+
+
+def test_a_file_that_keeps_coming_damaged_is_told_and_not_kept(served, tmp_path):
+    served.damaged = {"model.safetensors": 2}
+    with pytest.raises(RequestError, match="damaged from the Hub, twice"):
+        load(TINY)
+    assert hub.cached(TINY) is None
+    assert all(path.exists() for path in (tmp_path / "cache").rglob("*"))  # no dead link
+    load(TINY)
+
+
+@pytest.mark.parametrize("stalls", ["silent", "slow"])
+def test_a_hub_that_hangs_is_told_and_the_next_attempt_completes(served, monkeypatch, stalls):
+    from huggingface_hub import file_download
+
+    monkeypatch.setattr(hub, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
+    gate = threading.Event()
+    setattr(served, stalls, gate)  # no answer at all, or half of the weights
+    with pytest.raises(RequestError, match="cannot be downloaded now"):
+        hub.download(TINY, print)
+    setattr(served, stalls, None)
+    gate.set()
+    assert hub.weights_in(hub.download(TINY, print))
+
+
 def test_what_say_raises_ends_the_download(served):
     def leave(note: str) -> None:
         if note.startswith("downloading"):
