@@ -9,9 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from musicgen_ui.request import WINDOW_S, RequestError
+from musicgen_ui.request import MAX_DURATION_S, RequestError
 
 PREFIX = "MUSICGEN_UI_"
+# Spaces are public, and their own proxies have private addresses.
+ON_SPACES = {
+    "any_checkpoint": False,
+    "max_duration_s": 60.0,
+    "visitor_jobs": 8,
+    "visitor_seconds": 900.0,
+    "trusted_proxies": "127.0.0.1,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
+}
 
 
 def _setting(default: Any, help: str, env: str | None = None) -> Any:
@@ -36,7 +44,24 @@ class Settings:
     idle_s: float = _setting(900.0, "seconds until an idle model is unloaded; 0 is never")
     jobs: int = _setting(8, "takes made at the same time")
     queue_length: int = _setting(32, "takes being made or waiting; more are turned away")
-    max_duration_s: float = _setting(WINDOW_S, "longest take, in seconds of new music")
+    visitor_jobs: int = _setting(
+        0, "takes of one visitor being made or waiting; 0 is any number, 8 on Spaces"
+    )
+    visitor_seconds: float = _setting(
+        0.0, "seconds of music an hour for each visitor; 0 is any number, 900 on Spaces"
+    )
+    trusted_proxies: str = _setting(
+        "",
+        "networks of proxies in front that say who visits: 127.0.0.1,10.0.0.0/8; on Spaces its own",
+        "FORWARDED_ALLOW_IPS",
+    )
+    metrics_token: str = _setting(
+        "", "what /metrics wants as a bearer token; empty is for this computer alone"
+    )
+    log_prompts: bool = _setting(False, "the log's line of each job tells its prompt")
+    max_duration_s: float = _setting(
+        MAX_DURATION_S, "longest take, in seconds of new music; 60 on Spaces, where others wait"
+    )
     max_upload_mb: float = _setting(100.0, "largest upload in MB")
     output_folder: str = _setting(
         "", "where takes are kept; empty is a temporary folder, cleared after a day"
@@ -89,7 +114,7 @@ def settings(
         add_flags(parser)
         arguments = vars(parser.parse_args(list(arguments)))
     names = [spec.name for spec in dataclasses.fields(Settings)]
-    values: dict[str, Any] = {"any_checkpoint": not environment.get("SPACE_ID")}  # public there
+    values: dict[str, Any] = dict(ON_SPACES) if environment.get("SPACE_ID") else {}
     values |= {n: environment[variable(n)] for n in names if environment.get(variable(n))}
     values |= {n: arguments[n] for n in names if arguments.get(n) is not None}
     return Settings(**values)
