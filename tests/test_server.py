@@ -16,7 +16,7 @@ from fakes import FakeEngine
 
 from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import GenerationRequest, RequestError
-from musicgen_ui.ui.limits import BodyLimit, sweep
+from musicgen_ui.ui.limits import BodyLimit, Sweeper
 from musicgen_ui.ui.server import BackgroundEngine, main
 from musicgen_ui.ui.settings import Settings, settings, table, variable
 
@@ -151,12 +151,33 @@ def test_bodies_are_bounded(
     assert post(path, chunks, length) == status
 
 
-def test_the_sweeper_deletes_what_is_old_and_folders_that_are_empty(tmp_path: Path) -> None:
-    old, new = tmp_path / "a" / "old.wav", tmp_path / "b" / "new.wav"
-    for path in (old, new):
-        path.parent.mkdir()
+def test_the_sweeper_deletes_what_is_old_and_folders_that_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, used = tmp_path / "a" / "old.wav", tmp_path / "b" / "new.wav", tmp_path / "used.wav"
+    sweeper, now_s = Sweeper(tmp_path, kept_s=100), 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    for path in (old, used):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
-    yesterday = time.time() - 100_000
-    os.utime(old, (yesterday, yesterday))
-    assert sweep(tmp_path, 50_000) == 1
-    assert new.exists() and not old.parent.exists()
+    assert sweeper.sweep() == 0
+    now_s += 99
+    new.parent.mkdir()
+    new.write_bytes(b"x")
+    os.utime(used, ns=(1, 1))
+    assert sweeper.sweep() == 0
+    now_s += 2
+    assert sweeper.sweep() == 1
+    assert new.exists() and used.exists() and not old.parent.exists()
+
+
+@pytest.mark.parametrize("jump_s", [-1e6, 1e6])
+def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, jump_s: float) -> None:
+    path = tmp_path / "take.wav"
+    path.write_bytes(b"x")
+    sweeper = Sweeper(tmp_path, kept_s=100)
+    sweeper.sweep()
+    os.utime(path, (time.time() + jump_s,) * 2)  # as it looks to a clock that was set
+    for _ in range(3):
+        assert sweeper.sweep() == 0
+    assert path.exists()

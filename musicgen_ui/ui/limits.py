@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
-KEPT_S = 24 * 3600  # temporary takes and uploads older than this are deleted
+TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
+KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
 SWEEP_EVERY_S = 600.0
 
 
@@ -68,23 +69,47 @@ async def refuse(send: Callable, text: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def sweep(folder: Path, older_than_s: float) -> int:
-    """Deletes files in `folder` that nobody touched for `older_than_s`; how many."""
-    count, before = 0, time.time() - older_than_s
-    for path in sorted(folder.rglob("*"), reverse=True):
-        try:
-            if path.is_dir():
-                path.rmdir()  # only an empty one goes
-            elif path.stat().st_mtime < before:
-                path.unlink()
-                count += 1
-        except OSError:
-            continue
-    return count
+class Sweeper:
+    """Deletes files in a folder that nobody changed for a while; `skip` is none of its business.
+
+    The age is what this sweeper has seen itself, on a clock that no one sets: were it the age that
+    the file system states, setting the computer's clock would delete what was made just now.
+    """
+
+    def __init__(self, folder: Path, kept_s: float, skip: Path | None = None) -> None:
+        self._folder, self._skip = folder, skip
+        self._kept_s = kept_s
+        self._seen: dict[Path, tuple[int, float]] = {}  # a file's change, and when it was seen
+
+    def sweep(self) -> int:
+        """Deletes what has not changed for `kept_s` of sweeps; how many files."""
+        count, now, seen = 0, time.monotonic(), self._seen
+        self._seen = {}
+        for path in sorted(self._folder.rglob("*"), reverse=True):
+            if self._skip and path.is_relative_to(self._skip):
+                continue
+            try:
+                if path.is_dir():
+                    path.rmdir()  # only an empty one goes
+                    continue
+                changed = path.stat().st_mtime_ns
+                before = seen.get(path, (changed, now))
+                since_s = before[1] if before[0] == changed else now
+                if now - since_s >= self._kept_s:
+                    path.unlink()
+                    count += 1
+                else:
+                    self._seen[path] = (changed, since_s)
+            except OSError:
+                continue
+        return count
 
 
 def sweep_while(running: Callable[[], bool], folder: Path) -> None:
-    """Sweeps a server's temporary folder every ten minutes for as long as it runs."""
+    """Sweeps a server's temporary folder, its takes apart, for as long as it runs."""
+    takes = folder / "takes"
+    sweepers = [Sweeper(folder, KEPT_S, skip=takes), Sweeper(takes, TAKE_KEPT_S)]
     while running():
         time.sleep(SWEEP_EVERY_S)
-        sweep(folder, KEPT_S)
+        for sweeper in sweepers:
+            sweeper.sweep()
