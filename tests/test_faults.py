@@ -25,6 +25,7 @@ from musicgen_ui import files, takes
 from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import form
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.visitors import Desk
 
 ROOT = Path(__file__).parents[1]
 TAB = SimpleNamespace(session_hash="a")
@@ -74,7 +75,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
 def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     tmp_path: Path, full: Callable, code: int, said: str
 ) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, 3)
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3))
     full(tmp_path, code)
     end = shown(handlers, seed=41)
     assert end["heard"] >= 4  # all of the music came before
@@ -92,7 +93,7 @@ def test_where_the_folder_of_takes_is_full_the_visitor_downloads_from_another(
     tmp_path: Path, full: Callable
 ) -> None:
     spare = tmp_path / "spare"
-    handlers = Handlers(FakeEngine(), tmp_path, 3, spare=spare)
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), spare=spare)
     full(tmp_path, errno.ENOSPC)
     end = shown(handlers)
     assert soundfile.info(end["take_audio"]).duration == 1.0
@@ -101,7 +102,7 @@ def test_where_the_folder_of_takes_is_full_the_visitor_downloads_from_another(
 
 
 def test_the_api_is_told_that_nothing_could_be_saved(tmp_path: Path, full: Callable) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, 3)
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3))
     full(tmp_path, errno.ENOSPC)
 
     async def run() -> None:

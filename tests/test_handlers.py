@@ -20,8 +20,9 @@ from musicgen_ui import takes
 from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import FIELDS, RequestError
 from musicgen_ui.ui import form, take_panel
-from musicgen_ui.ui.handlers import SORRY, Desk, Handlers
+from musicgen_ui.ui.handlers import SORRY, Handlers
 from musicgen_ui.ui.live_player import LiveStream, status_text
+from musicgen_ui.ui.visitors import Desk
 
 TAB = SimpleNamespace(session_hash="a")
 OTHER_TAB = SimpleNamespace(session_hash="b")
@@ -34,7 +35,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def handlers(tmp_path: Path) -> Handlers:
-    return Handlers(FakeEngine(), tmp_path, queue_length=3)
+    return Handlers(FakeEngine(), tmp_path, Desk(3))
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_earlier_takes_stay_within_reach(handlers: Handlers) -> None:
 
 
 def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(speed=5.0, chunk_s=0.1), tmp_path, 3)
+    handlers = Handlers(FakeEngine(speed=5.0, chunk_s=0.1), tmp_path, Desk(3))
 
     async def run() -> list[dict[str, Any]]:
         updates, told = [], None
@@ -129,7 +130,7 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
 
 
 def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(speed=1.0), tmp_path, 3)
+    handlers = Handlers(FakeEngine(speed=1.0), tmp_path, Desk(3))
 
     async def run() -> list[dict[str, Any]]:
         updates = []
@@ -145,7 +146,7 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
 
 def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
     engine = FakeEngine(speed=2.0, chunk_s=0.05)
-    handlers = Handlers(engine, tmp_path, 3)
+    handlers = Handlers(engine, tmp_path, Desk(3))
 
     async def job(tab: Any, duration_s: float) -> float:
         async for update in handlers.compose([], tab, **values(duration_s=duration_s)):
@@ -165,7 +166,7 @@ def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
 
 def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
     engine = FakeEngine(speed=1.0)
-    handlers = Handlers(engine, tmp_path, 3)
+    handlers = Handlers(engine, tmp_path, Desk(3))
 
     async def run() -> None:
         updates = handlers.compose([], TAB, **values())
@@ -176,17 +177,6 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert engine.closed == 1 and engine.running == 0 and len(handlers.desk) == 0
-
-
-def test_a_full_queue_says_so() -> None:
-    desk = Desk(1)
-    with (
-        desk.place("a"),
-        pytest.raises(RequestError, match="queue is full"),
-        desk.place("b"),
-    ):
-        pass
-    assert len(desk) == 0
 
 
 @pytest.mark.parametrize(
@@ -200,7 +190,7 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: Exception, said: str
 ) -> None:
     engine = FakeEngine(failure=failure)
-    handlers = Handlers(engine, tmp_path, 3)
+    handlers = Handlers(engine, tmp_path, Desk(3))
     seen: list[dict[str, Any]] = []
 
     async def run() -> None:
@@ -239,7 +229,7 @@ def test_a_wrong_value_is_said_at_its_field(
 
 
 def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, 3, max_duration_s=5.0)
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
     with pytest.raises(gr.Error, match="at most 5 s"):
         compose(handlers, duration_s=6)
 

@@ -1,20 +1,19 @@
 """Between the page and the engine: browser values become a request, its events become updates.
 
-A job has a desk entry from its click to its end: the desk refuses more than the queue holds and
-knows which stop events belong to which tab, so that Stop and a closed tab end their own jobs and
-nobody else's. `compose` serves the page and yields named updates, `generate` serves the API and
-yields (files, JSON); both read the same stream. This is the only module that raises `gr.Error`:
-a `RequestError` shows its sentence, anything else an apology, with the traceback in the log.
+A job has its place at the desk from its click to its end, so that Stop and a closed tab end their
+own jobs and nobody else's, and a record in the journal. `compose` serves the page and yields named
+updates, `generate` serves the API and yields (files, JSON); both read the same stream. This is the
+only module that raises `gr.Error`: a `RequestError` shows its sentence, anything else an apology,
+with the traceback in the log.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,9 @@ from musicgen_ui.request import (
     completed,
 )
 from musicgen_ui.ui import take_panel
+from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import LiveStream, status_text
+from musicgen_ui.ui.visitors import Desk, Visitor
 
 log = logging.getLogger(__name__)
 
@@ -54,42 +55,6 @@ class Saved:
     take: takes.Take
 
 
-class Desk:
-    """The jobs in flight: which belong to which tab, and no more than `limit`."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._stops: dict[str, set[threading.Event]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._stops.values()))
-
-    @contextmanager
-    def place(self, tab: str) -> Iterator[threading.Event]:
-        """A job's place: yields its stop event and sets it at the end, however it ends."""
-        if len(self) >= self.limit:
-            raise RequestError(
-                f"The queue is full: {len(self)} takes are being made or waiting. "
-                "Try again in a minute."
-            )
-        stop = threading.Event()
-        self._stops.setdefault(tab, set()).add(stop)
-        try:
-            yield stop
-        finally:
-            stop.set()
-            self._stops[tab].discard(stop)
-            if not self._stops[tab]:
-                del self._stops[tab]
-
-    def stop(self, tab: str) -> int:
-        """Asks a tab's jobs to stop; how many there were."""
-        stops = self._stops.get(tab, ())
-        for stop in stops:
-            stop.set()
-        return len(stops)
-
-
 def names_every_setting(handler: Callable) -> Callable:
     """Gives a handler that takes `**values` the request's fields as named, optional parameters.
 
@@ -100,9 +65,9 @@ def names_every_setting(handler: Callable) -> Callable:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in FIELDS]
     handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
-    own = "the checkpoint's own, else "
+    theirs = "the checkpoint's own, else "
     lines = (
-        f"{n}: {f.metadata['help']} (default {own if n in CHECKPOINT_FIELDS else ''}{f.default!r})"
+        f"{n}: {f.metadata['help']} (default {theirs if n in CHECKPOINT_FIELDS else ''}{f.default!r})"
         for n, f in FIELDS.items()
     )
     doc = inspect.cleandoc(handler.__doc__ or "")
@@ -125,13 +90,14 @@ class Handlers:
         self,
         engine: Engine,
         folder: Path,
-        queue_length: int,
+        desk: Desk,
         max_duration_s: float = 30.0,
         spare: Path | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.engine = engine
         self.folder, self.spare = folder, spare
-        self.desk = Desk(queue_length)
+        self.desk, self.journal = desk, journal or Journal()
         self.max_duration_s = max_duration_s
 
     @names_every_setting
@@ -149,10 +115,10 @@ class Handlers:
         self, history: list[take_panel.Group], request: gr.Request, **values: Any
     ) -> AsyncGenerator[Updates, None]:
         """The page's Generate: status and live music first, then the takes."""
-        live = LiveStream(total_s=1.0)
+        live, visitor = LiveStream(total_s=1.0), Visitor.of(request)
         yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
         try:
-            async with aclosing(self._updates(live, history, tab(request), values)) as updates:
+            async with aclosing(self._updates(live, history, visitor, values)) as updates:
                 async for update in updates:
                     yield update
         except Exception as error:
@@ -177,7 +143,7 @@ class Handlers:
         saved: list[Saved] = []
         lost: takes.UnsavedError | None = None
         try:
-            async with aclosing(self._events(values, tab(request))) as events:
+            async with aclosing(self._events(values, Visitor.of(request))) as events:
                 async for event in events:
                     if isinstance(event, Saved):
                         saved.append(event)
@@ -193,23 +159,27 @@ class Handlers:
 
     def stop(self, request: gr.Request) -> Updates:
         """Asks this tab's jobs to stop; what was made so far comes as a take."""
-        if self.desk.stop(tab(request)):
+        if self.desk.stop(Visitor.of(request).tab):
             return {"stop": gr.update(value="Stopping …", interactive=False)}
         return busy(False)
 
     def closed(self, request: gr.Request) -> None:
         """The tab is gone: its jobs end, and only its own."""
-        self.desk.stop(tab(request))
+        self.desk.stop(Visitor.of(request).tab)
 
     async def _updates(
-        self, live: LiveStream, history: list[take_panel.Group], tab: str, values: dict[str, Any]
+        self,
+        live: LiveStream,
+        history: list[take_panel.Group],
+        visitor: Visitor,
+        values: dict[str, Any],
     ) -> AsyncGenerator[Updates, None]:
         latest = Progress("waiting")
         progress: dict[int, Progress] = {}
         saved: list[Saved] = []
         group: take_panel.Group = []
         shown_at = 0.0
-        async with aclosing(self._events(values, tab)) as events:
+        async with aclosing(self._events(values, visitor)) as events:
             async for event in events:
                 if isinstance(event, GenerationRequest):
                     live.total_s = event.duration_s
@@ -238,14 +208,21 @@ class Handlers:
         yield take_panel.picture(group[0])
 
     async def _events(
-        self, values: dict[str, Any], tab: str
+        self, values: dict[str, Any], visitor: Visitor
     ) -> AsyncGenerator[GenerationRequest | Progress | Chunk | Saved | takes.UnsavedError, None]:
         """The resolved request, then the engine's events, with the takes saved."""
-        with self.desk.place(tab) as stop:
+        with ExitStack() as until_the_end:
+            record = until_the_end.enter_context(self.journal.job())
+            record.asks(self._check(values))
+            stop = until_the_end.enter_context(self.desk.place(visitor, record.takes))
             request, notes = await to_thread.run_sync(self._read, values)
+            record.asks(request)
+            until_the_end.enter_context(self.desk.ledger.share(visitor, record))
             yield request
-            async with aclosing(self.engine.stream(request, stop)) as events:  # type: ignore[type-var]
+            stream: Any = self.engine.stream(request, stop, visitor.name)
+            async with aclosing(stream) as events:
                 async for event in events:
+                    record.note(event)
                     if not isinstance(event, Finished):
                         yield event
                     elif event.clip.duration_s - event.prompt_s >= NEW_AT_LEAST_S:
@@ -269,8 +246,11 @@ class Handlers:
         notes = tuple(note for reading in readings.values() for note in reading.notes)
         return GenerationRequest(**{**values, **clips}).with_seed(), notes
 
-    def _check(self, values: dict[str, Any]) -> None:
-        """Everything that can be known before the clips are read: raises RequestError."""
+    def _check(self, values: dict[str, Any]) -> GenerationRequest:
+        """Everything that can be known before the clips are read: raises RequestError.
+
+        Gives the request with other clips than the true ones.
+        """
         stand_in = Clip(np.ones((1, 32_000), np.float32), 32_000)
         clips = {name: stand_in if values.get(name) else None for name in CLIP_FIELDS}
         request = GenerationRequest(**{**values, **clips})
@@ -280,11 +260,7 @@ class Handlers:
                 "length.",
                 "duration_s",
             )
-
-
-def tab(request: gr.Request) -> str:
-    """Which browser tab, or API client, is asking."""
-    return request.session_hash or ""
+        return request
 
 
 def busy(on: bool) -> Updates:

@@ -18,8 +18,10 @@ from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
 from musicgen_ui.ui import form, take_panel
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import live_player
 from musicgen_ui.ui.settings import Settings
+from musicgen_ui.ui.visitors import Desk, Ledger
 from musicgen_ui.ui.wiring import Parts, connect
 
 IDEAS = {
@@ -38,16 +40,21 @@ WAVEFORM = gr.WaveformOptions(
 
 
 def build(
-    engine: Engine, settings: Settings, folder: Path | None = None, spare: Path | None = None
+    engine: Engine,
+    settings: Settings,
+    folder: Path | None = None,
+    spare: Path | None = None,
+    journal: Journal | None = None,
 ) -> gr.Blocks:
     """The page over an engine; takes are written to `folder`, or to `spare` when it is full.
 
     Loads no model and no torch.
     """
     folder = folder or Path(settings.output_folder or "takes")
-    handlers = Handlers(engine, folder, settings.queue_length, settings.max_duration_s, spare)
-    # Uploads and copies of takes are forgotten after an hour without a download.
-    with gr.Blocks(title="MusicGen UI", delete_cache=(600, 3600), analytics_enabled=False) as page:
+    desk = Desk(settings.queue_length, settings.visitor_jobs, Ledger(settings.visitor_seconds))
+    handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
+    # Not Gradio's delete_cache: it goes by the computer's clock, see `limits.Sweeper`.
+    with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         parts: Parts = {}
         head(parts, engine)
         with gr.Row(elem_id="desk", equal_height=False):

@@ -23,7 +23,7 @@ from musicgen_ui import files
 from musicgen_ui.engine.events import Description, Engine, Event, Health, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import BodyLimit, sweep_while
-from musicgen_ui.ui.settings import Settings, settings
+from musicgen_ui.ui.settings import Settings, settings, variable
 
 log = logging.getLogger(__name__)
 
@@ -134,19 +134,22 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     temporary = files.private_folder()
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ[variable("trusted_proxies")] = chosen.trusted_proxies  # uvicorn reads it
     background = managed_engine(chosen)
     engine = engine or background
 
     from starlette.middleware import Middleware
 
-    from musicgen_ui.ui import page, take_panel
+    from musicgen_ui.ui import metrics, page, take_panel
+    from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
     shown = [takes] if chosen.output_folder else []  # a temporary folder needs no leave
     upload_bytes = round(chosen.max_upload_mb * 1e6)
-    demo = page.build(engine, chosen, takes, temporary / "takes")
+    journal = Journal(chosen.log_prompts)
+    demo = page.build(engine, chosen, takes, temporary / "takes", journal)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(
@@ -167,9 +170,11 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         css_paths=[ASSETS / "style.css"],
         app_kwargs={"middleware": [Middleware(BodyLimit, upload_bytes=upload_bytes + 100_000)]},
     )
-    app.add_api_route("/healthz", lambda: {"status": "ok", "engine": engine.status()})
+    watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
-    app.router.routes.insert(0, app.router.routes.pop())
+    app.router.routes[:0] = metrics.routes(
+        watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies)
+    )
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
     running = lambda: demo.is_running  # noqa: E731
