@@ -25,7 +25,7 @@ from typing import Any
 from musicgen_ui import audio, generate, rows, takes
 from musicgen_ui.engine.events import Engine, Finished, Progress
 from musicgen_ui.generate import DONE, ENDINGS, FAILED, INTERRUPTED, Bar
-from musicgen_ui.request import FIELDS, GenerationRequest, RequestError
+from musicgen_ui.request import FIELDS, GenerationRequest, RequestError, completed
 from musicgen_ui.rows import Piece
 
 MAX_JOBS = 512
@@ -148,6 +148,10 @@ def _takes(count: int) -> str:
     return "1 take" if count == 1 else f"{count:,} takes"
 
 
+class _CannotSaveError(Exception):
+    """The folder takes no more files."""
+
+
 class Batch:
     """Makes pieces and saves them in `folder`, until `stop` is set."""
 
@@ -160,11 +164,14 @@ class Batch:
     async def make(self, engine: Engine, pieces: list[Piece], jobs: int) -> None:
         """Makes every piece, those of one checkpoint before those of the next.
 
-        Raises:
-            RequestError: a take could not be saved, so the next ones could not be either.
+        Ends with the first take that cannot be saved, since the next ones could not be either.
         """
         self._count = len(pieces)
-        with Bar(sum(p.request.duration_s for p in pieces), self.tally.quiet) as self.tally.bar:
+        total_s = sum(piece.request.duration_s for piece in pieces)
+        with (
+            Bar(total_s, self.tally.quiet) as self.tally.bar,
+            contextlib.suppress(_CannotSaveError),
+        ):
             for _, same in itertools.groupby(pieces, key=_model):
                 queue = iter(list(same))
                 await asyncio.gather(*(self._work(engine, queue) for _ in range(jobs)))
@@ -191,8 +198,9 @@ class Batch:
             reading = await asyncio.to_thread(audio.read, path)
             clips[name] = reading.clip
             notes += reading.notes
-        request = dataclasses.replace(piece.request, **clips)
-        events: Any = engine.stream(request, self.stop)
+        defaults_of = lambda name: engine.describe(name).defaults  # noqa: E731
+        values = await asyncio.to_thread(completed, piece.values, defaults_of)
+        events: Any = engine.stream(GenerationRequest(**{**values, **clips}), self.stop)
         async with contextlib.aclosing(events):
             async for event in events:
                 if isinstance(event, Finished):
@@ -209,7 +217,11 @@ class Batch:
     async def _save(self, piece: Piece, finished: Finished) -> None:
         if finished.stopped:
             return
-        take = await asyncio.to_thread(takes.save, finished, self.folder, piece.name)
+        try:
+            take = await asyncio.to_thread(takes.save, finished, self.folder, piece.name)
+        except RequestError as error:
+            self.tally.fail(piece.line, str(error))
+            raise _CannotSaveError from error
         new_s = finished.clip.duration_s - finished.prompt_s
         self.tally.saved(piece, take, new_s)
         self._show(piece, Progress("composing", done_s=new_s))

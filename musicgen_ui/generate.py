@@ -168,14 +168,21 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             reading = audio.read(values[name])
             values[name] = reading.clip
             notes += reading.notes
-    if values["sections"] and not values["sections"].lstrip().startswith("["):
-        values["sections"] = _text_of(Path(values["sections"]))
+    values["sections"] = sections_in(values["sections"], Path())
     return values, tuple(notes)
 
 
-def _text_of(path: Path) -> str:
+def sections_in(value: Any, folder: Path) -> Any:
+    """Sections as they are or, where `value` names a file from `folder` on, the file's text.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
+    if not isinstance(value, str) or not value or value.lstrip().startswith("["):
+        return value
+    path = folder / Path(value).expanduser()
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{path} cannot be read as sections: give a file of JSON, or JSON itself.", "sections"

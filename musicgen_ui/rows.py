@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from musicgen_ui import takes
+from musicgen_ui.generate import sections_in
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -43,8 +44,13 @@ class Piece:
 
     line: int
     name: str  # of the take, without its ending
-    request: GenerationRequest  # one variation with its seed; clips stand in for those to be read
+    values: Mapping[str, Any]  # what was asked for, with a seed; the rest is the checkpoint's
     clips: Mapping[str, Path]
+
+    @functools.cached_property
+    def request(self) -> GenerationRequest:
+        """One variation as far as it is known without the checkpoint and with clips unread."""
+        return GenerationRequest(**{**self.values, **dict.fromkeys(self.clips, STAND_IN)})
 
     @property
     def asked(self) -> str:
@@ -117,6 +123,8 @@ class Pieces:
 
     def __init__(self, defaults: Mapping[str, Any], folder: Path) -> None:
         self.defaults = {name: value for name, value in defaults.items() if value is not None}
+        if "sections" in self.defaults:
+            self.defaults["sections"] = sections_in(defaults["sections"], Path())
         self.folder = folder
         self._asked: Counter[str] = Counter()
 
@@ -132,18 +140,16 @@ class Pieces:
             _check_name(name)
         clips = dict(self._clips(row))
         values = {n: v for n, v in {**self.defaults, **row.values}.items() if n not in CLIP_FIELDS}
-        request = GenerationRequest(**values, **dict.fromkeys(clips, STAND_IN))
+        values["sections"] = sections_in(values.get("sections"), self.folder)
+        request = GenerationRequest(**{**values, **dict.fromkeys(clips, STAND_IN)})
+        asked = {n: v for n, v in request.settings().items() if values.get(n) is not None}
         name = f"{row.line:04d}-{takes.slug(request.prompt) or 'untitled'}-"
-        name += self._digest(request, clips)
-        seeded = request.with_seed()
+        name += self._digest(asked, clips)
+        seeded, count = request.with_seed(), request.variations
+        numbers = [f"-{index + 1}" for index in range(count)] if count > 1 else [""]
         return [
-            Piece(
-                row.line,
-                f"{name}-{index + 1}" if request.variations > 1 else name,
-                seeded.variation(index),
-                clips,
-            )
-            for index in range(request.variations)
+            Piece(row.line, name + number, asked | {"seed": one.seed, "variations": 1}, clips)
+            for number, one in zip(numbers, map(seeded.variation, range(count)), strict=True)
         ]
 
     def _clips(self, row: Row) -> Iterator[tuple[str, Path]]:
@@ -158,12 +164,9 @@ class Pieces:
                 raise RequestError(f"There is no file {path}: choose another.", name)
             yield name, path
 
-    def _digest(self, request: GenerationRequest, clips: Mapping[str, Path]) -> str:
-        # What is left at its default counts for nothing, so that new settings change no digest.
-        defaults = GenerationRequest().settings()
-        asked = {n: v for n, v in request.settings().items() if v != defaults[n]}
-        asked |= {name: _content(path) for name, path in clips.items()}
-        text = json.dumps(asked, sort_keys=True, default=str)
+    def _digest(self, asked: Mapping[str, Any], clips: Mapping[str, Path]) -> str:
+        contents = {name: _content(path) for name, path in clips.items()}
+        text = json.dumps({**asked, **contents}, sort_keys=True, default=str)
         self._asked[text] += 1  # the same row again is another take
         return hashlib.sha256(f"{text}{self._asked[text]}".encode()).hexdigest()[:8]
 

@@ -79,7 +79,7 @@ EXAMPLES = [
     shlex.split(line)[3:]
     for block in blocks("bash")
     for line in block.splitlines()
-    if line.startswith("python -m musicgen_ui generate")
+    if line.startswith("python -m musicgen_ui generate") and "--batch" not in line
 ]
 
 
