@@ -265,6 +265,10 @@ def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
 
 def test_status_lines() -> None:
     assert status_text(Progress("waiting", place=2)) == "Waiting at place 2"
+    assert status_text(Progress("waiting", place=3, wait_s=39.6)) == (
+        "Waiting at place 3, about 40 s"
+    )
+    assert status_text(Progress("waiting", place=1, wait_s=200)).endswith("next, about 3 minutes")
     assert (
         status_text(Progress("loading", note="0.3 of 2.4 GB")) == "Loading the model: 0.3 of 2.4 GB"
     )

@@ -65,9 +65,9 @@ def names_every_setting(handler: Callable) -> Callable:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in FIELDS]
     handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
-    theirs = "the checkpoint's own, else "
+    its = "the checkpoint's own, else "
     lines = (
-        f"{n}: {f.metadata['help']} (default {theirs if n in CHECKPOINT_FIELDS else ''}{f.default!r})"
+        f"{n}: {f.metadata['help']} (default {its if n in CHECKPOINT_FIELDS else ''}{f.default!r})"
         for n, f in FIELDS.items()
     )
     doc = inspect.cleandoc(handler.__doc__ or "")

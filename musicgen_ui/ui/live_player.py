@@ -100,9 +100,10 @@ class LiveStream:
 def status_text(progress: Progress) -> str:
     """One line: where a job stands."""
     if progress.stage == "waiting":
-        if progress.place > 1:
-            return f"Waiting at place {progress.place}"
-        return "Waiting: you are next" if progress.place else "Waiting"
+        if not progress.place:
+            return "Waiting"
+        place = f" at place {progress.place}" if progress.place > 1 else ": you are next"
+        return f"Waiting{place}" + (f", {about(progress.wait_s)}" if progress.wait_s else "")
     if progress.stage == "loading":
         return "Loading the model" + (f": {progress.note}" if progress.note else " …")
     text = f"Composing {progress.done_s:.1f} of {progress.total_s:.1f} s"
@@ -110,6 +111,13 @@ def status_text(progress: Progress) -> str:
         return text
     left_s = (progress.total_s - progress.done_s) / progress.speed
     return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
+
+
+def about(seconds: float) -> str:
+    """A time to come, as exact as it can be known: "about 40 s", "about 12 minutes"."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} minutes"
 
 
 def pcm16(clip: Clip) -> str:

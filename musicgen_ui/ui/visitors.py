@@ -23,6 +23,7 @@ from typing import Any
 
 from musicgen_ui.request import RequestError
 from musicgen_ui.ui.journal import Record
+from musicgen_ui.ui.live_player import about
 
 HOUR_S = 3600.0
 SLOT_S = 60.0  # what a visitor had within so long is one entry of the ledger
@@ -129,7 +130,7 @@ class Ledger:
                 break
         raise RequestError(
             f"Your share of {self.limit_s:g} s of music an hour is used up: come back in "
-            f"{in_words(wait_s)}."
+            f"{about(wait_s)}."
         )
 
     def _current(self, name: str) -> deque[list[float]]:
@@ -213,10 +214,3 @@ class Desk:
                 f"The queue is full: {len(self)} takes are being made or waiting. "
                 "Try again in a minute."
             )
-
-
-def in_words(wait_s: float) -> str:
-    """A wait: "about 40 s", "about 12 minutes"."""
-    if wait_s < 90:
-        return f"about {max(1, round(wait_s))} s"
-    return f"about {round(wait_s / 60)} minutes"
