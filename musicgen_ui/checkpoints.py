@@ -22,7 +22,11 @@ from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerBase
+    from transformers import (
+        MusicgenForConditionalGeneration,
+        MusicgenMelodyForConditionalGeneration,
+        PreTrainedTokenizerBase,
+    )
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "bundled"
 DEFAULT_ON_GPU = "facebook/musicgen-small"
@@ -41,11 +45,12 @@ class Source:
 class Loaded:
     """A checkpoint in memory: transformers' model on the CPU and its own tokenizer."""
 
-    model: MusicgenForConditionalGeneration
+    model: MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     name: str
     sampling_rate: int  # Hz
     channels: int
+    extractor: dict[str, Any]  # the feature extractor's configuration
 
 
 def known() -> dict[str, Source]:
@@ -54,7 +59,7 @@ def known() -> dict[str, Source]:
     sources = {f.name: Source(f.name, f) for f in folders if (f / "config.json").is_file()}
     for stereo in ("", "stereo-"):
         sources |= {
-            stereo + s: Source(f"facebook/musicgen-{stereo}{s}") for s in configuration.META_SIZES
+            stereo + w: Source(f"facebook/musicgen-{stereo}{w}") for w in configuration.META_WORDS
         }
     return sources
 
@@ -96,10 +101,10 @@ def _find(checkpoint: str) -> Source:
     word = checkpoint.lower().removeprefix("facebook/").removeprefix("musicgen-")
     if word in words:
         return words[word]
-    folder = _folder(checkpoint)
+    folder = folder_of(checkpoint)
     if folder:
         same = (source for source in words.values() if source.folder == folder)
-        return next(same, Source(_shown(folder), folder))
+        return next(same, Source(shown(folder), folder))
     if hub.ID.fullmatch(checkpoint) and not checkpoint.endswith((".git", ".")):
         return Source(checkpoint)
     names = ", ".join(words)
@@ -110,7 +115,8 @@ def _find(checkpoint: str) -> Source:
     )
 
 
-def _folder(checkpoint: str) -> Path | None:
+def folder_of(checkpoint: str) -> Path | None:
+    """The folder that a name is the path of, if there is one."""
     try:
         folder = Path(checkpoint).expanduser()
         return folder.resolve() if folder.is_dir() else None
@@ -118,7 +124,7 @@ def _folder(checkpoint: str) -> Path | None:
         return None
 
 
-def _shown(folder: Path) -> str:
+def shown(folder: Path) -> str:
     """A folder as its owner writes it: takes name it, and need not tell who that is."""
     home = Path.home()
     return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
@@ -146,6 +152,8 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
         f"about {configuration.size_in_words(memory)} of memory",
         f"{'stereo' if stereo else 'mono'}, {rate / 1000:g} kHz",
     ]
+    if config["melody"]:
+        parts.append("follows melodies")
     if source.name.startswith("facebook/musicgen-"):
         parts.append(f"weights {META_LICENCE}: not for commercial use")
     choice: Literal["choice", "always", "never"] = "choice" if _sibling(source) else "never"
@@ -154,6 +162,7 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
         "always" if stereo else choice,
         rate,
         " · ".join(parts),
+        melody=bool(config["melody"]),
         defaults=defaults.stated(_generation(source), config),
     )
 
@@ -175,8 +184,8 @@ def config_of(source: Source) -> configuration.Configuration:
     if source.folder and exported.is_audiocraft(source.folder):
         return configuration.of(source.name, convert.config_of(source.folder))
     if source.folder is None and source in known().values():
-        stereo, _, size = source.name.removeprefix("facebook/musicgen-").rpartition("-")
-        return configuration.meta(size, stereo == "stereo")
+        word = source.name.removeprefix("facebook/musicgen-")
+        return configuration.meta(word.removeprefix("stereo-"), word.startswith("stereo-"))
     file = source.folder / "config.json" if source.folder else hub.config_file(source.name)
     return configuration.read(source.name, file)
 
@@ -205,31 +214,38 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
     say(f"reading {source.name}")
     try:
         with _READING:
-            read = convert.load if exported.is_audiocraft(folder) else _read
-            model, tokenizer = read(folder, dtype)
+            if exported.is_audiocraft(folder):
+                model, tokenizer, extractor = convert.load(folder, dtype)
+            else:
+                model, tokenizer = _read(folder, dtype, bool(config["melody"]))
+                extractor = next(configuration.extractors(folder), {})
     except Exception as error:
         if isinstance(error, RequestError) or out_of_memory(error):
             raise
         raise RequestError(
             f"{source.name} could not be read, its files are damaged or incomplete: delete "
-            f"{_shown(folder)} and fetch it again, or choose another checkpoint.",
+            f"{shown(folder)} and fetch it again, or choose another checkpoint.",
             "checkpoint",
         ) from error
     rate, channels = config["audio_encoder"]["sampling_rate"], config["decoder"]["audio_channels"]
-    return Loaded(model, tokenizer, source.name, rate, channels)
+    return Loaded(model, tokenizer, source.name, rate, channels, extractor)
 
 
-def _read(
-    folder: Path, dtype: torch.dtype
-) -> tuple[MusicgenForConditionalGeneration, PreTrainedTokenizerBase]:
+def _read(folder: Path, dtype: torch.dtype, melody: bool) -> tuple[Any, PreTrainedTokenizerBase]:
     # Imported here: it takes seconds, and most of this module is needed before.
-    from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+    from transformers import (
+        AutoTokenizer,
+        MusicgenForConditionalGeneration,
+        MusicgenMelodyForConditionalGeneration,
+    )
 
     parts.quieten()
-    # The tokenizer alone: the processor of some checkpoints needs torchaudio.
+    # The tokenizer alone: the processor of melody checkpoints needs torchaudio.
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    read: Any = MusicgenForConditionalGeneration.from_pretrained
-    model, found = read(
+    kind: Any = (
+        MusicgenMelodyForConditionalGeneration if melody else MusicgenForConditionalGeneration
+    )
+    model, found = kind.from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from musicgen_ui.request import WINDOW_S, RequestError
 
-Configuration = dict[str, dict[str, Any]]  # "text_encoder", "audio_encoder" and "decoder"
+# "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
+Configuration = dict[str, dict[str, Any]]
 
 # Meta's sizes: layers, hidden size, heads, feed-forward size of the decoder. The rest is the same.
 META_SIZES = {
@@ -22,6 +24,13 @@ META_SIZES = {
     "medium": (48, 1536, 24, 6144),
     "large": (48, 2048, 32, 8192),
 }
+# Meta's checkpoints, each mono and stereo, by the word that names them: size, and whether they
+# follow melodies.
+META_WORDS = {size: (size, False) for size in META_SIZES} | {
+    "melody": ("medium", True),
+    "melody-large": ("large", True),
+}
+MELODY = {"num_chroma": 12, "chroma_length": 235}  # pitch classes, and columns of them in 30 s
 # What a configuration means where it is silent: Meta's values.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "text_encoder": {
@@ -64,8 +73,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def meta(size: str, stereo: bool) -> Configuration:
-    """The configuration of one of Meta's checkpoints: "small", "medium" or "large"."""
+def meta(word: str, stereo: bool) -> Configuration:
+    """The configuration of one of Meta's checkpoints: "small", "melody" …, see `META_WORDS`."""
+    size, melody = META_WORDS[word]
     layers, hidden, heads, ffn = META_SIZES[size]
     decoder = {
         "num_hidden_layers": layers,
@@ -75,7 +85,7 @@ def meta(size: str, stereo: bool) -> Configuration:
         "num_codebooks": 8 if stereo else 4,
         "audio_channels": 2 if stereo else 1,
     }
-    return _filled({"decoder": decoder})
+    return _filled({"decoder": decoder}, melody)
 
 
 def read(name: str, file: Path) -> Configuration:
@@ -99,8 +109,8 @@ def of(name: str, config: Any) -> Configuration:
     """
     try:
         kind = config["model_type"]
-        if kind == "musicgen":
-            return _filled(config)
+        if kind in ("musicgen", "musicgen_melody"):
+            return _filled(config, melody=kind == "musicgen_melody")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(name) from error
     raise RequestError(
@@ -117,9 +127,10 @@ def _unreadable(name: str) -> RequestError:
     )
 
 
-def _filled(config: dict[str, Any]) -> Configuration:
+def _filled(config: dict[str, Any], melody: bool) -> Configuration:
     filled = {part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}
-    for part, values in _DEFAULTS.items():
+    filled["melody"] = {key: config.get(key, value) for key, value in MELODY.items() if melody}
+    for part, values in (_DEFAULTS | {"melody": MELODY if melody else {}}).items():
         for key, default in values.items():
             _hold_kind(filled[part][key], default)
     return filled
@@ -170,13 +181,23 @@ def check(name: str, config: Configuration, folder: Path | None = None) -> None:
         _check_processor(name, config, folder)
 
 
+def extractors(folder: Path) -> Iterator[dict[str, Any]]:
+    """The feature extractor's configuration, from each of the files that may hold it.
+
+    Read as it is: the class of a melody checkpoint's cannot be had without torchaudio.
+    """
+    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            yield values.get("feature_extractor", values)
+
+
 def _check_processor(name: str, config: Configuration, folder: Path) -> None:
     """The feature extractor's own idea of sampling rate and channels, where there is one."""
-    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
-        if not file.is_file():
+    for values in extractors(folder):
+        if config["melody"]:
+            _check_melody(name, config, values)
             continue
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values = values.get("feature_extractor", values)
         rate, wanted = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
         if rate not in (None, wanted):
             raise _misfit(name, f"its processor expects {rate} Hz and its codec {wanted} Hz")
@@ -185,6 +206,17 @@ def _check_processor(name: str, config: Configuration, folder: Path) -> None:
             raise _misfit(
                 name, f"its processor expects {channels} channels and its decoder {wanted}"
             )
+
+
+def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -> None:
+    """A melody's feature extractor has a rate of its own, and pitch classes for channels."""
+    for key in ("sampling_rate", "n_fft", "hop_length", "num_chroma"):
+        value = extractor.get(key, 1)
+        if type(value) is not int or not 0 < value <= 2**20:
+            raise _misfit(name, f"its feature extractor has a {key} of {value!r}")
+    classes, wanted = extractor.get("num_chroma", 12), config["melody"]["num_chroma"]
+    if classes != wanted:
+        raise _misfit(name, f"its processor hears {classes} pitch classes and its decoder {wanted}")
 
 
 def _misfit(name: str, why: str) -> RequestError:
@@ -207,7 +239,8 @@ def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
     """
     codec, decoder = config["audio_encoder"], config["decoder"]
     frames = WINDOW_S * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
-    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * frames
+    positions = frames + config["melody"].get("chroma_length", 0)
+    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
     return round((count_parameters(config) + cached) * bytes_a_weight)
 
 
@@ -216,10 +249,12 @@ def count_parameters(config: Configuration) -> int:
     text, decoder = config["text_encoder"], config["decoder"]
     d, hidden = text["d_model"], decoder["hidden_size"]
     projection = 0 if d == hidden else d * hidden + hidden
+    chroma = config["melody"]["num_chroma"] if config["melody"] else hidden
     return (
         projection
+        + (0 if chroma == hidden else (chroma + 1) * hidden)
         + _count_text(text)
-        + _count_decoder(decoder)
+        + _count_decoder(decoder, attentions=1 if config["melody"] else 2)
         + _count_codec(config["audio_encoder"])
     )
 
@@ -236,9 +271,10 @@ def _count_text(text: dict[str, Any]) -> int:
     )
 
 
-def _count_decoder(decoder: dict[str, Any]) -> int:
+def _count_decoder(decoder: dict[str, Any], attentions: int) -> int:
     hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
-    layer = 8 * hidden**2 + 2 * hidden * decoder["ffn_dim"] + 6 * hidden
+    layer = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
+    layer += 2 * hidden * decoder["ffn_dim"] + 2 * hidden
     heads_and_embeddings = decoder["num_codebooks"] * (2 * codes + 1) * hidden
     return decoder["num_hidden_layers"] * layer + heads_and_embeddings + 2 * hidden
 

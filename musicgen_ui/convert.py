@@ -169,8 +169,9 @@ def fetch(folder: Path, say: Say) -> None:
         parts.fetched(codec.pointer, _CODEC_ADVICE, say)
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """transformers' model with the weights in `folder` as `dtype`, and its tokenizer.
+def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Config]:
+    """transformers' model with the weights in `folder` as `dtype`, its tokenizer, and the
+    configuration of its feature extractor.
 
     Raises:
         RequestError: as `read`.
@@ -183,7 +184,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     # None: no folder, all that there is to read is at hand.
     model = kind.from_pretrained(None, config=config, state_dict=made.weights, dtype=dtype)
     model.generation_config = GenerationConfig(**made.generation)
-    return model.eval(), made.tokenizer
+    return model.eval(), made.tokenizer, made.extractor
 
 
 def read(folder: Path, text_encoder: str | None, say: Say) -> Converted:
@@ -262,9 +263,7 @@ def _extractor(config: Config, melody: Config) -> Config:
 
 def _check(folder: Path, config: Config, model: Exported) -> None:
     """Holds that the parts fit, before shapes are compared."""
-    # Melody's parts fit each other as MusicGen's do.
-    filled = configuration.of(str(folder), config | {"model_type": "musicgen"})
-    configuration.check(str(folder), filled)
+    configuration.check(str(folder), configuration.of(str(folder), config))
     width, hidden = config["text_encoder"].get("d_model"), config["decoder"]["hidden_size"]
     projection = model.weights.get(_TEXT_PROJECTION)
     if projection is not None and projection.dim() == 2 and projection.shape[1] != width:

@@ -45,6 +45,7 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     return Batch(
         loaded.model,
         loaded.tokenizer,
+        extractor=loaded.extractor,
         checkpoint=source.name,
         device=place.device,
         precision=place.precision_for(weights),

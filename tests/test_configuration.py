@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,21 +21,39 @@ def changeable(tiny_mono: Path, tmp_path: Path) -> Path:
 
 
 def test_counted_parameters_are_those_of_the_models_that_transformers_builds(tmp_path):
-    from transformers import MusicgenConfig, MusicgenForConditionalGeneration
-
     variants = [
         {},
         {"stereo": True, "gated_t5": True, "text_hidden": 24},
         {"codebook_size": 32, "ratios": (4, 4, 5, 4), "sampling_rate": 16_000, "layers": 3},
+        {"melody": True},
+        {"melody": True, "stereo": True, "hidden": 12, "text_hidden": 16},  # as wide as the chroma
     ]
     folders = [tiny.build(tmp_path / str(i), **kw) for i, kw in enumerate(variants)]
     for folder in [*folders, checkpoints.BUNDLED]:
-        with torch.device("meta"):
-            config = MusicgenConfig.from_pretrained(folder)
-            model = MusicgenForConditionalGeneration(config)
-        count = sum(parameter.numel() for parameter in model.parameters())
         read = configuration.read("tiny", folder / "config.json")
+        kind = tiny.MELODY_CLASSES if read["melody"] else tiny.CLASSES
+        with torch.device("meta"):
+            model = kind[1](kind[0].from_pretrained(folder))
+        count = sum(parameter.numel() for parameter in model.parameters())
         assert configuration.count_parameters(read) == count
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_chroma", 24, "24 pitch classes and its decoder 12"),
+        ("n_fft", "many", "n_fft of 'many'"),
+        ("hop_length", 0, "hop_length of 0"),
+    ],
+)
+def test_a_melody_processor_that_does_not_fit_is_refused(tiny_melody, tmp_path, key, value, said):
+    folder = Path(shutil.copytree(tiny_melody, tmp_path / "checkpoint"))
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text())
+    values["feature_extractor"][key] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(RequestError, match=said):
+        checkpoints.load(checkpoints.resolve(str(folder)), torch.float32, print)
 
 
 def test_memory_grows_with_size_and_with_precision():
@@ -56,7 +75,7 @@ def test_memory_grows_with_size_and_with_precision():
         ("audio_encoder", {"sampling_rate": 16_000, "target_bandwidths": [0.6]}, "16000 Hz"),
         ("audio_encoder", {"audio_channels": 2}, "its codec takes 2"),
         ("audio_encoder", {"model_type": "dac"}, "not t5 and dac"),
-        (None, {"model_type": "musicgen_melody"}, "musicgen_melody model, not MusicGen"),
+        (None, {"model_type": "bark"}, "bark model, not MusicGen"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_the_weights_are_read(

@@ -22,6 +22,7 @@ from test_engine import generated, make_batch, run_job
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui import audiocraft, checkpoints, configuration, convert, hub
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -125,8 +126,27 @@ def test_melody_checkpoints_give_audiocrafts_tokens_in_transformers(tmp_path):
     assert (extractor["n_fft"], extractor["hop_length"], extractor["chunk_length"]) == (
         *(16384, 4096, 30),
     )
-    with pytest.raises(RequestError, match="holds a musicgen_melody model"):
-        checkpoints.load(checkpoints.resolve(str(out)), torch.float32, quiet)
+
+
+@pytest.mark.parametrize("as_it_is", [False, True])
+def test_melody_checkpoints_give_audiocrafts_tokens_here(tmp_path, as_it_is):
+    """Converted, and as audiocraft wrote it; with the clip itself, so the chroma is ours too."""
+    if as_it_is:
+        out = Path(shutil.copytree(GOLDEN / "melody", tmp_path / "melody"))
+        shutil.copytree(TEXT_ENCODER, out / "text_encoder")
+    else:
+        out = converted(GOLDEN / "melody", tmp_path / "melody")
+    loaded = checkpoints.load(checkpoints.resolve(str(out)), torch.float32, quiet)
+    batch = Batch(
+        loaded.model, loaded.tokenizer, checkpoint=loaded.name, extractor=loaded.extractor
+    )
+    expected = np.load(GOLDEN / "melody" / "expected.npz")
+    prompt, clip = str(expected["prompt"]), Clip(expected["melody"], 32_000)
+    heard = batch.conditioner.conditions(GenerationRequest(prompt, melody=clip))[0][:235]
+    assert np.abs(heard.numpy() - expected["melody_states"][0]).max() < 1e-5
+    for name, melody in (("text_and_melody", clip), ("text_only", None)):
+        codes = greedy(batch, prompt, melody=melody)
+        assert np.array_equal(codes, expected[f"greedy_{name}"][0])
 
 
 def melody_codes(model: Any, inputs: dict[str, Any]) -> np.ndarray:
@@ -534,10 +554,6 @@ def test_a_folder_of_audiocraft_is_a_checkpoint_as_it_is(checkpoint, tmp_path):
 def test_a_folder_of_audiocraft_that_the_app_cannot_play_is_refused(checkpoint, tmp_path):
     with pytest.raises(RequestError, match=r"t5-base .*--text-encoder"):
         checkpoints.load(checkpoints.resolve(str(checkpoint)), torch.float32, quiet)
-    melody = Path(shutil.copytree(GOLDEN / "melody", tmp_path / "melody"))
-    shutil.copytree(TEXT_ENCODER, melody / "text_encoder")
-    with pytest.raises(RequestError, match="holds a musicgen_melody model"):
-        checkpoints.load(checkpoints.resolve(str(melody)), torch.float32, quiet)
 
 
 def test_the_commands_of_the_readme_make_music_of_an_audiocraft_checkpoint(
