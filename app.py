@@ -1,9 +1,9 @@
 """The entry for people and for Spaces: `python app.py`."""
 
-import contextlib
+import os
 
-with contextlib.suppress(ImportError):
-    import spaces  # noqa: F401  (ZeroGPU wants to be imported before torch)
+if os.environ.get("SPACES_ZERO_GPU"):  # its package is there, and wants to be before torch
+    import spaces  # noqa: F401
 
 if __name__ == "__main__":
     from musicgen_ui.ui.server import main
