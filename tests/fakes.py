@@ -39,6 +39,7 @@ class FakeEngine:
     load_s: float = 0.0
     failure: Exception | None = None  # raised while composing
     requests: list[GenerationRequest] = field(default_factory=list)
+    visitors: list[str] = field(default_factory=list)
     closed: int = 0  # iterators closed, finished or not
     running: int = 0
     unloads: int = 0
@@ -54,6 +55,7 @@ class FakeEngine:
         self.describe(request.checkpoint)
         request = request.with_seed()
         self.requests.append(request)
+        self.visitors.append(visitor)
         try:
             place = self.running - self.max_jobs + 1
             self.running += 1
