@@ -167,6 +167,20 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
     )
 
 
+def hold_melody(source: Source) -> None:
+    """Holds that the checkpoint can follow a melody.
+
+    Raises:
+        RequestError: it cannot; the sentence names some that can.
+    """
+    if not config_of(source)["melody"]:
+        able = ", ".join(word for word in known() if "melody" in word)
+        raise RequestError(
+            f"{source.name} cannot follow a melody: choose {able}, or another checkpoint that can.",
+            "checkpoint",
+        )
+
+
 def _generation(source: Source) -> dict[str, Any]:
     """What the checkpoint's `generation_config.json` holds, as far as it is here."""
     if source.folder and exported.is_audiocraft(source.folder):

@@ -198,7 +198,10 @@ def check_checkpoint(request: GenerationRequest) -> None:
     from musicgen_ui import checkpoints
 
     if request.checkpoint != "auto":
-        checkpoints.describe(checkpoints.resolve(request.checkpoint, request.stereo))
+        source = checkpoints.resolve(request.checkpoint, request.stereo)
+        checkpoints.describe(source)
+        if request.melody:
+            checkpoints.hold_melody(source)
 
 
 @contextlib.contextmanager

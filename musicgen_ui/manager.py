@@ -12,11 +12,12 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from musicgen_ui import checkpoints, configuration
+from musicgen_ui import adapters, checkpoints, configuration
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.engine import batch as engine
 from musicgen_ui.engine import device as devices
@@ -154,7 +155,7 @@ class ModelManager:
             RequestError: what the user can mend.
         """
         stop = stop or threading.Event()
-        source = await asyncio.to_thread(self._resolve, request.checkpoint, request.stereo)
+        request, source, adapter = await asyncio.to_thread(self._prepared, request)
         with self._residents.lease(source) as resident:
             for event in _load_events(resident):
                 if stop.is_set():
@@ -162,6 +163,8 @@ class ModelManager:
                 if event:
                     yield event
                 await asyncio.sleep(_LOOK_S)
+            if adapter:
+                await asyncio.to_thread(resident.loaded().adapters.add, request.adapter, adapter)
             events: Any = self._residents.worker(resident).stream(request, stop, visitor)
             async with contextlib.aclosing(events):
                 async for event in events:
@@ -175,14 +178,17 @@ class ModelManager:
         A manager is driven this way or by `stream`, not by both at once.
         """
         stop = stop or threading.Event()
-        source = self._resolve(request.checkpoint, request.stereo)
+        request, source, adapter = self._prepared(request)
         with self._residents.lease(source) as resident:
             for event in _load_events(resident):
                 if event:
                     yield event
                 if stop.wait(_LOOK_S):
                     return
-            yield from engine.stream(resident.loaded(), request, stop)
+            batch = resident.loaded()
+            if adapter:
+                batch.adapters.add(request.adapter, adapter)
+            yield from engine.stream(batch, request, stop)
 
     @contextlib.contextmanager
     def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Batch]:
@@ -206,6 +212,27 @@ class ModelManager:
     def close(self) -> None:
         """Unloads every model, those in use when they are done, and refuses further requests."""
         self._residents.close()
+
+    def _prepared(
+        self, request: GenerationRequest
+    ) -> tuple[GenerationRequest, Source, Path | None]:
+        """The request with its adapter's base, its checkpoint, and the folder of its adapter."""
+        folder = None
+        if request.adapter:
+            if not self._allow_any:
+                raise RequestError(
+                    "This server puts no adapters on: leave the field empty.", "adapter"
+                )
+            found = adapters.find(request.adapter)
+            folder = adapters.fetch(found)
+            request = adapters.with_base(request, found, folder, self.place.device)
+        return request, self._source(request), folder
+
+    def _source(self, request: GenerationRequest) -> Source:
+        source = self._resolve(request.checkpoint, request.stereo)
+        if request.melody:
+            checkpoints.hold_melody(source)
+        return source
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
         if not self._allow_any and checkpoint not in self.checkpoints():
