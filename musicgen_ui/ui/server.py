@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
 
     from starlette.middleware import Middleware
 
-    from musicgen_ui.ui import metrics, page, take_panel
+    from musicgen_ui.ui import gate, metrics, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
@@ -148,6 +149,9 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     takes.mkdir(parents=True, exist_ok=True)
     shown = [takes] if chosen.output_folder else []  # a temporary folder needs no leave
     upload_bytes = round(chosen.max_upload_mb * 1e6)
+    middleware = [Middleware(BodyLimit, upload_bytes=upload_bytes + 100_000)]
+    if chosen.auth:  # before a byte of a body is read
+        middleware.insert(0, Middleware(gate.Gate, *chosen.credentials))
     journal = Journal(chosen.log_prompts)
     demo = page.build(engine, chosen, takes, temporary / "takes", journal)
     # The engine has the real queue; this one only bounds what waits for a validator.
@@ -158,7 +162,10 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         prevent_thread_lock=True,
         quiet=True,
         show_error=False,
-        share=False,
+        share=chosen.share,
+        auth=chosen.credentials if chosen.auth else None,
+        root_path=chosen.root_path,
+        mcp_server=chosen.mcp,
         ssr_mode=False,
         enable_monitoring=False,
         strict_cors=True,
@@ -168,12 +175,12 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         footer_links=["api"],
         theme=page.theme(),
         css_paths=[ASSETS / "style.css"],
-        app_kwargs={"middleware": [Middleware(BodyLimit, upload_bytes=upload_bytes + 100_000)]},
+        app_kwargs={"middleware": middleware},
     )
     watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
     app.router.routes[:0] = metrics.routes(
-        watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies)
+        watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
     )
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
@@ -190,9 +197,21 @@ def close(demo: Any, temporary: Path) -> None:
 
 
 def serve(chosen: Settings, engine: Engine | None = None) -> None:
-    """Serves the page until it is interrupted."""
+    """Serves the page until it is interrupted.
+
+    Raises:
+        RequestError: what was asked for is not installed, or a checkpoint cannot be had.
+    """
+    if chosen.mcp and find_spec("mcp") is None:
+        raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
+    if engine is None and os.environ.get("SPACES_ZERO_GPU"):
+        from musicgen_ui.zero import ZeroEngine
+
+        engine = ZeroEngine(chosen.checkpoint)
     demo, temporary = launch(chosen, engine)
     print(f"MusicGen UI is at {demo.local_url}", flush=True)
+    if chosen.share:
+        print(f"For others: {demo.share_url or 'no link, Gradio has no way out'}", flush=True)
     try:
         demo.block_thread()
     finally:
@@ -209,6 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         serve(chosen)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:  # the port is taken, the address is not ours
         print(f"Cannot listen on {chosen.host}:{chosen.port}: {error}", file=sys.stderr)
         return 1

@@ -26,6 +26,10 @@ def _setting(default: Any, help: str, env: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "env": env})
 
 
+def _secret(help: str) -> Any:
+    return dataclasses.field(default="", repr=False, metadata={"help": help, "env": None})
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a server runs. Each field's `help` is README's row; see `variable` for its name there."""
@@ -34,6 +38,16 @@ class Settings:
         "127.0.0.1", "address to listen on; 0.0.0.0 is every one", "GRADIO_SERVER_NAME"
     )
     port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT")
+    auth: str = _secret("USER:PASSWORD that visitors sign in with; empty is no sign-in")
+    root_path: str = _setting(
+        "", "path under which a reverse proxy shows the app, such as /music", "GRADIO_ROOT_PATH"
+    )
+    share: bool = _setting(
+        False, "a public link through Gradio's servers, for three days", "GRADIO_SHARE"
+    )
+    mcp: bool = _setting(
+        False, "a tool for MCP clients; needs requirements-mcp.txt", "GRADIO_MCP_SERVER"
+    )
     checkpoint: str = _setting("auto", "checkpoint chosen when the page opens")
     any_checkpoint: bool = _setting(
         True, "visitors may name any Hub id or folder; off, as on Spaces, only the listed ones"
@@ -55,8 +69,8 @@ class Settings:
         "networks of proxies in front that say who visits: 127.0.0.1,10.0.0.0/8; on Spaces its own",
         "FORWARDED_ALLOW_IPS",
     )
-    metrics_token: str = _setting(
-        "", "what /metrics wants as a bearer token; empty is for this computer alone"
+    metrics_token: str = _secret(
+        "what /metrics wants as a bearer token; empty is for this computer alone"
     )
     log_prompts: bool = _setting(False, "the log's line of each job tells its prompt")
     max_duration_s: float = _setting(
@@ -70,6 +84,20 @@ class Settings:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             object.__setattr__(self, spec.name, _coerce(spec, getattr(self, spec.name)))
+        if self.auth and not all(self.credentials):
+            raise RequestError(
+                f"{variable('auth')} ({flag('auth')}) must be a name and a password with a colon "
+                "between them."
+            )
+        path = self.root_path.strip("/")
+        whole = path.startswith(("http://", "https://"))
+        object.__setattr__(self, "root_path", f"/{path}" if path and not whole else path)
+
+    @property
+    def credentials(self) -> tuple[str, str]:
+        """The user's name and the password of `auth`."""
+        user, _, password = self.auth.partition(":")
+        return user, password
 
 
 def variable(name: str) -> str:
@@ -115,9 +143,14 @@ def settings(
         arguments = vars(parser.parse_args(list(arguments)))
     names = [spec.name for spec in dataclasses.fields(Settings)]
     values: dict[str, Any] = dict(ON_SPACES) if environment.get("SPACE_ID") else {}
-    values |= {n: environment[variable(n)] for n in names if environment.get(variable(n))}
-    values |= {n: arguments[n] for n in names if arguments.get(n) is not None}
-    return Settings(**values)
+    told = {n: environment[variable(n)] for n in names if environment.get(variable(n))}
+    told |= {n: arguments[n] for n in names if arguments.get(n) is not None}
+    values |= {"any_checkpoint": False} if _on(told.get("share")) else {}  # public too
+    return Settings(**values | told)
+
+
+def _on(value: Any) -> bool:
+    return str(value).lower() in ("1", "true", "on", "yes")
 
 
 def _coerce(spec: dataclasses.Field, value: Any) -> Any:
