@@ -222,6 +222,13 @@ def advanced(parts: Parts, settings: Settings) -> None:
         **about("checkpoint"),
     )
     parts["checkpoint_line"] = gr.HTML("", elem_id="checkpoint_line")
+    with gr.Row(visible=settings.any_checkpoint):
+        parts["adapter"] = gr.Textbox(
+            lines=1,
+            max_length=FIELDS["adapter"].metadata["max"],
+            **about("adapter", "a LoRA by its Hub id or folder; empty is none"),
+        )
+        parts["adapter_strength"] = slider("adapter_strength", 0, 2, 0.05, "1 is as trained")
     parts["negative_prompt"] = gr.Textbox(
         lines=1,
         max_length=FIELDS["negative_prompt"].metadata["max"],
@@ -306,7 +313,9 @@ def take(parts: Parts) -> None:
 
 def api(parts: Parts) -> None:
     """The API's parameters: the request's fields, unlimited by the form's sliders."""
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", tuple: "array"}
+    words = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    kinds: dict[type, dict] = {kind: {"type": word} for kind, word in words.items()}
+    kinds[tuple] = {"type": "array", "items": {}}
     with gr.Column(visible=False):
         for name, spec in FIELDS.items():
             if name in CLIP_FIELDS:
@@ -314,7 +323,7 @@ def api(parts: Parts) -> None:
             else:
                 # None: what the checkpoint states, else the request's default.
                 default = None if name in CHECKPOINT_FIELDS else spec.default
-                component = Api(default, {"type": kinds[type(spec.default)]}, name)
+                component = Api(default, kinds[type(spec.default)], name)
             parts["api:" + name] = component
         parts["api"] = gr.Button("generate")
         parts["api:files"] = gr.File(file_count="multiple", label="files")
