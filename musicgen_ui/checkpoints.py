@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from musicgen_ui import configuration, convert, defaults, exported, hub, parts
 from musicgen_ui.engine.events import Description
+from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
@@ -204,6 +205,19 @@ def config_of(source: Source) -> configuration.Configuration:
     return configuration.read(source.name, file)
 
 
+def fetch(source: Source, say: Callable[[str], None]) -> Path:
+    """The checkpoint's folder, after a download of what is not here; `say` hears how far it is.
+
+    Raises:
+        RequestError: it cannot be had.
+    """
+    configuration.check(source.name, config_of(source))  # before gigabytes are fetched
+    folder = source.folder or hub.download(source.name, say)
+    if exported.is_audiocraft(folder):
+        convert.fetch(folder, say)
+    return folder
+
+
 def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Loaded:
     """Reads the checkpoint's weights as `dtype`, whatever they are stored as, after a download
     where one is needed; `say` hears what is going on.
@@ -212,12 +226,8 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
         RequestError: it cannot be had, is damaged, or its parts do not fit.
         MemoryError, torch.OutOfMemoryError: there is no room for it.
     """
-    config = config_of(source)
-    configuration.check(source.name, config)  # before gigabytes are fetched
-    folder = source.folder or hub.download(source.name, say)
-    if exported.is_audiocraft(folder):
-        convert.fetch(folder, say)
-    else:
+    folder, config = fetch(source, say), config_of(source)
+    if not exported.is_audiocraft(folder):
         config = configuration.read(source.name, folder / "config.json")
         configuration.check(source.name, config, folder)
         if not hub.weights_in(folder):
@@ -277,13 +287,3 @@ def _read(folder: Path, dtype: torch.dtype, melody: bool) -> tuple[Any, PreTrain
 _READING = threading.Lock()
 # What older checkpoints leave out and transformers fills in, or only training uses.
 _REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device's or the computer's memory is used up."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    said = str(error).lower()
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in said or "can't allocate memory" in said)
-    )

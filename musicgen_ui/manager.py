@@ -93,6 +93,7 @@ class ModelManager:
             self._needs,
             self.budget_bytes,
             idle_s,
+            fetch=checkpoints.fetch if load is load_batch else None,
         )
 
     def checkpoints(self) -> list[str]:
@@ -129,9 +130,12 @@ class ModelManager:
         workers = [resident.worker for resident in residents if resident.worker]
         batches = [worker.batch for worker in workers]
         age_s = max((worker.step_age_s for worker in workers), default=0.0)
-        trouble = f"no step for {age_s:.0f} s" if age_s > STUCK_S else ""
+        troubles = [self._residents.trouble, *(worker.trouble for worker in workers)]
+        if age_s > STUCK_S:
+            troubles.append(f"no step for {age_s:.0f} s")
         if not all(worker.alive for worker in workers):
-            trouble = "the thread that makes music has ended"
+            troubles.append("the thread that makes music has ended")
+        trouble = next(filter(None, troubles), "")
         return Health(
             trouble,
             {resident.source.name: resident.nbytes for resident in residents},

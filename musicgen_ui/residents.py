@@ -3,9 +3,11 @@
 Each model is loaded by a thread of its own while every caller waits and is told how far it is. A
 lease counts for each caller from the first moment, waiting included: a model with leases is never
 evicted, and a download or a wait that nobody waits for any more is given up, so Stop and a closed
-tab end them too. Before a load, idle models go, the longest unused first, until the new one fits
-the budget; an idle model also goes after `idle_s` or when `unload` is called. A failed load leaves
-nothing behind, so the next request tries again.
+tab end them too. Downloads go on side by side, and hold no other model's load up; loads come one
+after another. Before a load, idle models go, the longest unused first, until the new one fits the
+budget; an idle model also goes after `idle_s` or when `unload` is called. A failed load leaves
+nothing behind, so the next request tries again. A model whose device failed is loaded anew in its
+place, for those who use it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from musicgen_ui.checkpoints import Source, out_of_memory
+from musicgen_ui.checkpoints import Source
+from musicgen_ui.engine import faults
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.device import give_memory_back
+from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.engine.worker import Worker
 from musicgen_ui.hub import Abandoned
 from musicgen_ui.request import RequestError
@@ -65,6 +69,7 @@ class Residents:
         needs: an estimate of the bytes that a checkpoint will hold; may raise `RequestError`.
         budget_bytes: what all may hold together.
         idle_s: seconds after which an unused model is unloaded; 0 is never.
+        fetch: downloads what a checkpoint lacks here; told as `load` is.
     """
 
     def __init__(
@@ -73,8 +78,11 @@ class Residents:
         needs: Callable[[Source], int],
         budget_bytes: int,
         idle_s: float,
+        fetch: Callable[[Source, Say], object] | None = None,
     ) -> None:
         self._load = load
+        self._fetch = fetch
+        self.trouble = ""  # what keeps models from being loaded, in words
         self._needs = needs
         self._budget_bytes = budget_bytes
         self._idle_s = idle_s
@@ -96,7 +104,7 @@ class Residents:
         """The thread that drives a loaded model for all its callers."""
         batch = resident.loaded()
         with self._changed:
-            resident.worker = resident.worker or Worker(batch)
+            resident.worker = resident.worker or Worker(batch, lambda: self._reload(resident))
             return resident.worker
 
     def all(self) -> list[Resident]:
@@ -178,14 +186,21 @@ class Residents:
                 resident.note = note
 
         try:
+            needed = self._needs(resident.source)  # before gigabytes are fetched
+            if self._fetch:
+                self._fetch(resident.source, say)
             with self._loading:
                 say(f"loading {resident.source.name}")
-                batch = self._load_in_room(resident.source, say)
+                batch = self._load_in_room(resident.source, needed, say)
         except BaseException as error:
             with self._changed:
                 self._forget(resident)
-            resident.ready.set_exception(error)
+            self._note(error)
+            resident.ready.set_exception(
+                RequestError(faults.LOST) if faults.of_the_device(error) else error
+            )
             return
+        self._note(None)
         with self._changed:
             resident.batch = batch
             resident.ready.set_result(None)
@@ -193,9 +208,28 @@ class Residents:
         if self._closed:
             self.unload()
 
-    def _load_in_room(self, source: Source, say: Say) -> Batch:
+    def _note(self, error: BaseException | None) -> None:
+        self.trouble = faults.LOST if error and faults.of_the_device(error) else ""
+
+    def _reload(self, resident: Resident) -> Batch:
+        """Loads a model again whose device failed; on the thread of its worker."""
+        try:
+            with self._loading:
+                batch = self._load_in_room(resident.source, 0, lambda note: None)
+            with self._changed:
+                if self._residents.get(resident.key) is not resident:
+                    raise Abandoned
+                resident.batch = batch
+                return batch
+        except BaseException as error:
+            with self._changed:
+                self._forget(resident)  # the next request tries again
+            self._note(error)
+            raise
+
+    def _load_in_room(self, source: Source, needed: int, say: Say) -> Batch:
         """Loads, and once more without the idle models if the memory does not suffice."""
-        self._make_room(self._needs(source), say)
+        self._make_room(needed, say)
         try:
             return self._load(source, say)
         except Exception as error:

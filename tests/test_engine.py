@@ -373,10 +373,10 @@ def test_fault_in_one_job_is_its_own(tiny_mono, monkeypatch):
     batch = make_batch(tiny_mono)
     states = batch.conditioner.states
 
-    def broken(prompt: str) -> torch.Tensor | None:
+    def broken(prompt: str, *more: object) -> torch.Tensor | None:
         if prompt == PIANO:
             raise torch.OutOfMemoryError("no room")
-        return states(prompt)
+        return states(prompt, *more)
 
     monkeypatch.setattr(batch.conditioner, "states", broken)
     events: list[Event | Exception] = []
@@ -386,7 +386,8 @@ def test_fault_in_one_job_is_its_own(tiny_mono, monkeypatch):
         pass
     (error,) = [event for event in events if isinstance(event, Exception)]
     assert "shorter" in str(error)
-    assert isinstance(events[-1], Finished) and events[-1].request.prompt == ROCK
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert [end.request.prompt for end in ends if not end.fault] == [ROCK]
 
 
 def test_worker_serves_callers_side_by_side(tiny_mono):
@@ -433,22 +434,3 @@ def test_int8_makes_music_and_holds_fewer_bytes(tiny_mono):
     assert np.array_equal(*takes)
     assert takes[0].shape == run_job(exact, request)[2].clip.samples.shape
     assert packed.nbytes < exact.nbytes
-
-
-def test_worker_outlives_a_fault_of_the_device(tiny_mono, monkeypatch):
-    """Everybody in flight is told once; the next request is served."""
-    worker = Worker(make_batch(tiny_mono))
-    step, request = worker.batch.stepper.step, GenerationRequest(ROCK, duration_s=0.5, seed=1)
-    faults = iter([RuntimeError("the device is gone")])
-
-    def broken(jobs: list[Job]) -> None:
-        for fault in faults:
-            raise fault
-        step(jobs)
-
-    monkeypatch.setattr(worker.batch.stepper, "step", broken)
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        run_alone(worker, request)
-    assert not worker.batch.jobs
-    assert run_alone(worker, request).shape == (1, 16000)
-    worker.close()

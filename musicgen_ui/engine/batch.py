@@ -21,20 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
+from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.engine.device import own
 from musicgen_ui.engine.eager import Eager
 from musicgen_ui.engine.events import Event, Finished
 from musicgen_ui.engine.graph import Graphed
 from musicgen_ui.engine.job import Job, steps_for
-from musicgen_ui.engine.line import Line, Ticket
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.engine.line import Entry, Line, Ticket
+from musicgen_ui.engine.losses import Losses
+from musicgen_ui.engine.shelf import Shelf
+from musicgen_ui.request import Clip, GenerationRequest
 
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
 PROGRESS_S = 0.25  # between two reports of a job
+ROOMS = ("stepper", "decoder", "codec", "conditioner", "adapters")  # where the model lies
 
 
 class Batch:
@@ -71,8 +75,7 @@ class Batch:
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
         self.precision = precision
-        for part in (model.audio_encoder, model.text_encoder):
-            _own(part)
+        own(model.audio_encoder)
         self.codec = Codec(
             model.audio_encoder,
             channels,
@@ -80,13 +83,10 @@ class Batch:
             precision="float32" if precision == "float32" else "float16",
             release=True,
         )
-        self.conditioner = Conditioner(
-            model.text_encoder.to(device),
-            _projection(model, "enc_to_dec_proj", device),
-            tokenizer,
-            _melody_encoder(model, device, extractor),
-        )
+        self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor)
         self.decoder = Decoder(model.decoder, self.device, precision)
+        self.adapters = Shelf(checkpoint, model.decoder.config, self.decoder)
+        self.conditioner.share(self.adapters)
         self.stepper: Eager | Graphed = Eager(self.decoder)
         if self.device.type == "cuda" if graphs is None else graphs:
             self.max_jobs = self._affordable(max_jobs)
@@ -94,6 +94,7 @@ class Batch:
             self.stepper.warm_up()
         self.line = Line()
         self.jobs: dict[Job, Ticket] = {}
+        self.losses = Losses(self.line, self.jobs, self.max_jobs, self._leave, self._heard)
 
     @property
     def busy(self) -> bool:
@@ -103,8 +104,8 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights and of the jobs in flight."""
-        rooms = (self.stepper, self.decoder, self.codec, self.conditioner)
-        return sum(room.nbytes for room in rooms)
+        rooms = (getattr(self, name, None) for name in ROOMS)
+        return sum(room.nbytes for room in rooms if room)
 
     def _affordable(self, jobs: int) -> int:
         if self.device.type != "cuda":
@@ -136,21 +137,22 @@ class Batch:
         return ticket
 
     def step(self) -> bool:
-        """Moves every job on by one frame; False when nothing is left to do."""
-        try:
-            self.line.take_in()
-            self._drop_closed()
-            self._stop_waiting()
-            self._admit()
-            self._stop_running()
-            self._turn()
-            self._prefill()
-            self._advance()
-            for job in list(self.jobs):
+        """Moves every job on by one frame; False when nothing is left to do.
+
+        What breaks in a job ends that job. Raises what is more than one's: the device failed, or
+        this loop is wrong. Then `losses.end_all` tells everybody.
+        """
+        self.line.take_in()
+        self._drop_closed()
+        self._stop_waiting()
+        self._admit()
+        self._stop_running()
+        self._turn()
+        self._prefill()
+        self._advance()
+        for job in list(self.jobs):
+            with self.losses.alone(job):
                 self._deliver(job)
-        except Exception as error:  # a fault of the device: no job can go on
-            for ticket in {*self.jobs.values(), *(ticket for ticket, _ in self.line.entries())}:
-                self._fail(ticket, error)
         self.line.stepped()
         return self.busy
 
@@ -161,25 +163,32 @@ class Batch:
 
     def _stop_waiting(self) -> None:
         for ticket, index in self.line.pop_stopped():
-            request = ticket.request.variation(index)
-            nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
-            self._close(ticket, Finished(index, nothing, request, 0.0, 0.0, stopped=True))
+            self._close(ticket, self._heard((ticket, index)))
+
+    def _heard(self, entry: Entry, job: Job | None = None) -> Finished:
+        """What a job made so far as a take; without a job an empty one."""
+        if job:
+            return job.finished(self._notes(job.request))
+        request = entry[0].request.variation(entry[1])
+        nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
+        return Finished(entry[1], nothing, request, 0.0, 0.0, stopped=True)
 
     def _admit(self) -> None:
         """One job a step, so that the others are not held up by a crowd."""
-        if len(self.jobs) < self.max_jobs and (entry := self.line.pop()):
-            ticket, index = entry
+        places = self.losses.places
+        if len(self.jobs) < places and (entry := self.line.pop()):
             try:
-                self.jobs[self._start(ticket, index)] = ticket
+                self.jobs[self._start(*entry)] = entry[0]
             except Exception as error:
-                self._fail(ticket, error)
+                self.losses.lose(entry, error)
         left = [job.steps_left for job in self.jobs]
-        self.line.tell(set(self.jobs.values()), left + [0] * (self.max_jobs - len(left)))
+        self.line.tell(set(self.jobs.values()), left + [0] * (places - len(left)))
 
     def _start(self, ticket: Ticket, index: int) -> Job:
         request = ticket.request.variation(index)
         decoder = self.decoder
         job = Job(request, index, self.codec, decoder.codebooks, decoder.start_token, self.device)
+        job.worn = self.adapters.worn(request)
         self.stepper.admit(job, self._conditions(job))
         ticket.deliver(job.progress())
         return job
@@ -189,45 +198,62 @@ class Batch:
 
     def _turn(self) -> None:
         """Begins the windows and the sections whose time has come."""
-        for job, ticket in list(self.jobs.items()):
-            try:
+        for job in list(self.jobs):
+            with self.losses.alone(job):
                 slid, turned = job.slide(), job.turn()
                 if slid or (turned and self.decoder.prefixed):  # what comes first: all anew
                     self.stepper.admit(job, self._conditions(job))
                 elif turned:
                     self.stepper.tell(job, self._conditions(job))
-            except Exception as error:
-                self._fail(ticket, error)
 
     def _stop_running(self) -> None:
         for job, ticket in list(self.jobs.items()):
             if ticket.stop.is_set():
-                self._finish(job)
+                with self.losses.alone(job):
+                    self._finish(job)
 
     def _prefill(self) -> None:
         """Takes in a piece of one job's prefix and past; an audio prompt is encoded first."""
         for job in self.jobs:
-            if not job.encoded:
-                job.encode_piece()
-                return
-            if job.sequence.length < job.written:
-                known = job.columns[:, : job.written]
-                self.decoder.prefill(job.sequence, known, PREFILL_COLUMNS)
-                return
+            if job.encoded and job.sequence.length >= job.written:
+                continue
+            with self.losses.alone(job):
+                if not job.encoded:
+                    job.encode_piece()
+                else:
+                    known = job.columns[:, : job.written]
+                    self.decoder.prefill(job.sequence, known, PREFILL_COLUMNS)
+            return
 
     def _advance(self) -> None:
         """Writes the next column of every job that has taken its past in."""
         jobs = [job for job in self.jobs if job.sequence.length == job.written < job.positions]
         if not jobs:
             return
-        self.stepper.step(jobs)
+        try:
+            self.stepper.step(jobs)
+        except Exception as error:
+            if faults.of_the_device(error):
+                raise
+            self._advance_one_by_one(jobs)
+            return
         for job in jobs:
             job.advance()
+
+    def _advance_one_by_one(self, jobs: list[Job]) -> None:
+        """A step that failed for all is tried for each: only those that cannot go on, do not."""
+        for job in jobs:
+            job.sequence.length = job.written  # some may have counted the step that failed
+        for job in jobs:
+            with self.losses.alone(job):
+                self.stepper.step([job])
+                job.advance()
 
     def _deliver(self, job: Job) -> None:
         """Hands what is new to the caller: audio, progress, in the end the take."""
         ticket = self.jobs[job]
         if job.chunk_due() and (chunk := job.chunk()):
+            ticket.heard.add(job.variation)
             ticket.deliver(chunk)
         if job.done:
             self._finish(job)
@@ -236,9 +262,10 @@ class Batch:
             ticket.deliver(job.progress())
 
     def _finish(self, job: Job) -> None:
-        ticket = self._leave(job)
+        ticket = self.jobs[job]
         if job.frames_done > job.context_frames and (chunk := job.chunk(last=True)):
             ticket.deliver(chunk)
+        self._leave(job)
         self._close(ticket, job.finished(self._notes(job.request)))
 
     def _leave(self, job: Job) -> Ticket:
@@ -253,48 +280,10 @@ class Batch:
         ticket.open -= 1
         ticket.deliver(finished)
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
-        """Ends all of a caller's jobs; the error is told once."""
-        if not ticket.open:
-            return
-        ticket.close()
-        self._drop_closed()
-        ticket.deliver(_told(error))
-
-
-def _projection(model: Any, name: str, device: torch.device | str) -> torch.nn.Module | None:
-    """A part of the model that is only there where two widths differ."""
-    projection = getattr(model, name, None)
-    _own(projection)
-    return None if projection is None else projection.to(device)
-
-
-def _melody_encoder(
-    model: Any, device: torch.device | str, extractor: Mapping[str, Any] | None
-) -> MelodyEncoder | None:
-    length = getattr(model.config, "chroma_length", None)
-    if length is None:
-        return None
-    projection = _projection(model, "audio_enc_to_dec_proj", device)
-    return MelodyEncoder(projection, length, Extractor.of(extractor or {}))
-
-
-def _own(module: torch.nn.Module | None) -> None:
-    """Copies weights out of the file that they are mapped from, so that the map can be dropped."""
-    for weight in module.parameters() if module else ():
-        weight.data = weight.data.clone()
-
-
-def _told(error: Exception) -> Exception:
-    """The error as its caller should hear it."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        told = RequestError(
-            "The memory of this machine is full: try a shorter length, fewer variations or a "
-            "smaller checkpoint."
-        )
-        told.__cause__ = error
-        return told
-    return error
+    def let_go(self) -> None:
+        """Frees the model of a batch that is not used any more; its line is kept."""
+        for name in ROOMS:
+            self.__dict__.pop(name, None)
 
 
 def stream(
@@ -312,7 +301,10 @@ def stream(
     try:
         while ticket.open or events:
             if not events:
-                batch.step()
+                try:
+                    batch.step()
+                except Exception as error:
+                    batch.losses.end_all(error)
                 continue
             event = events.popleft()
             if isinstance(event, Exception):

@@ -60,6 +60,7 @@ class Finished:
     speed: float  # seconds of new music a second of work
     stopped: bool = False  # before its length was reached
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
+    fault: str = ""  # what broke it off, in a sentence, where it was not the user
     melody: Chroma | None = None  # what the new music followed
 
 

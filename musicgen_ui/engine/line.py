@@ -38,6 +38,8 @@ class Ticket:
     open: int  # variations that are not finished
     steps: int = 0  # that each variation takes, about
     visitor: str = ""  # whose it is; one without a name is a visitor of its own
+    heard: set[int] = dataclasses.field(default_factory=set)  # variations of which music came
+    carried: bool = False  # to another batch, when one failed
 
     def close(self) -> None:
         """Nobody listens any more: its jobs are dropped at the next step, without a take."""
@@ -80,6 +82,22 @@ class Line:
     def pop_stopped(self) -> list[Entry]:
         """Takes the entries out of the line whose stop was asked for."""
         return self._pop_if(lambda ticket: ticket.stop.is_set())
+
+    def pop_all(self) -> list[Entry]:
+        """Takes everybody out of the line."""
+        return self._pop_if(lambda _: True)
+
+    def take_over(self, line: Line) -> None:
+        """Lets those of another line wait here, where nobody does yet, in the same order."""
+        self._ring, self._inbox = line._ring, line._inbox
+        self._changed = True
+
+    def put_back(self, entry: Entry) -> None:
+        """Puts an entry that began, but must begin again, at the head of the line."""
+        visitor = entry[0].visitor or entry[0]
+        self._ring.setdefault(visitor, deque()).appendleft(entry)
+        self._ring.move_to_end(visitor, last=False)
+        self._changed = True
 
     def _pop_if(self, leaves: Callable[[Ticket], bool]) -> list[Entry]:
         left = [entry for entry in self.entries() if leaves(entry[0])]
