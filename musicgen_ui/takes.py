@@ -19,7 +19,7 @@ from typing import Any
 import av
 
 from musicgen_ui import audio, files
-from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.events import Chroma, Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
@@ -27,6 +27,7 @@ TARGET_LUFS = -14.0
 RESULTS: dict[str, type] = {
     "made_s": float,
     "prompt_s": float,
+    "melody_s": float,
     "sampling_rate": int,
     "channels": int,
     "speed_x": float,
@@ -45,6 +46,7 @@ class Take:
     notes: tuple[str, ...]
     clip: Clip  # as in the files, before rounding to 16 bits
     prompt_s: float  # seconds of `clip` that are the audio prompt
+    melody: Chroma | None = None  # what the rest of it followed
 
 
 class UnsavedError(RequestError):
@@ -83,7 +85,8 @@ def save(finished: Finished, folder: Path, name: str = "", spare: Path | None = 
         except OSError:
             raise UnsavedError(_complaint(error), settings) from error
         notes.append("The take could not be kept with the others: download it here, and soon.")
-    return Take(wav, flac, settings, (*finished.notes, *notes), clip, finished.prompt_s)
+    notes = [*finished.notes, *notes]
+    return Take(wav, flac, settings, tuple(notes), clip, finished.prompt_s, finished.melody)
 
 
 def read_settings(path: Path | str) -> dict[str, Any] | None:
@@ -132,9 +135,11 @@ def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
 
 
 def _settings(finished: Finished, clip: Clip) -> dict[str, Any]:
+    melody = finished.request.melody
     return finished.request.settings() | {
         "made_s": round(clip.duration_s - finished.prompt_s, 3),
         "prompt_s": round(finished.prompt_s, 3),
+        "melody_s": round(melody.duration_s, 3) if melody else 0.0,
         "sampling_rate": clip.sampling_rate,
         "channels": clip.channels,
         "speed_x": round(finished.speed, 2),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from musicgen_ui import spectrogram
+from musicgen_ui.engine.events import Chroma
 from musicgen_ui.request import Clip
 
 
@@ -113,3 +114,21 @@ def test_the_alternative_text_says_what_the_picture_shows():
     assert "mono" in spectrogram.alt_text(tone(440)) and "silent" in spectrogram.alt_text(
         tone(440, level=0)
     )
+
+
+def test_a_melody_is_drawn_below_on_the_same_seconds(tmp_path):
+    """Its notes lie where they sound, behind the clip that the take began with."""
+    clip = tone(440, seconds=4)
+    melody = Chroma(np.repeat([0, 11], 8).astype(np.uint8), 0.125)  # C for 1 s, B for 1 s
+    plain = np.asarray(Image.open(spectrogram.draw(clip, tmp_path / "plain.png", 2)))
+    drawn = np.asarray(Image.open(spectrogram.draw(clip, tmp_path / "melody.png", 2, melody)))
+    assert drawn.shape[0] > plain.shape[0] and drawn.shape[1] == plain.shape[1]
+    ink = tuple(bytes.fromhex(spectrogram.MELODY_INK[1:]))
+    y, x = np.nonzero((drawn[..., :3] == ink).all(-1))
+    left, right = 98 * 2, drawn.shape[1] - 98 * 2
+    seconds = 4 * (x - left) / (right - left)
+    assert 1.9 < seconds.min() < 2.1 and y.min() > plain.shape[0] - 150
+    early, late = y[seconds < 2.9], y[seconds > 3.1]
+    assert late.max() < early.min()  # B above C
+    said = spectrogram.alt_text(clip, 2, melody)
+    assert said.endswith("the melody that it follows: C, B.")

@@ -50,6 +50,13 @@ def test_both_files_give_the_settings_back(tmp_path):
     assert take.settings["speed_x"] == 1.23
 
 
+def test_a_file_says_that_a_melody_was_followed(tmp_path):
+    melody = Clip(np.full((1, 3 * RATE), 0.1, np.float32), RATE)
+    take = save(tmp_path, melody=melody)
+    assert takes.read_settings(take.wav)["melody_s"] == 3
+    assert takes.read_settings(save(tmp_path).wav)["melody_s"] == 0
+
+
 def test_settings_are_read_whatever_the_file_is_called(tmp_path):
     take = save(tmp_path)
     assert takes.read_settings(take.flac.rename(tmp_path / "upload")) == take.settings

@@ -16,6 +16,7 @@ import gradio as gr
 import numpy as np
 
 from musicgen_ui import audio, spectrogram, takes
+from musicgen_ui.engine.events import Chroma
 from musicgen_ui.request import Clip
 from musicgen_ui.ui.live_player import ASSETS
 
@@ -37,6 +38,7 @@ class ShownTake:
     flac: Path | None
     settings: dict[str, Any]  # the request's and what came of it, as the files carry them
     notes: list[str] = field(default_factory=list)
+    melody: Chroma | None = None
     picture: Path | None = None  # drawn a moment after the take is shown
     alt: str = ""
 
@@ -52,7 +54,7 @@ Group = list[ShownTake]
 
 def shown(take: takes.Take) -> ShownTake:
     """A saved take as the page shows it, for now without its picture."""
-    return ShownTake(take.wav, take.flac, take.settings, list(take.notes))
+    return ShownTake(take.wav, take.flac, take.settings, list(take.notes), take.melody)
 
 
 def unsaved(error: takes.UnsavedError) -> ShownTake:
@@ -66,9 +68,11 @@ def draw(take: ShownTake) -> None:
     if take.picture or take.wav is None:
         return
     try:
-        clip, prompt_s = audio.read(take.wav).clip, take.settings["prompt_s"]
-        take.alt = spectrogram.alt_text(clip, prompt_s)
-        take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), prompt_s)
+        length_s = take.settings["prompt_s"] + take.settings["made_s"]
+        clip = audio.read(take.wav, keep_s=length_s + 1).clip
+        about = take.settings["prompt_s"], take.melody
+        take.alt = spectrogram.alt_text(clip, *about)
+        take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), *about)
     except Exception:  # the music is what matters: it is never lost for its picture
         log.exception("The spectrogram of %s could not be drawn", take.wav.name)
         take.notes.append("The spectrogram could not be drawn.")
@@ -80,7 +84,7 @@ def example() -> ShownTake:
     assert settings, "assets/example.flac carries its settings"
     alt = f"Mel spectrogram of the example: {settings['prompt']}."
     return ShownTake(
-        EXAMPLE.with_suffix(".wav"), EXAMPLE, settings, [], EXAMPLE.with_suffix(".png"), alt
+        EXAMPLE.with_suffix(".wav"), EXAMPLE, settings, [], None, EXAMPLE.with_suffix(".png"), alt
     )
 
 
@@ -108,10 +112,12 @@ def show(history: list[Group], which: int, variation: int) -> dict[str, Any]:
 
 def picture(take: ShownTake) -> dict[str, Any]:
     """The updates for what comes a moment after the music."""
+    shape = ["two-channels"] * (take.settings["channels"] == 2)
+    shape += ["with-melody"] * (take.melody is not None)
     drawn = gr.update(
         value=take.picture and str(take.picture),
         alt_text=take.alt,
-        elem_classes=["two-channels"] if take.settings["channels"] == 2 else [],
+        elem_classes=shape,
     )
     return {
         "spectrogram": drawn,
@@ -139,6 +145,8 @@ def facts_line(take: ShownTake) -> str:
     facts = [("seed", s["seed"]), ("length", f"{s['made_s']:.1f} s")]
     if s["prompt_s"]:
         facts.append(("after your clip of", f"{s['prompt_s']:.1f} s"))
+    if s.get("melody_s"):
+        facts.append(("follows a melody of", f"{s['melody_s']:.1f} s"))
     facts.append(("guidance", f"{s['guidance_scale']:g}"))
     if s["do_sample"]:
         facts += [("temperature", f"{s['temperature']:g}"), ("top-k", s["top_k"])]
