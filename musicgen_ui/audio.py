@@ -104,8 +104,10 @@ def loudness_lufs(clip: Clip) -> float:
 def true_peak_dbtp(clip: Clip) -> float:
     """The highest point of the waveform between the samples too, 4 times oversampled."""
     rate = clip.sampling_rate
-    between = soxr.resample(clip.samples.T, rate, 4 * rate, quality="VHQ")
-    peak = max(np.abs(clip.samples).max(initial=0), np.abs(between).max(initial=0))
+    peak = np.abs(clip.samples).max(initial=0)
+    for channel in clip.samples:
+        between = soxr.resample(channel, rate, 4 * rate, quality="VHQ")
+        peak = max(peak, np.abs(between, out=between).max(initial=0))
     return 20 * float(np.log10(peak)) if peak else -np.inf
 
 

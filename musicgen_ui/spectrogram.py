@@ -96,7 +96,7 @@ def mel_db(clip: Clip) -> np.ndarray:
     """Power in mel bands in dB below full scale: float32 [channels, bands, frames]."""
     rate, samples = clip.sampling_rate, clip.samples.shape[1]
     column = samples // (WIDTH_PX * PIXEL_DENSITY)  # samples of a column at the picture's width
-    window = 2 ** round(np.log2(max(WINDOW_S * rate, column)))  # in minutes of music too, all count
+    window = 2 ** round(np.log2(max(WINDOW_S * rate, column)))  # nothing falls between columns
     hop = max(window // 4, column)
     padded = np.pad(clip.samples, ((0, 0), (window // 2, window)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, ::hop]
