@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fakes import FakeEngine
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.request import FIELDS, RequestError
 from musicgen_ui.ui import visitors
 from musicgen_ui.ui.journal import Record
 from musicgen_ui.ui.server import close, launch
@@ -206,9 +206,7 @@ def server(**changes: Any) -> Iterator[tuple[str, FakeEngine]]:
 
 def generate(url: str, **headers: str) -> str:
     call = f"{url}gradio_api/call/generate"
-    from musicgen_ui.request import FIELDS
-
-    values = [spec.default for spec in FIELDS.values()]
+    values = [None] * len(FIELDS)
     event = httpx.post(call, json={"data": values}, headers=headers).json()["event_id"]
     return httpx.get(f"{call}/{event}", timeout=30).text
 

@@ -133,27 +133,36 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
     files.delete_leftovers(Path(chosen.output_folder) if chosen.output_folder else None)
     temporary = files.private_folder()
-    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
+    cache.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Else a table of the last 10,000 events is made anew after each, for a page that is off here.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
     os.environ[variable("trusted_proxies")] = chosen.trusted_proxies  # uvicorn reads it
     background = managed_engine(chosen)
     engine = engine or background
 
     from starlette.middleware import Middleware
 
-    from musicgen_ui.ui import gate, metrics, page, take_panel
+    from musicgen_ui.ui import doors, gate, metrics, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
-    shown = [takes] if chosen.output_folder else []  # a temporary folder needs no leave
+    shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     upload_bytes = round(chosen.max_upload_mb * 1e6)
-    middleware = [Middleware(BodyLimit, upload_bytes=upload_bytes + 100_000)]
+    middleware = [
+        Middleware(doors.Doors, cache),
+        Middleware(BodyLimit, upload_bytes=upload_bytes + 100_000),
+    ]
     if chosen.auth:  # before a byte of a body is read
         middleware.insert(0, Middleware(gate.Gate, *chosen.credentials))
     journal = Journal(chosen.log_prompts)
     demo = page.build(engine, chosen, takes, temporary / "takes", journal)
+    doors.refuse_addresses(demo.blocks.values())
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(
@@ -170,13 +179,14 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         enable_monitoring=False,
         strict_cors=True,
         max_file_size=upload_bytes,
-        # What is shown is copied to the private cache; these folders may be copied from.
-        allowed_paths=[str(path) for path in (*shown, take_panel.EXAMPLE.with_suffix(".wav"))],
+        # May be copied to the cache, which alone is served.
+        allowed_paths=[str(path) for path in shown],
         footer_links=["api"],
         theme=page.theme(),
         css_paths=[ASSETS / "style.css"],
         app_kwargs={"middleware": middleware},
     )
+    doors.bound_connections(demo.server)
     watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
     app.router.routes[:0] = metrics.routes(

@@ -166,7 +166,7 @@ class Desk:
     def __init__(self, limit: int, each: int = 0, ledger: Ledger | None = None) -> None:
         self.limit = limit
         self.each = each
-        self.ledger = ledger or Ledger(0)
+        self.ledger = Ledger(0) if ledger is None else ledger
         self._jobs: dict[threading.Event, tuple[Visitor, int]] = {}  # takes by stop event
 
     def __len__(self) -> int:
