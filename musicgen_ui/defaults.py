@@ -39,7 +39,9 @@ def stated(generation: dict[str, Any], config: Configuration) -> dict[str, Any]:
     values["duration_s"] = _length_s(generation, config)
     if isinstance(values["top_p"], (int, float)) and values["top_p"] >= 1:
         values["top_p"] = 0.0  # transformers' word for off
-    return {name: held for name, value in values.items() if (held := _held(name, value)) is not None}
+    return {
+        name: held for name, value in values.items() if (held := _held(name, value)) is not None
+    }
 
 
 def _held(name: str, value: Any) -> Any:

@@ -168,7 +168,7 @@ class Batch:
     def _heard(self, entry: Entry, job: Job | None = None) -> Finished:
         """What a job made so far as a take; without a job an empty one."""
         if job:
-            return job.finished(self._notes(job.request))
+            return self._take(job)
         request = entry[0].request.variation(entry[1])
         nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
         return Finished(entry[1], nothing, request, 0.0, 0.0, stopped=True)
@@ -266,11 +266,15 @@ class Batch:
         if job.frames_done > job.context_frames and (chunk := job.chunk(last=True)):
             ticket.deliver(chunk)
         self._leave(job)
-        self._close(ticket, job.finished(self._notes(job.request)))
+        self._close(ticket, self._take(job))
 
     def _leave(self, job: Job) -> Ticket:
         self.stepper.release(job)
         return self.jobs.pop(job)
+
+    def _take(self, job: Job) -> Finished:
+        melody = self.conditioner.followed(job.request)
+        return job.finished(self._notes(job.request), melody)
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
         words = next(filter(None, map(self.conditioner.cut_after, request.texts)), None)

@@ -13,6 +13,7 @@ longer of its two prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musicgen_ui.engine.chroma import MelodyEncoder
+from musicgen_ui.engine.adapter import OUTSIDE, Rows, Worn
+from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
+from musicgen_ui.engine.device import own
+from musicgen_ui.engine.events import Chroma
+from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.request import GenerationRequest, RequestError
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
@@ -41,6 +46,37 @@ class Conditioner:
         self.tokenizer = tokenizer
         self.melody = melody  # None where the checkpoint cannot follow one
         self.states = lru_cache(maxsize=64)(self._encode)  # visitors repeat prompts and examples
+        self._adapters: Shelf | None = None
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, device: torch.device, extractor: Mapping[str, Any] | None
+    ) -> Conditioner:
+        """Takes over what a model has before its decoder.
+
+        Args:
+            model: transformers'.
+            tokenizer: of the checkpoint.
+            device: where to run.
+            extractor: the feature extractor's configuration, of a melody checkpoint.
+        """
+
+        def taken(name: str) -> Any:
+            module = getattr(model, name, None)  # a projection is only there where widths differ
+            own(module)
+            return None if module is None else module.to(device)
+
+        length, melody = getattr(model.config, "chroma_length", None), None
+        if length is not None:
+            found = Extractor.of(extractor or {})
+            melody = MelodyEncoder(taken("audio_enc_to_dec_proj"), length, found)
+        return cls(taken("text_encoder"), taken("enc_to_dec_proj"), tokenizer, melody)
+
+    def share(self, adapters: Shelf) -> None:
+        """Lets adapters change the projections too."""
+        self._adapters = adapters
+        for name in ("enc_to_dec_proj",):
+            adapters.allow(name, self.projection)
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +108,15 @@ class Conditioner:
             )
         alike = request.texts == [request.negative_prompt] and not request.melody
         guided = request.guidance_scale > 1 and not alike
-        texts = [self.states(request.words(at_s))]
+        worn = self._adapters.worn(request) if self._adapters else None
+        texts = [self.states(request.words(at_s), worn)]
         if guided:
-            texts.append(self.states(request.negative_prompt))
+            texts.append(self.states(request.negative_prompt, worn))
         return self._prefixes(self.melody, request, start_s, texts) if self.melody else texts
+
+    def followed(self, request: GenerationRequest) -> Chroma | None:
+        """The melody over the whole of the new music; None without one."""
+        return self.melody and self.melody.followed(request)
 
     def _prefixes(
         self,
@@ -96,15 +137,18 @@ class Conditioner:
         return rows
 
     @torch.inference_mode()
-    def _encode(self, prompt: str) -> Tensor | None:
+    def _encode(self, prompt: str, worn: Worn | None = None) -> Tensor | None:
         """The states of `prompt`, [tokens, hidden]; None for the null condition of ""."""
         if not prompt:
             return None
         tokens = self.tokenizer(
             prompt, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).input_ids
-        states = self.text_encoder(input_ids=tokens.to(self.text_encoder.device))[0]
-        return (states if self.projection is None else self.projection(states))[0]
+        states = self.text_encoder(input_ids=tokens.to(self.text_encoder.device))[0][0]
+        if self.projection is None:
+            return states
+        rows = Rows.of([(worn, len(states))])
+        return rows.product(OUTSIDE, "enc_to_dec_proj", self.projection, states)
 
     def cut_after(self, prompt: str) -> str | None:
         """The last words that are heard of a prompt that is too long; None if all of it is."""

@@ -15,20 +15,25 @@ negative prompt). transformers' model is the reference: greedy codes are equal t
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from musicgen_ui.engine.attention import FloatCache, Int8Cache, warm_up
+from musicgen_ui.engine.adapter import BARE, OUTSIDE, Rows, Worn
+from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.linear import Linear, computing_dtype
 
+if TYPE_CHECKING:
+    from musicgen_ui.engine.compiled import Int8Cache, Layers, Places
+
 Attend = Callable[[int, Tensor], Tensor]
-Caches = list[FloatCache | Int8Cache]  # a layer
+Caches: TypeAlias = "list[FloatCache] | list[Int8Cache]"  # a layer
 Memory = list[tuple[Tensor, Tensor]]  # a layer: keys and values, [1, heads, tokens, head_dim]
 
 
@@ -63,6 +68,8 @@ class Sequence:
     text: list[Memory | None]  # a row
     prefix: Tensor  # states before the first column, [rows, states, hidden]
     length: int = 0  # columns filled; below 0 while so many states of the prefix are missing
+    worn: Worn | None = None  # an adapter beside the weights
+    places: Places | None = None  # of the above, as `compiled` wants them
 
     @property
     def rows(self) -> int:
@@ -112,8 +119,11 @@ class Decoder:
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
         self.prefixed = self.layers[0].text is None  # what it is told comes before the columns
-        if precision == "int8":
-            warm_up()
+        self.compiled: Layers | None = None
+        if precision == "int8" and config.activation_function == "gelu":
+            from musicgen_ui.engine import compiled  # imports numba
+
+            self.compiled = compiled.Layers(self.layers, self.heads)
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +165,11 @@ class Decoder:
 
     @torch.inference_mode()
     def sequence(
-        self, conditions: list[Tensor | None], columns: int, caches: Caches | None = None
+        self,
+        conditions: list[Tensor | None],
+        columns: int,
+        caches: Caches | None = None,
+        worn: Worn | None = None,
     ) -> Sequence:
         """A new sequence of up to `columns` columns.
 
@@ -164,6 +178,7 @@ class Decoder:
                 a melody checkpoint every row has as many.
             columns: that it will hold at most.
             caches: where its keys and values go, if not into new ones.
+            worn: the adapter beside the weights.
         """
         rows = len(conditions)
         prefix = self.embeddings.new_zeros(rows, 0, self.embeddings.shape[1])
@@ -172,12 +187,12 @@ class Decoder:
             told = [states for states in conditions if states is not None]
             prefix = torch.stack(told).to(self.device, self.dtype)
         else:
-            text = [self.text_memory(states) for states in conditions]
+            text = [self.text_memory(states, worn) for states in conditions]
         positions = prefix.shape[1] + columns
         self.reserve(positions)
         shape = (rows, self.heads, positions, self.head_dim)
-        caches = caches or [self._cache(shape) for _ in self.layers]
-        return Sequence(caches, text, prefix, -prefix.shape[1])
+        caches = caches or self._caches(shape)
+        return Sequence(caches, text, prefix, -prefix.shape[1], worn)
 
     @torch.inference_mode()
     def reserve(self, positions: int) -> None:
@@ -185,20 +200,24 @@ class Decoder:
         if positions > len(self.positions):
             self.positions = self._sinusoids(positions)
 
-    def _cache(self, shape: tuple[int, ...]) -> FloatCache | Int8Cache:
+    def _caches(self, shape: tuple[int, ...]) -> Caches:
         if self.precision == "int8":
-            return Int8Cache(shape)
-        return FloatCache(shape, self.dtype, self.device)
+            from musicgen_ui.engine.compiled import Int8Cache
 
-    def text_memory(self, states: Tensor | None) -> Memory | None:
+            return Int8Cache.of_layers(len(self.layers), shape)
+        return [FloatCache(shape, self.dtype, self.device) for _ in self.layers]
+
+    def text_memory(self, states: Tensor | None, worn: Worn | None = None) -> Memory | None:
         """The keys and values of [tokens, hidden] a layer, each [1, heads, tokens, head_dim]."""
         if states is None:
             return None
         states = states.to(self.device, self.dtype)
+        rows = Rows.of([(worn, len(states))])
         memory = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             assert layer.text
-            key, value = layer.text.kv(states).view(len(states), 2, self.heads, -1).unbind(1)
+            both = rows.product(index, "text_kv", layer.text.kv, states)
+            key, value = both.view(len(states), 2, self.heads, -1).unbind(1)
             memory.append((key.transpose(0, 1)[None], value.transpose(0, 1)[None]))
         return memory
 
@@ -237,36 +256,48 @@ class Decoder:
         x = self._forward(x, sequences, 1)
         for sequence in sequences:
             sequence.length += 1
-        return self.logits(x)
+        return self.logits(x, _rows(sequences, 1))
 
     def embed(self, columns: Tensor) -> Tensor:
         """What goes in: int64 [n, codebooks] to [n, hidden], without positions."""
         return F.embedding(columns + self.offsets, self.embeddings).sum(1)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, worn: Rows = BARE) -> Tensor:
         """What comes out: [rows, hidden] to float32 [rows, codebooks, codebook_size]."""
-        return self.lm_heads(x).view(len(x), self.codebooks, -1).float()
+        logits = worn.product(OUTSIDE, "lm_heads", self.lm_heads, x)
+        return logits.view(len(x), self.codebooks, -1).float()
 
-    def forward(self, x: Tensor, attend_self: Attend, attend_text: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, attend_self: Attend, attend_text: Attend, worn: Rows = BARE
+    ) -> Tensor:
         """The layers, [n, hidden] to [n, hidden], with the attention handed in.
 
         Args:
             x: embedded columns.
             attend_self: a layer's number and its [n, 3 · hidden] of queries, keys and values.
             attend_text: a layer's number and its queries, [n, hidden].
+            worn: the adapters of the n rows.
         """
         for index, layer in enumerate(self.layers):
-            x = x + layer.self_out(attend_self(index, layer.qkv(layer.self_norm(x))))
+            product = functools.partial(worn.product, index)
+            qkv = product("qkv", layer.qkv, layer.self_norm(x))
+            x = x + product("self_out", layer.self_out, attend_self(index, qkv))
             if text := layer.text:
-                x = x + text.out(attend_text(index, text.q(text.norm(x))))
-            x = x + layer.down(self.activation(layer.up(layer.ffn_norm(x))))
+                query = product("text_q", text.q, text.norm(x))
+                x = x + product("text_out", text.out, attend_text(index, query))
+            up = product("up", layer.up, layer.ffn_norm(x))
+            x = x + product("down", layer.down, self.activation(up))
         return self.norm(x)
 
     def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
+        worn = _rows(sequences, n)
+        if self.compiled and not worn.worn:
+            return self.norm(self.compiled.run(x, sequences, n))
         return self.forward(
             x,
             lambda index, qkv: self._attend_self(index, qkv, sequences, n),
             lambda index, query: self._attend_text(index, query, sequences, n),
+            worn,
         )
 
     def _attend_self(self, index: int, qkv: Tensor, sequences: list[Sequence], n: int) -> Tensor:
@@ -286,3 +317,8 @@ class Decoder:
                 key, value = memory[index]
                 out[row] = F.scaled_dot_product_attention(q[row : row + 1], key, value)[0]
         return out.transpose(1, 2).reshape(len(query), -1)
+
+
+def _rows(sequences: list[Sequence], n: int) -> Rows:
+    """What the rows of sequences wear, `n` positions of each row one after the other."""
+    return Rows.of([(sequence.worn, sequence.rows * n) for sequence in sequences])

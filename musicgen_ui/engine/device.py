@@ -118,6 +118,12 @@ def _ram_bytes() -> int:
         return total
 
 
+def own(module: torch.nn.Module | None) -> None:
+    """Copies weights out of the file that they are mapped from, so that the map can be dropped."""
+    for weight in module.parameters() if module else ():
+        weight.data = weight.data.clone()
+
+
 def give_memory_back() -> None:
     """Returns what was freed to the device and to the system, so that others can use it."""
     gc.collect()

@@ -32,13 +32,13 @@ class Eager:
         """Gives the job, or its new window, a place; `conditions` as for `Decoder.sequence`."""
         if job in self._jobs:
             self.release(job)
-        job.sequence = self.decoder.sequence(conditions, job.positions)
+        job.sequence = self.decoder.sequence(conditions, job.positions, worn=job.worn)
         self._jobs.add(job)
 
     @torch.inference_mode()
     def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
         """Lets the job attend to other states from its next column on."""
-        job.sequence.text = [self.decoder.text_memory(states) for states in conditions]
+        job.sequence.text = [self.decoder.text_memory(states, job.worn) for states in conditions]
 
     def release(self, job: Job) -> None:
         """Frees the cache of a job that has ended."""
@@ -57,8 +57,11 @@ class Eager:
             row += job.sequence.rows
             unwanted.append(row - 1)
         logits = sampling.guide(logits[wanted], logits[unwanted], settings.guidance_scale)
+        finite = sampling.finite(logits)
         uniform = torch.stack([job.uniforms[job.next_uniform] for job in jobs])
-        for job, codes in zip(jobs, sampling.draw(logits, settings, uniform), strict=True):
+        drawn = sampling.draw(logits, settings, uniform)
+        for job, codes, sane in zip(jobs, drawn, finite, strict=True):
+            job.sane &= sane
             column = job.columns[:, job.written + 1]
             column.copy_(torch.where(column == UNWRITTEN, codes, column))
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musicgen_ui.engine import sampling
+from musicgen_ui.engine.adapter import BARE, Rows
 from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.decoder import Caches, Decoder, Memory
 from musicgen_ui.engine.delay import UNWRITTEN
@@ -70,6 +71,7 @@ class Graphed:
             self.at = zeros(slots, dtype=torch.int64)  # the column that is stepped next
             self.prefix = zeros(slots, dtype=torch.int64)  # positions before the first column
             self.ready = zeros(slots, dtype=torch.bool)
+            self.sane = zeros(slots, dtype=torch.bool)
             self.settings = sampling.Settings(
                 guidance_scale=zeros(slots, 1, 1) + 1,
                 temperature=zeros(slots, 1, 1) + 1,
@@ -105,10 +107,12 @@ class Graphed:
         if job not in self._slot:
             self._slot[job] = min(self._free)
             self._free.remove(self._slot[job])
+            self.sane[self._slot[job]] = True
+            job.sane = self.sane[self._slot[job]]
         slot = self._slot[job]
         rows = slice(ROWS * slot, ROWS * slot + len(conditions))
         views: Caches = [_view(cache, rows) for cache in self.caches]
-        job.sequence = self.decoder.sequence(conditions, job.positions, views)
+        job.sequence = self.decoder.sequence(conditions, job.positions, views, job.worn)
         self._hear(slot, job.sequence.text)
         self.prefix[slot] = job.sequence.prefix.shape[1]
         self.columns[slot, :, : job.positions + 1] = job.columns
@@ -125,7 +129,7 @@ class Graphed:
     @torch.inference_mode()
     def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
         """Lets the job attend to other states from its next column on."""
-        job.sequence.text = [self.decoder.text_memory(states) for states in conditions]
+        job.sequence.text = [self.decoder.text_memory(states, job.worn) for states in conditions]
         self._hear(self._slot[job], job.sequence.text)
 
     def _hear(self, slot: int, memories: list[Memory | None]) -> None:
@@ -165,7 +169,12 @@ class Graphed:
         size = _enough(SIZES, 1 + slots[-1], len(self.at))
         filled = max(job.sequence.filled for job in jobs)
         length = _enough(LENGTHS, 1 + filled, self.positions)
-        self._graph(size, length)()
+        worn = [(self._slot[job], job.worn) for job in jobs if job.worn]
+        if worn:  # not captured: any mix of adapters would want a graph of its own
+            dressed = Rows([(slice(ROWS * s, ROWS * (s + 1)), w) for s, w in worn])
+            self._step(size, length, dressed)
+        else:
+            self._graph(size, length)()
         for job in jobs:
             job.sequence.length += 1
 
@@ -180,14 +189,16 @@ class Graphed:
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], Any]:
         """Runs the step once on a stream of its own, as capture wants, then captures it."""
-        kept = self.at.clone(), self.columns.clone()
+        kept = [(buffer, buffer.clone()) for buffer in (self.at, self.columns, self.sane)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.at.copy_(kept[0])
-        self.columns.copy_(kept[1])
+        try:
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+        finally:
+            for buffer, before in kept:
+                buffer.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -198,7 +209,7 @@ class Graphed:
         for length in sorted({*LENGTHS, self.positions}) if self.capture else ():
             self._graph(1, length)
 
-    def _step(self, size: int, length: int) -> None:
+    def _step(self, size: int, length: int, worn: Rows = BARE) -> None:
         """One step of the slots 0 to `size`: reads and writes the buffers and nothing else."""
         decoder, at = self.decoder, self.at[:size]
         places = at + self.prefix[:size]
@@ -224,13 +235,16 @@ class Graphed:
             return _attend(q, keys, values, self.heard[: len(rows)])
 
         x = decoder.embed(self.columns[slots, :, at]) + decoder.positions[places]
-        x = decoder.forward(x.repeat_interleave(ROWS, 0), attend_self, attend_text)
-        logits = decoder.logits(x).unflatten(0, (size, ROWS))  # [slots, rows, codebooks, codes]
+        x = decoder.forward(x.repeat_interleave(ROWS, 0), attend_self, attend_text, worn)
+        logits = decoder.logits(x, worn).unflatten(
+            0, (size, ROWS)
+        )  # [slots, rows, codebooks, codes]
         settings = self.settings.of_first(size)
         guided = sampling.guide(logits[:, 0], logits[:, 1], settings.guidance_scale)
         guided = torch.where(settings.guidance_scale == 1, logits[:, 0], guided)
         drawn = sampling.draw(guided, settings, self.uniforms[slots, at])
         given, ready = self.columns[slots, :, at + 1], self.ready[:size]
+        self.sane[:size] &= sampling.finite(guided) | ~ready
         unwritten = (given == UNWRITTEN) & ready[:, None]
         self.columns[slots, :, at + 1] = torch.where(unwritten, drawn, given)
         at += ready  # a slot whose job is not ready stands still

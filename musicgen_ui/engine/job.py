@@ -30,9 +30,11 @@ from torch import Tensor
 
 from musicgen_ui import audio
 from musicgen_ui.engine import delay, sampling
+from musicgen_ui.engine.adapter import Worn
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec
 from musicgen_ui.engine.decoder import Sequence
-from musicgen_ui.engine.events import Chunk, Finished, Progress
+from musicgen_ui.engine.events import Chroma, Chunk, Finished, Progress
+from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.request import WINDOW_S, Clip, GenerationRequest
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
@@ -64,6 +66,7 @@ class Job:
     """
 
     sequence: Sequence  # given by the batch, which knows the decoder
+    worn: Worn | None = None  # the adapter, given by the batch too
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class Job:
         self.uniforms = sampling.uniforms(request.seed, draws, codebooks).to(device)
         self.words = request.words()
         self.stream = codec.stream()
+        self.sane = torch.ones((), dtype=torch.bool, device=device)  # logits were numbers
         self.decoded_frames = 0
         self.decoded_samples = 0  # of `samples`, which hold the context too
         self.samples = np.empty((codec.channels, self.frames * codec.hop), np.float32)
@@ -219,13 +223,19 @@ class Job:
         return waiting >= (FIRST_CHUNK_FRAMES if first else CHUNK_FRAMES)
 
     def chunk(self, last: bool = False) -> Chunk | None:
-        """Decodes the next frames (with `last`, all that are done); the new audio among it."""
+        """Decodes the next frames (with `last`, all that are done); the new audio among it.
+
+        Raises:
+            NotFiniteError: it would be noise.
+        """
         end = (
             self.frames_done if last else min(self.frames_done, self.decoded_frames + CHUNK_FRAMES)
         )
         frames = self.decoded_frames - self.start, end - self.start
         codes = delay.undelayed(self.columns, *frames, self.codec.channels)
         piece = self.stream.push(codes, last=last).cpu().numpy()
+        if not (self.sane and np.isfinite(piece).all()):
+            raise NotFiniteError
         begin = self.decoded_samples
         self.decoded_samples += piece.shape[1]
         self.samples[:, begin : self.decoded_samples] = piece
@@ -238,7 +248,7 @@ class Job:
         """Samples of the decoded audio that are the context's reconstruction."""
         return self.context_frames * self.codec.hop
 
-    def finished(self, notes: tuple[str, ...] = ()) -> Finished:
+    def finished(self, notes: tuple[str, ...] = (), melody: Chroma | None = None) -> Finished:
         """The take, once `chunk(last=True)` has been called or nothing was made."""
         new_s = (self.frames_done - self.context_frames) / self.codec.frame_rate
         decoded = self.samples[:, : self.decoded_samples]
@@ -255,4 +265,5 @@ class Job:
             speed=self._speed(new_s),
             stopped=not self.done,
             notes=notes,
+            melody=melody,
         )

@@ -1,0 +1,87 @@
+"""LoRA adapters by name: a folder or a Hub id, as peft saves them, and the base they belong to.
+
+What an adapter does to a checkpoint is `engine.adapter`'s; here it is found and fetched. An adapter
+names the checkpoint that it was trained on: with "auto" that one is taken, and another published
+one is refused, since some share all their shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from musicgen_ui import checkpoints, hub
+from musicgen_ui.checkpoints import Source
+from musicgen_ui.request import GenerationRequest, RequestError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def find(name: str) -> Source:
+    """Where the adapter comes from; asks no network.
+
+    Raises:
+        RequestError: it is neither a folder nor a Hub id.
+    """
+    folder = checkpoints.folder_of(name)
+    if folder:
+        return Source(checkpoints.shown(folder), folder)
+    if hub.ID.fullmatch(name):
+        return Source(name)
+    raise RequestError(
+        f'There is no adapter "{name[:80]}": name a folder or a Hub id with {CONFIG} and '
+        f"{WEIGHTS}, as peft saves them.",
+        "adapter",
+    )
+
+
+def fetch(source: Source) -> Path:
+    """The folder with the adapter's files, downloaded where it is on the Hub.
+
+    Raises:
+        RequestError: it cannot be had, or is none.
+    """
+    folder = source.folder or hub.files(source.name, (CONFIG, WEIGHTS), "adapter")
+    lacking = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if lacking:
+        raise RequestError(
+            f"{source.name} is no adapter: it has no {lacking[0]}. Name what peft saved, in "
+            "safetensors' format.",
+            "adapter",
+        )
+    return folder
+
+
+def with_base(
+    request: GenerationRequest, source: Source, folder: Path, device: str
+) -> GenerationRequest:
+    """The request with the adapter's own base where it left the checkpoint open.
+
+    Raises:
+        RequestError: it asks for another published checkpoint than that base.
+    """
+    base = base_of(folder)
+    request = dataclasses.replace(request, adapter=source.name)
+    if base is None:
+        return request
+    if request.checkpoint == "auto":
+        return dataclasses.replace(request, checkpoint=base.name)
+    asked = checkpoints.resolve(request.checkpoint, request.stereo, device)
+    published = checkpoints.known().values()
+    if asked != base and asked in published and base in published:
+        raise RequestError(
+            f"The adapter {source.name} was trained on {base.name}, not on {asked.name}: choose "
+            "that checkpoint.",
+            "adapter",
+        )
+    return request
+
+
+def base_of(folder: Path) -> Source | None:
+    """The checkpoint that an adapter says it was trained on; None where it cannot be had."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return checkpoints.resolve(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a RequestError too: it is not here, or named by a path of its trainer's

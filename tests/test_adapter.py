@@ -1,0 +1,275 @@
+"""An adapter changes the rows that wear it, as peft's merged model would, and no others."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_engine import PIANO, ROCK, generated, load, make_batch, run_job
+
+from musicgen_ui import adapters
+from musicgen_ui.engine.batch import Batch
+from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.shelf import CONFIG, WEIGHTS
+from musicgen_ui.manager import ModelManager
+from musicgen_ui.request import GenerationRequest, RequestError
+
+EVERYTHING = [
+    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    *("lm_heads.0", "lm_heads.3", "enc_to_dec_proj"),
+]
+GREEDY = {"prompt": ROCK, "duration_s": 0.5, "do_sample": False}
+
+
+def write(base: Path, folder: Path, seed: int = 1, alone: bool = False, **settings) -> Path:
+    """An adapter that peft made of random matrices, large enough to change the music."""
+    model = load(base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 8, "target_modules": EVERYTHING, "init_lora_weights": False}
+            | settings
+        )
+        trained = peft.get_peft_model(model.decoder if alone else model, config)
+    trained.peft_config["default"].base_model_name_or_path = str(base)
+    trained.save_pretrained(folder)
+    return folder
+
+
+def merged(base: Path, adapter: Path, strength: float = 1.0, alone: bool = False):
+    model = load(base)
+    wearing = peft.PeftModel.from_pretrained(model.decoder if alone else model, adapter)
+    for module in wearing.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scale_layer(strength)
+    whole = wearing.merge_and_unload()
+    if alone:
+        model.decoder = whole
+        return model
+    return whole
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("bases") / "base", text_hidden=24)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(base, tmp_path_factory.mktemp("adapters") / "one")
+
+
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def batch(base: Path, adapter: Path, request: pytest.FixtureRequest) -> Batch:
+    made = make_batch(base, graphs=request.param == "graph")
+    made.adapters.add("one", adapter)
+    return made
+
+
+@pytest.fixture
+def changeable(adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+def codes(batch: Batch, name: str = "one", **settings) -> torch.Tensor:
+    return run_job(batch, GenerationRequest(**{**GREEDY, "adapter": name} | settings))[1]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_greedy_codes_are_those_of_pefts_merged_model(base, adapter, batch, strength):
+    expected, _ = generated(merged(base, adapter, strength), base, [ROCK], 25, 3.0)
+    plain, _ = generated(load(base), base, [ROCK], 25, 3.0)
+    assert torch.equal(codes(batch, adapter_strength=strength), expected[0])
+    assert not torch.equal(plain, expected)
+    # Taken off again: the packed weights were never touched.
+    assert torch.equal(codes(batch, ""), plain[0])
+    assert torch.equal(codes(batch, adapter_strength=0), plain[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
+        {"rank_pattern": {"fc1": 2}, "alpha_pattern": {"layers.1.fc1": 30, "q_proj": 2}},
+        {"alone": True, "target_modules": ["k_proj", "lm_heads.1"]},
+    ],
+)
+def test_every_scaling_of_peft_is_the_same_here(base, batch, tmp_path, settings):
+    alone = settings.get("alone", False)
+    folder = write(base, tmp_path / "other", **settings)
+    batch.adapters.add("other", folder)
+    expected, _ = generated(merged(base, folder, alone=alone), base, [ROCK], 25, 3.0)
+    assert torch.equal(codes(batch, "other"), expected[0])
+
+
+def test_jobs_with_different_adapters_share_steps_and_hear_nothing_of_each_other(
+    base, batch, tmp_path
+):
+    batch.adapters.add("two", write(base, tmp_path / "two", seed=2))
+    asked = [
+        {"adapter": "one"},
+        {"adapter": ""},
+        {"adapter": "two", "prompt": PIANO},
+        {"adapter": "one", "adapter_strength": 0.3},
+        {"adapter": "one", "guidance_scale": 1.0},
+    ]
+    requests = [GenerationRequest(**{**GREEDY, **settings}) for settings in asked]
+    alone = [run_job(batch, request)[2].clip.samples for request in requests]
+    events: list[list] = [[] for _ in requests]
+    for request, heard in zip(requests, events, strict=True):
+        batch.submit(request, None, heard.append)
+    while batch.step():
+        pass
+    for heard, expected in zip(events, alone, strict=True):
+        assert isinstance(heard[-1], Finished), heard[-1]
+        assert abs(heard[-1].clip.samples - expected).max() < 1e-5
+    assert abs(alone[0] - alone[1]).max() > 0.01
+
+
+def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(base, adapter):
+    batch = make_batch(base, precision="int8", graphs=False)
+    batch.adapters.add("one", adapter)
+    plain, expected = make_batch(base), Batch(
+        merged(base, adapter), batch.conditioner.tokenizer, checkpoint="merged"
+    )
+
+    def first_logits(of: Batch, name: str = "") -> torch.Tensor:
+        request = GenerationRequest(**GREEDY, adapter=name)
+        worn, states = of.adapters.worn(request), of.conditioner.conditions(request)
+        sequence = of.decoder.sequence(states, 4, worn=worn)
+        start = torch.full((1, of.decoder.codebooks), of.decoder.start_token)
+        return of.decoder.step(start, [sequence])
+
+    wanted = first_logits(expected)
+    error = (first_logits(batch, "one") - wanted).abs().mean()
+    assert error < 0.1 * (first_logits(plain) - wanted).abs().mean()
+
+
+def test_a_request_names_a_folder_and_its_take_says_what_it_wore(base, adapter):
+    request = GenerationRequest(
+        **GREEDY, checkpoint=str(base), adapter=str(adapter), adapter_strength=0.8, seed=1
+    )
+    with closing(ModelManager(device="cpu", precision="float32")) as manager:
+        take = list(manager.stream_sync(request))[-1]
+        assert (take.request.adapter, take.request.adapter_strength) == (str(adapter), 0.8)
+        bare = list(manager.stream_sync(dataclasses.replace(request, adapter="")))[-1]
+        assert abs(bare.clip.samples - take.clip.samples).max() > 0.01
+        assert len(manager._residents.all()) == 1  # the base was not read again
+
+        # An open choice of the checkpoint is the adapter's own base.
+        async def auto() -> list:
+            asked = dataclasses.replace(request, checkpoint="auto")
+            return [event async for event in manager.stream(asked)]
+
+        assert asyncio.run(auto())[-1].request.checkpoint == str(base)
+
+
+def test_a_server_with_listed_checkpoints_alone_puts_nothing_on(base, adapter):
+    with closing(ModelManager(device="cpu", allow_any=False, also=[str(base)])) as manager:
+        request = GenerationRequest(**GREEDY, checkpoint=str(base), adapter=str(adapter))
+        with pytest.raises(RequestError, match="puts no adapters on") as error:
+            list(manager.stream_sync(request))
+        assert error.value.field == "adapter"
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def eager(base: Path) -> Batch:
+    return make_batch(base, graphs=False)
+
+
+@pytest.fixture
+def add(eager: Batch) -> Iterator:
+    def refused(folder: Path, match: str) -> None:
+        with pytest.raises(RequestError, match=match) as error:
+            eager.adapters.add("bad", folder)
+        assert error.value.field == "adapter" and str(error.value).endswith(".")
+
+    yield refused
+
+
+def edit(folder: Path, **values) -> Path:
+    file = folder / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize("shape", [{"layers": 1}, {"hidden": 32}])
+def test_an_adapter_for_another_base_is_refused(shape, base, add, tmp_path):
+    other = tiny.build(tmp_path / "other-base", text_hidden=24, **shape)
+    if shape == {"layers": 1}:
+        eager = make_batch(other, graphs=False)
+        with pytest.raises(RequestError, match=r"layers\.1\..*does not|does not fit other-base"):
+            eager.adapters.add("bad", write(base, tmp_path / "adapter"))
+    else:
+        add(write(other, tmp_path / "adapter"), "was trained on .*other-base and does not fit base")
+
+
+def test_an_adapter_of_another_published_checkpoint_is_refused(changeable):
+    edit(changeable, base_model_name_or_path="facebook/musicgen-small")
+    source = adapters.find(str(changeable))
+    request = GenerationRequest(checkpoint="stereo-small", adapter=str(changeable))
+    with pytest.raises(RequestError, match=r"trained on facebook/musicgen-small, not on facebook/"):
+        adapters.with_base(request, source, changeable, "cpu")
+    kept = adapters.with_base(GenerationRequest(adapter="x"), source, changeable, "cpu")
+    assert kept.checkpoint == "facebook/musicgen-small"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"use_dora": True}, r"no plain LoRA \(use_dora\): merge it"),
+        ({"peft_type": "IA3"}, r"no plain LoRA \(IA3\)"),
+        ({"init_lora_weights": "pissa"}, r"no plain LoRA \(pissa\)"),
+        ({"alpha_pattern": {"(a+)+b": 3}}, "a pattern in its settings"),
+        ({"lora_alpha": "much"}, "no readable adapter_model"),
+        ({"peft_type": None}, "no plain LoRA"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(changeable, add, values, said):
+    add(edit(changeable, **values), said)
+
+
+def test_weights_that_would_be_left_out_are_refused(changeable, add):
+    weights = load_file(changeable / WEIGHTS)
+    extra = "base_model.model.text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+    save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS)
+    add(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
+
+
+def test_damaged_files_are_refused(changeable, add, tmp_path):
+    whole = (changeable / WEIGHTS).read_bytes()
+    weights = load_file(changeable / WEIGHTS)
+    (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    add(changeable, "no readable adapter_model")
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key] * float("nan")}, changeable / WEIGHTS)
+    add(changeable, "no readable adapter_model")
+    save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS)
+    add(changeable, "does not fit|no readable")
+    (changeable / CONFIG).write_text("{")
+    add(changeable, "no readable adapter_config")
+    (changeable / CONFIG).unlink()
+    with pytest.raises(RequestError, match=r"it has no adapter_config\.json"):
+        adapters.fetch(adapters.find(str(changeable)))
+    with pytest.raises(RequestError, match='no adapter "nowhere"'):
+        adapters.find("nowhere")
+
+
+def test_a_changed_file_is_read_again(base, eager, changeable, tmp_path):
+    eager.adapters.add("same", changeable)
+    first = codes(eager, "same")
+    shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS, changeable / WEIGHTS)
+    assert not torch.equal(codes(eager, "same"), first)
