@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
-SWEEP_EVERY_S = 600.0
+ABORTED_S = 120.0  # what is left of an upload that was given up: a stalled one is ended before
+SWEEP_EVERY_S = 60.0
+STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
 class BodyLimit:
@@ -32,11 +35,13 @@ class BodyLimit:
         upload = scope["path"].rstrip("/").endswith("/upload")
         limit = self.upload_bytes if upload else self.body_bytes
         headers = dict(scope["headers"])
-        seen, started = 0, False
+        seen, started, unfinished, began_s = 0, False, True, time.monotonic()
 
         async def counted() -> dict:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, unfinished
+            left_s = STALLED_S + seen / SLOW_BYTES_S - (time.monotonic() - began_s)
+            message = await asyncio.wait_for(receive(), max(left_s, 0) if unfinished else None)
+            unfinished = message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > limit:
                 raise _TooLargeError
@@ -48,24 +53,33 @@ class BodyLimit:
             await send(message)
 
         try:
-            if int(headers.get(b"content-length", b"0") or 0) > limit:
+            if announced(headers) > limit:
                 raise _TooLargeError
             await self.app(scope, counted, noted)
-        except (_TooLargeError, ValueError):
+        except (_TooLargeError, TimeoutError) as error:
             if started:
                 raise
-            await refuse(send, f"The request is larger than {limit // 1_000_000} MB.")
+            if isinstance(error, TimeoutError):
+                await refuse(send, 408, "The request came too slowly.")
+            else:
+                await refuse(send, 413, f"The request is larger than {limit // 1_000_000} MB.")
 
 
 class _TooLargeError(Exception):
     """A body passed its limit."""
 
 
-async def refuse(send: Callable, text: str) -> None:
-    """Answers 413 with a sentence."""
+def announced(headers: Mapping[bytes, bytes]) -> int:
+    """The body's length as its sender states it; 0 where nothing can be made of that."""
+    text = headers.get(b"content-length", b"")
+    return int(text) if text.isdigit() else 0
+
+
+async def refuse(send: Callable, status: int, text: str) -> None:
+    """Answers with a sentence."""
     body = text.encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -76,8 +90,10 @@ class Sweeper:
     the file system states, setting the computer's clock would delete what was made just now.
     """
 
-    def __init__(self, folder: Path, kept_s: float, skip: Path | None = None) -> None:
-        self._folder, self._skip = folder, skip
+    def __init__(
+        self, folder: Path, kept_s: float, skip: Path | None = None, pattern: str = "**/*"
+    ) -> None:
+        self._folder, self._skip, self._pattern = folder, skip, pattern
         self._kept_s = kept_s
         self._seen: dict[Path, tuple[int, float]] = {}  # a file's change, and when it was seen
 
@@ -85,7 +101,7 @@ class Sweeper:
         """Deletes what has not changed for `kept_s` of sweeps; how many files."""
         count, now, seen = 0, time.monotonic(), self._seen
         self._seen = {}
-        for path in sorted(self._folder.rglob("*"), reverse=True):
+        for path in sorted(self._folder.glob(self._pattern), reverse=True):
             if self._skip and path.is_relative_to(self._skip):
                 continue
             try:
@@ -108,7 +124,11 @@ class Sweeper:
 def sweep_while(running: Callable[[], bool], folder: Path) -> None:
     """Sweeps a server's temporary folder, its takes apart, for as long as it runs."""
     takes = folder / "takes"
-    sweepers = [Sweeper(folder, KEPT_S, skip=takes), Sweeper(takes, TAKE_KEPT_S)]
+    sweepers = [
+        Sweeper(folder, KEPT_S, skip=takes),
+        Sweeper(folder, ABORTED_S, pattern="*/tmp*"),  # an upload's name until it is whole
+        Sweeper(takes, TAKE_KEPT_S),
+    ]
     while running():
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:

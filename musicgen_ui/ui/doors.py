@@ -1,0 +1,161 @@
+"""What outsiders may reach and hold open: routes, files, addresses, connections.
+
+Gradio brings more routes than this page needs, among them one that fetches any address for whoever
+asks and one that runs FFmpeg on a body; `Doors` lets through those that page, API and MCP use. It
+serves files from the cache alone, where Gradio names a file by its content's hash, so nobody finds
+another visitor's take by guessing its prompt and seed. Clips come as uploads: an address in their
+place is refused before anything is looked up. Connections are counted, and one that does not get
+to the end of a request's head is closed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+log = logging.getLogger(__name__)
+
+# Gradio's routes, by what follows /gradio_api/: page, clients, sign-in, MCP.
+OPEN = {
+    *("info", "openapi.json", "config", "startup-events", "theme.css", "app_id"),
+    *("queue", "call", "cancel", "reset", "heartbeat", "upload", "upload_progress"),
+    *("token", "user", "login_check", "mcp"),
+}
+MAX_CONNECTIONS = 800  # a process may have 1,024 files open, and a job needs some beside
+MAX_OF_AN_ADDRESS = 100  # where it is a public one: behind a proxy, all visitors share the proxy's
+HEAD_S = 20.0  # for a request's head
+NOT_FETCHED = "Clips are uploaded, not fetched: download it and hand over the file."
+
+
+class Doors:
+    """Answers 404 for what is not open and 400 for what Gradio stumbles over (ASGI middleware).
+
+    Args:
+        app: what is behind it.
+        cache: the folder whose files are served.
+    """
+
+    def __init__(self, app: Any, cache: Path) -> None:
+        self.app = app
+        self.cache = cache.resolve()
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Serves what is open."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def noted(message: dict) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        if not self._is_open(scope["path"]):
+            await _answer(scope, send, 404, "There is nothing here.")
+            return
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            # Gradio trusts what its own page sends: anything else is the sender's mistake.
+            log.warning("A request was not understood: %s", type(error).__name__)
+            log.debug("It was", exc_info=error)
+            if not started:
+                await _answer(scope, send, 400, "The request could not be understood.")
+
+    def _is_open(self, path: str) -> bool:
+        found = re.search(r"/gradio_api/(.+)", path, re.DOTALL)  # behind any root path
+        if not found:
+            return True
+        route = found[1]
+        if route.startswith("file="):
+            return self._is_shown(route.removeprefix("file="))
+        return route.partition("/")[0] in OPEN
+
+    def _is_shown(self, file: str) -> bool:
+        try:
+            return Path(os.path.realpath(file)).is_relative_to(self.cache)
+        except (OSError, ValueError):  # too long, a null byte
+            return False
+
+
+async def _answer(scope: dict, send: Callable, status: int, text: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": f"{text}\n".encode()})
+
+
+def refuse_addresses(components: Iterable[Any]) -> None:
+    """Makes components refuse an address where a file is expected.
+
+    Gradio fetches them, public ones only, but a body of any size and into memory.
+    """
+    for component in components:
+        component.async_move_resource_to_block_cache = _only_files(
+            component.async_move_resource_to_block_cache
+        )
+
+
+def _only_files(take_in: Callable) -> Callable:
+    async def taken_in(file: Any) -> Any:
+        if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
+            raise gr.Error(NOT_FETCHED, print_exception=False)
+        return await take_in(file)
+
+    return taken_in
+
+
+def bound_connections(server: Any) -> None:
+    """Bounds the connections of a running uvicorn server, and the wait for a request's head."""
+    plain = server.config.http_protocol_class
+
+    class Bounded(plain):  # type: ignore[misc, valid-type]
+        """A connection that has to get on."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._unfinished = None  # the request that was over when it was last looked at
+            self._look_again = self.loop.call_later(HEAD_S, self._look)
+            if is_too_many(self.connections, self.client):
+                transport.abort()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._look_again.cancel()
+            super().connection_lost(error)
+
+        def _look(self) -> None:
+            over = self.cycle is None or self.cycle.response_complete
+            if over and self.cycle is self._unfinished:
+                self.transport.close()
+                return
+            self._unfinished = self.cycle if over else self
+            self._look_again = self.loop.call_later(HEAD_S, self._look)
+
+    server.config.http_protocol_class = Bounded
+
+
+def is_too_many(connections: Iterable[Any], client: tuple[str, int] | None) -> bool:
+    """Whether the newest of `connections`, `client`'s, is one more than there may be."""
+    connections = list(connections)
+    if len(connections) > MAX_CONNECTIONS:
+        return True
+    host = client[0] if client else ""
+    same = [connection for connection in connections if (connection.client or [""])[0] == host]
+    return len(same) > MAX_OF_AN_ADDRESS and _is_public(host)
+
+
+def _is_public(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
