@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 import secrets
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
@@ -22,6 +23,7 @@ OPEN = {  # a stranger's: the sign-in page, what a browser and whoever watches t
     *("/healthz", "/metrics"),  # /metrics has a token of its own
 }
 OPEN_FOLDERS = ("/static/", "/assets/", "/svelte/")  # Gradio's own files
+API = re.compile(rb"window\.gradio_api_info = .*?</script>", re.DOTALL)
 WRONG_S = 1.0  # until a wrong password is answered
 
 
@@ -56,7 +58,10 @@ class Gate:
         if not known and path not in OPEN and not path.startswith(OPEN_FOLDERS):
             await _refuse(scope, send)
             return
-        send = _late_when_wrong(send) if path.rstrip("/") == "/login" else send
+        if path == "/" and not known:
+            send = _without_api(send)
+        elif path.rstrip("/") == "/login":
+            send = _late_when_wrong(send)
         await self.app(scope, receive, send)
 
     def _known(self, gradio: Any, scope: dict) -> bool:
@@ -94,6 +99,26 @@ async def _refuse(scope: dict, send: Callable) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     await send({"type": "http.response.body", "body": b"Sign in first.\n"})
+
+
+def _without_api(send: Callable) -> Callable:
+    """The sign-in page, less the description of the API that Gradio puts into it."""
+    start: dict = {}
+    page: list[bytes] = []
+
+    async def less(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        page.append(message.get("body", b""))
+        if not message.get("more_body"):
+            body = API.sub(b"window.gradio_api_info = {};</script>", b"".join(page))
+            headers = [h for h in start["headers"] if h[0] != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+    return less
 
 
 def _late_when_wrong(send: Callable) -> Callable:

@@ -1,0 +1,277 @@
+"""Hosting at home: a password at the door, a reverse proxy in front, several users, an MCP tool."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import logging
+import re
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import soundfile
+from fakes import FakeEngine
+from gradio_client import Client
+from starlette.routing import Route
+
+from musicgen_ui import __main__ as cli
+from musicgen_ui.request import RequestError
+from musicgen_ui.ui import gate
+from musicgen_ui.ui.server import close, launch, serve
+from musicgen_ui.ui.settings import Settings, settings
+
+SECRET = "correct-horse:battery"  # a colon in a password is one of its letters
+BASIC = ("ann", SECRET)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def guarded(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
+    """A server with a password: its address and Gradio's app."""
+    monkeypatch_module.setattr(gate, "WRONG_S", 0.01)
+    port = free_port()
+    demo, temporary = launch(Settings(port=port, auth=f"ann:{SECRET}"), FakeEngine())
+    yield f"http://127.0.0.1:{port}", demo.app
+    close(demo, temporary)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def routes(app: Any) -> Iterator[tuple[str, str]]:
+    """Every method and path that the server answers, with something for each parameter."""
+
+    def walk(found: list[Any], prefix: str) -> Iterator[tuple[str, str]]:
+        for route in found:
+            path = prefix + getattr(route, "path", "")
+            included = getattr(route, "original_router", None)  # FastAPI's, not copied any more
+            inner = included.routes if included else getattr(route, "routes", None)
+            if inner and not isinstance(route, Route):
+                yield from walk(inner, path)
+            for method in getattr(route, "methods", None) or (() if inner else ("GET", "POST")):
+                yield method, re.sub(r"\{[^}]*\}", "x", path) or "/"
+
+    yield from sorted(set(walk(app.routes, "")))
+
+
+def test_a_stranger_has_the_sign_in_page_and_nothing_else(guarded: tuple[str, Any]) -> None:
+    url, app = guarded
+    tried, client = list(routes(app)), httpx.Client()
+    paths = {path for _, path in tried}
+    assert {"/gradio_api/queue/join", "/gradio_api/upload", "/healthz", "/config"} <= paths
+    for method, path in tried:
+        if path in gate.OPEN or path.startswith(gate.OPEN_FOLDERS):
+            continue
+        answer = client.request(method, url + path, json={})
+        assert answer.status_code == 401, (method, path, answer.status_code)
+        assert method == "HEAD" or answer.text == "Sign in first.\n"
+    for hidden in ("gradio_api/mcp/", "gradio_api/file=/etc/passwd", "gradio_api/heartbeat/x"):
+        assert httpx.get(f"{url}/{hidden}").status_code == 401
+    assert len(tried) > 80
+
+
+def test_what_is_open_says_nothing_private(guarded: tuple[str, Any]) -> None:
+    url, _ = guarded
+    for path in sorted(gate.OPEN - {"/login"}):
+        answer = httpx.get(url + path)
+        assert "ann" not in re.findall(r"\w+", answer.text) and SECRET not in answer.text
+        assert "Negative prompt" not in answer.text and "negative_prompt" not in answer.text, path
+    assert httpx.get(url + "/healthz").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "sneaky", ["/gradio_api/../config", "//config", "/static/../config", "/assets/%2e%2e/config"]
+)
+def test_no_spelling_of_a_path_gets_round_the_gate(guarded: tuple[str, Any], sneaky: str) -> None:
+    url, _ = guarded
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            f"GET {sneaky} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
+        answer = connection.makefile("rb").read()
+    assert answer.split()[1] in (b"401", b"404", b"403") and b"components" not in answer
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Basic " + base64.b64encode(b"ann:wrong").decode()},
+        {"authorization": "Basic not base64"},
+        {"authorization": "Bearer " + SECRET},
+        {"cookie": "access-token-x=None"},
+        {"cookie": "=;; ==, access-token"},
+    ],
+)
+def test_what_is_almost_right_is_refused(guarded: tuple[str, Any], headers: dict) -> None:
+    url, app = guarded
+    assert httpx.get(url + "/config", headers=headers).status_code == 401
+    named = {"cookie": f"access-token-{app.cookie_id}=None"}
+    assert httpx.get(url + "/config", headers=named).status_code == 401
+
+
+def test_name_and_password_open_everything(guarded: tuple[str, Any], tmp_path: Path) -> None:
+    url, _ = guarded
+    assert "Negative prompt" in httpx.get(url + "/config", auth=BASIC).text
+    brought = {"Authorization": "Basic " + base64.b64encode(":".join(BASIC).encode()).decode()}
+    for signed_in in ({"auth": BASIC}, {"headers": brought}):
+        client = Client(url, verbose=False, download_files=tmp_path, **signed_in)
+        files, settings = client.predict(duration_s=1, seed=5, api_name="/generate")
+        assert soundfile.info(files[0]).duration == 1 and settings["seed"] == 5
+    with pytest.raises(Exception, match=r"401|credentials|authenticat"):
+        Client(url, verbose=False)
+    with pytest.raises(Exception, match=r"credentials|Could not"):
+        Client(url, verbose=False, auth=("ann", "wrong"))
+
+
+def test_a_wrong_password_is_answered_late(
+    guarded: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = guarded
+    slept = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(gate, "asyncio", SimpleNamespace(sleep=sleep))
+    form = {"username": "ann", "password": "wrong"}
+    assert httpx.post(url + "/login", data=form).status_code == 400
+    assert slept.count(gate.WRONG_S) == 1
+    assert httpx.post(url + "/login", data=form | {"password": SECRET}).status_code == 200
+    assert slept.count(gate.WRONG_S) == 1
+
+
+def test_secrets_are_in_no_log_message_or_help(
+    guarded: tuple[str, Any], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    chosen = settings([], {"MUSICGEN_UI_AUTH": f"ann:{SECRET}", "MUSICGEN_UI_METRICS_TOKEN": "tok"})
+    assert SECRET not in repr(chosen) and "tok" not in repr(chosen).replace("token", "")
+    for arguments in (["--auth", "nocolon-secret"], ["--auth", ":secret"], ["--auth", "secret:"]):
+        with pytest.raises(RequestError) as refused:
+            settings(arguments, {})
+        assert "secret" not in str(refused.value) and "--auth" in str(refused.value)
+    httpx.post(guarded[0] + "/login", data={"username": "ann", "password": SECRET})
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUSICGEN_UI_AUTH", f"ann:{SECRET}")
+        cli.main(["serve", "--help"])
+    said = capsys.readouterr()
+    assert SECRET not in caplog.text + said.out + said.err
+
+
+def test_mcp_without_its_packages_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("musicgen_ui.ui.server.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"pip install -r requirements-mcp\.txt"):
+        serve(Settings(mcp=True), FakeEngine())
+
+
+def test_a_shared_link_is_public_and_offers_the_listed_checkpoints_alone() -> None:
+    assert not settings(["--share"], {}).any_checkpoint
+    assert not settings([], {"GRADIO_SHARE": "1"}).any_checkpoint
+    assert settings(["--share", "--any-checkpoint"], {}).any_checkpoint
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that shows the app under /music and nothing elsewhere."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = ""
+
+    def forward(self) -> None:
+        if not self.path.startswith("/music"):
+            self.send_error(404)
+            return
+        body = self.rfile.read(int(self.headers.get("content-length") or 0)) or None
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+        headers |= {"Host": self.headers["host"], "X-Forwarded-For": "203.0.113.7"}
+        path = self.path.removeprefix("/music") or "/"
+        asked = urllib.request.Request(self.upstream + path, body, headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(asked, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            while piece := answer.read1(65536):
+                self.wfile.write(piece)
+                self.wfile.flush()
+        self.close_connection = True
+
+    do_GET = do_POST = do_HEAD = forward
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def proxied() -> Iterator[tuple[str, FakeEngine]]:
+    port, engine = free_port(), FakeEngine(speed=20)
+    demo, temporary = launch(Settings(port=port, root_path="music/"), engine)
+    Proxy.upstream = f"http://127.0.0.1:{port}"
+    front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{front.server_port}/music", engine
+    front.shutdown()
+    close(demo, temporary)
+
+
+def test_behind_a_proxy_everything_lies_under_its_path(proxied: tuple[str, FakeEngine]) -> None:
+    url, _ = proxied
+    page = httpx.get(url + "/").text
+    config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});</script>", page)[1])
+    assert config["root"] == url
+    named = set(re.findall(r'(?:src|href)="\./([^"]+)"', page))
+    assert named  # relative to the page
+    assert all(httpx.get(f"{url}/{link}").status_code == 200 for link in named)
+    files = set(re.findall(rf'"({re.escape(url)}/gradio_api/file=[^"]+)"', page))
+    assert all(httpx.get(file).status_code == 200 for file in files)
+    assert httpx.get(url + "/healthz").json()["status"] == "ok"
+
+
+def test_the_api_streams_and_downloads_through_a_proxy(
+    proxied: tuple[str, FakeEngine], tmp_path: Path
+) -> None:
+    url, _ = proxied
+    client = Client(url, verbose=False, download_files=tmp_path)
+    job = client.submit(duration_s=8, api_name="/generate")
+    files, _ = job.result(timeout=60)
+    assert soundfile.info(files[0]).duration == 8
+    assert sum("Composing" in told["status"] for nothing, told in job.outputs()[:-1]) >= 2
+
+
+def test_several_users_at_once_have_their_own_takes(
+    proxied: tuple[str, FakeEngine], tmp_path: Path
+) -> None:
+    url, _ = proxied
+
+    def use(seed: int) -> tuple[int, float]:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        client = Client(url, verbose=False, download_files=folder)
+        files, told = client.predict(duration_s=1 + seed, seed=seed, api_name="/generate")
+        return told["seed"], soundfile.info(files[0]).duration
+
+    with ThreadPoolExecutor(4) as users:
+        assert list(users.map(use, range(4))) == [(seed, 1.0 + seed) for seed in range(4)]
