@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +19,20 @@ import gradio as gr
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fakes import FakeEngine
+from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui import files, takes
-from musicgen_ui.request import FIELDS
+from musicgen_ui.checkpoints import Source
+from musicgen_ui.engine import faults
+from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.codec import CodecStream
+from musicgen_ui.engine.events import Chunk, Event, Finished
+from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.worker import Worker
+from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.residents import Residents
 from musicgen_ui.ui import form
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.visitors import Desk
@@ -155,3 +165,403 @@ def test_a_process_killed_while_it_saves_leaves_whole_takes_and_the_next_one_cle
     assert not any(folder.exists() for folder in private)
     assert list(tmp_path.glob(".*")) == [part] and mine.is_dir()
     mine.rmdir()
+
+
+# The engine
+
+ROCK = "80s rock with drums and bass"
+MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+DEVICE = "CUDA error: an illegal memory access was encountered"
+
+
+def make_batch(folder: Path, **options: Any) -> Batch:
+    model = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Batch(model, tokenizer, checkpoint=folder.name, **options)
+
+
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def any_batch(tiny_mono: Path, request: pytest.FixtureRequest) -> Batch:
+    """Both ways of stepping; the graph's as it runs before it is captured."""
+    return make_batch(tiny_mono, graphs=request.param == "graph", max_jobs=4)
+
+
+@pytest.fixture
+def batch(any_batch: Batch) -> Iterator[Batch]:
+    yield any_batch
+    assert not any_batch.busy and any_batch.losses.places == any_batch.max_jobs
+
+
+class Caller:
+    """Submits a request to a batch and keeps what comes back."""
+
+    def __init__(self, batch: Batch, seed: int, **settings: Any) -> None:
+        self.events: list[Event | Exception] = []
+        self.request = GenerationRequest(
+            **{"prompt": ROCK, "duration_s": 1.0} | settings, seed=seed
+        )
+        batch.submit(self.request, None, self.events.append)
+
+    @property
+    def chunks(self) -> list[np.ndarray]:
+        return [event.clip.samples for event in self.events if isinstance(event, Chunk)]
+
+    @property
+    def end(self) -> Finished:
+        assert isinstance(self.events[-1], Finished), self.events[-1]
+        return self.events[-1]
+
+    @property
+    def error(self) -> str:
+        (error,) = (event for event in self.events if isinstance(event, Exception))
+        assert isinstance(error, RequestError)
+        return str(error)
+
+
+def run(batch: Batch, until: Callable[[], object] = lambda: False) -> None:
+    while not until() and batch.step():
+        pass
+
+
+def whole(batch: Batch, seed: int, **settings: Any) -> np.ndarray:
+    """The take of a seed where nothing breaks."""
+    caller = Caller(batch, seed, **settings)
+    run(batch)
+    assert not caller.end.stopped
+    return caller.end.clip.samples
+
+
+def same(caller: Caller, expected: np.ndarray) -> bool:
+    return not caller.end.fault and bool(np.abs(caller.end.clip.samples - expected).max() < 1e-4)
+
+
+def seeds(jobs: list[Job]) -> list[int]:
+    return [job.request.seed for job in jobs]
+
+
+@pytest.mark.parametrize("error", [MEMORY, ValueError("a bug"), MemoryError()])
+def test_a_step_that_fails_for_all_but_not_for_each_costs_nothing(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    expected = [whole(batch, seed) for seed in range(3)]
+    step = batch.stepper.step
+
+    def small(jobs: list[Job]) -> None:
+        step(jobs)  # it has counted the step already when it fails
+        if len(jobs) > 1 and jobs[0].written % 5 == 0:
+            raise error
+
+    monkeypatch.setattr(batch.stepper, "step", small)
+    callers = [Caller(batch, seed) for seed in range(3)]
+    run(batch)
+    assert all(map(same, callers, expected))
+
+
+def test_a_job_that_finds_no_memory_waits_until_fewer_run_and_is_then_the_same(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [whole(batch, seed) for seed in range(3)]
+    step = batch.stepper.step
+
+    def small(jobs: list[Job]) -> None:
+        if 1 in seeds(jobs) and len(batch.jobs) > 1:
+            raise MEMORY
+        step(jobs)
+
+    monkeypatch.setattr(batch.stepper, "step", small)
+    callers = [Caller(batch, seed) for seed in range(3)]
+    run(batch)
+    assert all(map(same, callers, expected))
+
+
+@pytest.mark.parametrize("error", [MEMORY, ValueError("a bug")])
+def test_a_job_that_was_heard_ends_with_what_was_heard_and_the_others_finish(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    expected = [whole(batch, seed) for seed in range(3)]
+    step = batch.stepper.step
+
+    def broken(jobs: list[Job]) -> None:
+        if 1 in seeds(jobs) and callers[1].chunks:
+            raise error
+        step(jobs)
+
+    monkeypatch.setattr(batch.stepper, "step", broken)
+    callers = [Caller(batch, seed) for seed in range(3)]
+    run(batch)
+    broken_off = callers.pop(1)
+    assert all(map(same, callers, [expected[0], expected[2]]))
+    heard = np.concatenate(broken_off.chunks, axis=1)
+    assert np.array_equal(broken_off.end.clip.samples, heard) and heard.shape[1] < 32_000
+    assert broken_off.end.stopped and broken_off.end.fault == faults.sentence(error)
+
+
+def test_memory_that_does_not_suffice_for_one_is_told_with_advice(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch.stepper, "admit", raiser(MEMORY))
+    caller = Caller(batch, 1)
+    run(batch)
+    assert "shorter length" in caller.error
+
+
+def raiser(error: BaseException) -> Callable:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["admit", "prefill"])
+def test_memory_that_is_used_up_while_a_job_begins_lets_it_begin_later(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    clip = Clip(np.random.default_rng(0).normal(0, 0.2, (1, 32_000)).astype(np.float32), 32_000)
+    settings = {"audio_prompt": clip, "include_prompt": False}
+    expected = whole(batch, 1, **settings)
+    owner = batch.stepper if place == "admit" else batch.decoder
+    begin = getattr(owner, place)
+
+    def small(*args: Any, **options: Any) -> Any:
+        if batch.jobs and min(seeds(list(batch.jobs))) == 0:  # the other one runs still
+            raise MEMORY
+        return begin(*args, **options)
+
+    monkeypatch.setattr(owner, place, small)
+    other = Caller(batch, 0)
+    run(batch, lambda: other.chunks)
+    caller = Caller(batch, 1, **settings)
+    run(batch)
+    assert same(caller, expected) and not other.end.fault
+
+
+def test_one_broken_variation_leaves_the_others(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [whole(batch, seed) for seed in (5, 7)]
+    step = batch.stepper.step
+
+    def broken(jobs: list[Job]) -> None:
+        if 6 in seeds(jobs):
+            raise ValueError("a bug")
+        step(jobs)
+
+    monkeypatch.setattr(batch.stepper, "step", broken)
+    caller = Caller(batch, 5, variations=3)
+    run(batch)
+    ends = {e.variation: e for e in caller.events if isinstance(e, Finished)}
+    assert ends[1].fault == faults.OTHER and not ends[1].clip.samples.size
+    for variation, samples in ((0, expected[0]), (2, expected[1])):
+        assert np.abs(ends[variation].clip.samples - samples).max() < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("heard", [False, True])
+def test_logits_that_are_no_numbers_end_their_job_with_a_sentence_and_without_noise(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, value: float, heard: bool
+) -> None:
+    expected = [whole(batch, seed) for seed in range(2)]
+    logits = batch.decoder.logits
+
+    def broken(*args: Any) -> torch.Tensor:
+        told = logits(*args).clone()
+        if bool(callers[0].chunks) >= heard and callers[0].events[-1:] and len(batch.jobs) == 2:
+            told[0, 2, 5] = value  # of the first job's first row
+        return told
+
+    monkeypatch.setattr(batch.decoder, "logits", broken)
+    callers = [Caller(batch, seed) for seed in range(2)]
+    run(batch)
+    assert same(callers[1], expected[1])
+    if heard:
+        music = callers[0].end.clip.samples
+        assert "overflowed" in callers[0].end.fault and 0 < music.shape[1] < 32_000
+        assert np.abs(music - expected[0][:, : music.shape[1]]).max() < 1e-4
+    else:
+        assert "overflowed" in callers[0].error and not callers[0].chunks
+
+
+def test_audio_that_is_no_numbers_ends_its_job_and_is_not_heard(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(batch, 1)
+    push = CodecStream.push
+
+    def broken(stream: CodecStream, *args: Any, **options: Any) -> torch.Tensor:
+        audio = push(stream, *args, **options)
+        first = next((job for job in batch.jobs if job.request.seed == 0), None)
+        if first and stream is first.stream and callers[0].chunks:
+            audio[:, -1] = float("nan")
+        return audio
+
+    monkeypatch.setattr(CodecStream, "push", broken)
+    callers = [Caller(batch, seed) for seed in range(2)]
+    run(batch)
+    assert same(callers[1], expected)
+    assert "overflowed" in callers[0].end.fault
+    assert np.isfinite(callers[0].end.clip.samples).all()
+
+
+# The device and the worker
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "device"),
+    [
+        (MEMORY, True, False),
+        (MemoryError(), True, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling …"), True, False),
+        (RuntimeError(DEVICE), False, True),
+        (torch.AcceleratorError(DEVICE), False, True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False, True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False, True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (ValueError(DEVICE), False, False),
+    ],
+)
+def test_memory_device_and_the_rest_are_told_apart(
+    error: Exception, memory: bool, device: bool
+) -> None:
+    assert (faults.out_of_memory(error), faults.of_the_device(error)) == (memory, device)
+
+
+async def listen(worker: Worker, request: GenerationRequest) -> list[Event | Exception]:
+    events: list[Event | Exception] = []
+    try:
+        async for event in worker.stream(request):
+            events.append(event)
+    except Exception as error:
+        events.append(error)
+    return events
+
+
+def asked(seed: int, duration_s: float = 1.0) -> GenerationRequest:
+    return GenerationRequest(ROCK, seed=seed, duration_s=duration_s)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+def test_a_device_that_fails_is_loaded_anew_and_the_queue_lives_on(
+    tiny_mono: Path, kind: type[Exception]
+) -> None:
+    made = [make_batch(tiny_mono, max_jobs=2), make_batch(tiny_mono, max_jobs=2)]
+    expected = {seed: whole(made[1], seed) for seed in range(4)}
+    step, loads, troubles = made[0].stepper.step, [], []
+
+    def poisoned(jobs: list[Job]) -> None:
+        step(jobs)
+        if any(ticket.heard for ticket in made[0].jobs.values()) and len(jobs) == 2:
+            raise kind(DEVICE)
+
+    made[0].stepper.step = poisoned  # type: ignore[method-assign]
+
+    def reload() -> Batch:
+        loads.append(made[0].nbytes)
+        troubles.append(worker.trouble)
+        return made[1]
+
+    async def crowd() -> list[list[Event | Exception]]:
+        first = asyncio.create_task(listen(worker, asked(0, 2.0)))
+        while not any(ticket.heard for ticket in tuple(made[0].jobs.values())):
+            await asyncio.sleep(0.001)
+        return await asyncio.gather(first, *(listen(worker, asked(seed)) for seed in (1, 2, 3)))
+
+    worker = Worker(made[0], reload)
+    try:
+        heard, *others = asyncio.run(crowd())
+    finally:
+        worker.close()
+    assert isinstance(heard[-1], Finished) and heard[-1].fault == faults.DEVICE
+    assert heard[-1].clip.samples.shape[1] > 0
+    for seed, events in enumerate(others, start=1):
+        assert isinstance(events[-1], Finished) and not events[-1].fault, events[-1]
+        assert np.abs(events[-1].clip.samples - expected[seed]).max() < 1e-4
+    assert loads == [0]  # what had failed was let go before
+    assert "failed" in troubles[0] and not worker.trouble
+
+
+def test_a_job_that_breaks_the_device_each_time_does_so_twice_at_most(tiny_mono: Path) -> None:
+    loads = []
+
+    def poisoned() -> Batch:
+        batch = make_batch(tiny_mono)
+        batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
+        loads.append(batch)
+        return batch
+
+    worker = Worker(poisoned(), poisoned)
+    (error,) = [e for e in asyncio.run(listen(worker, asked(1))) if isinstance(e, Exception)]
+    assert str(error) == faults.DEVICE
+    worker.close()
+    assert len(loads) == 3
+
+
+def test_a_device_that_does_not_come_back_is_told_to_all_and_to_health(tiny_mono: Path) -> None:
+    loads: list[str] = []
+
+    def load(source: Source, say: Callable[[str], None]) -> Batch:
+        loads.append(source.name)
+        if len(loads) in (2, 3):
+            raise RuntimeError(DEVICE)
+        batch = make_batch(tiny_mono, max_jobs=1)
+        if len(loads) == 1:
+            batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
+        return batch
+
+    residents = Residents(load, lambda source: 10, 10**9, 0.0)
+
+    async def make() -> list[list[Event | Exception]]:
+        with residents.lease(Source("A")) as resident:
+            await asyncio.to_thread(resident.loaded)
+            worker = residents.worker(resident)
+            return await asyncio.gather(*(listen(worker, asked(seed)) for seed in range(3)))
+
+    for events in asyncio.run(make()):
+        assert isinstance(events[-1], RequestError)
+    assert residents.trouble == faults.LOST
+    with pytest.raises(RequestError, match="started again"):
+        asyncio.run(make())
+    for events in asyncio.run(make()):  # the device is back
+        assert isinstance(events[-1], Finished)
+    assert residents.trouble == "" and len(loads) == 4
+    residents.close()
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyError("a bug"), KeyboardInterrupt()])
+def test_callers_of_a_worker_that_dies_are_told_and_another_takes_its_place(
+    tiny_mono: Path, error: BaseException
+) -> None:
+    batch = make_batch(tiny_mono, max_jobs=1)
+    worker, drop = Worker(batch), batch._drop_closed
+    deaths = [error]
+
+    def die() -> None:
+        if batch.line.entries() and deaths:
+            raise deaths.pop()
+        drop()
+
+    batch._drop_closed = die  # type: ignore[method-assign]
+    before = worker._thread
+
+    async def crowd() -> list[list[Event | Exception]]:
+        return await asyncio.gather(*(listen(worker, asked(seed)) for seed in range(3)))
+
+    ends = [events[-1] for events in asyncio.run(crowd())]
+    told = [end for end in ends if isinstance(end, RequestError)]
+    assert told and {str(end) for end in told} == {faults.WORKER}
+    for events in asyncio.run(crowd()):
+        assert isinstance(events[-1], Finished) and not events[-1].fault
+    assert worker.alive and worker._thread is not before
+    worker.close()
+
+
+def test_a_command_keeps_what_was_made_before_the_device_failed(tiny_mono: Path) -> None:
+    batch = make_batch(tiny_mono)
+    events: list[Event] = []
+    for event in stream(batch, asked(1)):
+        events.append(event)
+        if isinstance(event, Chunk):
+            batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
+    assert isinstance(events[-1], Finished) and events[-1].fault == faults.DEVICE
+    assert events[-1].clip.samples.size

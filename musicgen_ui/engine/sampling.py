@@ -67,6 +67,11 @@ def guide(wanted: Tensor, unwanted: Tensor, scale: Tensor) -> Tensor:
     return unwanted + (wanted - unwanted) * scale
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Whether all logits of a job are numbers: bool [jobs], without asking the device."""
+    return logits.sum((1, 2)).isfinite()
+
+
 def probabilities(logits: Tensor, settings: Settings) -> Tensor:
     """The distribution that is drawn from: temperature, then top-k, then top-p, as transformers.
 
