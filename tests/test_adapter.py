@@ -14,8 +14,9 @@ import peft
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from test_engine import PIANO, ROCK, generated, load, make_batch, run_job
+from safetensors.torch import load, save_file
+from test_engine import PIANO, ROCK, generated, make_batch, run_job
+from test_engine import load as load_model
 
 from musicgen_ui import adapters
 from musicgen_ui.engine.batch import Batch
@@ -33,7 +34,7 @@ GREEDY = {"prompt": ROCK, "duration_s": 0.5, "do_sample": False}
 
 def write(base: Path, folder: Path, seed: int = 1, alone: bool = False, **settings) -> Path:
     """An adapter that peft made of random matrices, large enough to change the music."""
-    model = load(base)
+    model = load_model(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = peft.LoraConfig(
@@ -47,7 +48,7 @@ def write(base: Path, folder: Path, seed: int = 1, alone: bool = False, **settin
 
 
 def merged(base: Path, adapter: Path, strength: float = 1.0, alone: bool = False):
-    model = load(base)
+    model = load_model(base)
     wearing = peft.PeftModel.from_pretrained(model.decoder if alone else model, adapter)
     for module in wearing.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -88,7 +89,7 @@ def codes(batch: Batch, name: str = "one", **settings) -> torch.Tensor:
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_greedy_codes_are_those_of_pefts_merged_model(base, adapter, batch, strength):
     expected, _ = generated(merged(base, adapter, strength), base, [ROCK], 25, 3.0)
-    plain, _ = generated(load(base), base, [ROCK], 25, 3.0)
+    plain, _ = generated(load_model(base), base, [ROCK], 25, 3.0)
     assert torch.equal(codes(batch, adapter_strength=strength), expected[0])
     assert not torch.equal(plain, expected)
     # Taken off again: the packed weights were never touched.
@@ -243,7 +244,7 @@ def test_what_is_no_plain_lora_is_refused(changeable, add, values, said):
 
 
 def test_weights_that_would_be_left_out_are_refused(changeable, add):
-    weights = load_file(changeable / WEIGHTS)
+    weights = load((changeable / WEIGHTS).read_bytes())
     extra = "base_model.model.text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS)
     add(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
@@ -251,7 +252,7 @@ def test_weights_that_would_be_left_out_are_refused(changeable, add):
 
 def test_damaged_files_are_refused(changeable, add, tmp_path):
     whole = (changeable / WEIGHTS).read_bytes()
-    weights = load_file(changeable / WEIGHTS)
+    weights = load((changeable / WEIGHTS).read_bytes())
     (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     add(changeable, "no readable adapter_model")
     key = next(iter(weights))

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from musicgen_ui.engine.adapter import OUTSIDE, Adapter, Patch, Place, Worn
@@ -166,7 +167,9 @@ def read(name: str, folder: Path, shelf: Shelf) -> Adapter:
             pairs = _pairs(name, shapes, shelf, base)
             patches: dict[tuple[int, str], list[Patch]] = {}
             for module, (down_key, up_key, path) in pairs.items():
-                down, up = file.get_tensor(down_key).float(), file.get_tensor(up_key).float()
+                # Copies: a file may be written anew while it is mapped.
+                down = file.get_tensor(down_key).to(torch.float32, copy=True)
+                up = file.get_tensor(up_key).to(torch.float32, copy=True)
                 if not (down.isfinite().all() and up.isfinite().all()):
                     raise ValueError("not a number")
                 place, scale = shelf.places[module], _scale(name, config, path, len(down))
