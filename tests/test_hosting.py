@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import json
 import logging
 import re
 import socket
-import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +18,7 @@ import pytest
 import soundfile
 from fakes import FakeEngine
 from gradio_client import Client
+from reverse_proxy import under_music
 from starlette.routing import Route
 
 from musicgen_ui import __main__ as cli
@@ -188,52 +186,12 @@ def test_a_shared_link_is_public_and_offers_the_listed_checkpoints_alone() -> No
     assert settings(["--share", "--any-checkpoint"], {}).any_checkpoint
 
 
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """A reverse proxy that shows the app under /music and nothing elsewhere."""
-
-    protocol_version = "HTTP/1.1"
-    upstream = ""
-
-    def forward(self) -> None:
-        if not self.path.startswith("/music"):
-            self.send_error(404)
-            return
-        body = self.rfile.read(int(self.headers.get("content-length") or 0)) or None
-        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
-        headers |= {"Host": self.headers["host"], "X-Forwarded-For": "203.0.113.7"}
-        path = self.path.removeprefix("/music") or "/"
-        asked = urllib.request.Request(self.upstream + path, body, headers, method=self.command)
-        try:
-            answer = urllib.request.urlopen(asked, timeout=60)
-        except urllib.error.HTTPError as error:
-            answer = error
-        with answer:
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
-                    self.send_header(name, value)
-            self.send_header("Connection", "close")
-            self.end_headers()
-            while piece := answer.read1(65536):
-                self.wfile.write(piece)
-                self.wfile.flush()
-        self.close_connection = True
-
-    do_GET = do_POST = do_HEAD = forward
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def proxied() -> Iterator[tuple[str, FakeEngine]]:
     port, engine = free_port(), FakeEngine(speed=20)
     demo, temporary = launch(Settings(port=port, root_path="music/"), engine)
-    Proxy.upstream = f"http://127.0.0.1:{port}"
-    front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=front.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{front.server_port}/music", engine
-    front.shutdown()
+    with under_music(port) as url:
+        yield url, engine
     close(demo, temporary)
 
 
