@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from musicgen_ui.engine.attention import FloatCache, Int8Cache
+from musicgen_ui.engine.attention import FloatCache
+from musicgen_ui.engine.compiled import Int8Cache
 from musicgen_ui.engine.linear import Linear
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_loud_neighbour_changes_nothing_but_rounding(precision):
 @pytest.mark.parametrize("columns", [[1] * 9, [5, 1, 1, 2], [130]])
 def test_int8_cache_attends_like_the_float_cache(columns):
     shape = (2, 4, sum(columns), 16)
-    exact, packed = FloatCache(shape, torch.float32, CPU), Int8Cache(shape)
+    exact, (packed,) = FloatCache(shape, torch.float32, CPU), Int8Cache.of_layers(1, shape)
     generator, start = torch.Generator().manual_seed(0), 0
     for n in columns:
         qkv = torch.randn(2, n, 3, 4, 16, generator=generator)
@@ -49,4 +50,9 @@ def test_int8_cache_attends_like_the_float_cache(columns):
         assert found.shape == expected.shape
         assert (found - expected).norm() / expected.norm() < 0.03
         start += n
-    assert packed.nbytes < exact.nbytes / 2
+
+
+def test_int8_cache_holds_a_third_of_the_bytes():
+    shape = (2, 16, 1500, 64)
+    (packed,) = Int8Cache.of_layers(1, shape)
+    assert packed.nbytes < FloatCache(shape, torch.float32, CPU).nbytes / 3

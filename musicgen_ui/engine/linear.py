@@ -4,18 +4,21 @@
 |---|---|---|---|
 | float32 | float32 | float32 | everywhere; equal to transformers |
 | bfloat16, float16 | the same | the same | GPUs |
-| int8 | int8, a scale an output channel | int8, a scale a row | CPUs |
+| int8 | int8, a scale an output channel | 12 bits, a scale a row | CPUs |
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from musicgen_ui.engine.compiled import Product
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
@@ -34,10 +37,15 @@ class Linear:
         device: where it will run; int8 runs on the CPU.
     """
 
+    packed: Product | None = None  # the weights where they are int8
+
     def __init__(self, weight: Tensor, precision: str, device: torch.device) -> None:
+        self._product: Callable[[Tensor], Tensor]
         if precision == "int8":
-            self.nbytes = weight.numel()
-            self._product = _int8(weight.float())
+            from musicgen_ui.engine.compiled import Product  # imports numba
+
+            self._product = self.packed = Product(weight.float().numpy())
+            self.nbytes = self.packed.nbytes
             return
         packed = weight.to(device, getattr(torch, precision)).contiguous()
         self.nbytes = packed.nbytes
@@ -56,24 +64,5 @@ def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
     def product(x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-    return product
-
-
-def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    scales = weight.abs().amax(1).clamp_min(1e-8) / 127
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
-    with warnings.catch_warnings():  # deprecated without a successor; there in torch 2.8 to 2.13
-        warnings.simplefilter("ignore", UserWarning)
-        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(quantized, None)
-    # Without VNNI the kernel adds pairs of products in 16 bits: activations of 7 bits then.
-    reduce_range = not torch.cpu._is_vnni_supported()
-
-    def product(x: Tensor) -> Tensor:
-        # The operator quantises all rows on one scale. Dividing each by its own peak first keeps
-        # a loud row from drowning its quiet neighbours, and is exact since there is no bias.
-        peak = x.abs().amax(1, keepdim=True).clamp_min_(1e-12)
-        return torch.ops.quantized.linear_dynamic(x / peak, packed, reduce_range).mul_(peak)
 
     return product

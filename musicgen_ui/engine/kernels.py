@@ -1,0 +1,273 @@
+"""What numba compiles for int8 on the CPU: the stages of a step, taken by all threads together.
+
+A call is a list of stages, and a stage so many independent pieces. Every thread goes through all
+stages and in each takes the next piece that nobody has, so a thread that the system holds back
+delays the others by one piece at most. A piece depends on nothing but its number: results are the
+same to the bit on any number of threads, and a row's the same beside any others.
+
+`compiled` owns the memory and hands it over as its named tuples of arrays, and as addresses, int64,
+where there is an array for each layer and job.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from musicgen_ui.engine.tiles import (
+    BLOCK,
+    add,
+    compiled,
+    exp,
+    gelu,
+    pointer,
+    tile_1,
+    tile_2,
+    tile_4,
+)
+
+MOST = 2047  # of a quantised input: 127 · 2047 · 8192 inputs still fit into an int32
+ROWS = 4  # inputs that meet a weight while it is in a register
+AHEAD = 8192  # bytes of weights asked for ahead: 8 rows 18 ms instead of 21 (Zen 5, one thread)
+
+# A layer's stages: normalise (0, 5, 10) and quantise (3, 8, 12) rows; attend to the columns (2) and
+# to the prompt (7); products into `wide` (1, 6, 11) and onto `x` (4, 9, 13).
+STAGES = 14
+_PRODUCT = (-1, 0, -1, -1, 1, -1, 2, -1, -1, 3, -1, 4, -1, 5)  # the one that a stage makes
+_OF_PROMPT = (5, 9)  # the first and the last stage of attention to the prompt
+
+
+@compiled
+def _quantise(x: Any, codes: Any, most: Any) -> Any:
+    """float32 [n] to the first n int16 of `codes`; gives their scale."""
+    peak = np.float32(1e-12)
+    for i in range(len(x)):
+        peak = max(peak, abs(x[i]))
+    inverse = np.float32(most) / peak
+    for i in range(len(x)):
+        codes[i] = np.int16(np.rint(x[i] * inverse))
+    return peak / np.float32(most)
+
+
+@compiled
+def _normalise(x: Any, norm: Any, epsilon: Any, out: Any) -> None:
+    mean, square = np.float32(0), np.float32(0)
+    for i in range(len(x)):
+        mean += x[i]
+    mean /= np.float32(len(x))
+    for i in range(len(x)):
+        square += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1) / np.sqrt(square / np.float32(len(x)) + np.float32(epsilon))
+    for i in range(len(x)):
+        out[i] = (x[i] - mean) * scale * norm[0, i] + norm[1, i]
+
+
+@compiled
+def _rescale(sums: Any, column: Any, scale: Any, out: Any, adds: Any) -> None:
+    for o in range(len(out)):
+        value = np.float32(sums[o]) * (column[o] * scale)
+        out[o] = out[o] + value if adds else value
+
+
+@compiled
+def _multiply(
+    block: Any, weights: Any, columns: Any, space: Any, pairs: Any, outputs: Any, out: Any,
+    adds: Any, activates: Any, sums: Any,
+) -> None:  # fmt: skip
+    """A block of outputs for all rows, into `out` or added to it."""
+    first, last = block * BLOCK, min(outputs, (block + 1) * BLOCK)
+    column = numba.carray(pointer(columns + 4 * first), BLOCK, np.float32)
+    weights += block * pairs * 2 * BLOCK
+    stride, into, row = space.codes.shape[1], sums.ctypes.data, 0
+    while row < len(out):
+        x = space.codes.ctypes.data + 2 * stride * row
+        count = len(out) - row
+        if count >= 4:
+            count = 4
+            tile_4(weights, x, stride, pairs, into, weights + AHEAD)
+        elif count >= 2:
+            count = 2
+            tile_2(weights, x, stride, pairs, into, weights + AHEAD)
+        else:
+            tile_1(weights, x, stride, pairs, into, weights + AHEAD)
+        for each in range(row, row + count):
+            own = out[each, first:last]
+            _rescale(sums[each - row], column, space.scales[each], own, adds)
+            if activates:
+                gelu(own)
+        row += count
+
+
+@compiled
+def _append(key: Any, value: Any, to: Any, at: Any, room: Any, codes: Any) -> None:
+    """Lays down the key and the value of position `at`; `to`: addresses for a row and head."""
+    dim = len(key)
+    pairs, blocks = (dim + 1) // 2, (dim + BLOCK - 1) // BLOCK
+    numba.carray(pointer(to[2]), room, np.float32)[at] = _quantise(key, codes, 127)
+    keys = numba.carray(pointer(to[0]), (room // BLOCK, pairs, BLOCK, 2), np.int8)
+    for d in range(dim):
+        keys[at // BLOCK, d // 2, at % BLOCK, d % 2] = codes[d]
+    numba.carray(pointer(to[3]), room, np.float32)[at] = _quantise(value, codes, 127)
+    values = numba.carray(pointer(to[1]), (blocks, room // 2, BLOCK, 2), np.int8)
+    for d in range(dim):
+        values[d // BLOCK, at // 2, d % BLOCK, at % 2] = codes[d]
+
+
+@compiled
+def _attend(
+    query: Any, at: Any, filled: Any, room: Any, weights: Any, codes: Any, sums: Any, out: Any
+) -> None:
+    """One query over the first `filled` positions; `at`: addresses for a row and head."""
+    dim = len(query)
+    pairs, code, into = (dim + 1) // 2, codes.ctypes.data, sums.ctypes.data
+    codes[dim] = 0
+    scale = _quantise(query, codes, MOST) / np.float32(np.sqrt(dim))
+    key_scales = numba.carray(pointer(at[2]), room, np.float32)
+    value_scales = numba.carray(pointer(at[3]), room, np.float32)
+    best = np.float32(-np.inf)
+    for first in range(0, filled, BLOCK):  # what is asked for ahead: the values beside
+        tile_1(at[0] + first * 2 * pairs, code, 0, pairs, into, at[1] + first * BLOCK)
+        for t in range(min(BLOCK, filled - first)):
+            score = np.float32(sums[0, t]) * (scale * key_scales[first + t])
+            weights[first + t] = score
+            best = max(best, score)
+    total, peak = np.float32(0), np.float32(1e-30)
+    for t in range(filled):
+        weight = exp(weights[t] - best)
+        total += weight
+        weights[t] = weight * value_scales[t]
+        peak = max(peak, weights[t])
+    most = np.float32(min(8191, 8191 * 2048 // filled))  # 127 · 8191 · 2048 fit into an int32
+    for t in range(filled):
+        codes[t] = np.int16(np.rint(weights[t] * (most / peak)))
+    codes[filled] = 0  # beside the last position, where their number is odd
+    for first in range(0, dim, BLOCK):  # ahead: the next head's keys
+        halves = (filled + 1) // 2
+        tile_1(at[1] + first * room, code, 0, halves, into, at[0] + room * 2 * pairs)
+        for d in range(min(BLOCK, dim - first)):
+            out[first + d] = np.float32(sums[0, d]) * (peak / (most * total))
+
+
+@compiled
+def _attend_columns(
+    piece: Any, heads: Any, rows: Any, told: Any, layer: Any, qkv: Any, weights: Any, codes: Any,
+    sums: Any, out: Any,
+) -> None:  # fmt: skip
+    """All columns of a row and head, over the row's positions or, with `told`, its prompt's."""
+    row, head = piece // heads, piece % heads
+    hidden, first = out.shape[1], row * rows.columns
+    dim = hidden // heads
+    start, end = head * dim, (head + 1) * dim
+    filled = rows.tokens[row] if told else rows.filled[row]
+    room = rows.text_room[row] if told else rows.room[row]
+    base = rows.text[row, layer] if told else rows.own[row, layer]
+    at = np.empty(4, np.int64)
+    at[0] = base[0] + head * room * 2 * ((dim + 1) // 2)
+    at[1] = base[1] + head * room * ((dim + BLOCK - 1) // BLOCK * BLOCK)
+    at[2], at[3] = base[2] + 4 * head * room, base[3] + 4 * head * room
+    if told and filled == 0:
+        out[first : first + rows.columns, start:end] = 0
+        return
+    for column in range(rows.columns):
+        own = qkv[first + column]
+        if not told:
+            key, value = own[hidden + start : hidden + end], own[2 * hidden + start :]
+            _append(key, value[:dim], at, filled, room, codes)
+            filled += 1
+        to = out[first + column, start:end]
+        _attend(own[start:end], at, filled, room, weights, codes, sums, to)
+
+
+@compiled
+def _pieces(kind: Any, model: Any, rows: Any) -> Any:
+    """How many a stage has."""
+    if not model.told and _OF_PROMPT[0] <= kind <= _OF_PROMPT[1]:
+        return 0
+    if kind == 2 or kind == 7:
+        return len(rows.filled) * model.heads
+    if _PRODUCT[kind] >= 0:
+        return (model.widths[_PRODUCT[kind], 0] + BLOCK - 1) // BLOCK
+    return len(rows.x)
+
+
+@compiled
+def _work(
+    layer: Any, kind: Any, piece: Any, model: Any, rows: Any, space: Any, weights: Any, codes: Any,
+    sums: Any,
+) -> None:  # fmt: skip
+    """A piece of a stage."""
+    if kind == 2 or kind == 7:
+        _attend_columns(
+            piece, model.heads, rows, kind == 7, layer, space.wide, weights, codes, sums, space.y
+        )
+    elif _PRODUCT[kind] >= 0:
+        which = _PRODUCT[kind]
+        at, columns = model.products[layer, which]
+        outputs, inputs = model.widths[which]
+        adds = kind == 4 or kind == 9 or kind == 13
+        out = rows.x if adds else space.wide
+        pairs = (inputs + 1) // 2
+        _multiply(piece, at, columns, space, pairs, outputs, out, adds, kind == 11, sums)
+    else:
+        of = space.y[piece]
+        if kind == 12:
+            of = space.wide[piece, : model.widths[5, 1]]
+        elif kind != 3 and kind != 8:
+            _normalise(rows.x[piece], model.norms[layer, kind // 5], model.epsilon, of)
+        space.scales[piece] = _quantise(of, space.codes[piece], MOST)
+
+
+@compiled
+def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
+    """All layers: what one of the threads does; counters int64 [layers · STAGES, 2] are 0."""
+    sums = np.empty((ROWS, BLOCK), np.int32)
+    longest = max(rows.room.max(), rows.text_room.max(), rows.x.shape[1]) + 2
+    weights, codes = np.empty(longest, np.float32), np.empty(longest, np.int16)
+    for stage in range(len(counters)):
+        layer, kind = stage // STAGES, stage % STAGES
+        pieces, taken = _pieces(kind, model, rows), counters.ctypes.data + 16 * stage
+        piece = add(taken, 1)
+        while piece < pieces:
+            _work(layer, kind, piece, model, rows, space, weights, codes, sums)
+            add(taken + 8, 1)
+            piece = add(taken, 1)
+        while add(taken + 8, 0) < pieces:
+            pass
+
+
+@compiled
+def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: Any) -> None:
+    """float32 [rows, inputs] to `out` [rows, outputs]: what one of the threads does."""
+    sums = np.empty((ROWS, BLOCK), np.int32)
+    pairs, outputs = (x.shape[1] + 1) // 2, out.shape[1]
+    for stage in range(2):
+        pieces = (outputs + BLOCK - 1) // BLOCK if stage else len(x)
+        taken = counters.ctypes.data + 16 * stage
+        piece = add(taken, 1)
+        while piece < pieces:
+            if stage:
+                _multiply(piece, weights, columns, space, pairs, outputs, out, False, False, sums)
+            else:
+                space.scales[piece] = _quantise(x[piece], space.codes[piece], MOST)
+            add(taken + 8, 1)
+            piece = add(taken, 1)
+        while add(taken + 8, 0) < pieces:
+            pass
+
+
+@compiled
+def attention(rows: Any, heads: Any, layer: Any, qkv: Any, out: Any, counters: Any) -> None:
+    """The columns of `qkv`, [rows · columns, 3 · hidden], in a layer: one of the threads."""
+    sums = np.empty((ROWS, BLOCK), np.int32)
+    longest = max(rows.room.max(), out.shape[1]) + 2
+    weights, codes = np.empty(longest, np.float32), np.empty(longest, np.int16)
+    taken = counters.ctypes.data
+    pieces, piece = len(rows.filled) * heads, add(taken, 1)
+    while piece < pieces:
+        _attend_columns(piece, heads, rows, False, layer, qkv, weights, codes, sums, out)
+        add(taken + 8, 1)
+        piece = add(taken, 1)
+    while add(taken + 8, 0) < pieces:
+        pass

@@ -1,0 +1,164 @@
+"""The inner kernels of int8 on the CPU, compiled by numba for the processor at hand.
+
+All products, and both sides of attention, are one small kernel: int8 numbers laid out as [blocks of
+64 outputs, pairs of inputs, 64, 2] and read in that order, times int16, exact in int32. The rest
+here are functions in a form that LLVM makes vectors of.
+
+Compiled code is kept on the disk beside `kernels`, with these inside: numba compiles it anew when
+that file changes, not when this one does, so touch it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_intrinsic: Any = intrinsic  # its stubs want an argument that callers do not give
+BLOCK = 64  # outputs that the kernel makes together
+
+
+def compiled(function: Callable) -> Any:
+    """Leaves the compilation to the first call, and its outcome on the disk."""
+    options: Any = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # there is nowhere to keep it
+        return numba.njit(**options)(function)
+
+
+@_intrinsic
+def add(typing: Any, address: Any, number: Any) -> tuple:
+    """Adds to the int64 at an address, at once for all threads; gives what was there before."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("add", b.inttoptr(args[0], _pointer(64)), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), build
+
+
+@_intrinsic
+def pointer(typing: Any, address: Any) -> tuple:
+    """An address as what `numba.carray` takes."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], _pointer(8))
+
+    return types.voidptr(types.int64), build
+
+
+def _pointer(bits: int) -> ir.Type:
+    return ir.IntType(bits).as_pointer()
+
+
+def _tile_of(rows: int) -> Any:
+    """The kernel for so many rows at once, from addresses: `tile(weights, x, stride, pairs, out,
+    ahead)` of int8 [pairs, 64, 2], int16 [rows, stride] and int32 [rows, 64]; from `ahead` on,
+    as many bytes as the weights have are asked for from memory.
+
+    It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
+    a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
+    """
+    word, number, few = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
+    hints = [ir.Constant(number, hint) for hint in (0, 3, 1)]  # read, keep near, data
+
+    def wide(bits: int) -> ir.Type:
+        return ir.VectorType(ir.IntType(bits), 32)
+
+    def lanes(start: int, step: int) -> ir.Constant:
+        return ir.Constant(few, [start + step * lane for lane in range(16)])
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        weights, x, stride, pairs, out, ahead = args
+        before = b.block
+        loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
+        kind = ir.FunctionType(ir.VoidType(), [_pointer(8), number, number, number])
+        name = "llvm.prefetch.p0"
+        prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+
+        def place(base: Any, offset: Any, kind: ir.Type) -> Any:
+            offset = ir.Constant(word, offset) if isinstance(offset, int) else offset
+            return b.inttoptr(b.add(base, offset), kind.as_pointer())
+
+        b.branch(loop)
+        b.position_at_end(loop)
+        pair = b.phi(word)
+        sums = [b.phi(few) for _ in range(4 * rows)]
+        step = b.mul(pair, ir.Constant(word, 2 * BLOCK))
+        for line in (0, 64):  # of the processor's cache
+            at = place(b.add(ahead, step), line, ir.IntType(8))
+            b.call(prefetch, [at, *hints])
+        parts = [
+            b.sext(b.load(place(b.add(weights, step), 32 * part, wide(8)), align=1), wide(32))
+            for part in range(4)
+        ]
+        new = []
+        for row in range(rows):
+            at = b.add(b.mul(stride, ir.Constant(word, 2 * row)), b.shl(pair, ir.Constant(word, 2)))
+            both = b.load(place(x, at, number), align=1)
+            spread = b.insert_element(ir.Constant(few, None), both, ir.Constant(number, 0))
+            spread = b.bitcast(b.shuffle_vector(spread, spread, lanes(0, 0)), wide(16))
+            inputs = b.sext(spread, wide(32))
+            for part in range(4):
+                products = b.mul(parts[part], inputs)
+                evens = b.shuffle_vector(products, products, lanes(0, 2))
+                odds = b.shuffle_vector(products, products, lanes(1, 2))
+                new.append(b.add(sums[4 * row + part], b.add(evens, odds)))
+        following = b.add(pair, ir.Constant(word, 1))
+        pair.add_incoming(ir.Constant(word, 0), before)
+        pair.add_incoming(following, loop)
+        for total, value in zip(sums, new, strict=True):
+            total.add_incoming(ir.Constant(few, None), before)
+            total.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", following, pairs), loop, after)
+        b.position_at_end(after)
+        for part, value in enumerate(new):
+            b.store(value, place(out, 64 * part, few), align=4)
+        return context.get_dummy_value()
+
+    @_intrinsic
+    def tile(
+        typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any, ahead: Any
+    ) -> tuple:
+        return types.void(*[types.int64] * 6), build
+
+    return tile
+
+
+tile_1, tile_2, tile_4 = _tile_of(1), _tile_of(2), _tile_of(4)
+
+
+@compiled
+def exp(x: Any) -> Any:
+    """e to the x for x up to 0, within 2e-6 of it down to x = -40, so that loops become vectors."""
+    y = max(x * np.float32(1.44269504), np.float32(-125))
+    whole = np.floor(y + np.float32(0.5))
+    f = (y - whole) * np.float32(0.69314718)
+    p = np.float32(1 / 720)  # Taylor's polynomial, for f up to 0.35 either way
+    p = p * f + np.float32(1 / 120)
+    p = p * f + np.float32(1 / 24)
+    p = p * f + np.float32(1 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1)
+    p = p * f + np.float32(1)
+    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def gelu(x: Any) -> None:
+    """GELU in place; the error function after Abramowitz and Stegun 7.1.26, within 1.5e-7."""
+    for i in range(len(x)):
+        z = abs(x[i]) * np.float32(0.70710678)
+        t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
+        p = np.float32(1.061405429)
+        p = p * t - np.float32(1.453152027)
+        p = p * t + np.float32(1.421413741)
+        p = p * t - np.float32(0.284496736)
+        p = p * t + np.float32(0.254829592)
+        erf = np.float32(1) - p * t * exp(-z * z)
+        x[i] = np.float32(0.5) * (x[i] + abs(x[i]) * erf)
