@@ -161,11 +161,11 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A request's values with the clips read, and what is to be said about them."""
     values = {name: flags[name] for name in FIELDS}
     notes: list[str] = []
-    for name in CLIP_FIELDS:
+    for name, keep_s in CLIP_FIELDS.items():
         if values[name] is not None:
             from musicgen_ui import audio
 
-            reading = audio.read(values[name])
+            reading = audio.read(values[name], keep_s)
             values[name] = reading.clip
             notes += reading.notes
     values["sections"] = sections_in(values["sections"], Path())

@@ -195,7 +195,8 @@ class GenerationRequest:
         return values | {"sections": [list(row) for row in self.sections]}
 
 
-CLIP_FIELDS = ("audio_prompt", "melody")
+# The clips, and how much of a file's end is kept of each, in seconds.
+CLIP_FIELDS = {"audio_prompt": 120.0, "melody": MAX_DURATION_S}
 FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest)}
 # What a checkpoint's own generation_config.json may state; where nothing is asked for, that counts.
 CHECKPOINT_FIELDS = (

@@ -25,6 +25,8 @@ from musicgen_ui.request import (
 )
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
+CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
+SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and where that is settled
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
@@ -122,7 +124,11 @@ def continue_take(history: list[Group], chosen: list[int]) -> dict[str, Any]:
     take = chosen_take(history, chosen)
     if take.wav is None:
         return {}  # it could not be saved: its notes say so
-    return {"audio_prompt": str(take.wav), "audio_panel": gr.update(open=True)}
+    return {
+        "audio_prompt": str(take.wav),
+        "audio_panel": gr.update(open=True),
+        "clip_use": CONTINUE,
+    }
 
 
 def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:
@@ -180,7 +186,11 @@ class CheckpointFacts:
         return {
             "checkpoint_line": checkpoint_line(facts.summary),
             "stereo": gr.update(**toggle),
-            "facts": {"summary": facts.summary, "defaults": facts.defaults},
+            "facts": {
+                "summary": facts.summary,
+                "defaults": facts.defaults,
+                "melody": facts.melody,
+            },
         }
 
     async def load(self) -> dict[str, Any]:
@@ -191,6 +201,11 @@ class CheckpointFacts:
     def status(self) -> str:
         """The line in the page's head."""
         return f'<span class="engine">{html.escape(self.engine.status())}</span>'
+
+    def tick(self) -> dict[str, Any]:
+        """The line, and when to look again: every tab asks, and few things change."""
+        loads = not self.engine.health().models and "nothing loaded" not in self.engine.status()
+        return {"engine": self.status(), "timer": gr.Timer(SOON_S if loads else LATER_S)}
 
     async def unload(self) -> str:
         """Gives memory back and says what is loaded now."""

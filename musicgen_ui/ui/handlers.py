@@ -241,7 +241,11 @@ class Handlers:
         """The request with its clips read; what is to be said about them."""
         values = completed(values, lambda name: self.engine.describe(name).defaults)
         self._check(values)
-        readings = {n: audio.read(Path(values[n])) for n in CLIP_FIELDS if values.get(n)}
+        readings = {
+            name: audio.read(Path(values[name]), keep_s)
+            for name, keep_s in CLIP_FIELDS.items()
+            if values.get(name)
+        }
         clips = {n: readings[n].clip if n in readings else None for n in CLIP_FIELDS}
         notes = tuple(note for reading in readings.values() for note in reading.notes)
         return GenerationRequest(**{**values, **clips}).with_seed(), notes

@@ -16,7 +16,8 @@ from gradio.components.api_component import Api
 from musicgen_ui.coercion import KEYS
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.ui import form, take_panel
+from musicgen_ui.ui import clip_panel, form, take_panel
+from musicgen_ui.ui.fields import DEFAULTS, about, slider, switch
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import live_player
@@ -33,7 +34,6 @@ IDEAS = {
     "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
 }
 
-DEFAULTS: dict[str, Any] = {name: spec.default for name, spec in FIELDS.items()}
 WAVEFORM = gr.WaveformOptions(
     waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
 )
@@ -113,24 +113,6 @@ def head(parts: Parts, engine: Engine) -> None:
         parts["unload"] = gr.Button("Unload", elem_id="unload", size="sm", variant="secondary")
 
 
-def about(name: str, info: str | None = None) -> dict[str, Any]:
-    """A setting's label, help and id; errors name a setting by the same label."""
-    told = FIELDS[name].metadata
-    help = told["help"] if info is None else info or None
-    return {"label": told["label"], "info": help, "elem_id": name}
-
-
-def slider(name: str, low: float, high: float, step: float, info: str | None = None) -> gr.Slider:
-    """A setting as a slider; its limits may be tighter than the request's."""
-    value = min(DEFAULTS[name], high)
-    return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
-
-
-def switch(name: str, info: str | None = None) -> gr.Checkbox:
-    """A setting that is on or off."""
-    return gr.Checkbox(DEFAULTS[name], **about(name, info))
-
-
 def compose(parts: Parts, settings: Settings) -> None:
     """The form."""
     parts["prompt"] = gr.Textbox(
@@ -151,7 +133,7 @@ def compose(parts: Parts, settings: Settings) -> None:
     )
     with gr.Accordion("Start from audio", open=False, elem_id="audio_panel") as panel:
         parts["audio_panel"] = panel
-        start_from_audio(parts)
+        clip_panel.layout(parts)
     with gr.Row(elem_id="main_settings"):
         parts["duration_s"] = slider("duration_s", 0.5, settings.max_duration_s, 0.5)
         parts["guidance_scale"] = slider("guidance_scale", 1, 10, 0.1, "to the words; 1 is off")
@@ -163,32 +145,6 @@ def compose(parts: Parts, settings: Settings) -> None:
     with gr.Row(elem_id="go"):
         parts["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
         parts["stop"] = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
-
-
-def start_from_audio(parts: Parts) -> None:
-    """The clip to continue."""
-    parts["audio_prompt"] = gr.Audio(
-        label=FIELDS["audio_prompt"].metadata["label"],
-        elem_id="audio_prompt",
-        type="filepath",
-        sources=["upload", "microphone"],
-        buttons=[],
-    )
-    parts["melody"] = gr.Audio(
-        label=FIELDS["melody"].metadata["label"],
-        elem_id="melody",
-        type="filepath",
-        sources=["upload", "microphone"],
-        buttons=[],
-        visible=False,
-    )
-    parts["clip_line"] = gr.HTML(form.clip_line({}, 10, 0, 12), elem_id="clip_line")
-    parts["offer"] = gr.Button("", visible=False, size="sm", elem_id="offer")
-    with gr.Row():
-        parts["include_prompt"] = switch("include_prompt", "off gives the continuation alone")
-        parts["context_s"] = slider(
-            "context_s", 0, 29.5, 0.5, "seconds of its end; 0 is all that fits"
-        )
 
 
 def over_time(parts: Parts) -> None:

@@ -12,7 +12,7 @@ import gradio as gr
 
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
-from musicgen_ui.ui import form, take_panel
+from musicgen_ui.ui import clip_panel, form, take_panel
 from musicgen_ui.ui.handlers import Handlers
 
 Parts = dict[str, Any]  # components by name
@@ -26,21 +26,27 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -> None:
     """Connects everything on the page."""
-    jobs(parts, handlers)
+    done = jobs(parts, handlers)
     filling_in(parts, engine)
     the_take(parts)
     facts = form.CheckpointFacts(engine)
-    timer = gr.Timer(3)
+    timer = parts["timer"] = gr.Timer(form.SOON_S)
     told = ["checkpoint", "checkpoint_line", "stereo", "facts"]
     on(parts, page.load, facts.load, [], told, "load")
-    gr.on([page.load, timer.tick], facts.status, None, parts["engine"], api_name="status", **QUIET)
+    tick, line = named(facts.tick, parts), [parts["engine"], timer]
+    gr.on([page.load, timer.tick], tick, None, line, api_name="status", **QUIET)
+    # The job may have loaded another checkpoint.
+    done.then(tick, None, line, api_name="status_then", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
     page.unload(handlers.closed)
 
 
-def jobs(parts: Parts, handlers: Handlers) -> None:
-    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries."""
-    gr.on(
+def jobs(parts: Parts, handlers: Handlers) -> Any:
+    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries.
+
+    Gives the event of Generate.
+    """
+    done = gr.on(
         [parts["generate"].click],
         named(handlers.compose, parts),
         inputs=[parts["history"]],
@@ -60,6 +66,7 @@ def jobs(parts: Parts, handlers: Handlers) -> None:
         concurrency_limit=None,
         api_name="generate",
     )
+    return done
 
 
 def filling_in(parts: Parts, engine: Engine) -> None:
@@ -85,8 +92,24 @@ def filling_in(parts: Parts, engine: Engine) -> None:
     follow = ["facts", "own", "limits", *CHECKPOINT_FIELDS]
     told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
     on(parts, parts["facts"].change, form.follow, follow, told, "follow")
+    the_melody(parts)
     on(parts, parts["offer"].click, form.restore, ["offered"], filled, "use_settings")
     on(parts, parts["restore"].upload, form.restore_file, ["restore"], filled, "restore")
+
+
+def the_melody(parts: Parts) -> None:
+    """What a clip is for, and a melody's own answers."""
+    fields = ["audio_prompt", "melody"]
+    shown = ["continued", "followed", *fields]
+    on(parts, parts["facts"].change, clip_panel.allow, ["facts"], ["clip_use"], "clip_uses")
+    on(parts, parts["clip_use"].change, clip_panel.use, ["clip_use", *fields], shown, "clip_use")
+    heard = ["melody", "duration_s", "tune"]
+    told = ["tune", "melody", "melody_line"]
+    on(parts, parts["melody"].change, clip_panel.read_melody, heard, told, "melody")
+    parts["duration_s"].change(
+        clip_panel.melody_line, [parts["tune"], parts["duration_s"]], parts["melody_line"],
+        api_name="melody_line", trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
 
 
 def the_take(parts: Parts) -> None:
@@ -97,7 +120,7 @@ def the_take(parts: Parts) -> None:
         ("take_history", take_panel.choose_earlier, ["history", "take_history"]),
     ):
         on(parts, parts[name].input, answer, given, TAKE, name)
-    clip = ["audio_prompt", "audio_panel"]
+    clip = ["audio_prompt", "audio_panel", "clip_use"]
     on(parts, parts["continue"].click, form.continue_take, chosen, clip, "continue")
     on(parts, parts["same_seed"].click, form.same_seed, chosen, ["seed"], "same_seed")
 
