@@ -14,11 +14,15 @@ import ipaddress
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import route_utils
+from starlette.datastructures import FormData
+from starlette.formparsers import MultiPartException
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ OPEN = {
 MAX_CONNECTIONS = 800  # a process may have 1,024 files open, and a job needs some beside
 MAX_OF_AN_ADDRESS = 100  # where it is a public one: behind a proxy, all visitors share the proxy's
 HEAD_S = 20.0  # for a request's head
+MAX_FILES = 8  # in one upload
+SPARE_BYTES = 500_000_000  # of the disk are left to the takes
 NOT_FETCHED = "Clips are uploaded, not fetched: download it and hand over the file."
 
 
@@ -95,11 +101,12 @@ async def _answer(scope: dict, send: Callable, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": f"{text}\n".encode()})
 
 
-def refuse_addresses(components: Iterable[Any]) -> None:
-    """Makes components refuse an address where a file is expected.
+def guard_files(components: Iterable[Any]) -> None:
+    """Bounds uploads, see `Uploads`, and makes components refuse an address instead of a file.
 
-    Gradio fetches them, public ones only, but a body of any size and into memory.
+    Gradio fetches addresses, public ones only, but a body of any size and into memory.
     """
+    route_utils.GradioMultiPartParser = Uploads  # type: ignore[misc]
     for component in components:
         component.async_move_resource_to_block_cache = _only_files(
             component.async_move_resource_to_block_cache
@@ -113,6 +120,36 @@ def _only_files(take_in: Callable) -> Callable:
         return await take_in(file)
 
     return taken_in
+
+
+class Uploads(route_utils.GradioMultiPartParser):
+    """Gradio's reader of uploads that takes files alone and leaves nothing of what breaks off.
+
+    Gradio reads a form's other fields into memory, whatever their size, and keeps what was written
+    of a file when its sender goes away.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"max_files": MAX_FILES, "max_fields": 0})
+
+    async def parse(self) -> FormData:
+        """The files of a form, written to the cache.
+
+        Raises:
+            MultiPartException: it is no such form, or too much for this server; Gradio answers 400.
+        """
+        if shutil.disk_usage(self.upload_dir).free < SPARE_BYTES:
+            raise MultiPartException("The server has no room for files at the moment.")
+        try:
+            form = await super().parse()
+            if not all(name == "files" for name, _ in self.items):
+                raise MultiPartException("A form of files named “files” was expected.")
+            return form
+        except BaseException:
+            for file in self._files_to_close_on_error:
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def bound_connections(server: Any) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
-ABORTED_S = 120.0  # what is left of an upload that was given up: a stalled one is ended before
-SWEEP_EVERY_S = 60.0
+SWEEP_EVERY_S = 600.0
 STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
@@ -90,10 +89,8 @@ class Sweeper:
     the file system states, setting the computer's clock would delete what was made just now.
     """
 
-    def __init__(
-        self, folder: Path, kept_s: float, skip: Path | None = None, pattern: str = "**/*"
-    ) -> None:
-        self._folder, self._skip, self._pattern = folder, skip, pattern
+    def __init__(self, folder: Path, kept_s: float, skip: Path | None = None) -> None:
+        self._folder, self._skip = folder, skip
         self._kept_s = kept_s
         self._seen: dict[Path, tuple[int, float]] = {}  # a file's change, and when it was seen
 
@@ -101,7 +98,7 @@ class Sweeper:
         """Deletes what has not changed for `kept_s` of sweeps; how many files."""
         count, now, seen = 0, time.monotonic(), self._seen
         self._seen = {}
-        for path in sorted(self._folder.glob(self._pattern), reverse=True):
+        for path in sorted(self._folder.rglob("*"), reverse=True):
             if self._skip and path.is_relative_to(self._skip):
                 continue
             try:
@@ -124,11 +121,7 @@ class Sweeper:
 def sweep_while(running: Callable[[], bool], folder: Path) -> None:
     """Sweeps a server's temporary folder, its takes apart, for as long as it runs."""
     takes = folder / "takes"
-    sweepers = [
-        Sweeper(folder, KEPT_S, skip=takes),
-        Sweeper(folder, ABORTED_S, pattern="*/tmp*"),  # an upload's name until it is whole
-        Sweeper(takes, TAKE_KEPT_S),
-    ]
+    sweepers = [Sweeper(folder, KEPT_S, skip=takes), Sweeper(takes, TAKE_KEPT_S)]
     while running():
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:

@@ -162,7 +162,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         middleware.insert(0, Middleware(gate.Gate, *chosen.credentials))
     journal = Journal(chosen.log_prompts)
     demo = page.build(engine, chosen, takes, temporary / "takes", journal)
-    doors.refuse_addresses(demo.blocks.values())
+    doors.guard_files(demo.blocks.values())
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(
