@@ -16,26 +16,28 @@ __all__ = ["clip", "handlers"]  # fixtures
 
 
 def test_the_window_is_explained(clip: str) -> None:
-    told = form.read_clip(clip, 26.0, 0.0, {})
-    assert "last 4.0 s of 5.0 s, 26.0 s new, the 30 s window is full" in told["clip_line"]
-    assert "last 2.0 s of 5.0 s, 10.0 s new<" in form.clip_line(told["clip"], 10.0, 2.0)
-    assert "No room" in form.clip_line(told["clip"], 30.0, 0.0)
+    told = form.read_clip(clip, 25.0, 0.0, 12.0, {})
+    assert "last 5.0 s of 5.0 s, 25.0 s new, the 30 s window is full" in told["clip_line"]
+    assert "last 2.0 s of 5.0 s, 10.0 s new<" in form.clip_line(told["clip"], 10.0, 2.0, 12.0)
+    assert "last 5.0 s of 5.0 s, 30.0 s new, 30 s at a time" in form.clip_line(
+        told["clip"], 30.0, 0.0, 12.0
+    )
 
 
 def test_a_file_that_is_no_audio_is_refused_beside_its_field(tmp_path: Path) -> None:
     page = tmp_path / "page.wav"
     page.write_text("<html>hello</html>")
-    told = form.read_clip(str(page), 10.0, 0.0, {})
+    told = form.read_clip(str(page), 10.0, 0.0, 12.0, {})
     assert told["audio_prompt"] is None and 'role="alert"' in told["clip_line"]
     # The field is empty now, which asks again: the sentence must still be there.
-    again = form.read_clip(None, 10.0, 0.0, told["clip"])
+    again = form.read_clip(None, 10.0, 0.0, 12.0, told["clip"])
     assert again["clip_line"] == told["clip_line"]
-    assert "alert" not in form.read_clip(None, 10.0, 0.0, again["clip"])["clip_line"]
+    assert "alert" not in form.read_clip(None, 10.0, 0.0, 12.0, again["clip"])["clip_line"]
 
 
 def test_a_take_offers_its_settings(handlers: Handlers) -> None:
     end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
-    told = form.read_clip(end["wav"]["value"], 10.0, 0.0, {})
+    told = form.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
     assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
     filled = form.restore(told["offered"])
     assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7

@@ -46,6 +46,9 @@ class FakeManager:
                 except StopAsyncIteration:
                     return
 
+    def describe(self, checkpoint):
+        return FakeEngine().describe("auto")
+
     def close(self):
         FakeManager.options["closed"] = True
 
@@ -68,6 +71,10 @@ def example(name: str) -> tuple[list[str], object]:
         ], not spec.default
     if name == "checkpoint":
         return ["--checkpoint", "bundled"], "bundled"
+    if name == "key":
+        return ["--key", "c minor"], "C minor"
+    if name == "sections":
+        return ["--sections", '[[0, "piano"], [4, "drums"]]'], ((0.0, "piano"), (4.0, "drums"))
     if isinstance(spec.default, str):
         return [generate.flag(name), "slow piano"], "slow piano"
     value = spec.metadata["max"] if name == "top_p" else spec.metadata["min"] + 2
@@ -256,3 +263,14 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0 and f"python -m musicgen_ui {command}" in capsys.readouterr().out
+
+
+def test_sections_come_from_a_file_too(manager, tmp_path, capsys):
+    file = tmp_path / "sections.json"
+    file.write_text('[[0, "quiet"], [5, "loud"]]', encoding="utf-8")
+    out = ["-o", str(tmp_path / "out.wav")]
+    assert cli.main(["generate", "--sections", str(file), *out]) == 0
+    assert manager.asked[0].sections == ((0.0, "quiet"), (5.0, "loud"))
+    capsys.readouterr()
+    assert cli.main(["generate", "--sections", str(tmp_path / "none.json"), *out]) == 2
+    assert "none.json cannot be read as sections" in capsys.readouterr().err
