@@ -12,7 +12,7 @@ import gradio as gr
 
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
-from musicgen_ui.ui import clip_panel, form, take_panel
+from musicgen_ui.ui import clip_panel, form, recall, take_panel
 from musicgen_ui.ui.handlers import Handlers
 
 Parts = dict[str, Any]  # components by name
@@ -39,6 +39,12 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     done.then(tick, None, line, api_name="status_then", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
     page.unload(handlers.closed)
+    told = ["prompt", "duration_s", "live", "generate", "stop", "watch", *TAKE]
+    page.load(
+        named(handlers.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
+        api_name="enter", **QUIET,
+    )  # fmt: skip
+    on(parts, parts["watch"].tick, handlers.news, [], told, "news")
 
 
 def jobs(parts: Parts, handlers: Handlers) -> Any:
