@@ -10,6 +10,7 @@ the clip with Demucs; neither the extractor nor this does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,12 +121,12 @@ class MelodyEncoder:
             self._classes[clip] = self.extractor(clip)
         return self._classes[clip]
 
-    def followed(self, request: GenerationRequest, duration_s: float) -> Chroma | None:
-        """What is followed by so much new music; None without a melody."""
+    def followed(self, request: GenerationRequest) -> Chroma | None:
+        """What the whole of the new music follows; None without a melody."""
         if request.melody is None:
             return None
-        count = round(duration_s / self.extractor.column_s)
-        columns = self._columns(request.melody, None, 0, max(1, count))
+        count = math.ceil(request.duration_s / self.extractor.column_s)
+        columns = self._columns(request.melody, None, 0, count)
         return Chroma(columns.numpy().astype(np.uint8), self.extractor.column_s)
 
     @torch.inference_mode()

@@ -116,7 +116,7 @@ class Conditioner:
 
     def followed(self, request: GenerationRequest) -> Chroma | None:
         """The melody over the whole of the new music; None without one."""
-        return self.melody and self.melody.followed(request)
+        return self.melody.followed(request) if self.melody else None
 
     def _prefixes(
         self,
