@@ -9,6 +9,7 @@ import pytest
 from fakes import FakeEngine
 from test_handlers import clip, compose, handlers, state
 
+from musicgen_ui.engine.events import Health
 from musicgen_ui.ui import form
 from musicgen_ui.ui.handlers import Handlers
 
@@ -67,3 +68,14 @@ def test_the_stereo_toggle_follows_the_checkpoint(
 def test_an_unknown_checkpoint_is_said_beside_its_field() -> None:
     told = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("nonsense"))
     assert "There is no checkpoint" in told["checkpoint_line"] and "stereo" not in told
+
+
+def test_a_tab_asks_seldom_once_it_is_settled_what_is_loaded() -> None:
+    engine = FakeEngine()
+    assert form.CheckpointFacts(engine).tick()["timer"].value == form.LATER_S
+
+    class Loading(FakeEngine):
+        def health(self) -> Health:
+            return Health()
+
+    assert form.CheckpointFacts(Loading()).tick()["timer"].value == form.SOON_S
