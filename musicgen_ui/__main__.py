@@ -1,4 +1,4 @@
-"""The command line: `python -m musicgen_ui serve`, `generate`, `bench` and `convert`.
+"""The command line: `python -m musicgen_ui serve`, `generate`, `bench`, `convert`, `checkpoints`.
 
 Each command's flags and work are in a module of its own, imported when it is asked for: gradio for
 `serve`, torch for the others, and not before a wrong request has been refused. Exit codes: 0 done,
@@ -87,11 +87,22 @@ def convert(arguments: list[str]) -> int:
     return DONE
 
 
+def checkpoints(arguments: list[str]) -> int:
+    """lists the published checkpoints and what fits here"""
+    from musicgen_ui import catalogue
+
+    parser = _parser("checkpoints", "Lists the published checkpoints and what fits here.")
+    catalogue.add_flags(parser)
+    catalogue.run(parser.parse_args(arguments))
+    return DONE
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "generate": generate,
     "bench": bench,
     "convert": convert,
+    "checkpoints": checkpoints,
 }
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import configuration, convert, defaults, exported, hub, parts
+from musicgen_ui import completion, configuration, convert, defaults, exported, hub
 from musicgen_ui.engine.events import Description
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.request import RequestError
@@ -196,13 +196,43 @@ def config_of(source: Source) -> configuration.Configuration:
     Raises:
         RequestError: there is none, or it is not MusicGen's.
     """
+    base = _base_of(source)
+    if base is None:
+        return _own_config(source)
+    return completion.config(source.name, _config_file(source), _own_config(base))
+
+
+def _own_config(source: Source) -> configuration.Configuration:
     if source.folder and exported.is_audiocraft(source.folder):
         return configuration.of(source.name, convert.config_of(source.folder))
     if source.folder is None and source in known().values():
         word = source.name.removeprefix("facebook/musicgen-")
         return configuration.meta(word.removeprefix("stereo-"), word.startswith("stereo-"))
-    file = source.folder / "config.json" if source.folder else hub.config_file(source.name)
-    return configuration.read(source.name, file)
+    return configuration.read(source.name, _config_file(source))
+
+
+def _config_file(source: Source) -> Path:
+    return source.folder / "config.json" if source.folder else hub.config_file(source.name)
+
+
+def _base_of(source: Source) -> Source | None:
+    """The checkpoint that completes one which is a decoder alone; None for any other.
+
+    Raises:
+        RequestError: it names none that could, and has no published checkpoint's shape.
+    """
+    published = known().values()
+    if source in published or (source.folder and exported.is_audiocraft(source.folder)):
+        return None
+    file = _config_file(source)
+    if not completion.is_alone(file):
+        return None
+    named = completion.base_name(file)
+    alike = (s for s in published if completion.is_of_size(file, _own_config(s)))
+    base = _find(named) if named else next(alike, None)
+    if base is None or (base.folder and exported.is_audiocraft(base.folder)):
+        raise completion.baseless(source.name)
+    return base
 
 
 def fetch(source: Source, say: Callable[[str], None]) -> Path:
@@ -218,31 +248,40 @@ def fetch(source: Source, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Loaded:
+def load(
+    source: Source, dtype: torch.dtype, say: Callable[[str], None], streamed: bool = False
+) -> Loaded:
     """Reads the checkpoint's weights as `dtype`, whatever they are stored as, after a download
     where one is needed; `say` hears what is going on.
+
+    With `streamed` the decoder's layers are read one by one when they are asked for, as they are
+    stored: what packs them never holds them all.
 
     Raises:
         RequestError: it cannot be had, is damaged, or its parts do not fit.
         MemoryError, torch.OutOfMemoryError: there is no room for it.
     """
     folder, config = fetch(source, say), config_of(source)
+    base = _base_of(source)
     if not exported.is_audiocraft(folder):
-        config = configuration.read(source.name, folder / "config.json")
-        configuration.check(source.name, config, folder)
-        if not hub.weights_in(folder):
-            raise RequestError(
-                f"{source.name} is incomplete: it has no model.safetensors or pytorch_model.bin.",
-                "checkpoint",
-            )
+        for part in (folder, *([fetch(base, say)] if base else ())):
+            _hold_weights(source.name, part)
+        if not base:
+            config = configuration.read(source.name, folder / "config.json")
+            configuration.check(source.name, config, folder)
     say(f"reading {source.name}")
     try:
         with _READING:
             if exported.is_audiocraft(folder):
-                model, tokenizer, extractor = convert.load(folder, dtype)
+                model, tokenizer, extractor = convert.load(folder, dtype, streamed)
             else:
-                model, tokenizer = _read(folder, dtype, bool(config["melody"]))
-                extractor = next(configuration.extractors(folder), {})
+                from musicgen_ui import weights  # torch: seconds
+
+                rest = fetch(base, say) if base else folder
+                model, tokenizer = weights.read(
+                    folder, rest, dtype, bool(config["melody"]), streamed
+                )
+                extractor = next(configuration.extractors(rest), {})
     except Exception as error:
         if isinstance(error, RequestError) or out_of_memory(error):
             raise
@@ -255,35 +294,13 @@ def load(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> Load
     return Loaded(model, tokenizer, source.name, rate, channels, extractor)
 
 
-def _read(folder: Path, dtype: torch.dtype, melody: bool) -> tuple[Any, PreTrainedTokenizerBase]:
-    # Imported here: it takes seconds, and most of this module is needed before.
-    from transformers import (
-        AutoTokenizer,
-        MusicgenForConditionalGeneration,
-        MusicgenMelodyForConditionalGeneration,
-    )
-
-    parts.quieten()
-    # The tokenizer alone: the processor of melody checkpoints needs torchaudio.
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    kind: Any = (
-        MusicgenMelodyForConditionalGeneration if melody else MusicgenForConditionalGeneration
-    )
-    model, found = kind.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=hub.weights_in(folder)[0].suffix == ".safetensors",
-        weights_only=True,
-        output_loading_info=True,
-    )
-    missing = [key for key in found["missing_keys"] if not key.endswith(_REBUILT)]
-    if missing:
-        raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:5])} …")
-    return model.eval(), tokenizer
+def _hold_weights(name: str, folder: Path) -> None:
+    if not hub.weights_in(folder):
+        raise RequestError(
+            f"{name} is incomplete: {shown(folder)} has no model.safetensors or pytorch_model.bin.",
+            "checkpoint",
+        )
 
 
 # transformers patches its own classes while it reads a model: two at once lose tied weights.
 _READING = threading.Lock()
-# What older checkpoints leave out and transformers fills in, or only training uses.
-_REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")

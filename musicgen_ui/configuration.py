@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "audio_channels": 1,
     },
 }
+
+
+def decoder_defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """What a decoder's configuration means where it is silent."""
+    return {key: _DEFAULTS["decoder"][key] for key in keys}
 
 
 def meta(word: str, stereo: bool) -> Configuration:
@@ -254,7 +259,7 @@ def count_parameters(config: Configuration) -> int:
         projection
         + (0 if chroma == hidden else (chroma + 1) * hidden)
         + _count_text(text)
-        + _count_decoder(decoder, attentions=1 if config["melody"] else 2)
+        + count_decoder(config)
         + _count_codec(config["audio_encoder"])
     )
 
@@ -271,7 +276,9 @@ def _count_text(text: dict[str, Any]) -> int:
     )
 
 
-def _count_decoder(decoder: dict[str, Any], attentions: int) -> int:
+def count_decoder(config: Configuration) -> int:
+    """The number of the decoder's parameters."""
+    decoder, attentions = config["decoder"], 1 if config["melody"] else 2
     hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
     layer = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
     layer += 2 * hidden * decoder["ffn_dim"] + 2 * hidden

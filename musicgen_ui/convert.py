@@ -169,22 +169,22 @@ def fetch(folder: Path, say: Say) -> None:
         parts.fetched(codec.pointer, _CODEC_ADVICE, say)
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Config]:
+def load(folder: Path, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Config]:
     """transformers' model with the weights in `folder` as `dtype`, its tokenizer, and the
-    configuration of its feature extractor.
+    configuration of its feature extractor. `streamed` is as for `weights.model`.
 
     Raises:
         RequestError: as `read`.
     """
     from transformers import GenerationConfig
 
+    from musicgen_ui import weights
+
     made = read(folder, None, lambda _: None)
-    kind = _kind(made.config)
-    config = kind.config_class.from_dict(made.config)
-    # None: no folder, all that there is to read is at hand.
-    model = kind.from_pretrained(None, config=config, state_dict=made.weights, dtype=dtype)
+    melody = made.config["model_type"] == "musicgen_melody"
+    model = weights.model(melody, made.config, weights.Held(made.weights), dtype, streamed)
     model.generation_config = GenerationConfig(**made.generation)
-    return model.eval(), made.tokenizer, made.extractor
+    return model, made.tokenizer, made.extractor
 
 
 def read(folder: Path, text_encoder: str | None, say: Say) -> Converted:

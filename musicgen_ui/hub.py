@@ -39,7 +39,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
-_FACTS = ("config.json", "generation_config.json", "adapter_config.json")
+_FACTS = ("config.json", "generation_config.json", "README.md")
 _OTHERS = (
     "config.json",
     "generation_config.json",

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from musicgen_ui import adapters, checkpoints, configuration
+from musicgen_ui import adapters, catalogue, checkpoints, configuration
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.engine import batch as engine
 from musicgen_ui.engine import device as devices
@@ -40,9 +40,9 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     """
     # float32 whatever will be computed in: the codec stays precise, and reading in half precision
     # would set torch's default for every thread, also for those that make music meanwhile.
-    loaded = checkpoints.load(source, torch.float32, say)
+    loaded = checkpoints.load(source, torch.float32, say, streamed=True)
     say(f"preparing {source.name}")
-    weights = sum(weight.numel() for weight in loaded.model.decoder.parameters())
+    weights = configuration.count_decoder(checkpoints.config_of(source))
     return Batch(
         loaded.model,
         loaded.tokenizer,
@@ -255,16 +255,7 @@ class ModelManager:
             RequestError: its weights alone are more than the budget.
         """
         config = checkpoints.config_of(source)
-        # On a CPU the weights pass through float32 on their way to int8.
-        each = 4 if self.place.device == "cpu" else self.place.bytes_a_weight
-        weights = round(configuration.count_parameters(config) * each)
-        if weights > self.budget_bytes:
-            in_words = configuration.size_in_words
-            raise RequestError(
-                f"{source.name} needs {in_words(weights)} of memory and models may use "
-                f"{in_words(self.budget_bytes)} here: choose a smaller checkpoint.",
-                "checkpoint",
-            )
+        catalogue.hold_fits(source.name, config, self.place, self.budget_bytes)
         return configuration.estimate_bytes(config, self.place.bytes_a_weight)
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from musicgen_ui import checkpoints, configuration, generate  # noqa: E402
-from musicgen_ui.engine.device import BYTES_A_WEIGHT  # noqa: E402
+from musicgen_ui import catalogue, generate  # noqa: E402
 from musicgen_ui.request import CLIP_FIELDS, FIELDS  # noqa: E402
 from musicgen_ui.ui import settings as server_settings  # noqa: E402
 
@@ -56,21 +55,10 @@ def settings() -> str:
 def models() -> str:
     """The checkpoints that have a name."""
     rows = []
-    for word, source in checkpoints.known().items():
-        config = checkpoints.config_of(source)
-        millions = configuration.count_parameters(config) / 1e6
-        memory = [
-            configuration.size_in_words(
-                configuration.estimate_bytes(config, BYTES_A_WEIGHT[precision])
-            )
-            for precision in ("bfloat16", "int8", "float32")
-        ]
-        sound = "stereo" if config["decoder"]["audio_channels"] == 2 else "mono"
-        rate = f"{config['audio_encoder']['sampling_rate'] / 1000:g} kHz"
-        of = "" if source.folder else f" ({source.name})"
-        rows.append([f"`{word}`{of}", f"{millions:,.0f} M", f"{sound}, {rate}", *memory])
-    heads = ["Name", "Parameters", "Sound", "Memory: bfloat16", "int8", "float32"]
-    return table(heads, rows)
+    for entry in catalogue.entries():
+        name, *rest = entry.row()
+        rows.append([name.replace(entry.word, f"`{entry.word}`", 1), *rest])
+    return table(catalogue.HEADS, rows)
 
 
 def server() -> str:
