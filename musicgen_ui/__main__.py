@@ -8,11 +8,12 @@ Each command's flags and work are in a module of its own, imported when it is as
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from musicgen_ui import files
+from musicgen_ui import logs
 from musicgen_ui.request import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m musicgen_ui", description="Music from words, on this computer.")
     about = "; ".join(f"{name} {command.__doc__}" for name, command in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=about)
+    files.give_caches_a_home()
     try:
         command = COMMANDS[parser.parse_args(arguments[:1]).command]
         return command(arguments[1:])
@@ -52,7 +54,7 @@ def serve(arguments: list[str]) -> int:
     chosen = settings.settings(vars(parser.parse_args(arguments)))
     from musicgen_ui.ui import server
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     server.serve(chosen)
     return DONE
 

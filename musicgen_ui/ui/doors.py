@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Gradio's routes, by what follows /gradio_api/: page, clients, sign-in, MCP.
 OPEN = {
     *("info", "openapi.json", "config", "startup-events", "theme.css", "app_id"),
-    *("queue", "call", "cancel", "reset", "heartbeat", "upload", "upload_progress"),
+    *("queue", "run", "call", "cancel", "reset", "heartbeat", "upload", "upload_progress"),
     *("token", "user", "login_check", "mcp"),
 }
 MAX_CONNECTIONS = 800  # a process may have 1,024 files open, and a job needs some beside

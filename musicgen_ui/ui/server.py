@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from musicgen_ui import files
+from musicgen_ui import files, logs
 from musicgen_ui.engine.events import Description, Engine, Event, Health, Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import BodyLimit, sweep_while
@@ -189,9 +189,12 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     doors.bound_connections(demo.server)
     watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
-    app.router.routes[:0] = metrics.routes(
-        watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
-    )
+    app.router.routes[:0] = [
+        demo.recall.route(),
+        *metrics.routes(
+            watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
+        ),
+    ]
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
     running = lambda: demo.is_running  # noqa: E731
@@ -230,7 +233,8 @@ def serve(chosen: Settings, engine: Engine | None = None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python app.py` and `python -m musicgen_ui serve`: 2 for a wrong setting."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
+    files.give_caches_a_home()
     try:
         chosen = settings(sys.argv[1:] if arguments is None else arguments)
     except RequestError as error:

@@ -1,0 +1,43 @@
+"""The log: where it goes, and that no secret gets into it.
+
+Tokens come into a log by the back door: in an address that a library could not fetch, in an error
+that quotes a header. So every line is cleaned as it is written, tracebacks included.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+SECRET_VARIABLES = re.compile(r"TOKEN$|SECRET|PASSWORD|_AUTH$|API_KEY")
+SHORTEST = 6  # characters of a secret that can be told from a word
+HIDDEN = "…"
+_TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=Basic )\S+", re.IGNORECASE)
+_QUERIES = re.compile(r"(\bhttps?://[^\s?\"'<>]+\?)[^\s\"'<>]+", re.IGNORECASE)
+_LOGINS = re.compile(r"(\bhttps?://)[^\s/@\"'<>]+@", re.IGNORECASE)
+
+
+def set_up() -> None:
+    """Writes what is worth knowing to stderr, a line an event."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Cleaned("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class Cleaned(logging.Formatter):
+    """Formats a record without its secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line and traceback, cleaned."""
+        return cleaned(super().format(record))
+
+
+def cleaned(text: str) -> str:
+    """`text` without tokens, passwords, the queries of addresses, and this process's own secrets."""
+    for name, value in os.environ.items():
+        secrets = (value, value.partition(":")[2])  # whole, and the password of NAME:PASSWORD
+        for secret in secrets if SECRET_VARIABLES.search(name) else ():
+            text = text.replace(secret, HIDDEN) if len(secret) >= SHORTEST else text
+    text = _QUERIES.sub(rf"\1{HIDDEN}", _LOGINS.sub(rf"\1{HIDDEN}@", text))
+    return _TOKENS.sub(HIDDEN, text)
