@@ -8,6 +8,7 @@ that are no more.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import secrets
@@ -72,6 +73,21 @@ def claim(part: Path, path: Path) -> bool:
 def private_folder() -> Path:
     """A new temporary folder that only this process's user can read."""
     return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
+
+
+def give_caches_a_home() -> None:
+    """Where the user has no folder for caches, as in some containers, libraries get a private one.
+
+    They compile, measure fonts and download into it, so call this before they are imported.
+    """
+    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    with suppress(OSError):
+        own.mkdir(parents=True, exist_ok=True)
+        if os.access(own, os.W_OK | os.X_OK):
+            return
+    folder = private_folder()
+    os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def delete_leftovers(takes: Path | None) -> None:

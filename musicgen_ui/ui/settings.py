@@ -14,6 +14,7 @@ from musicgen_ui.request import MAX_DURATION_S, RequestError
 PREFIX = "MUSICGEN_UI_"
 # Spaces are public, and their own proxies have private addresses.
 ON_SPACES = {
+    "host": "0.0.0.0",
     "any_checkpoint": False,
     "max_duration_s": 60.0,
     "visitor_jobs": 8,
