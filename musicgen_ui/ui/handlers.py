@@ -36,6 +36,7 @@ from musicgen_ui.request import (
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import LiveStream, status_text
+from musicgen_ui.ui.recall import Recall, keep, outliving
 from musicgen_ui.ui.visitors import Desk, Visitor
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Handlers:
         self.engine = engine
         self.folder, self.spare = folder, spare
         self.desk, self.journal = desk, journal or Journal()
+        self.recall = Recall(desk.stop)
         self.max_duration_s = max_duration_s
 
     @names_every_setting
@@ -117,10 +119,14 @@ class Handlers:
         """The page's Generate: status and live music first, then the takes."""
         live, visitor = LiveStream(total_s=1.0), Visitor.of(request)
         yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
+        job = self._updates(live, history, visitor, values)
+        tab = self.recall.of(visitor.tab)
         try:
-            async with aclosing(self._updates(live, history, visitor, values)) as updates:
+            async with aclosing(outliving(tab, job) if tab else job) as updates:
                 async for update in updates:
                     yield update
+            if tab:
+                tab.news = False
         except Exception as error:
             said = sentence(error)
             yield busy(False) | {"live": live.message("failed", said)}
@@ -159,13 +165,13 @@ class Handlers:
 
     def stop(self, request: gr.Request) -> Updates:
         """Asks this tab's jobs to stop; what was made so far comes as a take."""
-        if self.desk.stop(Visitor.of(request).tab):
+        if self.recall.stop(Visitor.of(request).tab):
             return {"stop": gr.update(value="Stopping …", interactive=False)}
         return busy(False)
 
     def closed(self, request: gr.Request) -> None:
-        """The tab is gone: its jobs end, and only its own."""
-        self.desk.stop(Visitor.of(request).tab)
+        """The page is gone: its jobs end, and only its own, unless its tab comes back."""
+        self.recall.lost(Visitor.of(request).tab)
 
     async def _updates(
         self,
@@ -179,10 +185,13 @@ class Handlers:
         saved: list[Saved] = []
         group: take_panel.Group = []
         shown_at = 0.0
+        tab = self.recall.of(visitor.tab)
         async with aclosing(self._events(values, visitor)) as events:
             async for event in events:
                 if isinstance(event, GenerationRequest):
                     live.total_s = event.duration_s
+                    if tab:
+                        tab.settings = event.settings()
                 elif isinstance(event, Progress):
                     progress[event.variation] = event
                     news = (event.stage, event.note) != (latest.stage, latest.note)
@@ -202,6 +211,8 @@ class Handlers:
         if not group:
             yield end
             return
+        if tab:
+            keep(tab, group, history)
         history = [*history, group]
         yield take_panel.show(history, -1, 0) | end
         await to_thread.run_sync(take_panel.draw, group[0])

@@ -64,6 +64,7 @@ def build(
                 take(parts)
         api(parts)
         connect(parts, handlers, engine, page)
+    page.recall = handlers.recall
     return page
 
 
@@ -154,18 +155,19 @@ def over_time(parts: Parts) -> None:
         "The prompt itself goes for the whole piece.</p>"
     )
     parts["sections"] = gr.Dataframe(
-        [[None, ""]],
-        headers=["from second", "these words"],
+        form.section_rows([]),
+        headers=["From second", "these words join"],
         datatype=["number", "str"],
         type="array",
         column_count=2,
-        column_widths=["30%", "70%"],
+        column_widths=["32%", "68%"],
         interactive=True,
         wrap=True,
         buttons=[],
         label=FIELDS["sections"].metadata["label"],
         elem_id="sections",
     )
+    parts["add_section"] = gr.Button("Add a row", size="sm", elem_id="add_section")
     parts["overlap_s"] = slider("overlap_s", 1, 25, 0.5)
 
 
@@ -258,6 +260,8 @@ def take(parts: Parts) -> None:
         [], label="Takes of this session", visible=False, elem_id="take_history"
     )
     parts["history"] = gr.State([])
+    parts["key"] = gr.Textbox(visible=False)  # the tab's own, see `recall`
+    parts["watch"] = gr.Timer(1, active=False)  # for a take that an earlier page began
     parts["chosen"] = gr.State([0, 0])
     parts["clip"] = gr.State({})
     parts["offered"] = gr.State({})

@@ -14,6 +14,7 @@ from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import clip_panel, form, recall, take_panel
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.pages import Pages
 
 Parts = dict[str, Any]  # components by name
 
@@ -39,12 +40,13 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     done.then(tick, None, line, api_name="status_then", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
     page.unload(handlers.closed)
+    pages = Pages(handlers.recall)
     told = ["prompt", "duration_s", "live", "generate", "stop", "watch", *TAKE]
     page.load(
-        named(handlers.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
+        named(pages.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
         api_name="enter", **QUIET,
     )  # fmt: skip
-    on(parts, parts["watch"].tick, handlers.news, [], told, "news")
+    on(parts, parts["watch"].tick, pages.news, [], told, "news")
 
 
 def jobs(parts: Parts, handlers: Handlers) -> Any:
@@ -85,6 +87,7 @@ def filling_in(parts: Parts, engine: Engine) -> None:
         lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
         api_name="idea", **QUIET,
     )  # fmt: skip
+    on(parts, parts["add_section"].click, form.add_section, ["sections"], ["sections"], "add_row")
     on(parts, parts["audio_prompt"].change, form.read_clip, clip, told, "clip")
     for name in ("duration_s", "context_s", "overlap_s"):
         parts[name].change(
@@ -148,7 +151,7 @@ def named(handler: Callable, parts: Parts) -> Callable:
     """The handler with its answers keyed by component, as Gradio takes them."""
 
     def placed(updates: dict[str, Any]) -> dict[Any, Any]:
-        return {parts[name]: value for name, value in updates.items()}
+        return {parts[name]: value for name, value in updates.items()} or gr.skip()
 
     async def many(*args: Any, **values: Any) -> Any:
         # Two answers that reach the browser in one frame become one there: what only the first

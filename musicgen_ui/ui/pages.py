@@ -1,0 +1,54 @@
+"""What a page shows when it is opened again: the takes of its tab, and one that is under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from musicgen_ui.ui import take_panel
+from musicgen_ui.ui.handlers import busy
+from musicgen_ui.ui.live_player import LiveStream
+from musicgen_ui.ui.recall import Recall
+from musicgen_ui.ui.visitors import Visitor
+
+UNDER_WAY = "Your take is still being made: it comes here when it is done."
+DONE = "Finished while the page was away: here is your take."
+BROKEN = "Your take could not be finished: press Generate to try again."
+
+
+class Pages:
+    """The answers to a page that is opened."""
+
+    def __init__(self, recall: Recall) -> None:
+        self.recall = recall
+
+    def enter(self, key: str, request: gr.Request) -> dict[str, Any]:
+        """A page was opened: shows again what its tab had before."""
+        tab = self.recall.enter(Visitor.of(request).tab, key)
+        if tab is None or not tab.settings:
+            return {}
+        shown = {name: tab.settings[name] for name in ("prompt", "duration_s")}
+        if tab.history:
+            shown |= take_panel.show(tab.history, -1, 0)
+        if tab.jobs:
+            shown |= busy(True) | {"live": LiveStream(1.0).message("waiting", UNDER_WAY)}
+            shown["watch"] = gr.Timer(active=True)
+        elif tab.news:
+            tab.news = False
+            shown["live"] = LiveStream(1.0).message("finished", DONE)
+        return shown
+
+    def news(self, request: gr.Request) -> dict[str, Any]:
+        """Whether the take is done that a page found under way."""
+        tab = self.recall.of(Visitor.of(request).tab)
+        if tab and tab.jobs:
+            return {}
+        stage, text = "failed", BROKEN
+        shown = busy(False) | {"watch": gr.Timer(active=False)}
+        if tab and tab.news:
+            tab.news = False
+            take_panel.draw(tab.history[-1][0])
+            shown |= take_panel.show(tab.history, -1, 0)
+            stage, text = "finished", DONE
+        return shown | {"live": LiveStream(1.0).message(stage, text)}
