@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from musicgen_ui import files
-from musicgen_ui import logs
+from musicgen_ui import files, logs
 from musicgen_ui.request import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130

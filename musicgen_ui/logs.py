@@ -34,7 +34,7 @@ class Cleaned(logging.Formatter):
 
 
 def cleaned(text: str) -> str:
-    """`text` without tokens, passwords, the queries of addresses, and this process's own secrets."""
+    """`text` without tokens, addresses' queries and logins, and this process's own secrets."""
     for name, value in os.environ.items():
         secrets = (value, value.partition(":")[2])  # whole, and the password of NAME:PASSWORD
         for secret in secrets if SECRET_VARIABLES.search(name) else ():
