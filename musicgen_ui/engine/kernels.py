@@ -26,6 +26,7 @@ from musicgen_ui.engine.tiles import (
     tile_1,
     tile_2,
     tile_4,
+    wait,
 )
 
 MOST = 2047  # of a quantised input: 127 · 2047 · 8192 inputs still fit into an int32
@@ -233,8 +234,7 @@ def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
             _work(layer, kind, piece, model, rows, space, weights, codes, sums)
             add(taken + 8, 1)
             piece = add(taken, 1)
-        while add(taken + 8, 0) < pieces:
-            pass
+        wait(taken + 8, pieces)
 
 
 @compiled
@@ -253,8 +253,7 @@ def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: 
                 space.scales[piece] = _quantise(x[piece], space.codes[piece], MOST)
             add(taken + 8, 1)
             piece = add(taken, 1)
-        while add(taken + 8, 0) < pieces:
-            pass
+        wait(taken + 8, pieces)
 
 
 @compiled
@@ -269,5 +268,4 @@ def attention(rows: Any, heads: Any, layer: Any, qkv: Any, out: Any, counters: A
         _attend_columns(piece, heads, rows, False, layer, qkv, weights, codes, sums, out)
         add(taken + 8, 1)
         piece = add(taken, 1)
-    while add(taken + 8, 0) < pieces:
-        pass
+    wait(taken + 8, pieces)

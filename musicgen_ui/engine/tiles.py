@@ -10,6 +10,7 @@ that file changes, not when this one does, so touch it too.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,21 @@ def pointer(typing: Any, address: Any) -> tuple:
         return b.inttoptr(args[0], _pointer(8))
 
     return types.voidptr(types.int64), build
+
+
+_give_way = types.ExternalFunction(
+    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
+)
+
+
+@compiled
+def wait(address: Any, number: Any) -> None:
+    """Until the int64 at an address has reached a number: busy at first, since it takes no time."""
+    turns = 0
+    while add(address, 0) < number:
+        turns += 1
+        if turns > 2000:  # the thread that is waited for may want this core
+            _give_way()
 
 
 def _pointer(bits: int) -> ir.Type:
