@@ -27,6 +27,7 @@ from musicgen_ui.ui.take_panel import Group, chosen_take
 
 CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and where that is settled
+SECTION_ROWS = 3
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
@@ -110,8 +111,18 @@ def restore(settings: dict[str, Any]) -> dict[str, Any]:
     if not settings:
         return {}
     # Nothing follows the checkpoint any more: what a take was made with is what was asked for.
-    rows = settings.get("sections") or [[None, ""]]  # a table without a row cannot be filled in
+    rows = section_rows(settings.get("sections", []))
     return {**settings, "sections": rows, "variations": 1, "own": {}, **no_offer()}
+
+
+def section_rows(rows: list[list[Any]]) -> list[list[Any]]:
+    """The table of sections with a row more to fill in, and some to begin with."""
+    return rows + [[None, ""]] * max(1, SECTION_ROWS - len(rows))
+
+
+def add_section(rows: list[list[Any]]) -> dict[str, Any]:
+    """Gives the table of sections another row."""
+    return {"sections": section_rows(rows)}
 
 
 def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
