@@ -22,6 +22,7 @@ from musicgen_ui.engine import delay
 from musicgen_ui.engine.batch import Batch, stream
 from musicgen_ui.engine.chroma import Extractor
 from musicgen_ui.engine.events import Chunk, Event, Finished
+from musicgen_ui.manager import ModelManager
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 WINDOW = 235  # columns of chroma in 30 s
@@ -121,3 +122,143 @@ def test_two_melodies_give_two_results(batch):
     assert not torch.equal(takes[0], takes[1])
     assert not torch.equal(takes[0], takes[2])
     assert not torch.equal(takes[1], takes[2])
+
+
+def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, reference):
+    """A negative prompt that is longer: the reference gets zeros after the shorter one."""
+    request = GenerationRequest(
+        PIANO, negative_prompt=ROCK, melody=SCALE, duration_s=0.5, do_sample=False
+    )
+    wanted, unwanted = batch.conditioner.conditions(request)
+    assert wanted.shape == unwanted.shape and not wanted[-1].any() and unwanted[-1].any()
+    columns = torch.full((2 * batch.decoder.codebooks, 1), batch.decoder.start_token)
+    with torch.no_grad():
+        states = torch.stack([wanted, unwanted])
+        logits = reference.decoder(columns, encoder_hidden_states=states).logits[:, -1]
+    wanted, unwanted = logits.view(2, batch.decoder.codebooks, -1)
+    expected = (unwanted + 3 * (wanted - unwanted)).argmax(-1)
+    job, _, _ = run_job(batch, request)
+    own = torch.arange(batch.decoder.codebooks) < batch.codec.channels  # not delayed
+    assert torch.equal(job.columns[own, 1], expected[own])
+    plain, _, _ = run_job(batch, dataclasses.replace(request, negative_prompt=""))
+    assert not torch.equal(job.columns, plain.columns)
+
+
+def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
+    """The melody begins with the new music; before it the clip's own chroma stands."""
+    clip = noise(1.28, batch.codec.channels)  # ten columns of chroma
+    request = GenerationRequest(
+        ROCK, audio_prompt=clip, include_prompt=False, melody=SCALE, duration_s=0.6, do_sample=False
+    )
+    job, codes, finished = run_job(batch, request)
+    melody = Extractor()(SCALE)
+    heard = torch.cat([Extractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
+    context = delay.undelayed(job.columns, 0, job.context_frames, batch.codec.channels)
+    assert torch.equal(codes, generated(reference, folder, ROCK, heard, 3.0, 30, context))
+    assert np.array_equal(finished.melody.classes, melody[:5])
+    other = run_job(batch, dataclasses.replace(request, melody=None))[1]
+    assert not torch.equal(codes, other)
+
+
+def test_melodies_beside_other_jobs_change_nothing(batch):
+    """Jobs of other lengths, prefixes and positions; one of them is admitted late."""
+    request = GenerationRequest(ROCK, melody=SCALE, duration_s=0.6, seed=7)
+    _, alone, _ = run_job(batch, request)
+    others = [
+        GenerationRequest("", duration_s=1.0, seed=1),
+        GenerationRequest(PIANO + " and drums" * 9, melody=DOWN, duration_s=0.5, seed=2),
+        GenerationRequest(PIANO, duration_s=0.5, guidance_scale=1, do_sample=False),
+    ]
+    events: list[Event | Exception] = []
+    batch.submit(others[0], None, events.append)
+    for _ in range(5):
+        batch.step()
+    batch.submit(others[1], None, events.append)
+    batch.submit(request, None, events.append)
+    batch.step(), batch.step()
+    beside = next(job for job in batch.jobs if job.request.seed == 7)
+    batch.submit(others[2], None, events.append)
+    while batch.step():
+        pass
+    assert sum(isinstance(event, Finished) for event in events) == 4
+    codes = delay.undelayed(beside.columns, 0, beside.frames, batch.codec.channels)
+    assert torch.equal(codes, alone)
+
+
+def test_variations_stream_and_stop(batch):
+    request = GenerationRequest(ROCK, melody=SCALE, duration_s=1.2, seed=3, variations=2)
+    events = list(stream(batch, request))
+    takes = {event.variation: event for event in events if isinstance(event, Finished)}
+    assert not np.array_equal(takes[0].clip.samples, takes[1].clip.samples)
+    for variation, take in takes.items():
+        chunks = [e.clip for e in events if isinstance(e, Chunk) and e.variation == variation]
+        assert np.array_equal(np.concatenate([c.samples for c in chunks], 1), take.clip.samples)
+    stop, kept = threading.Event(), None
+    for event in stream(batch, dataclasses.replace(request, duration_s=20, variations=1), stop):
+        kept = event
+        if isinstance(event, Chunk):
+            stop.set()
+    assert kept.stopped and 0 < kept.clip.duration_s < 2 and not batch.jobs
+    # A stop while the prefix is taken in: nothing was made, and the rows are free.
+    stop = threading.Event()
+    for event in stream(batch, request, stop):
+        kept = event
+        stop.set()
+    assert kept.stopped and kept.clip.duration_s == 0 and not batch.jobs
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_every_precision_follows(tiny_melody, precision):
+    batch = melody_batch(tiny_melody, precision=precision)
+    request = GenerationRequest(ROCK, melody=SCALE, duration_s=0.5, do_sample=False)
+    _, codes, finished = run_job(batch, request)
+    assert finished.clip.samples.shape == (1, 16_000) and np.isfinite(finished.clip.samples).all()
+    _, other, _ = run_job(batch, dataclasses.replace(request, melody=DOWN))
+    assert not torch.equal(codes, other)
+
+
+def test_takes_tell_what_they_followed(batch):
+    request = GenerationRequest(ROCK, melody=DOWN, duration_s=3.0)
+    stop = threading.Event()
+    stop.set()
+    batch.step()
+    melody = batch.conditioner.followed(request)
+    own = Extractor()(DOWN).numpy()  # 2 s, so it is heard again
+    assert melody.column_s == 0.128 and len(melody.classes) == 24
+    assert np.array_equal(melody.classes, np.tile(own, 2)[:24])
+    assert batch.conditioner.followed(GenerationRequest(ROCK)) is None
+
+
+def test_plain_checkpoints_refuse_a_melody_and_name_those_that_follow(tiny_mono, tiny_melody):
+    request = GenerationRequest(ROCK, melody=SCALE, checkpoint=str(tiny_mono), duration_s=0.5)
+    manager = ModelManager("cpu", "float32")
+    with pytest.raises(RequestError, match="cannot follow a melody: choose melody, melody-large"):
+        list(manager.stream_sync(request))
+    assert not manager.describe(str(tiny_mono)).melody
+    assert manager.describe(str(tiny_melody)).melody and manager.describe("melody").melody
+    (error,) = {str(e) for e in refused(make_batch(tiny_mono), request)}
+    assert "cannot follow a melody" in error
+    took = dataclasses.replace(request, checkpoint=str(tiny_melody))
+    assert list(manager.stream_sync(took))[-1].melody is not None
+    manager.close()
+
+
+def refused(batch: Batch, request: GenerationRequest) -> list[Exception]:
+    events: list[Event | Exception] = []
+    batch.submit(request, None, events.append)
+    while batch.step():
+        pass
+    return [event for event in events if isinstance(event, Exception)]
+
+
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [
+        (Clip(np.zeros((1, 32_000), np.float32), 32_000), "silent: choose a clip with a tune"),
+        (tune(0, note_s=0.3), "0.30 s short: choose a clip of at least 0.5 s"),
+    ],
+)
+def test_clips_without_a_melody_are_refused(clip, said):
+    with pytest.raises(RequestError, match=said) as caught:
+        GenerationRequest(melody=clip)
+    assert caught.value.field == "melody"

@@ -94,8 +94,6 @@ def melody_line(tune: dict, duration_s: float) -> str:
         if clip_s > duration_s + 0.05:
             text = f"The tune of the first {duration_s:.1f} s of {clip_s:.1f} s is followed."
         elif clip_s < duration_s - 0.05:
-            text = (
-                f"The tune of {clip_s:.1f} s is followed again and again, for {duration_s:.1f} s."
-            )
+            text = f"The tune of {clip_s:.1f} s is repeated for {duration_s:.1f} s."
     notes = "".join(f"<br>{html.escape(note)}" for note in tune.get("notes", ()))
     return f'<p class="clip-line">{text}{notes}</p>'
