@@ -80,9 +80,10 @@ def _advice(config: Configuration, place: Place, budget_bytes: int) -> str:
         for precision in PRECISIONS[kind]
         if (needed := _weights(config, precision)) <= budget_bytes
     ]
-    known = {entry.word: _weights(entry.config, place.precision) for entry in entries()}
-    fitting = [word for word, needed in known.items() if needed <= budget_bytes]
-    others = [f"choose one that fits, {', '.join(fitting)}"] if fitting else []
+    needs = {entry.word: _weights(entry.config, place.precision) for entry in entries()}
+    fitting = sorted((needed, word) for word, needed in needs.items() if needed <= budget_bytes)
+    largest = [f"{word} ({size_in_words(needed)})" for needed, word in fitting[-1:-4:-1]]
+    others = [f"choose one that fits, such as {', '.join(largest)}"] if largest else []
     return ", or ".join([*smaller[:1], *others]) or "give models more memory by --memory-gb"
 
 
