@@ -198,7 +198,8 @@ document.addEventListener('keydown', (event) => {
 // A refused form says so at the field: bring that into view, out of its fold too.
 let wrong = null;
 const show_wrong = () => {
-  const found = document.querySelector('#compose :is(textarea, input).validation-error');
+  const found = document.querySelector(
+    '#compose :is(textarea, input).validation-error, #sections .validation-error');
   if (found && found !== wrong) {
     if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
     found.scrollIntoView({ block: 'center' });

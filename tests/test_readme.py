@@ -88,10 +88,11 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in EXAMPLES:
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
+        short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
         assert cli.main([*arguments, *short]) == 0, arguments
     made = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
-    assert {"out.wav", "longer.flac", "techno-1.wav", "techno-2.wav", "techno-3.wav"} < made
-    assert len(made) == 7  # and a WAV and a FLAC under takes/
+    assert {"out.wav", "longer.flac", "long.flac", "changing.wav", "techno-1.wav", "techno-2.wav", "techno-3.wav"} < made
+    assert len(made) == 9  # and a WAV and a FLAC under takes/
     assert soundfile.info("longer.flac").duration == 1.0
 
 

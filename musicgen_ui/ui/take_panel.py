@@ -155,6 +155,9 @@ def facts_line(take: ShownTake) -> str:
         facts.append(("sampling", "off (greedy)"))
     if s["negative_prompt"]:
         facts.append(("without", s["negative_prompt"]))
+    facts += [(f"from {start_s:g} s", words or "the prompt") for start_s, words in s["sections"]]
+    facts += [("tempo", f"{s['tempo_bpm']:g} bpm")] if s["tempo_bpm"] else []
+    facts += [("key", s["key"])] if s["key"] else []
     facts.append(("sound", "stereo" if s["channels"] == 2 else "mono"))
     if s["normalize"]:
         facts.append(("loudness", "even"))
