@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_long
 import torch
 from test_engine import PIANO, ROCK, make_batch, noise, run_job
 from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
@@ -262,3 +263,43 @@ def test_clips_without_a_melody_are_refused(clip, said):
     with pytest.raises(RequestError, match=said) as caught:
         GenerationRequest(melody=clip)
     assert caught.value.field == "melody"
+
+
+def test_melody_moves_along_with_the_windows_of_a_longer_piece(
+    folder, batch, reference, monkeypatch
+):
+    """Each window is what `generate` makes of the overlap and the chroma from there on."""
+    monkeypatch.setattr("musicgen_ui.engine.job.WINDOW_S", 2.0)
+    request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
+    windows, finished, _ = test_long.run(batch, request)
+    assert list(windows) == [0, 50, 100] and finished.clip.samples.shape[1] == 128_000
+    tune_again = Extractor()(SCALE).repeat(9)
+    known = None
+    for start, window in windows.items():
+        first = round(start / 50 / 0.128)
+        heard = tune_again[first : first + WINDOW]
+        expected = generated(reference, folder, ROCK, heard, 3.0, 50 + 50 * (not start), known)
+        assert torch.equal(window, expected)
+        known = window[:, -50:]
+
+
+def test_words_change_at_their_frame_beside_a_melody(batch, reference):
+    request = GenerationRequest(
+        ROCK,
+        sections=[(0.3, PIANO)],
+        melody=SCALE,
+        duration_s=0.6,
+        guidance_scale=1,
+        do_sample=False,
+    )
+    job, _, _ = run_job(batch, request)
+    columns = job.columns[None]  # [1, codebooks, columns]
+    for at_s, part in ((0.0, slice(0, 15)), (0.3, slice(15, 30))):
+        (states,) = batch.conditioner.conditions(request, at_s=at_s)
+        with torch.no_grad():
+            logits = reference.decoder(
+                columns[0, :, :-1], encoder_hidden_states=states[None]
+            ).logits
+        likeliest = logits.argmax(-1)[:, len(states) :]  # [codebooks, columns]
+        free = torch.arange(batch.decoder.codebooks) < batch.codec.channels  # never a start token
+        assert torch.equal(likeliest[free][:, part], columns[0, free, 1:][:, part])
