@@ -16,6 +16,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,16 +133,22 @@ def as_nobody() -> list[str]:
     return ["setpriv", *user, *reads, "--no-new-privs"]
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder of that user. Not in pytest's, whose parents it may not even ask about."""
+    with tempfile.TemporaryDirectory(prefix="space-") as name:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
+        yield folder
+
+
 @contextlib.contextmanager
-def space(python: Path | str, tree: Path, scratch: Path, home: Path | None) -> Iterator[str]:
-    """`app.py` as a Space starts it: its address."""
+def space(python: Path | str, tree: Path, scratch: Path, at_home: bool) -> Iterator[str]:
+    """`app.py` as a Space starts it: its address. `scratch` is all that it may write to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for folder in filter(None, (scratch, home)):
-        folder.mkdir()
-        if os.geteuid() == 0:
-            os.chown(folder, NOBODY, NOBODY)
     environment = {
         "PATH": os.environ["PATH"],
         "TMPDIR": str(scratch),
@@ -156,8 +163,8 @@ def space(python: Path | str, tree: Path, scratch: Path, home: Path | None) -> I
         "GRADIO_THEME": "huggingface",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",  # tests have no network
-        "OMP_NUM_THREADS": "2",
-    } | ({"HOME": str(home)} if home else {})
+        "OMP_NUM_THREADS": "1",
+    } | ({"HOME": str(scratch)} if at_home else {})
     log = tree.with_name("log.txt")
     with log.open("w") as out:
         command = [*as_nobody(), str(python), CARD["app_file"]]
@@ -174,7 +181,7 @@ def space(python: Path | str, tree: Path, scratch: Path, home: Path | None) -> I
         app.send_signal(signal.SIGINT)
         app.wait(60)
     said = log.read_text()
-    assert "Traceback" not in said and "Permission denied" not in said, said[-3000:]
+    assert not re.search("Traceback|Permission denied|not a writable", said), said[-3000:]
 
 
 def answers(url: str) -> bool:
@@ -195,23 +202,26 @@ def makes_music(url: str, folder: Path) -> None:
         client.predict(checkpoint="someone/else", duration_s=0.5, api_name="/generate")
 
 
-def test_it_starts_as_on_a_space_without_a_home(read_only_tree: Path, tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
-    with space(sys.executable, read_only_tree, scratch, home=None) as url:
+def test_it_starts_as_on_a_space_without_a_home(
+    read_only_tree: Path, tmp_path: Path, scratch: Path
+) -> None:
+    with space(sys.executable, read_only_tree, scratch, at_home=False) as url:
         makes_music(url, tmp_path)
-        folder = next(scratch.glob("musicgen-ui-*"))
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # uploads and takes are private
+        folders = list(scratch.glob("musicgen-ui-*"))  # uploads and takes are private
+        assert folders and all(stat.S_IMODE(f.stat().st_mode) == 0o700 for f in folders)
     assert not list(scratch.glob("musicgen-ui-*"))  # and go with the server
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_it_installs_and_starts_as_on_a_space(read_only_tree: Path, tmp_path: Path) -> None:
+def test_it_installs_and_starts_as_on_a_space(
+    read_only_tree: Path, tmp_path: Path, scratch: Path
+) -> None:
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     wanted = ["-r", str(ROOT / "requirements.txt")]
     pip = [environment / "bin" / "pip", "install", "-q", "--no-cache-dir"]
     subprocess.run([*pip, *wanted], check=True, timeout=3000)
     python = environment / "bin" / "python"
-    with space(python, read_only_tree, tmp_path / "scratch", tmp_path / "home") as url:
+    with space(python, read_only_tree, scratch, at_home=True) as url:
         makes_music(url, tmp_path)
