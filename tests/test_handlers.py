@@ -212,7 +212,7 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
         ({"prompt": "x" * 2001}, "prompt"),
         ({"duration_s": 0.1}, "duration_s"),
         ({"duration_s": float("nan")}, "duration_s"),
-        ({"duration_s": 29.8, "audio_prompt": "clip.wav"}, "duration_s"),
+        ({"sections": [[99, "drums"]]}, "sections"),
         ({"seed": 1.5}, "seed"),
         ({"variations": 9}, "variations"),
     ],
