@@ -2,7 +2,9 @@
 
 Every contestant, a loop in a precision, is read from the same files, warmed up, run over all
 numbers of jobs and lengths, and freed before the next one is read. Then the next round begins, so
-that a slow minute of the machine falls on all of them. A figure is the median of the rounds.
+that a slow minute of the machine falls on all of them. A figure is the median of the rounds; what
+takes longer than a minute is run once. `--published` makes the rows of README's table, all of
+which fit into a quarter of an hour on two cores, and their ratios are printed below the table.
 Every run makes the whole of `duration_s` for each job with guidance 3 and top-k 250, from the
 first step to the last sample; nothing is extrapolated.
 
@@ -37,12 +39,13 @@ from typing import Any
 
 import transformers
 
-from musicgen_ui import checkpoints, contestants, gauges
+from musicgen_ui import checkpoints, contestants, distance, gauges, scoreboard
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.contestants import request_of
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
 from musicgen_ui.request import RequestError
+from musicgen_ui.scoreboard import Row
 
 WARM_UP_S = 0.5
 PRECISIONS = {  # ours, by device
@@ -57,22 +60,23 @@ PEER_PRECISIONS = {
 }
 BYTES_READ = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a weight in a step
 QUICK = {"checkpoint": "random:tiny", "jobs": [1, 2], "durations": [0.5], "rounds": 1}
-COLUMNS = {  # of the table: heading, format
-    "name": ("", "{}"),
-    "precision": ("precision", "{}"),
-    "jobs": ("jobs", "{}"),
-    "duration_s": ("length s", "{:g}"),
-    "steps_per_s": ("steps/s", "{:.1f}"),
-    "real_time_factor": ("× real time", "{:.2f}"),
-    "times_peer": ("× best peer", "{:.2f}"),
-    "first_audio_s": ("first audio s", "{:.2f}"),
-    "codec_s": ("codec s/s", "{:.3f}"),
-    "cold_start_s": ("cold start s", "{:.1f}"),
-    "peak_mb": ("peak MB", "{:.0f}"),
-    "floor_share": ("of floor", "{:.0%}"),
+REPEATED_S = 60  # a run that took longer is not repeated in the later rounds
+PUBLISHED = {  # by device: parts of contestants' names, jobs, seconds, rounds or 0 for all
+    "cpu": [
+        ("", 1, 10, 0),
+        ("musicgen_ui int8", 4, 10, 0),
+        ("musicgen_ui int8", 16, 10, 1),
+        ("musicgen_ui int8,transformers float32", 1, 30, 1),
+    ],
+    "cuda": [
+        ("", 1, 10, 0),
+        ("bfloat16", 1, 30, 0),
+        ("bfloat16", 4, 10, 0),
+        ("bfloat16", 16, 10, 0),
+        ("musicgen_ui bfloat16", 32, 10, 0),
+    ],
+    "mps": [("", 1, 10, 0)],
 }
-
-Row = dict[str, Any]
 Figures = dict[str, float]
 Setting = tuple[int, float]  # jobs, duration_s
 
@@ -91,6 +95,10 @@ class Contestant:
 
     def __str__(self) -> str:
         return f"{self.name} {self.place.precision}"
+
+    def called(self, parts: str) -> bool:
+        """One of the comma-separated `parts` is in its name."""
+        return any(part in str(self) for part in parts.split(","))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +119,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", default="", help="contestants by parts of their names, as int8,transformers"
     )
+    parser.add_argument(
+        "--published", action="store_true", help="the rows of README's table, by the device"
+    )
+    parser.add_argument(
+        "--distance",
+        metavar="PRECISION",
+        help="how far a precision, as int8, is from float32 over a minute of music; needs trained "
+        "weights, such as --checkpoint bundled, its default then",
+    )
     parser.add_argument("--json", type=Path, help="a file for the rows")
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint, to see it work")
 
@@ -130,8 +147,9 @@ def run(flags: argparse.Namespace) -> list[Row]:
     """
     if flags.quick:
         vars(flags).update(QUICK)
-    settings = [(jobs, seconds) for seconds in flags.durations for jobs in flags.jobs]
-    for _, duration_s in settings:
+    if flags.distance:
+        return _distance(flags)
+    for duration_s in flags.durations:
         request_of(duration_s, 0)
     if min(*flags.jobs, flags.rounds) < 1:
         raise RequestError("There must be at least one job and one round.")
@@ -143,14 +161,49 @@ def run(flags: argparse.Namespace) -> list[Row]:
     with contestants.source(flags.checkpoint) as source:
         bandwidth = gauges.bandwidth(chosen[0].place)
         for number, contestant in ((n, c) for n in range(flags.rounds) for c in chosen):
+            settings = _settings(flags, contestant, number, seen)
+            if not settings:
+                continue
             print(f"round {number + 1} of {flags.rounds}: {contestant}", file=sys.stderr)
             for setting, figures in _measure(contestant, source, settings, bandwidth):
                 seen.setdefault((contestant, setting), []).append(figures)
             rows = _rows(seen, flags.checkpoint, bandwidth)
             if flags.json:
                 flags.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    print(scoreboard.table(rows))
+    print(*scoreboard.ratios(rows), sep="\n")
     return rows
+
+
+def _distance(flags: argparse.Namespace) -> list[Row]:
+    name = "bundled" if flags.checkpoint.startswith("random:") else flags.checkpoint
+    place = devices.choose(flags.device, flags.distance)
+    found = distance.measure(checkpoints.resolve(name), flags.distance, place.device)
+    print(f"{name}, {flags.distance} against float32 on {place.label}: {found}")
+    return []
+
+
+def _settings(
+    flags: argparse.Namespace,
+    contestant: Contestant,
+    number: int,
+    seen: dict[tuple[Contestant, Setting], list[Figures]],
+) -> list[Setting]:
+    """What a contestant runs in a round."""
+    asked = [("", jobs, seconds, 0) for seconds in flags.durations for jobs in flags.jobs]
+    if flags.published:
+        asked = PUBLISHED[contestant.place.device.partition(":")[0]]
+    return [
+        (jobs, seconds)
+        for parts, jobs, seconds, rounds in asked
+        if contestant.called(parts)
+        and number < (rounds or flags.rounds)
+        and not _long(seen.get((contestant, (jobs, seconds)), []), jobs * seconds)
+    ]
+
+
+def _long(rounds: list[Figures], music_s: float) -> bool:
+    return any(music_s / figures["real_time_factor"] > REPEATED_S for figures in rounds)
 
 
 def _contestants(place: Place, precisions: str | None, only: str) -> list[Contestant]:
@@ -158,7 +211,7 @@ def _contestants(place: Place, precisions: str | None, only: str) -> list[Contes
     ours = precisions.split(",") if precisions else PRECISIONS[kind]
     named = [(True, p) for p in PEER_PRECISIONS[kind]] + [(False, p) for p in ours]
     every = [Contestant(peer, devices.choose(place.device, p)) for peer, p in named]
-    chosen = [c for c in every if any(part in str(c) for part in only.split(","))]
+    chosen = [c for c in every if c.called(only)]
     if not chosen:
         raise RequestError(
             f"No contestant is called {only}: there are {', '.join(map(str, every))}."
@@ -219,9 +272,6 @@ def _weights_read(decoder: dict[str, Any]) -> int:
     return decoder["num_hidden_layers"] * layer + heads
 
 
-# Rows and the table
-
-
 def _rows(
     seen: dict[tuple[Contestant, Setting], list[Figures]], checkpoint: str, bandwidth: float
 ) -> list[Row]:
@@ -244,23 +294,3 @@ def _rows(
             }
         )
     return sorted(rows, key=lambda row: (row["duration_s"], row["jobs"]))
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as an aligned table, each beside the best peer of the same jobs and length."""
-    lines = [[heading for heading, _ in COLUMNS.values()]]
-    for row in rows:
-        told = row | {"times_peer": row["real_time_factor"] / _best_peer(rows, row)}
-        lines.append([form.format(told[key]) for key, (_, form) in COLUMNS.items()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
-    return "\n".join(
-        [rows[0]["machine"], f"{rows[0]['device']}, {rows[0]['checkpoint']}", *aligned]
-    )
-
-
-def _best_peer(rows: list[Row], row: Row) -> float:
-    """The real-time factor of the fastest peer in the same setting; NaN without one."""
-    setting = (row["jobs"], row["duration_s"])
-    peers = [r for r in rows if r["peer"] and (r["jobs"], r["duration_s"]) == setting]
-    return max((peer["real_time_factor"] for peer in peers), default=math.nan)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from musicgen_ui import bench, checkpoints, configuration, contestants, gauges
+from musicgen_ui import bench, checkpoints, configuration, contestants, distance, gauges, scoreboard
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.request import RequestError
@@ -57,7 +57,8 @@ def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, 
         assert set(WANTED) <= set(row)
         assert all(v > 0 for v in row.values() if isinstance(v, float))
     table = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert table == [[row["name"], row["precision"], str(row["jobs"])] for row in rows]
+    assert table[: len(rows)] == [[r["name"], r["precision"], str(r["jobs"])] for r in rows]
+    assert {line[0] for line in table[len(rows) :]}  # the ratios
 
 
 def test_the_steps_that_are_counted_are_the_steps_that_are_run(tiny, monkeypatch):
@@ -115,7 +116,8 @@ def test_rounds_are_interleaved_and_figures_are_medians(monkeypatch):
         yield settings[0], dict.fromkeys(("real_time_factor", "steps_per_s", "codec_s"), figure)
 
     monkeypatch.setattr(bench, "_measure", measured)
-    monkeypatch.setattr(bench, "table", lambda rows: "")
+    monkeypatch.setattr(scoreboard, "table", lambda rows: "")
+    monkeypatch.setattr(scoreboard, "ratios", lambda rows: [])
     rows = bench.run(flags_of("--checkpoint", "random:tiny", "--only", "float32"))
     assert order == ["transformers float32", "musicgen_ui float32"] * 3
     assert [row["real_time_factor"] for row in rows] == [2.0, 2.0]
@@ -129,7 +131,7 @@ def test_rounds_are_interleaved_and_figures_are_medians(monkeypatch):
         ["--precision", "int3"],
         ["--device", "abacus"],
         ["--only", "nobody"],
-        ["--durations", "99"],
+        ["--durations", "9999"],
         ["--jobs", "0"],
         ["--rounds", "0"],
     ],
@@ -150,3 +152,55 @@ def test_the_peak_counts_from_the_last_reset():
     assert memory.peak_mb() - before > 250
     memory.reset()
     assert memory.peak_mb() - before < 100
+
+
+def row(name: str, precision: str, jobs: int, duration_s: float, **figures: float) -> dict:
+    own = {"steps_per_s": 10.0, "real_time_factor": 1.0, "codec_s": 0.1, "first_audio_s": 0.5}
+    known = {"name": name, "peer": name == "transformers", "device": "CPU (2 threads)"}
+    return known | {"precision": precision, "jobs": jobs, "duration_s": duration_s} | own | figures
+
+
+def test_ratios_are_of_the_rows_that_they_name():
+    rows = [
+        row("transformers", "float32", 1, 10, steps_per_s=4, real_time_factor=0.1, codec_s=0.3),
+        row("transformers", "bfloat16", 1, 10, real_time_factor=0.4, codec_s=0.3),
+        row("transformers", "float32", 1, 30, real_time_factor=0.05, codec_s=0.3),
+        row("musicgen_ui", "float32", 1, 10, steps_per_s=8, real_time_factor=0.2),
+        row("musicgen_ui", "int8", 1, 10, real_time_factor=1.2),
+        row("musicgen_ui", "int8", 1, 30, real_time_factor=1.0),
+        row("musicgen_ui", "int8", 4, 10, real_time_factor=3.0),
+    ]
+    told = {line[8:]: float(line[:6]) for line in scoreboard.ratios(rows)}
+    assert sorted(told.values()) == [2.0, 2.5, 3.0, 3.0, 3.0, 12.0, 20.0]
+    assert told["ours int8 ÷ transformers float32, 30 s, music a second (at least 2.6)"] == 20.0
+
+
+def test_published_rows_are_run_as_often_as_they_can_be(monkeypatch):
+    ran = []
+
+    def measured(contestant, source, settings, bandwidth):
+        ran.append((str(contestant), settings))
+        for jobs, seconds in settings:
+            slow = str(contestant) == "transformers float32"
+            yield (jobs, seconds), {"real_time_factor": 0.05 if slow else 1.0}
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    monkeypatch.setattr(scoreboard, "table", lambda rows: "")
+    monkeypatch.setattr(scoreboard, "ratios", lambda rows: [])
+    bench.run(flags_of("--checkpoint", "random:tiny", "--published", "--rounds", "2"))
+    assert ran == [
+        ("transformers float32", [(1, 10), (1, 30)]),
+        ("transformers bfloat16", [(1, 10)]),
+        ("musicgen_ui float32", [(1, 10)]),
+        ("musicgen_ui int8", [(1, 10), (4, 10), (16, 10), (1, 30)]),
+        ("transformers bfloat16", [(1, 10)]),
+        ("musicgen_ui float32", [(1, 10)]),
+        ("musicgen_ui int8", [(1, 10), (4, 10)]),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_distance_of_a_precision_is_small_and_none_from_itself(precision):
+    found = distance.measure(checkpoints.resolve("bundled"), precision, minute_s=2)
+    assert found.kl >= 0 and found.guided_kl < distance.LIMIT
+    assert (found.guided_top_1 == 1) == (precision == "float32")
