@@ -219,3 +219,34 @@ def test_audio_prompt_gives_at_least_the_overlap_to_a_piece_beyond_the_window():
     assert used(3, duration_s=290) == 3
     assert used(29.9, duration_s=290, context_s=30) == 29.5
     assert used(20, duration_s=60, overlap_s=5) == 5
+
+
+@pytest.mark.parametrize(
+    ("window_s", "overlap_s", "duration_s"),
+    [(8.0, 4.0, 18.0), pytest.param(30.0, 12.0, 90.0, marks=pytest.mark.long)],
+)
+def test_loudness_does_not_drift_and_joints_do_not_click(
+    monkeypatch, window_s, overlap_s, duration_s
+):
+    """The bundled checkpoint, as people hear it."""
+    monkeypatch.setattr(job, "WINDOW_S", window_s)
+    batch = make_batch(Path(__file__).parents[1] / "assets" / "bundled")
+    request = GenerationRequest(
+        "80s rock with drums, bass and electric guitar",
+        duration_s=duration_s,
+        overlap_s=overlap_s,
+        temperature=0.7,
+        top_k=50,
+        seed=1,
+    )
+    *_, finished = stream(batch, request)
+    rate, samples = finished.clip.sampling_rate, finished.clip.samples
+    stride_s = window_s - overlap_s
+    ends = samples[:, : round(stride_s * rate)], samples[:, -round(stride_s * rate) :]
+    first_db, last_db = (10 * np.log10(np.square(end).mean()) for end in ends)
+    assert -40 < first_db < -6 and abs(last_db - first_db) < 4
+    steps = np.abs(np.diff(samples, axis=1))[0]
+    joints = np.arange(window_s, duration_s, stride_s)
+    assert len(joints) >= 3
+    at_joints = np.concatenate([steps[round(j * rate) - 20 : round(j * rate) + 20] for j in joints])
+    assert at_joints.max() <= np.quantile(steps, 0.9999)
