@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 PROMPT_CHARACTERS = 2000
+SECTIONS_CHARACTERS = 6000  # in all: what libsndfile writes of a WAV's comment ends at 50 kB
 TONICS = "C C# Db D D# Eb E F F# Gb G G# Ab A A# Bb B".split()  # noqa: SIM905
 KEYS = [f"{tonic} {mode}" for tonic in TONICS for mode in ("major", "minor")]
 
@@ -85,6 +86,10 @@ def _sections(spec: dataclasses.Field, value: Any) -> Iterator[tuple[float, str]
         raise refusal(spec, f"must be rows of a start in s and words, as {example}.") from None
     if len(pairs) > spec.metadata["max"]:
         raise refusal(spec, f"has {len(pairs)} rows: at most {spec.metadata['max']} can be told.")
+    characters = sum(len(words) for _, words in pairs if isinstance(words, str))
+    if characters > SECTIONS_CHARACTERS:
+        limit = f"{SECTIONS_CHARACTERS:,}"
+        raise refusal(spec, f"has {characters:,} characters in all: shorten it to {limit}.")
     before_s = -1.0
     for number, (start_s, words) in enumerate(pairs, start=1):
         words = _text(spec, "" if words is None else words, f"row {number} ")

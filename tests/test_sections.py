@@ -57,6 +57,7 @@ def test_words_are_the_prompt_the_section_and_what_training_wrote_behind_it():
         ([[0, 7]], "row 1 must be text"),
         ([[0, "a" * 2001]], "row 1 has 2,001 characters"),
         ([[i / 10, "a"] for i in range(51)], "has 51 rows"),
+        ([[i, "a" * 1501] for i in range(4)], "has 6,004 characters in all"),
         ("piano", "must be rows"),
         ('[[0, "a"]', "must be rows"),
         ([[0, "a", 1]], "must be rows"),
@@ -87,6 +88,14 @@ def test_sections_come_as_json_or_a_table_and_go_with_the_take(tmp_path):
 def restored(file: Path) -> dict:
     held = takes.read_settings(file)
     return {name: held[name] for name in GenerationRequest().settings()}
+
+
+def test_the_longest_words_go_with_the_take(tmp_path):
+    sections = [(i / 10, "🎹" * 120) for i in range(50)]
+    request = GenerationRequest("🎹" * 2000, "🎹" * 2000, sections=sections, seed=1)
+    take = takes.save(takes.Finished(0, noise(0.5), request, 0.0, 1.0), tmp_path)
+    for file in (take.wav, take.flac):
+        assert GenerationRequest(**restored(file)) == request
 
 
 @pytest.mark.parametrize(
