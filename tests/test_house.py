@@ -19,7 +19,8 @@ PACKAGE = sorted((ROOT / "musicgen_ui").rglob("*.py"))
 TORCH_ROOMS = {"checkpoints", "convert", "manager", "bench", "contestants", "gauges"}
 TORCH_ROOMS |= {"weights", "exported", "parts", "zero", "distance"}
 TOP = {
-    *("app.py", "requirements.txt", "requirements-dev.txt", "pre-requirements.txt"),
+    *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
+    "pre-requirements.txt",
     *("packages.txt", "pyproject.toml", "README.md", "musicgen_ui", "tests", "assets", "training"),
 }
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60  # lines
@@ -46,7 +47,7 @@ def third_party(folders: list[str]) -> set[str]:
     files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     own = {"musicgen_ui", "training"} | {f.stem for f in files}
     tops = {name.partition(".")[0] for file in files for name in imports(file)}
-    return tops - own - set(sys.stdlib_module_names) - {"spaces"}  # on Spaces alone
+    return tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp"}  # elsewhere
 
 
 def requirements(name: str) -> dict[str, Requirement]:

@@ -72,7 +72,9 @@ class Gate:
         return any(n in sent and sent[n].value in gradio.tokens for n in _cookies(gradio))
 
     def _brings_password(self, scope: dict) -> bool:
-        scheme, _, encoded = _header(scope, b"authorization").partition(b" ")
+        # gradio_client moves what it is given for the one header to the other.
+        told = _header(scope, b"authorization") or _header(scope, b"x-hf-authorization")
+        scheme, _, encoded = told.partition(b" ")
         try:
             brought = base64.b64decode(encoded.strip(), validate=True)
         except binascii.Error:

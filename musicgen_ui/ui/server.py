@@ -161,7 +161,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     if chosen.auth:  # before a byte of a body is read
         middleware.insert(0, Middleware(gate.Gate, *chosen.credentials))
     journal = Journal(chosen.log_prompts)
-    demo = page.build(engine, chosen, takes, temporary / "takes", journal)
+    demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
     doors.guard_files(demo.blocks.values())
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
@@ -195,12 +195,29 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
             watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
         ),
     ]
+    if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
+        demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
     running = lambda: demo.is_running  # noqa: E731
     for work in (lambda: sweep_while(running, temporary), take_panel.warm_up):
         threading.Thread(target=work, daemon=True).start()
     return demo, temporary
+
+
+def signed_in(url: str, chosen: Settings) -> Any:
+    """The client through which Gradio's MCP server calls the API of a server with a password."""
+    from gradio_client import Client
+
+    return Client(
+        url,
+        auth=chosen.credentials,
+        headers={"x-gradio-user": "mcp"},
+        download_files=False,
+        verbose=False,
+        analytics_enabled=False,
+        _skip_components=False,
+    )
 
 
 def close(demo: Any, temporary: Path) -> None:
