@@ -216,7 +216,7 @@ def completed(
     missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
     if not missing:
         return dict(values)
-    stated = defaults_of(values.get("checkpoint") or FIELDS["checkpoint"].default)
+    stated = defaults_of(values.get("checkpoint") or "auto")
     return {**values, **{name: stated[name] for name in missing if name in stated}}
 
 

@@ -72,13 +72,14 @@ class Stored:
         """These weights with the decoder of others in place of their own."""
         joined = Stored(())
         for of, decoder in ((self, False), (other, True)):
-            names = [name for name in of.shapes if name.startswith("decoder.") == decoder]
-            for every, own in (
-                (joined.shapes, of.shapes),
-                (joined._file, of._file),
-                (joined._mapped, of._mapped),
-            ):
-                every.update({name: own[name] for name in names if name in own})  # type: ignore[attr-defined, index]
+            for name, shape in of.shapes.items():
+                if name.startswith("decoder.") != decoder:
+                    continue
+                joined.shapes[name] = shape
+                if name in of._file:
+                    joined._file[name] = of._file[name]
+                else:
+                    joined._mapped[name] = of._mapped[name]
         return joined
 
 
