@@ -10,6 +10,7 @@ to the end of a request's head is closed.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -75,6 +76,9 @@ class Doors:
             log.debug("It was", exc_info=error)
             if not started:
                 await _answer(scope, send, 400, "The request could not be understood.")
+            elif scope["type"] == "http":  # what was begun is ended, as far as it goes
+                with contextlib.suppress(Exception):
+                    await send({"type": "http.response.body", "body": b""})
 
     def _is_open(self, path: str) -> bool:
         found = re.search(r"/gradio_api/(.+)", path, re.DOTALL)  # behind any root path
