@@ -28,6 +28,7 @@ from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
     CLIP_FIELDS,
     FIELDS,
+    MAX_DURATION_S,
     Clip,
     GenerationRequest,
     RequestError,
@@ -92,7 +93,7 @@ class Handlers:
         engine: Engine,
         folder: Path,
         desk: Desk,
-        max_duration_s: float = 30.0,
+        max_duration_s: float = MAX_DURATION_S,
         spare: Path | None = None,
         journal: Journal | None = None,
     ) -> None:
@@ -293,6 +294,8 @@ def ending(saved: list[Saved], group: take_panel.Group) -> tuple[str, str]:
     if not saved:
         return "stopped", "Stopped before the first sound: there is nothing to keep"
     made_s = saved[0].take.settings["made_s"]
+    if fault := next((s.finished.fault for s in saved if s.finished.fault), ""):
+        return "stopped", f"Broken off, what was made is kept. {fault}"
     if saved[0].finished.stopped:
         return "stopped", f"Stopped: {made_s:.1f} s are kept as a take"
     count = f"{len(saved)} takes of " if len(saved) > 1 else ""

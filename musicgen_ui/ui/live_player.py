@@ -110,7 +110,7 @@ def status_text(progress: Progress) -> str:
     if not progress.speed or not progress.done_s:
         return text
     left_s = (progress.total_s - progress.done_s) / progress.speed
-    return f"{text} at {progress.speed:.1f}× real time, about {left_s:.0f} s left"
+    return f"{text} at {progress.speed:.1f}× real time, {about(left_s)} left"
 
 
 def about(seconds: float) -> str:
