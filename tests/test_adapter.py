@@ -140,8 +140,9 @@ def test_jobs_with_different_adapters_share_steps_and_hear_nothing_of_each_other
 def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(base, adapter):
     batch = make_batch(base, precision="int8", graphs=False)
     batch.adapters.add("one", adapter)
-    plain, expected = make_batch(base), Batch(
-        merged(base, adapter), batch.conditioner.tokenizer, checkpoint="merged"
+    plain, expected = (
+        make_batch(base),
+        Batch(merged(base, adapter), batch.conditioner.tokenizer, checkpoint="merged"),
     )
 
     def first_logits(of: Batch, name: str = "") -> torch.Tensor:

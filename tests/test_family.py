@@ -140,7 +140,7 @@ def test_a_decoder_that_names_no_base_takes_the_published_one_of_its_shape(tmp_p
 
 def test_a_decoder_without_a_base_or_with_one_that_does_not_fit_is_refused(base, tmp_path):
     folder = write_decoder(base, tmp_path / "decoder")
-    with pytest.raises(RequestError, match="decoder alone.* write .* under base_model"):
+    with pytest.raises(RequestError, match=r"decoder alone.* write .* under base_model"):
         load(folder)
     tiny.edit_config(folder, base_model="bundled")
     with pytest.raises(RequestError, match="decoder chooses among 64 codes and its codec has 512"):

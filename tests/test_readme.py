@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -12,8 +14,10 @@ from pathlib import Path
 import pytest
 import readme
 import soundfile
+import torch
 import yaml
 from fakes import FakeEngine
+from safetensors.torch import save_file
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui.ui.server import close, launch
@@ -86,14 +90,37 @@ EXAMPLES = [
 def test_the_command_lines_examples_run(tmp_path, monkeypatch):
     """Shortened, in order: the second one continues the first one's file."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "assets" / "bundled", "my-finetune")
+    write_lora(Path("my-lora"))
     for arguments in EXAMPLES:
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
         short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
         assert cli.main([*arguments, *short]) == 0, arguments
     made = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
-    assert {"out.wav", "longer.flac", "long.flac", "changing.wav", "techno-1.wav", "techno-2.wav", "techno-3.wav"} < made
-    assert len(made) == 9  # and a WAV and a FLAC under takes/
+    made = {name for name in made if not name.startswith("my-")}
+    assert {
+        "out.wav",
+        "longer.flac",
+        "long.flac",
+        "changing.wav",
+        "techno-1.wav",
+        "techno-2.wav",
+        "techno-3.wav",
+    } < made
+    assert len(made) == 11  # and a WAV and a FLAC under takes/
     assert soundfile.info("longer.flac").duration == 1.0
+
+
+def write_lora(folder: Path) -> None:
+    """An adapter of one matrix of the bundled checkpoint, as peft lays it out."""
+    base = ROOT / "assets" / "bundled"
+    hidden = json.loads((base / "config.json").read_text())["decoder"]["hidden_size"]
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.decoder.model.decoder.layers.0.self_attn.q_proj.lora_"
+    weights = {name + "A.weight": torch.ones(2, hidden), name + "B.weight": torch.ones(hidden, 2)}
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def test_every_command_it_names_is_one():
