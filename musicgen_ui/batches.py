@@ -204,6 +204,8 @@ class Batch:
         async with contextlib.aclosing(events):
             async for event in events:
                 if isinstance(event, Finished):
+                    if event.fault:
+                        raise RequestError(event.fault)
                     return dataclasses.replace(event, notes=(*notes, *event.notes))
                 if isinstance(event, Progress):
                     self._show(piece, event)

@@ -92,14 +92,14 @@ def run(flags: argparse.Namespace) -> int:
             own = completed(values, lambda name: manager.describe(name).defaults)
             request = GenerationRequest(**own)
             events = manager.stream_sync(request, stop)
-            saved = _save_all(events, request, output, notes, flags.quiet)
+            saved, broken = _save_all(events, request, output, notes, flags.quiet)
         except RequestError as error:
             if error.field:
                 raise
             print(error, file=sys.stderr)
             return FAILED
         if not stop.is_set():
-            return DONE
+            return FAILED if broken else DONE
         kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
         print(f"Stopped: {kept}.", file=sys.stderr)
         return INTERRUPTED
@@ -226,14 +226,15 @@ def _save_all(
     output: Path,
     notes: tuple[str, ...],
     quiet: bool,
-) -> int:
-    """Saves and tells every take with new music in it; how many there were."""
-    saved = 0
+) -> tuple[int, int]:
+    """Saves and tells every take with new music in it; how many there were, how many broke off."""
+    saved = broken = 0
     with Bar(request.duration_s * request.variations, quiet) as bar:
         for event in events:
             if isinstance(event, Progress):
                 bar.show(event, event.variation)
             elif isinstance(event, Finished):
+                broken += bool(event.fault)
                 new_s = event.clip.duration_s - event.prompt_s
                 if new_s < NEW_AT_LEAST_S:
                     continue
@@ -244,7 +245,7 @@ def _save_all(
                 saved += 1
                 bar.say(lines, sys.stdout)
                 bar.say([] if quiet else told, sys.stderr)
-    return saved
+    return saved, broken
 
 
 def _save(finished: Finished, output: Path, count: int) -> tuple[list[str], tuple[str, ...]]:

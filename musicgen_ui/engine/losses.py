@@ -88,8 +88,10 @@ class Losses:
             ticket.deliver(faults.told(error))
             return
         take = self._heard(entry, job if index in ticket.heard else None)
+        fault = faults.sentence(error)
+        notes = (*take.notes, f"It broke off: {fault}")
         ticket.open -= 1
-        ticket.deliver(dataclasses.replace(take, stopped=True, fault=faults.sentence(error)))
+        ticket.deliver(dataclasses.replace(take, stopped=True, notes=notes, fault=fault))
 
     def end_all(self, error: Exception, carry: bool = False) -> None:
         """Ends every job with what was heard of it, and everybody's wait.

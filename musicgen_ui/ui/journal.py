@@ -70,7 +70,8 @@ class Record:
         elif isinstance(event, Finished):
             self.speeds += [event.speed] if event.speed else []
             self.checkpoint = event.request.checkpoint
-            self.outcome = "stopped" if event.stopped or self.outcome == "stopped" else "finished"
+            now: Outcome = "failed" if event.fault else "stopped" if event.stopped else "finished"
+            self.outcome = max(self.outcome or now, now, key=OUTCOMES.index)  # the worst counts
 
     def end(self, error: BaseException | None) -> None:
         """It is over, by an error or not."""

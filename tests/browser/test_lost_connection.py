@@ -1,0 +1,109 @@
+"""What a visitor finds who lost the connection, closed the page or loaded it anew."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes import FakeEngine
+from playwright.sync_api import Browser, Page, expect
+from proxy import Proxy
+from test_journeys import finished, generate
+
+from musicgen_ui.ui import recall
+
+HEARD = "() => musicgenLive.heard_s() > 0.2"
+
+
+@pytest.fixture
+def line(served: tuple[str, FakeEngine]) -> Iterator[Proxy]:
+    """The connection between browser and server."""
+    proxy = Proxy(int(served[0].rstrip("/").rpartition(":")[2]))
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, engine: FakeEngine, line: Proxy) -> Iterator[Page]:
+    """A page behind it; what the browser logs of a broken connection is nothing odd."""
+    context = chromium.new_context()
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.goto(f"http://127.0.0.1:{line.port}/")
+    page.locator("#generate").wait_for()
+    page.wait_for_timeout(500)  # until the page has said which tab it is in
+    yield page
+    context.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def test_a_take_that_was_finished_while_the_connection_was_lost_is_there_when_it_is_back(
+    page: Page, line: Proxy, engine: FakeEngine
+) -> None:
+    engine.speed = 3.0
+    generate(page, "lost and found", 6)
+    page.wait_for_function(HEARD)
+    line.cut()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Connection to the server was lost")
+    wait_for(lambda: not engine.running)
+    line.mend()
+    expect(page.locator("#take_title")).to_have_text("lost and found")
+    expect(page.locator("#take_facts")).to_contain_text("6.0 s")
+    expect(page.locator(".live-text")).to_contain_text("Finished while the page was away")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("lost and found")
+    generate(page, "another", 1)
+    finished(page)
+    expect(page.locator("#take_history label")).to_have_count(2)
+
+
+def test_a_take_under_way_is_waited_for_after_the_connection_is_back_and_can_be_stopped(
+    page: Page, line: Proxy, engine: FakeEngine
+) -> None:
+    engine.speed = 1.0
+    generate(page, "still going", 30)
+    page.wait_for_function(HEARD)
+    line.cut()
+    page.wait_for_timeout(500)
+    line.mend()
+    expect(page.locator(".live-text")).to_contain_text("still being made")
+    expect(page.locator("#generate")).to_be_hidden()
+    assert engine.running == 1
+    page.locator("#stop").click()
+    expect(page.locator("#take_title")).to_have_text("still going")
+    expect(page.locator("#generate")).to_be_visible()
+    expect(page.locator(".live-text")).to_contain_text("here is your take")
+
+
+def test_a_page_that_does_not_come_back_frees_its_place(
+    page: Page, line: Proxy, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "GRACE_S", 0.5)
+    engine.speed = 1.0
+    generate(page, length_s=30)
+    page.wait_for_function(HEARD)
+    line.cut()
+    wait_for(lambda: not engine.running)
+
+
+def test_a_page_that_is_loaded_anew_keeps_its_takes_and_another_tab_has_none(
+    page: Page, line: Proxy, engine: FakeEngine
+) -> None:
+    engine.speed = 20.0
+    generate(page, "mine", 1)
+    finished(page)
+    page.reload()
+    expect(page.locator("#take_title")).to_have_text("mine")
+    page.locator("#same_seed").click()
+    other = page.context.new_page()
+    other.goto(f"http://127.0.0.1:{line.port}/")
+    other.locator("#generate").wait_for()
+    other.wait_for_timeout(500)
+    expect(other.locator("#take_title")).not_to_have_text(re.compile("mine"))
