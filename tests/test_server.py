@@ -17,8 +17,9 @@ from fakes import FakeEngine
 from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import BodyLimit, Sweeper
-from musicgen_ui.ui.server import BackgroundEngine, main
+from musicgen_ui.ui.server import main
 from musicgen_ui.ui.settings import Settings, settings, table, variable
+from musicgen_ui.ui.starting import BackgroundEngine
 
 ROOT = Path(__file__).parents[1]
 

@@ -95,6 +95,11 @@ class Settings:
         object.__setattr__(self, "root_path", f"/{path}" if path and not whole else path)
 
     @property
+    def max_upload_bytes(self) -> int:
+        """The largest upload."""
+        return round(self.max_upload_mb * 1e6)
+
+    @property
     def credentials(self) -> tuple[str, str]:
         """The user's name and the password of `auth`."""
         user, _, password = self.auth.partition(":")

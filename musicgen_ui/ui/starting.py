@@ -1,0 +1,96 @@
+"""The engine while it is still being built: clicks wait for it, the page need not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from musicgen_ui.engine.events import Description, Engine, Event, Health, Progress
+from musicgen_ui.request import GenerationRequest, RequestError
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundEngine:
+    """An engine that is still being built: what needs it waits, what need not says so."""
+
+    def __init__(self, build: Callable[[], Engine], checkpoint: str) -> None:
+        self._checkpoint = checkpoint
+        self._ready = threading.Event()
+        self._engine: Engine | None = None
+        self._error: Exception | None = None
+        self._build = build
+
+    def start(self) -> None:
+        """Begins to build the engine and to load the first checkpoint, in a thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._build()
+        except Exception as error:
+            log.exception("The engine could not be started")
+            self._error = error
+        finally:
+            self._ready.set()
+        preload = getattr(self._engine, "preload", None)
+        if preload:
+            try:
+                preload(self._checkpoint)
+            except Exception:  # a click loads again and shows the reason
+                log.exception("The first checkpoint could not be loaded ahead")
+
+    def _get(self) -> Engine:
+        self._ready.wait()
+        if self._engine is None:
+            raise RequestError(
+                "The server could not start its engine: see its log."
+            ) from self._error
+        return self._engine
+
+    async def stream(
+        self,
+        request: GenerationRequest,
+        stop: threading.Event | None = None,
+        visitor: str = "",
+    ) -> AsyncIterator[Event]:
+        """See `Engine.stream`; waits for the engine first."""
+        while not self._ready.is_set():
+            yield Progress("loading", note="starting the engine")
+            await asyncio.sleep(0.2)
+            if stop is not None and stop.is_set():
+                return
+        events: Any = self._get().stream(request, stop, visitor)
+        async with contextlib.aclosing(events):  # a click that is closed early frees its rows now
+            async for event in events:
+                yield event
+
+    def checkpoints(self) -> list[str]:
+        """The chosen checkpoint first, then the others."""
+        names = self._get().checkpoints()
+        return [self._checkpoint, *(n for n in names if n != self._checkpoint)]
+
+    def describe(self, checkpoint: str) -> Description:
+        """See `Engine.describe`."""
+        return self._get().describe(checkpoint)
+
+    def status(self) -> str:
+        """See `Engine.status`."""
+        if self._engine is not None:
+            return self._engine.status()
+        return "engine failed, see the log" if self._error else "starting …"
+
+    def health(self) -> Health:
+        """See `Engine.health`; an engine that could not be built is trouble, one on its way not."""
+        if self._engine is not None:
+            return self._engine.health()
+        return Health("the engine could not be started" if self._error else "")
+
+    def unload(self) -> None:
+        """See `Engine.unload`."""
+        if self._engine is not None:
+            self._engine.unload()
