@@ -165,6 +165,8 @@ def follow(
         limits: of the sliders, by name.
         values: the form's, of `CHECKPOINT_FIELDS`.
     """
+    if not facts:  # there is no such checkpoint
+        return {}
     stated = facts["defaults"]
     now = {name: stated.get(name, FIELDS[name].default) for name in CHECKPOINT_FIELDS}
     now |= {name: min(max(now[name], low), high) for name, (low, high) in limits.items()}
@@ -187,7 +189,7 @@ class CheckpointFacts:
             facts = await to_thread.run_sync(self.engine.describe, (checkpoint or "auto").strip())
         except RequestError as error:
             text = f'<p class="clip-line wrong" role="alert">{html.escape(str(error))}</p>'
-            return {"checkpoint_line": text}
+            return {"checkpoint_line": text, "facts": {}}
         toggle: dict[str, Any] = {
             "info": STEREO_INFO[facts.stereo],
             "interactive": facts.stereo == "choice",

@@ -33,7 +33,8 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     facts = form.CheckpointFacts(engine)
     timer = parts["timer"] = gr.Timer(form.SOON_S)
     told = ["checkpoint", "checkpoint_line", "stereo", "facts"]
-    on(parts, page.load, facts.load, [], told, "load")
+    loaded = on(parts, page.load, facts.load, [], told, "load")
+    the_checkpoint(parts, loaded, "_at_load")
     tick, line = named(facts.tick, parts), [parts["engine"], timer]
     gr.on([page.load, timer.tick], tick, None, line, api_name="status", **QUIET)
     # The job may have loaded another checkpoint.
@@ -96,21 +97,29 @@ def filling_in(parts: Parts, engine: Engine) -> None:
         )  # fmt: skip
     choose = form.CheckpointFacts(engine).choose
     line = ["checkpoint_line", "stereo", "facts"]
-    on(parts, parts["checkpoint"].change, choose, ["checkpoint"], line, "checkpoint")
-    # An event of its own: while facts are asked for, the user goes on changing the form.
-    follow = ["facts", "own", "limits", *CHECKPOINT_FIELDS]
-    told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
-    on(parts, parts["facts"].change, form.follow, follow, told, "follow")
+    chosen = on(parts, parts["checkpoint"].change, choose, ["checkpoint"], line, "checkpoint")
+    the_checkpoint(parts, chosen)
     the_melody(parts)
     on(parts, parts["offer"].click, form.restore, ["offered"], filled, "use_settings")
     on(parts, parts["restore"].upload, form.restore_file, ["restore"], filled, "restore")
+
+
+def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
+    """What follows once a checkpoint's facts are known.
+
+    Events of their own: while facts are asked for, the user goes on changing the form. Not those
+    of the State, which only tells of changes that came by Gradio's queue.
+    """
+    follow = ["facts", "own", "limits", *CHECKPOINT_FIELDS]
+    told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
+    on(parts, known.then, form.follow, follow, told, "follow" + at)
+    on(parts, known.then, clip_panel.allow, ["facts"], ["clip_use"], "clip_uses" + at)
 
 
 def the_melody(parts: Parts) -> None:
     """What a clip is for, and a melody's own answers."""
     fields = ["audio_prompt", "melody"]
     shown = ["continued", "followed", *fields]
-    on(parts, parts["facts"].change, clip_panel.allow, ["facts"], ["clip_use"], "clip_uses")
     on(parts, parts["clip_use"].change, clip_panel.use, ["clip_use", *fields], shown, "clip_use")
     heard = ["melody", "duration_s", "tune"]
     told = ["tune", "melody", "melody_line"]
@@ -141,10 +150,10 @@ def on(
     given: Sequence[str],
     told: Sequence[str],
     api_name: str,
-) -> None:
+) -> Any:
     """One quiet, private event whose handler answers with updates by name."""
     inputs, outputs = [parts[n] for n in given], [parts[n] for n in told]
-    event(named(handler, parts), inputs, outputs, api_name=api_name, **QUIET)
+    return event(named(handler, parts), inputs, outputs, api_name=api_name, **QUIET)
 
 
 def named(handler: Callable, parts: Parts) -> Callable:
