@@ -1,0 +1,35 @@
+"""Choosing a checkpoint on the page: its own settings come with it, the user's stay."""
+
+from __future__ import annotations
+
+from conftest import Open
+from playwright.sync_api import Page, expect
+from test_journeys import set_number, unfold
+
+
+def choose(page: Page, checkpoint: str) -> None:
+    field = page.get_by_label("Checkpoint", exact=True)
+    field.fill(checkpoint)
+    field.press("Enter")
+    field.press("Tab")
+
+
+def test_a_chosen_checkpoints_own_settings_come_with_it_and_the_users_stay(open_page: Open) -> None:
+    page = open_page()
+    unfold(page, "Advanced")
+    temperature, top_k = (
+        page.locator(f"#{n} input[type=number]") for n in ("temperature", "top_k")
+    )
+    expect(temperature).to_have_value("1")
+    choose(page, "wide")
+    expect(temperature).to_have_value("0.7")
+    expect(top_k).to_have_value("50")
+    set_number(page, "temperature", 1.3)
+    choose(page, "mono")
+    expect(top_k).to_have_value("250")
+    expect(temperature).to_have_value("1.3")
+    choose(page, "wide")
+    expect(top_k).to_have_value("50")
+    expect(page.locator("#checkpoint_line")).to_contain_text("temperature 0.7; yours is kept")
+    expect(temperature).to_have_value("1.3")
+    expect(page.locator("#adapter")).to_be_visible()
