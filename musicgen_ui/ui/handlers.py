@@ -9,6 +9,7 @@ with the traceback in the log.
 
 from __future__ import annotations
 
+import html
 import inspect
 import logging
 import time
@@ -131,7 +132,8 @@ class Handlers:
         except Exception as error:
             said = sentence(error)
             yield busy(False) | {"live": live.message("failed", said)}
-            raise gr.Error(said, print_exception=False) from None
+            # Gradio shows it as HTML, and it may quote what somebody typed.
+            raise gr.Error(html.escape(said, quote=False), print_exception=False) from None
 
     @names_every_setting
     async def generate(
