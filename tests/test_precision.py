@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
 from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.compiled import Int8Cache
+from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.linear import Linear
 
 CPU = torch.device("cpu")
@@ -56,3 +58,62 @@ def test_int8_cache_holds_a_third_of_the_bytes():
     shape = (2, 16, 1500, 64)
     (packed,) = Int8Cache.of_layers(1, shape)
     assert packed.nbytes < FloatCache(shape, torch.float32, CPU).nbytes / 3
+
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.0}  # of the logits' own size
+
+
+@pytest.fixture(scope="module")
+def lm() -> MusicgenForCausalLM:
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MusicgenDecoderConfig(**size, vocab_size=64, pad_token_id=64, bos_token_id=64)
+    return MusicgenForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def steps(decoder: Decoder, columns: torch.Tensor, jobs: int, loud: int | None) -> torch.Tensor:
+    """The first job's logits [steps, 2, codebooks, codes] beside others, one of them loud."""
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(3 + job, 64, generator=generator) for job in range(jobs)]
+    embed = decoder.embed
+    size = torch.tensor([1000.0 if job == loud else 1.0 for job in range(jobs)])[:, None]
+    decoder.embed = lambda column: (embed(column) * size[: len(column)]).to(decoder.dtype)
+    try:
+        sequences = [
+            decoder.sequence([state * (100 if job == loud else 1), None], columns.shape[-1])
+            for job, state in enumerate(states)
+        ]
+        seen = [
+            decoder.step(columns[:jobs, :, at], sequences)[:2] for at in range(columns.shape[-1])
+        ]
+    finally:
+        decoder.embed = embed
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("precision", list(BOUNDS))
+def test_logits_beside_seven_others_are_those_alone_but_for_rounding(lm, precision):
+    """One of the others is 1000 times as loud; in int8 there is no difference at all."""
+    decoder = Decoder(lm, CPU, precision)
+    columns = torch.randint(64, (8, 4, 6), generator=torch.Generator().manual_seed(2))
+    alone, beside = steps(decoder, columns, 1, None), steps(decoder, columns, 8, loud=3)
+    assert (beside - alone).norm() <= BOUNDS[precision] * alone.norm()
+
+
+def test_int8_is_the_same_on_any_number_of_threads(lm):
+    decoder, columns = Decoder(lm, CPU, "int8"), torch.randint(64, (8, 4, 6))
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            seen.append(steps(decoder, columns, 8, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_int8_logits_are_near_those_of_float32(lm):
+    columns = torch.randint(64, (1, 4, 80), generator=torch.Generator().manual_seed(3))
+    exact, packed = (steps(Decoder(lm, CPU, p), columns, 1, None) for p in ("float32", "int8"))
+    assert (packed - exact).norm() / exact.norm() < 0.02
