@@ -167,6 +167,30 @@ def test_a_process_killed_while_it_saves_leaves_whole_takes_and_the_next_one_cle
     mine.rmdir()
 
 
+RESTARTING = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from musicgen_ui.engine import faults
+from musicgen_ui.ui.server import restart_when_lost
+mark = Path(sys.argv[1])
+if mark.exists():
+    print(mark.read_text() == str(os.getpid()))
+    sys.exit()
+mark.write_text(str(os.getpid()))
+troubles = ["", faults.LOST]
+engine = SimpleNamespace(health=lambda: SimpleNamespace(trouble=troubles[min(1, len(calls))]))
+calls = []
+restart_when_lost(engine, lambda: calls.append(1) or True, every_s=0.01, not_before_s=0.05)
+"""
+
+
+def test_a_server_whose_device_is_lost_starts_again_in_its_place(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RESTARTING, str(tmp_path / "mark")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 # The engine
 
 ROCK = "80s rock with drums and bass"

@@ -263,6 +263,22 @@ def test_a_model_whose_callers_left_during_the_last_of_its_load_goes_after_its_t
     wait_for(lambda: not names(residents))
 
 
+def test_a_download_that_hangs_holds_no_other_model_up(loader):
+    gate = threading.Event()
+
+    def fetch(source: Source, say: Callable[[str], None]) -> None:
+        if source is A:
+            gate.wait(5)
+
+    residents = Residents(loader, lambda source: 10, 1000, 0.0, fetch=fetch)
+    with residents.lease(A) as slow:
+        use(residents, B)
+        assert loader.loads == ["B"] and not slow.ready.done()
+        gate.set()
+        slow.loaded()
+    assert loader.loads == ["B", "A"]
+
+
 def test_a_load_given_up_does_not_harm_the_next_one(loader):
     loader.go.clear()
     residents = residents_of(loader)

@@ -18,7 +18,7 @@ MEMORY = (
 )
 DEVICE = "The device failed while this was made, and the model is loaded again: try once more soon."
 WORKER = "The server's engine failed while this was made, and was started again: try once more."
-LOST = "The device of this server failed and does not come back: the app must be started again."
+LOST = "The device of this server failed, so the app must be started again: try in a few minutes."
 NUMBERS = (
     "The model's numbers overflowed, so it was ended before there was noise: try another seed, a "
     "lower guidance or another precision."

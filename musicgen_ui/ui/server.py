@@ -8,20 +8,26 @@ and bodies, a private temporary folder that is swept, nothing served but what th
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 import threading
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from musicgen_ui import files, logs
+from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import RequestError
 from musicgen_ui.ui.limits import BodyLimit, sweep_while
 from musicgen_ui.ui.settings import Settings, settings, variable
 from musicgen_ui.ui.starting import BackgroundEngine
+
+log = logging.getLogger(__name__)
 
 
 def managed_engine(chosen: Settings) -> BackgroundEngine:
@@ -122,10 +128,12 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     ]
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
         demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
+    running = lambda: demo.is_running  # noqa: E731
+    works = [lambda: sweep_while(running, temporary), take_panel.warm_up]
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
-    running = lambda: demo.is_running  # noqa: E731
-    for work in (lambda: sweep_while(running, temporary), take_panel.warm_up):
+        works.append(lambda: restart_when_lost(background, running))
+    for work in works:
         threading.Thread(target=work, daemon=True).start()
     return demo, temporary
 
@@ -143,6 +151,19 @@ def signed_in(url: str, chosen: Settings) -> Any:
         analytics_enabled=False,
         _skip_components=False,
     )
+
+
+def restart_when_lost(
+    engine: Engine, running: Callable[[], bool], every_s: float = 10.0, not_before_s: float = 60.0
+) -> None:
+    """Starts this process anew when its device is lost: nothing less brings a broken CUDA back."""
+    began_s = time.monotonic()
+    while running():
+        time.sleep(every_s)
+        lost = engine.health().trouble == faults.LOST
+        if lost and time.monotonic() - began_s >= not_before_s:  # else it would turn for ever
+            log.critical("The device is lost: the app starts again")
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def close(demo: Any, temporary: Path) -> None:
