@@ -1,0 +1,67 @@
+"""Markup wherever the page shows back what somebody typed or uploaded: it stays text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from conftest import Open
+from fakes import FakeEngine
+from playwright.sync_api import Page, expect
+from test_journeys import finished, generate, unfold
+
+from musicgen_ui import takes
+from musicgen_ui.engine.events import Finished
+from musicgen_ui.request import Clip, GenerationRequest, RequestError
+
+MARKUP = (
+    "<img src=x onerror=\"window.hacked='img'\"><script>window.hacked='script'</script>"
+    "<svg onload=\"window.hacked='svg'\"></svg><b id=hostile>b</b>"
+    "[link](javascript:window.hacked='link') ${window.hacked='template'} {{window.hacked=1}}"
+)
+
+
+def untouched(page: Page) -> None:
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#hostile, img[src=x], a[href^=javascript]").count() == 0
+
+
+def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeEngine) -> None:
+    page = open_page()
+    unfold(page, "Advanced")
+    page.get_by_label("Negative prompt").fill(MARKUP)
+    for _ in range(2):  # the second one brings the list of takes
+        generate(page, MARKUP, 1)
+        finished(page)
+        picture = page.locator("#spectrogram img")
+        expect(picture).to_have_attribute("alt", re.compile("^Mel spectrogram"))  # the click's end
+    expect(page.locator("#take_title")).to_contain_text("<img src=x onerror")
+    expect(page.locator("#take_facts")).to_contain_text("<svg onload")
+    expect(page.locator("#take_history label")).to_have_count(2)
+    untouched(page)
+
+
+def test_an_error_that_quotes_markup_is_text(open_page: Open, engine: FakeEngine) -> None:
+    page = open_page()
+    engine.failure = RequestError(f"There is no checkpoint “{MARKUP}”: choose another.")
+    generate(page, "calm", 1)
+    expect(page.get_by_test_id("toast-body")).to_contain_text("There is no checkpoint")
+    finished(page, "failed")
+    untouched(page)
+
+
+def test_a_file_of_markup_restores_text(open_page: Open, tmp_path: Path) -> None:
+    """A take whose settings, and name, hold markup, uploaded as a clip."""
+    request = GenerationRequest(MARKUP, seed=5, negative_prompt=MARKUP, checkpoint="auto")
+    tone = Clip(0.2 * np.sin(np.arange(16_000) / 9, dtype=np.float32)[None], 16_000)
+    take = takes.save(Finished(0, tone, request, 0.0, 1.0), tmp_path)
+    hostile = take.wav.rename(tmp_path / "<img src=x onerror=window.hacked='name'>.flac")
+    page = open_page()
+    unfold(page, "Start from audio")
+    page.locator("#audio_prompt input[type=file]").set_input_files(hostile)
+    expect(page.locator("#clip_line")).to_contain_text("but holds WAV")
+    page.get_by_role("button", name="This is a take with seed 5").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(MARKUP)
+    untouched(page)
