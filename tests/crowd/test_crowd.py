@@ -16,6 +16,7 @@ from visits import Job, Server, Visit, server, submit, tone
 
 WAITING = re.compile(r"(?:place (\d+)|you are next)(?:, about (\d+) (s|min))?")
 BETWEEN_S = 0.12  # two arrivals
+CROWD = 32  # clients
 SAME_S = 0.1  # closer events are one: the journal rounds, and a step admits one job
 
 
@@ -52,8 +53,9 @@ def crowd(server: Server, count: int, folder: Path, scale: float) -> list[Visit]
         return [visit.result() for visit in visits]
 
 
-def own(jobs: list[Job], number: int) -> Job:
-    return next(job for job in jobs if job.values["prompt"].startswith(f'"client {number} '))
+def by_client(jobs: list[Job]) -> dict[int, Job]:
+    """The jobs by their clients' numbers, which their prompts tell."""
+    return {int(job.values["prompt"].split()[1]): job for job in jobs}
 
 
 def greedy_one(count: int) -> range:
@@ -61,19 +63,19 @@ def greedy_one(count: int) -> range:
     return range(count // 3, count // 3 + 3)
 
 
-def check_order(jobs: dict[int, Job]) -> None:
+def check_order(jobs: dict[int, Job], count: int) -> None:
     """Nobody was overtaken by a later visitor, but for what one visitor asked for beside."""
     starting = {number: job for number, job in jobs.items() if job.started}
-    later_ones = greedy_one(len(jobs))[1:]
+    later_ones = greedy_one(count)[1:]
     for early in (job for number, job in starting.items() if number not in later_ones):
         for number, late in starting.items():
             if late.arrived > early.arrived + SAME_S:
                 assert late.started > early.started - SAME_S, (number, late, early)
 
 
-def check_turns(jobs: dict[int, Job]) -> None:
+def check_turns(jobs: dict[int, Job], count: int) -> None:
     """Between two jobs of one visitor starts one of those who waited meanwhile."""
-    many = greedy_one(len(jobs))
+    many = greedy_one(count)
     order = sorted((job.started, number) for number, job in jobs.items() if job.started)
     own = [(start, number) for start, number in order if number in many]
     for (first_s, _), (second_s, number) in itertools.pairwise(own):
@@ -88,10 +90,10 @@ def check_turns(jobs: dict[int, Job]) -> None:
         assert between or not waited, (own, waited, order)
 
 
-def errors_of_waits(visits: list[Visit], jobs: dict[int, Job], since: float) -> list[float]:
+def errors_of_waits(visits: dict[int, Visit], jobs: dict[int, Job], since: float) -> list[float]:
     """How far the waits that were told are from those that came, as shares; small ones aside."""
     found = []
-    for number, visit in enumerate(visits):
+    for number, visit in visits.items():
         started = jobs[number].started
         for at, status in visit.told if started else ():
             match = WAITING.search(status)
@@ -101,12 +103,13 @@ def errors_of_waits(visits: list[Visit], jobs: dict[int, Job], since: float) -> 
     return found
 
 
-def errors_of_places(visits: list[Visit], jobs: dict[int, Job], since: float) -> list[int]:
+def errors_of_places(visits: dict[int, Visit], jobs: dict[int, Job], since: float) -> list[int]:
     """How far the places that were told are from the count of those who started before."""
+    further = greedy_one(CROWD)[1:]
     rows = [(job.started, int(job.values["takes"])) for job in jobs.values() if job.started]
     found = []
-    for number, visit in enumerate(visits):
-        if number in greedy_one(len(jobs))[1:] or not (started := jobs[number].started):
+    for number, visit in visits.items():
+        if number in further or not (started := jobs[number].started):
             continue  # a visitor's further jobs let later visitors go first
         for at, status in visit.told:
             match = WAITING.search(status)
@@ -125,7 +128,7 @@ def check_content(server: Server, visits: list[Visit], every: int) -> None:
         asked = {n: v for n, v in visit.asked.items() if n not in ("audio_prompt", "variations")}
         assert {name: settings[name] for name in asked} == asked
         prompt_s = 1.0 if "audio_prompt" in visit.asked else 0.0
-        assert len(samples) == round((prompt_s + asked["duration_s"]) * 50) * 320
+        assert len(samples) == prompt_s * 16_000 + round(asked["duration_s"] * 50) * 320
         if prompt_s:  # it begins with the client's own tone
             spectrum = np.abs(np.fft.rfft(samples[:14_000, 0]))
             number = (asked["seed"] - 1000) // 10
@@ -149,7 +152,7 @@ def test_a_few_at_once_are_served(few_places: Server, tmp_path: Path) -> None:
 def test_a_crowd_is_served(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
     with server(tmp_path / "server", "--queue-length", "28") as running:
-        visits, jobs = serve_crowd(running, tmp_path, count=32, scale=1.5, every=4)
+        visits, jobs = serve_crowd(running, tmp_path, count=CROWD, scale=1.5, every=4)
     waits, places = told_truly(visits, jobs)
     assert len(waits) >= 20 and np.median(waits) < 0.3
     assert np.mean(np.array(waits) < 0.3) > 0.9
@@ -158,23 +161,25 @@ def test_a_crowd_is_served(tmp_path: Path) -> None:
 
 def serve_crowd(
     server: Server, folder: Path, count: int, scale: float, every: int
-) -> tuple[list[Visit], dict[int, Job]]:
+) -> tuple[dict[int, Visit], dict[int, Job]]:
     submit(Client(server.url, verbose=False), {"duration_s": 0.5})  # what is compiled once is
     earlier = len(server.jobs)
     visits = crowd(server, count, folder, scale)
     server.settle()
-    jobs = {number: own(server.jobs[earlier:], number) for number in range(count)}
+    jobs = by_client(server.jobs[earlier:])
+    missing = [visit for number, visit in enumerate(visits) if number not in jobs]
+    assert all(visit.cancelled for visit in missing), missing  # before the server began with it
     errors = [visit.error for visit in visits if not visit.ended_well]
     assert not errors, errors
     assert sum(bool(visit.take) for visit in visits) >= 3
     assert any("queue is full" in visit.error for visit in visits)
-    check_order(jobs)
-    check_turns(jobs)
+    check_order(jobs, count)
+    check_turns(jobs, count)
     check_content(server, visits, every)
-    return visits, jobs
+    return {number: visits[number] for number in jobs}, jobs
 
 
-def told_truly(visits: list[Visit], jobs: dict[int, Job]) -> tuple[list[float], list[int]]:
+def told_truly(visits: dict[int, Visit], jobs: dict[int, Job]) -> tuple[list[float], list[int]]:
     """How far off waits and places were after the last one had left, which nobody can foresee."""
     left = [job.ended for job in jobs.values() if job.values["outcome"] == "closed"]
     waits = errors_of_waits(visits, jobs, max(left, default=0.0))

@@ -1,0 +1,108 @@
+"""Tabs that are open and do nothing: what they cost those who make music."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import Client
+from visits import Server, server, submit
+
+from musicgen_ui.ui.form import LATER_S
+
+
+@contextlib.contextmanager
+def idle_tabs(server: Server, count: int) -> Iterator[None]:
+    """Tabs as the server sees them: each holds its heartbeat, and asks as often as the page."""
+    over, all_there = threading.Event(), threading.Event()
+    waiting = list(range(count))
+
+    async def ask(http: httpx.AsyncClient, session: str) -> None:
+        tick = {"data": [], "fn_index": server.endpoint("status")["id"], "session_hash": session}
+        await asyncio.sleep(LATER_S * secrets.randbelow(100) / 100)
+        while True:
+            (await http.post("/run/predict", json=tick)).raise_for_status()
+            await asyncio.sleep(LATER_S)
+
+    async def tab(http: httpx.AsyncClient) -> None:
+        session = secrets.token_hex(6)
+        asking = asyncio.create_task(ask(http, session))
+        try:
+            async with http.stream("GET", f"/heartbeat/{session}") as beat:
+                async for _ in beat.aiter_raw():
+                    if waiting:
+                        waiting.pop()
+                    if not waiting:
+                        all_there.set()
+        finally:
+            asking.cancel()
+
+    async def tabs() -> None:
+        limits = httpx.Limits(max_connections=None)
+        base = f"{server.url}/gradio_api"
+        async with httpx.AsyncClient(base_url=base, timeout=None, limits=limits) as http:
+            tasks = [asyncio.create_task(tab(http)) for _ in range(count)]
+            while not over.is_set():
+                await asyncio.sleep(0.2)
+                assert not any(task.done() for task in tasks), [t for t in tasks if t.done()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=asyncio.run, args=(tabs(),))
+    thread.start()
+    try:
+        assert all_there.wait(60), f"{len(waiting)} tabs could not be opened"
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def took_s(server: Server, duration_s: float) -> float:
+    """A job's time on the server."""
+    client = Client(server.url, verbose=False)
+    assert submit(client, {"duration_s": duration_s, "seed": 1, "checkpoint": "bundled"}).take
+    return float(server.jobs[-1].values["took_s"])
+
+
+def test_idle_tabs_cost_little_and_leave_nothing(few_places: Server) -> None:
+    """Figured in the server's work, which is steadier than time: a tab in a hundred of a core."""
+    few_places.settle()
+    before = few_places.process.num_fds()
+    with idle_tabs(few_places, 20):
+        used = few_places.process.cpu_times()
+        assert few_places.process.num_fds() >= before + 20
+        threading.Event().wait(2)
+        now = few_places.process.cpu_times()
+        assert took_s(few_places, 1.0)
+    assert now.user + now.system - used.user - used.system < 1.0
+    few_places.settle()
+    threading.Event().wait(1)
+    assert few_places.process.num_fds() <= before + 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_idle_tabs_slow_no_job(tmp_path: Path) -> None:
+    """With 200 tabs and without, in turns: the middle of the ratios tells."""
+    (tmp_path / "server").mkdir()
+    with server(tmp_path / "server") as running:
+        took_s(running, 2.0)
+        ratios = []
+        for turn in range(7):
+            alone_s = took_s(running, 20.0)
+            with idle_tabs(running, 200):
+                beside_s = took_s(running, 20.0)
+            ratios.append(beside_s / alone_s)
+            print(f"{turn}: {alone_s:.1f} s alone, {beside_s:.1f} s beside 200 tabs")
+        slower = float(np.median(ratios)) - 1
+        print(f"slower by {slower:.1%}")
+        assert slower < 0.05
