@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from musicgen_ui.engine.events import Chunk, Description, Event, Finished, Health, Progress
+from musicgen_ui.engine.events import Chroma, Chunk, Description, Event, Finished, Health, Progress
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
 STEREO = {"auto": "choice", "mono": "never", "wide": "always"}
@@ -112,7 +112,10 @@ class FakeEngine:
             notes = ("The prompt was cut after “cut”.",)
         stopped = made_s < mine.duration_s - 1e-9
         clip = Clip(new, self.sampling_rate)
-        return Finished(index, clip, mine, prompt_s, speed, stopped, notes)
+        melody = None
+        if mine.melody:  # up and down, whatever the clip
+            melody = Chroma(np.arange(round(mine.duration_s / 0.125), dtype=np.uint8) % 12, 0.125)
+        return Finished(index, clip, mine, prompt_s, speed, stopped, notes, melody)
 
     def checkpoints(self) -> list[str]:
         return list(STEREO)
@@ -127,6 +130,7 @@ class FakeEngine:
             STEREO[checkpoint],
             self.sampling_rate,
             "Tones for testing, 0 MB",
+            melody=checkpoint == "wide",
             defaults=OWN.get(checkpoint, {}),
         )
 
