@@ -62,7 +62,14 @@ class ZeroEngine:
             for stereo in (False, True):
                 self._offer(word, stereo)
         for source in dict.fromkeys(self._sources.values()):
-            MODELS[source.name] = loaded = _loaded(source, device)
+            try:
+                MODELS[source.name] = loaded = _loaded(source, device)
+            except RequestError:
+                if source == self._sources["auto", False]:
+                    raise
+                log.exception("%s is not offered", source.name)
+                self._sources = {k: s for k, s in self._sources.items() if s != source}
+                continue
             self._nbytes[source.name] = sum(w.nbytes for w in loaded.model.parameters())
 
     def _offer(self, word: str, stereo: bool) -> None:
