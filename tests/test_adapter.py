@@ -12,14 +12,19 @@ from pathlib import Path
 
 import peft
 import pytest
+import test_melody
 import tiny
 import torch
 from safetensors.torch import load, save_file
 from test_engine import PIANO, ROCK, generated, make_batch, run_job
-from test_engine import load as load_model
+from transformers import (
+    MusicgenForConditionalGeneration,
+    MusicgenMelodyForConditionalGeneration,
+)
 
 from musicgen_ui import adapters
 from musicgen_ui.engine.batch import Batch
+from musicgen_ui.engine.chroma import Extractor
 from musicgen_ui.engine.events import Finished
 from musicgen_ui.engine.shelf import CONFIG, WEIGHTS
 from musicgen_ui.manager import ModelManager
@@ -27,9 +32,16 @@ from musicgen_ui.request import GenerationRequest, RequestError
 
 EVERYTHING = [
     *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    *("lm_heads.0", "lm_heads.3", "enc_to_dec_proj"),
+    *("lm_heads.0", "lm_heads.3", "embed_tokens.0", "embed_tokens.2"),
+    *("enc_to_dec_proj", "audio_enc_to_dec_proj"),
 ]
 GREEDY = {"prompt": ROCK, "duration_s": 0.5, "do_sample": False}
+
+
+def load_model(folder: Path):
+    melody = json.loads((folder / "config.json").read_text())["model_type"] == "musicgen_melody"
+    kind = MusicgenMelodyForConditionalGeneration if melody else MusicgenForConditionalGeneration
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def write(base: Path, folder: Path, seed: int = 1, alone: bool = False, **settings) -> Path:
@@ -52,7 +64,7 @@ def merged(base: Path, adapter: Path, strength: float = 1.0, alone: bool = False
     wearing = peft.PeftModel.from_pretrained(model.decoder if alone else model, adapter)
     for module in wearing.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.scale_layer(strength)
+            module.scaling["default"] *= strength  # `scale_layer` leaves embeddings out
     whole = wearing.merge_and_unload()
     if alone:
         model.decoder = whole
@@ -275,3 +287,16 @@ def test_a_changed_file_is_read_again(base, eager, changeable, tmp_path):
     first = codes(eager, "same")
     shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS, changeable / WEIGHTS)
     assert not torch.equal(codes(eager, "same"), first)
+
+
+def test_a_melody_checkpoint_wears_one_on_its_chroma_and_its_prefix_too(tmp_path):
+    base = tiny.build(tmp_path / "base", melody=True, text_hidden=24)
+    folder = write(base, tmp_path / "adapter")
+    batch = test_melody.melody_batch(base)
+    batch.adapters.add("one", folder)
+    told = {**GREEDY, "melody": test_melody.SCALE}
+    chroma = Extractor()(told["melody"])
+    worn, plain = codes(batch, **told), codes(batch, "", **told)
+    whole = merged(base, folder)
+    assert torch.equal(worn, test_melody.generated(whole, base, ROCK, chroma, 3.0, 25))
+    assert not torch.equal(worn, plain)

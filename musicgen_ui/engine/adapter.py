@@ -40,6 +40,13 @@ class Patch:
         """Adds to `y`, [rows, outputs of the product], in place, what `x` [rows, inputs] brings."""
         y[:, self.start : self.start + len(self.up)] += (x @ self.down.T) @ (strength * self.up).T
 
+    def embed(self, columns: Tensor, x: Tensor, strength: float) -> None:
+        """Adds to `x`, [n, hidden], in place, what one codebook of `columns` [n, codebooks] does.
+
+        Here `start` is the codebook and `down` a table of [rank, codes].
+        """
+        x += self.down[:, columns[:, self.start]].T @ (strength * self.up).T
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -69,6 +76,11 @@ class Worn:
         for patch in self.adapter.patches.get((layer, product), ()):
             patch.add(x, y, self.strength)
 
+    def embed(self, columns: Tensor, x: Tensor) -> None:
+        """Adds to the embedded `columns`, `x`, in place."""
+        for patch in self.adapter.patches.get((OUTSIDE, "embed_tokens"), ()):
+            patch.embed(columns, x, self.strength)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -84,6 +96,12 @@ class Rows:
         for rows, worn in self.worn:
             worn.add(layer, name, x[rows], y[rows])
         return y
+
+    def embedded(self, columns: Tensor, x: Tensor) -> Tensor:
+        """The embedded columns, [rows, hidden], with what the rows wear added in place."""
+        for rows, worn in self.worn:
+            worn.embed(columns[rows], x[rows])
+        return x
 
     @staticmethod
     def of(each: list[tuple[Worn | None, int]]) -> Rows:

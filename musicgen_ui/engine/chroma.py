@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.audio_utils import chroma_filter_bank
 
 from musicgen_ui import audio
+from musicgen_ui.engine.adapter import OUTSIDE, Rows, Worn
 from musicgen_ui.engine.events import Chroma
 from musicgen_ui.request import Clip, GenerationRequest
 
@@ -130,10 +131,11 @@ class MelodyEncoder:
         return Chroma(columns.numpy().astype(np.uint8), self.extractor.column_s)
 
     @torch.inference_mode()
-    def states(self, columns: Tensor) -> Tensor:
-        """Columns as states: int64 [columns] to [columns, hidden]."""
+    def states(self, columns: Tensor, worn: Worn | None = None) -> Tensor:
+        """Columns as states: int64 [columns] to [columns, hidden]; `worn` is an adapter."""
         chroma = F.one_hot(columns, self.extractor.num_chroma).float()
         if self.projection is None:
             return chroma
         weight = next(self.projection.parameters())
-        return self.projection(chroma.to(weight))
+        rows = Rows.of([(worn, len(chroma))])
+        return rows.product(OUTSIDE, "audio_enc_to_dec_proj", self.projection, chroma.to(weight))

@@ -75,8 +75,9 @@ class Conditioner:
     def share(self, adapters: Shelf) -> None:
         """Lets adapters change the projections too."""
         self._adapters = adapters
-        for name in ("enc_to_dec_proj",):
-            adapters.allow(name, self.projection)
+        adapters.allow("enc_to_dec_proj", self.projection)
+        if self.melody:
+            adapters.allow("audio_enc_to_dec_proj", self.melody.projection)
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +113,7 @@ class Conditioner:
         texts = [self.states(request.words(at_s), worn)]
         if guided:
             texts.append(self.states(request.negative_prompt, worn))
-        return self._prefixes(self.melody, request, start_s, texts) if self.melody else texts
+        return self._prefixes(self.melody, request, start_s, texts, worn) if self.melody else texts
 
     def followed(self, request: GenerationRequest) -> Chroma | None:
         """The melody over the whole of the new music; None without one."""
@@ -124,6 +125,7 @@ class Conditioner:
         request: GenerationRequest,
         start_s: float,
         texts: list[Tensor | None],
+        worn: Worn | None,
     ) -> list[Tensor | None]:
         """Chroma, then text, for each row: what is not wanted is without the melody."""
         columns = [melody.window(request, start_s), melody.silence]
@@ -131,7 +133,7 @@ class Conditioner:
         length = max(1 if text is None else len(text) for text in texts)
         rows: list[Tensor | None] = []
         for text, heard in zip(texts, columns, strict=False):
-            chroma = melody.states(heard)  # [columns, hidden]
+            chroma = melody.states(heard, worn)  # [columns, hidden]
             text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
             rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
         return rows

@@ -212,8 +212,7 @@ class Decoder:
         if states is None:
             return None
         states = states.to(self.device, self.dtype)
-        rows = Rows.of([(worn, len(states))])
-        memory = []
+        memory, rows = [], Rows.of([(worn, len(states))])
         for index, layer in enumerate(self.layers):
             assert layer.text
             both = rows.product(index, "text_kv", layer.text.kv, states)
@@ -234,7 +233,8 @@ class Decoder:
         x = sequence.prefix[:, start : start + most]  # [rows, positions, hidden]
         if sequence.length >= 0:
             columns = columns[:, sequence.length : sequence.length + most]
-            x = self.embed(columns.T).expand(sequence.rows, -1, -1)
+            worn = Rows.of([(sequence.worn, columns.shape[1])])
+            x = self.embed(columns.T, worn).expand(sequence.rows, -1, -1)
         x = x + self.positions[start : start + x.shape[1]]
         self._forward(x.flatten(0, 1), [sequence], x.shape[1])
         sequence.length += x.shape[1]
@@ -252,15 +252,16 @@ class Decoder:
         """
         rows = torch.tensor([s.rows for s in sequences], device=self.device)
         at = torch.tensor([s.filled for s in sequences], device=self.device)
-        x = (self.embed(columns) + self.positions[at]).repeat_interleave(rows, 0)
+        worn = Rows.of([(s.worn, 1) for s in sequences])
+        x = (self.embed(columns, worn) + self.positions[at]).repeat_interleave(rows, 0)
         x = self._forward(x, sequences, 1)
         for sequence in sequences:
             sequence.length += 1
-        return self.logits(x, _rows(sequences, 1))
+        return self.logits(x, Rows.of([(s.worn, s.rows) for s in sequences]))
 
-    def embed(self, columns: Tensor) -> Tensor:
+    def embed(self, columns: Tensor, worn: Rows = BARE) -> Tensor:
         """What goes in: int64 [n, codebooks] to [n, hidden], without positions."""
-        return F.embedding(columns + self.offsets, self.embeddings).sum(1)
+        return worn.embedded(columns, F.embedding(columns + self.offsets, self.embeddings).sum(1))
 
     def logits(self, x: Tensor, worn: Rows = BARE) -> Tensor:
         """What comes out: [rows, hidden] to float32 [rows, codebooks, codebook_size]."""
@@ -290,7 +291,7 @@ class Decoder:
         return self.norm(x)
 
     def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
-        worn = _rows(sequences, n)
+        worn = Rows.of([(s.worn, s.rows * n) for s in sequences])
         if self.compiled and not worn.worn:
             return self.norm(self.compiled.run(x, sequences, n))
         return self.forward(
@@ -317,8 +318,3 @@ class Decoder:
                 key, value = memory[index]
                 out[row] = F.scaled_dot_product_attention(q[row : row + 1], key, value)[0]
         return out.transpose(1, 2).reshape(len(query), -1)
-
-
-def _rows(sequences: list[Sequence], n: int) -> Rows:
-    """What the rows of sequences wear, `n` positions of each row one after the other."""
-    return Rows.of([(sequence.worn, sequence.rows * n) for sequence in sequences])

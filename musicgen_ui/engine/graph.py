@@ -15,7 +15,7 @@ and of gpt-fast's static caches (PyTorch).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musicgen_ui.engine import sampling
-from musicgen_ui.engine.adapter import BARE, Rows
+from musicgen_ui.engine.adapter import Rows, Worn
 from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.decoder import Caches, Decoder, Memory
 from musicgen_ui.engine.delay import UNWRITTEN
@@ -57,6 +57,7 @@ class Graphed:
         self._slot: dict[Job, int] = {}
         self._stepped: list[int] = []  # slots whose jobs are ready
         self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
+        self._pool: Any = None  # the memory of all graphs
         device, codebooks = decoder.device, decoder.codebooks
         zeros = functools.partial(torch.zeros, device=device)
         with torch.inference_mode():
@@ -171,8 +172,7 @@ class Graphed:
         length = _enough(LENGTHS, 1 + filled, self.positions)
         worn = [(self._slot[job], job.worn) for job in jobs if job.worn]
         if worn:  # not captured: any mix of adapters would want a graph of its own
-            dressed = Rows([(slice(ROWS * s, ROWS * (s + 1)), w) for s, w in worn])
-            self._step(size, length, dressed)
+            self._step(size, length, worn)
         else:
             self._graph(size, length)()
         for job in jobs:
@@ -188,29 +188,43 @@ class Graphed:
         return self._graphs[key]
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], Any]:
-        """Runs the step once on a stream of its own, as capture wants, then captures it."""
+        """Runs the step once on a stream of its own, as capture wants, then captures it.
+
+        The graphs share their memory, since they run one after the other and leave their results
+        in the buffers. Other threads, which may load a model meanwhile, do not disturb a capture.
+        """
         kept = [(buffer, buffer.clone()) for buffer in (self.at, self.columns, self.sane)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
+        device = torch.cuda.device(self.decoder.device)  # which need not be the current one
+        with device:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(side):
+                    step()
+                torch.cuda.current_stream().wait_stream(side)
+            finally:
+                for buffer, before in kept:
+                    buffer.copy_(before)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
-            torch.cuda.current_stream().wait_stream(side)
-        finally:
-            for buffer, before in kept:
-                buffer.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
+
+        def replay() -> None:
+            with device:
+                graph.replay()
+
+        return replay
 
     def warm_up(self) -> None:
         """Captures the graphs of a single job, so that the first one does not wait for them."""
         for length in sorted({*LENGTHS, self.positions}) if self.capture else ():
             self._graph(1, length)
 
-    def _step(self, size: int, length: int, worn: Rows = BARE) -> None:
+    def _step(self, size: int, length: int, adapters: Sequence[tuple[int, Worn]] = ()) -> None:
         """One step of the slots 0 to `size`: reads and writes the buffers and nothing else."""
+        own = Rows([(slice(slot, slot + 1), worn) for slot, worn in adapters])
+        worn = Rows([(slice(ROWS * slot, ROWS * (slot + 1)), worn) for slot, worn in adapters])
         decoder, at = self.decoder, self.at[:size]
         places = at + self.prefix[:size]
         slots = torch.arange(size, device=decoder.device)
@@ -234,7 +248,7 @@ class Graphed:
             keys, values = self.text[index, :, : len(rows)]
             return _attend(q, keys, values, self.heard[: len(rows)])
 
-        x = decoder.embed(self.columns[slots, :, at]) + decoder.positions[places]
+        x = decoder.embed(self.columns[slots, :, at], own) + decoder.positions[places]
         x = decoder.forward(x.repeat_interleave(ROWS, 0), attend_self, attend_text, worn)
         logits = decoder.logits(x, worn).unflatten(
             0, (size, ROWS)

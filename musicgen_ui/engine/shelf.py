@@ -1,8 +1,8 @@
 """The adapters of one checkpoint, read from peft's files and kept in memory.
 
-The files are `adapter_config.json` and `adapter_model.safetensors`, for plain LoRA on the linear
-layers of the decoder and on the projections before it. What else an adapter may hold changes what
-is computed, so it is refused rather than left out.
+The files are `adapter_config.json` and `adapter_model.safetensors`, for plain LoRA on the decoder's
+linear layers and embeddings and on the projections before it. What else an adapter may hold changes
+what is computed, so it is refused rather than left out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEPT = 8  # adapters in memory for a checkpoint; others are read again
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>(?:decoder\.)?(?:model\.decoder\.)?"
-    r"(?P<module>layers\.\d+\.\w+(?:\.\w+)?|lm_heads\.\d+|(?:audio_)?enc_to_dec_proj))"
-    r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
+    r"(?P<module>layers\.\d+\.\w+(?:\.\w+)?|(?:lm_heads|embed_tokens)\.\d+|"
+    r"(?:audio_)?enc_to_dec_proj))\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?"
 )
 # Of adapter_config.json: what makes another computation of the same matrices.
 _OFF = (
@@ -122,6 +122,7 @@ def places(config: Any, cross: bool) -> dict[str, Place]:
     codes = config.vocab_size
     for k in range(config.num_codebooks):
         found[f"lm_heads.{k}"] = Place(OUTSIDE, "lm_heads", k * codes, codes, hidden)
+        found[f"embed_tokens.{k}"] = Place(OUTSIDE, "embed_tokens", k, hidden, codes + 1)
     return found
 
 
