@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
@@ -56,3 +58,49 @@ def test_memory_does_not_grow(tiny_mono):
     for _ in range(20):
         takes(batch, asked)
     assert torch.cuda.memory_allocated() <= held
+
+
+def test_captured_steps_are_the_plain_ones_and_can_be_switched_off(tiny_mono):
+    """The same function, replayed and run: the same codes for jobs that come and go."""
+    asked = GenerationRequest("80s rock", duration_s=3, variations=5, seed=9, top_p=0.9)
+    captured, plain = make_batch(tiny_mono, device="cuda"), make_batch(tiny_mono, device="cuda")
+    plain.stepper.capture = False
+    for ours, theirs in zip(takes(captured, asked), takes(plain, asked), strict=True):
+        assert (ours.clip.samples == theirs.clip.samples).all()
+    assert captured.stepper._graphs and not plain.stepper._graphs
+
+
+def test_a_step_never_waits_for_the_device(tiny_mono):
+    batch = make_batch(tiny_mono, device="cuda")
+    asked = GenerationRequest("80s rock", duration_s=3, seed=5)
+    takes(batch, asked)  # captures what it needs
+    step = batch.stepper.step
+
+    def strict(jobs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(jobs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    batch.stepper._stepped = []
+    warm = iter([True])  # the first step may tell the device which slots are ready
+    batch.stepper.step = lambda jobs: step(jobs) if next(warm, False) else strict(jobs)
+    assert len(takes(batch, asked)) == 1
+
+
+def test_other_threads_may_allocate_while_a_graph_is_captured(tiny_mono):
+    batch, done = make_batch(tiny_mono, device="cuda"), threading.Event()
+
+    def allocate():
+        while not done.is_set():
+            torch.empty(1 << 20, device="cuda").cpu()
+            torch.cuda.empty_cache()
+
+    other = threading.Thread(target=allocate)
+    other.start()
+    try:
+        assert len(takes(batch, GenerationRequest("80s rock", duration_s=6, variations=3))) == 3
+    finally:
+        done.set()
+        other.join()
