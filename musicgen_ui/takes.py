@@ -7,16 +7,17 @@ that went through a mail or a hard disk's crash can still fill the form again.
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import math
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import av
+import soundfile
 
 from musicgen_ui import audio, files
 from musicgen_ui.engine.events import Chroma, Finished
@@ -34,6 +35,8 @@ RESULTS: dict[str, type] = {
     "stopped": bool,
 }
 NAME_CHARACTERS, TITLE_CHARACTERS = 40, 100
+NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+COMMENT_BYTES, MAX_CHUNKS = 200_000, 1_000  # more is no file of ours
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +102,41 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
         kept = {key: found[key] for key in FIELDS if key in found and key not in CLIP_FIELDS}
         request = GenerationRequest(**kept)
         results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (soundfile.SoundFileError, OSError, *NONSENSE):
         return None
     return request.settings() | results
 
 
 def _comment(path: Path) -> str:
-    # libsndfile writes long comments into WAV but reads only those up to 2 kB; FFmpeg reads all.
-    for kind in ("wav", "flac"):
-        with (
-            suppress(OSError, av.FFmpegError),
-            path.open("rb") as raw,
-            av.open(raw, "r", format=kind) as file,
-        ):
-            return file.metadata.get("comment", "")
+    """The comment of a file that nobody vouches for; raises ValueError where there is none."""
+    with path.open("rb", buffering=0) as raw:  # libsndfile sees where it stands
+        head = raw.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+            return _wav_comment(raw)
+        raw.seek(0)
+        with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+            return file.comment if len(file.comment) <= COMMENT_BYTES else ""
+
+
+def _wav_comment(raw: BinaryIO) -> str:
+    # libsndfile writes long comments into WAV but reads only those up to 2 kB.
+    for name, size in _chunks(raw):
+        if name == b"LIST" and raw.read(4) == b"INFO":
+            info = io.BytesIO(raw.read(min(size - 4, COMMENT_BYTES)))
+            found = (info.read(size) for name, size in _chunks(info) if name == b"ICMT")
+            return next(found, b"").rstrip(b"\0").decode()
     return ""
+
+
+def _chunks(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Names and sizes of a RIFF file's chunks; the file stands at each one's content."""
+    for _ in range(MAX_CHUNKS):
+        head = raw.read(8)
+        if len(head) < 8:
+            return
+        start, size = raw.tell(), int.from_bytes(head[4:], "little")
+        yield head[:4], size
+        raw.seek(start + size + size % 2)
 
 
 def _mastered(finished: Finished) -> tuple[Clip, list[str]]:

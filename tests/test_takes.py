@@ -216,3 +216,15 @@ def test_a_folder_that_is_a_file_is_refused_and_a_missing_one_is_made(tmp_path):
     with pytest.raises(RequestError, match="could not be saved"):
         save(tmp_path / "file")
     assert save(tmp_path / "new" / "folder").wav.exists()
+
+
+def test_a_comment_of_megabytes_and_a_file_of_empty_chunks_are_passed_over(tmp_path):
+    whole = save(tmp_path).wav.read_bytes()
+    path = tmp_path / "hostile.wav"
+    comment = b"ICMT" + (8_000_000).to_bytes(4, "little") + b"[" * 8_000_000
+    info = b"LIST" + (len(comment) + 4).to_bytes(4, "little") + b"INFO" + comment
+    for hostile in (whole[:12] + info, whole[:12] + bytes(20_000_000), whole[:12] + b"LIST"):
+        path.write_bytes(hostile)
+        assert takes.read_settings(path) is None
+    path.write_bytes(whole[:12] + b"junk\x03\0\0\0abc\0" + whole[12:])  # odd sizes are padded
+    assert takes.read_settings(path) is not None
