@@ -11,6 +11,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import readme
 import soundfile
@@ -87,12 +88,14 @@ EXAMPLES = [
 ]
 
 
-def test_the_command_lines_examples_run(tmp_path, monkeypatch):
+def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
     """Shortened, in order: the second one continues the first one's file."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "assets" / "bundled", "my-finetune")
     write_lora(Path("my-lora"))
+    soundfile.write("my-tune.wav", np.sin(np.arange(32_000) / 9) / 5, 16_000)
     for arguments in EXAMPLES:
+        arguments = [str(tiny_melody) if word == "melody" else word for word in arguments]
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
         short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
         assert cli.main([*arguments, *short]) == 0, arguments
@@ -103,11 +106,12 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch):
         "longer.flac",
         "long.flac",
         "changing.wav",
+        "follows.wav",
         "techno-1.wav",
         "techno-2.wav",
         "techno-3.wav",
     } < made
-    assert len(made) == 11  # and a WAV and a FLAC under takes/
+    assert len(made) == 12  # and a WAV and a FLAC under takes/
     assert soundfile.info("longer.flac").duration == 1.0
 
 
