@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from visits import Job, Server, Visit, server, submit, tone
+from gradio_client import handle_file
+from visits import Job, Server, Visit, client_of, server, submit, tone
 
 WAITING = re.compile(r"(?:place (\d+)|you are next)(?:, about (\d+) (s|min))?")
 BETWEEN_S = 0.12  # two arrivals
@@ -39,8 +39,8 @@ def request(number: int, folder: Path, scale: float) -> dict[str, Any]:
 
 def crowd(server: Server, count: int, folder: Path, scale: float) -> list[Visit]:
     """`count` clients, one after the other but at once."""
-    with ThreadPoolExecutor(count) as pool:
-        clients = list(pool.map(lambda _: Client(server.url, verbose=False), range(count)))
+    with ThreadPoolExecutor(4) as pool:
+        clients = list(pool.map(lambda _: client_of(server), range(count)))
     for number in greedy_one(count):
         clients[number] = clients[greedy_one(count)[0]]
     with ThreadPoolExecutor(count) as pool:
@@ -135,7 +135,7 @@ def check_content(server: Server, visits: list[Visit], every: int) -> None:
             assert np.argmax(spectrum) * 16_000 / 14_000 == pytest.approx(200 + 40 * number, abs=3)
     distinct = {samples.tobytes() for samples, _ in (visit.take for visit in taken)}
     assert len(distinct) == len(taken)
-    client = Client(server.url, verbose=False)
+    client = client_of(server)
     for visit in taken[::every]:
         alone = submit(client, visit.asked)
         assert alone.take, alone.error
@@ -162,7 +162,7 @@ def test_a_crowd_is_served(tmp_path: Path) -> None:
 def serve_crowd(
     server: Server, folder: Path, count: int, scale: float, every: int
 ) -> tuple[dict[int, Visit], dict[int, Job]]:
-    submit(Client(server.url, verbose=False), {"duration_s": 0.5})  # what is compiled once is
+    submit(client_of(server), {"duration_s": 0.5})  # what is compiled once is
     earlier = len(server.jobs)
     visits = crowd(server, count, folder, scale)
     server.settle()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gradio_client import Client, handle_file
-from visits import Server, Tab, server, submit, tone
+from visits import Server, Tab, client_of, server, submit, tone
 
 VISITORS = 5  # at once
 IDEAS = ("techno with a hard kick", "slow piano", "80s rock", "", "orchestral, heroic strings")
@@ -68,7 +68,7 @@ class Soak:
         } | settings
 
     def _client(self) -> Client:
-        return Client(self.server.url, verbose=False)
+        return client_of(self.server)
 
     def makes(self, draw: random.Random) -> None:
         visit = submit(self._client(), self._asks(draw, variations=draw.choice((1, 1, 2))))

@@ -12,8 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from gradio_client import Client
-from visits import Server, server, submit
+from visits import Server, client_of, server, submit
 
 from musicgen_ui.ui.form import LATER_S
 
@@ -68,7 +67,7 @@ def idle_tabs(server: Server, count: int) -> Iterator[None]:
 
 def took_s(server: Server, duration_s: float) -> float:
     """A job's time on the server."""
-    client = Client(server.url, verbose=False)
+    client = client_of(server)
     assert submit(client, {"duration_s": duration_s, "seed": 1, "checkpoint": "bundled"}).take
     return float(server.jobs[-1].values["took_s"])
 

@@ -167,6 +167,11 @@ class Visit:
         return bool(self.take or self.cancelled or "queue is full" in self.error)
 
 
+def client_of(server: Server) -> Client:
+    """A visitor of its own; a crowd's machine may be slow to answer."""
+    return Client(server.url, verbose=False, httpx_kwargs={"timeout": 60})
+
+
 def submit(client: Client, asked: dict[str, Any], cancel_after_s: float | None = None) -> Visit:
     """One request of a `gradio_client`, followed to its end."""
     visit = Visit(asked)
