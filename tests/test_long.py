@@ -13,7 +13,7 @@ from test_engine import PIANO, ROCK, load, make_batch, noise
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui.engine import batch as batches
-from musicgen_ui.engine import delay, job
+from musicgen_ui.engine import delay, job, sampling
 from musicgen_ui.engine.batch import Batch, stream
 from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.job import Job
@@ -165,6 +165,22 @@ def test_a_seed_gives_the_same_piece_alone_beside_others_and_whatever_the_length
     assert torch.equal(longer[:, :150], alone[:, :150])  # up to the last window that is as long
 
 
+def test_every_frame_has_random_numbers_of_its_own_whatever_its_window(batch, monkeypatch):
+    rows, draw = [], sampling.draw
+
+    def spy(logits: torch.Tensor, settings: object, uniform: torch.Tensor) -> torch.Tensor:
+        rows.append(uniform[0].clone())
+        return draw(logits, settings, uniform)
+
+    monkeypatch.setattr(sampling, "draw", spy)
+    windows, _, job = run(batch, long_request(audio_prompt=noise(0.5, batch.codec.channels)))
+    expected = []  # a code is drawn with the row of its frame and its codebook's delay
+    for start, window in windows.items():
+        first = start + OVERLAP if start else job.context_frames
+        expected += range(first, start + window.shape[1] + 3)
+    assert torch.equal(torch.stack(rows), job.uniforms[torch.tensor(expected) - 25])
+
+
 def test_stop_keeps_every_window_before(batch):
     request, stop = long_request(), threading.Event()
     made, events = 0.0, []
@@ -201,8 +217,9 @@ def test_others_go_on_while_a_window_takes_its_past_in(batch, monkeypatch):
         pass
 
 
-def test_a_window_waits_for_the_codec_where_it_lags_behind_the_overlap(batch):
+def test_a_window_waits_for_the_codec_where_it_lags_behind_the_overlap(batch, monkeypatch):
     """A long audio prompt is decoded while few new frames fill the window."""
+    monkeypatch.setattr(job, "CHUNK_FRAMES", 2)
     clip = noise(1.96, batch.codec.channels)
     request = long_request(audio_prompt=clip, context_s=1.96, duration_s=1.0, include_prompt=False)
     windows, finished, _ = run(batch, request)
