@@ -155,6 +155,8 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
     ]
     if config["melody"]:
         parts.append("follows melodies")
+    if base := _base_of(source):
+        parts.append(f"text encoder and codec of {base.name}")
     if source.name.startswith("facebook/musicgen-"):
         parts.append(f"weights {META_LICENCE}: not for commercial use")
     choice: Literal["choice", "always", "never"] = "choice" if _sibling(source) else "never"

@@ -218,7 +218,7 @@ class _Sentences:
                 "token and start the app again."
             )
         if isinstance(error, RepositoryNotFoundError):
-            return f'The Hub has no checkpoint "{name}": check the name.'
+            return f'The Hub has no {self.field} "{name}": check the name.'
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return f"The disk is full: free some room and ask for {name} again."
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

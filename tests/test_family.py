@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_engine import ROCK, make_batch, run_job
+from test_engine import ROCK, generated, make_batch, run_job
 from transformers import MusicgenForCausalLM, MusicgenForConditionalGeneration
 
 from musicgen_ui import catalogue, checkpoints, configuration
@@ -103,6 +103,15 @@ def test_a_file_cut_short_is_a_sentence_before_anything_is_packed(base, kept, tm
         load(folder, streamed=True)
 
 
+@pytest.mark.parametrize("gated_t5", [False, True])
+@pytest.mark.parametrize("text_hidden", [16, 24])
+def test_every_text_encoder_of_the_family_gives_generates_codes(gated_t5, text_hidden, tmp_path):
+    folder = tiny.build(tmp_path / "tiny", gated_t5=gated_t5, text_hidden=text_hidden, stereo=True)
+    model = MusicgenForConditionalGeneration.from_pretrained(folder)
+    expected, _ = generated(model, folder, [ROCK], 25, 3.0)
+    assert torch.equal(codes(folder), expected[0])
+
+
 # A decoder alone
 
 
@@ -115,6 +124,7 @@ def test_a_decoder_alone_is_completed_by_the_base_it_names(base, where, tmp_path
         (folder / "README.md").write_text(f"---\nbase_model:\n- {base}\n---\n# Mine\n")
     description = checkpoints.describe(checkpoints.resolve(str(folder)))
     assert description.sampling_rate == 32_000 and description.stereo == "never"
+    assert f"text encoder and codec of {base}" in description.summary
     # By hand: the base with the trained decoder in place of its own.
     whole = MusicgenForConditionalGeneration.from_pretrained(base)
     whole.decoder = MusicgenForCausalLM.from_pretrained(folder)

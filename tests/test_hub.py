@@ -16,7 +16,7 @@ import tiny
 import torch
 from huggingface_hub import constants
 
-from musicgen_ui import checkpoints, hub
+from musicgen_ui import adapters, checkpoints, hub
 from musicgen_ui.request import RequestError
 
 TINY = "someone/musicgen-tiny"
@@ -248,3 +248,36 @@ def test_several_threads_may_download_the_same(served):
     for thread in threads:
         thread.join()
     assert len(set(map(str, results))) == 1
+
+
+def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(served, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    for name in (adapters.CONFIG, adapters.WEIGHTS, "README.md"):
+        (folder / name).write_text("{}")
+    served.repositories["someone/lora"] = folder
+    found = adapters.find("someone/lora")
+    assert {file.name for file in adapters.fetch(found).iterdir()} == {
+        adapters.CONFIG,
+        adapters.WEIGHTS,
+    }
+    served.asked.clear()
+    adapters.fetch(found)
+    assert served.asked == []
+    with pytest.raises(RequestError, match='no adapter "someone/nothing"') as error:
+        adapters.fetch(adapters.find("someone/nothing"))
+    assert error.value.field == "adapter"
+
+
+def test_a_decoder_alone_on_the_hub_brings_its_base(served, tiny_mono, tmp_path):
+    from transformers import MusicgenForCausalLM
+
+    folder = tmp_path / "decoder"
+    MusicgenForCausalLM.from_pretrained(tiny_mono).save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\nbase_model: {TINY}\n---\n")
+    served.repositories["someone/decoder"] = folder
+    loaded = load("someone/decoder")
+    assert loaded.name == "someone/decoder" and loaded.sampling_rate == 32_000
+    served.asked.clear()
+    load("someone/decoder")
+    assert served.asked == []
