@@ -115,7 +115,7 @@ class FakeEngine:
         melody = None
         if mine.melody:  # up and down, whatever the clip
             melody = Chroma(np.arange(round(mine.duration_s / 0.125), dtype=np.uint8) % 12, 0.125)
-        return Finished(index, clip, mine, prompt_s, speed, stopped, notes, melody)
+        return Finished(index, clip, mine, prompt_s, speed, stopped, notes, melody=melody)
 
     def checkpoints(self) -> list[str]:
         return list(STEREO)

@@ -135,7 +135,7 @@ def test_an_upload_is_continued_and_a_take_too(
     expect(page.locator("#clip_line")).to_contain_text("last 2.0 s of 2.0 s, 10.0 s new")
     expect(page.locator("#audio_prompt").get_by_label("Play", exact=True)).to_be_visible()
     set_number(page, "duration_s", 29)
-    expect(page.locator("#clip_line")).to_contain_text("last 1.0 s of 2.0 s, 29.0 s new, the 30 s")
+    expect(page.locator("#clip_line")).to_contain_text("last 2.0 s of 2.0 s, 29.0 s new, 30 s at")
     generate(page, length_s=3)
     expect(page.locator("#take_facts")).to_contain_text("after your clip of")
     finished(page)
@@ -147,6 +147,36 @@ def test_an_upload_is_continued_and_a_take_too(
     page.locator("#same_seed").click()
     seed = str(engine.requests[-1].seed)
     expect(page.locator("#seed input")).to_have_value(seed)
+
+
+def test_a_melody_is_followed_where_the_checkpoint_can(
+    open_page: Open, engine: FakeEngine, tmp_path: Path
+) -> None:
+    clip = tmp_path / "tune.wav"
+    soundfile.write(clip, 0.2 * np.sin(np.arange(32_000) / 9), 16_000)
+    page = open_page()
+    unfold(page, "Start from audio")
+    page.locator("#audio_prompt input[type=file]").set_input_files(clip)
+    expect(page.locator("#clip_line")).to_contain_text("last 2.0 s")
+    expect(page.locator("#clip_use")).to_be_hidden()
+    unfold(page, "Advanced")
+    choose_checkpoint(page, "wide")
+    page.locator("#clip_use").get_by_label("follow its melody").click()
+    expect(page.locator("#melody_line")).to_contain_text("2.0 s is repeated for 10.0 s")
+    generate(page, length_s=3)
+    expect(page.locator("#take_facts")).to_contain_text("follows a melody of")
+    finished(page)
+    expect(page.locator("#spectrogram")).to_have_class(re.compile("with-melody"))
+    assert engine.requests[-1].melody is not None and engine.requests[-1].audio_prompt is None
+    choose_checkpoint(page, "mono")
+    expect(page.locator("#clip_use")).to_be_hidden()
+    expect(page.locator("#clip_line")).to_contain_text("last 2.0 s")
+
+
+def choose_checkpoint(page: Page, name: str) -> None:
+    page.locator("#checkpoint input").fill(name)
+    page.locator("#checkpoint input").press("Enter")
+    page.locator("#checkpoint input").blur()
 
 
 def test_mistakes_are_said_at_the_field_and_lose_nothing(
