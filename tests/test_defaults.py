@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fakes import OWN, FakeEngine
-from test_handlers import compose, handlers
+from test_handlers import compose, handlers, state
 
 from musicgen_ui import checkpoints, defaults
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
@@ -77,14 +77,14 @@ def test_what_is_asked_for_wins_and_a_complete_request_asks_no_checkpoint():
 
 
 def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(handlers: Handlers):
-    async def ask(**values):
-        async with asyncio.timeout(20):
-            return [e async for e in handlers._events({"checkpoint": "wide", **values}, "tab")]
+    def made(**values) -> tuple[float, int]:
+        asked = {"temperature": None, "top_k": None, **values}
+        end = state(compose(handlers, checkpoint="wide", **asked))
+        settings = end["history"][-1][0].settings
+        return settings["temperature"], settings["top_k"]
 
-    take = asyncio.run(ask(duration_s=0.5))[-1].take
-    assert (take.settings["temperature"], take.settings["top_k"]) == (0.7, 50)
-    take = asyncio.run(ask(duration_s=0.5, temperature=1.5))[-1].take
-    assert (take.settings["temperature"], take.settings["top_k"]) == (1.5, 50)
+    assert made() == (0.7, 50)
+    assert made(temperature=1.5) == (1.5, 50)
 
 
 def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
@@ -116,6 +116,3 @@ def test_a_stated_value_stays_within_the_forms_sliders():
         {"summary": "", "defaults": {"temperature": 4.0}}, APPS, LIMITS, *APPS.values()
     )
     assert told["temperature"] == 2
-
-
-assert compose  # shared with the handlers' tests
