@@ -54,6 +54,7 @@ def refusal(spec: dataclasses.Field, text: str) -> RequestError:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else "�" for c in text[:41])  # it goes to terminals too
     return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
 
 

@@ -664,3 +664,17 @@ def test_an_uploaded_bomb_of_silence_is_heard_within_bounds(server, client, engi
     job.result()
     assert most - before < 300e6
     assert engine.requests[-1].audio_prompt.duration_s == 120
+
+
+# what the app is made of
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-mcp.txt"])
+def test_every_dependency_has_a_tested_range_and_a_reason(name):
+    """Nothing untested is installed by itself, nothing is there without a use."""
+    lines = [li for li in (ROOT / name).read_text().splitlines() if li and li[0] not in "#-"]
+    assert lines
+    for line in lines:
+        wanted, _, reason = line.partition("#")
+        assert ("<" in wanted and ">=" in wanted) or "==" in wanted, line
+        assert reason.strip(), line
