@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_a_server_whose_device_is_lost_starts_again_in_its_place(tmp_path: Path)
     command = [sys.executable, "-c", RESTARTING, str(tmp_path / "mark")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.strip() == "True", done.stderr
+
+
+# The clock
+
+
+def test_no_duration_is_measured_on_a_clock_that_can_be_set() -> None:
+    """Ages, waits, shares of an hour: all of them would jump with it."""
+    free = ("zero.py", "zero_worker.py")  # asks the system when a process began
+    for path in (ROOT / "musicgen_ui").rglob("*.py"):
+        set_by_people = re.search(r"time\.time\(|datetime\.now|utcnow", path.read_text())
+        assert path.name in free or not set_by_people, path
 
 
 # The engine
