@@ -12,6 +12,7 @@ from transformers import EncodecConfig, EncodecModel, MusicgenForConditionalGene
 
 from musicgen_ui.engine import stages
 from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.recurrence import Lstm
 from musicgen_ui.request import RequestError
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -112,7 +113,7 @@ def test_a_stream_of_any_pieces_equals_the_one_shot_decode(kind):
 
 
 def test_bundled_checkpoint_sounds_and_encodes_as_in_transformers(bundled):
-    codec = Codec(bundled)  # float16 is what its weights were published in
+    codec = Codec(bundled)  # its LSTM in 16 bits
     codes = draw(codec, 50)
     audio = codec.decode(codes)
     assert apart(audio, reference(bundled, codes)) < 1e-5
@@ -218,3 +219,26 @@ def test_encoding_in_pieces_equals_transformers_on_long_audio():
 def test_other_kinds_of_codec_are_refused(changes):
     with pytest.raises(RequestError, match="codec"):
         Codec(EncodecModel(EncodecConfig(**{**SETTINGS, **changes})))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_lstm_in_sixteen_bits_is_torchs_in_any_pieces_on_any_number_of_threads(batch):
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(128, 128, 2).eval()
+    x, threads, runs = torch.randn(40, batch, 128), torch.get_num_threads(), []
+    with torch.inference_mode():
+        expected, (h, c) = lstm(x)
+        try:
+            for count, sizes in ((1, [40]), (2, [1, 7, 32]), (3, [25, 15])):
+                torch.set_num_threads(count)
+                run, state, found = Lstm(lstm), None, []
+                for piece in x.split(sizes):
+                    y, state = run(piece, state)
+                    found.append(y)
+                runs.append(torch.cat(found))
+                assert (state[0] - h).norm() < 1e-4 * h.norm()  # 80 dB
+                assert (state[1] - c).norm() < 1e-4 * c.norm()
+        finally:
+            torch.set_num_threads(threads)
+    assert (runs[0] - expected).norm() < 1e-4 * expected.norm()
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])

@@ -71,7 +71,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, torch.get_num_threads()), "musicgen-int8")
 
 
-def _run(kernel: Callable[..., None], stages: int, *args: Any) -> None:
+def run(kernel: Callable[..., None], stages: int, *args: Any) -> None:
     """Calls the kernel on every thread, with counters of the stages' pieces between them."""
     counters, helpers = np.zeros((stages, 2), np.int64), torch.get_num_threads() - 1
     others = [_pool().submit(kernel, *args, counters) for _ in range(helpers)]
@@ -104,12 +104,17 @@ class Product:
         """Of codes and scales, while this lives."""
         return self.codes.ctypes.data, self.scales.ctypes.data
 
+    def unpacked(self) -> np.ndarray:
+        """The weights as they are multiplied, float32 [outputs, inputs]."""
+        codes = self.codes.swapaxes(1, 2).reshape(len(self.scales), -1)
+        return (codes * self.scales[:, None])[: self.shape[0], : self.shape[1]]
+
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [rows, inputs] to [rows, outputs]."""
         outputs, inputs = self.shape
         out = np.empty((len(x), outputs), np.float32)
         space = Space.of(len(x), 0, 0, inputs)
-        _run(kernels.product, 2, x.contiguous().numpy(), *self.addresses, space, out)
+        run(kernels.product, 2, x.contiguous().numpy(), *self.addresses, space, out)
         return torch.from_numpy(out)
 
 
@@ -176,7 +181,7 @@ class Int8Cache:
         own, none = self.addresses[:, None], np.zeros(rows, np.int64)
         filled, room = np.full(rows, start), np.full(rows, self.room)
         called = Rows(out, columns, filled, own, room, none, own, none)
-        _run(kernels.attention, 1, called, heads, 0, flat, out)
+        run(kernels.attention, 1, called, heads, 0, flat, out)
         return torch.from_numpy(out).view(rows, columns, -1)
 
 
@@ -259,7 +264,7 @@ class Layers:
         outputs, inputs = self.model.widths.max(0)
         space = Space.of(len(out), out.shape[1], outputs, inputs)
         stages = kernels.STAGES * len(self.model.products)
-        _run(kernels.layers, stages, self.model, rows, space)
+        run(kernels.layers, stages, self.model, rows, space)
         return torch.from_numpy(out)
 
 

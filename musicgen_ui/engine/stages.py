@@ -124,8 +124,11 @@ class Recurrence:
 
     def __init__(self, layer: Any, precision: Precision) -> None:
         lstm: nn.LSTM = layer.lstm
-        half = precision == "float16" and _packs(next(lstm.parameters()))
-        self.run = _half_lstm(lstm) if half else lstm
+        self.run: Callable[..., tuple[Tensor, State]] = lstm
+        if precision == "float16" and _divides(lstm):
+            from musicgen_ui.engine.recurrence import Lstm  # imports numba
+
+            self.run = Lstm(lstm)
 
     def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
         """[batch, time, hidden] to the same shape, without delay."""
@@ -142,7 +145,7 @@ def assemble(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
     """The layers of transformers' `EncodecEncoder` or `EncodecDecoder`, float32, as stages.
 
     They share with `layers` an LSTM that runs in float32, nothing else. `precision` is that of the
-    LSTM's weights on an x86 CPU.
+    LSTM's weights on a CPU.
     """
     stages: list[Stage] = []
     for layer in layers:
@@ -190,9 +193,15 @@ def _silence(x: Tensor, left: int, right: int) -> Tensor:
 
 
 def _packs(weight: Tensor) -> bool:
-    """Whether torch has oneDNN's and FBGEMM's packed kernels for where `weight` is."""
+    """Whether torch has oneDNN's packed kernels for where `weight` is."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _divides(lstm: nn.LSTM) -> bool:
+    """Whether `recurrence` takes it: on a CPU, in blocks of 64 units."""
+    fits = lstm.input_size == lstm.hidden_size and lstm.hidden_size % 64 == 0
+    return fits and next(lstm.parameters()).device.type == "cpu"
 
 
 def _linear(weight: Tensor, bias: Tensor) -> Kernel:
@@ -203,30 +212,6 @@ def _linear(weight: Tensor, bias: Tensor) -> Kernel:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     run = torch.ops.mkldnn._linear_pointwise
     return lambda x: run(x, packed, bias, "none", [], "")
-
-
-def _half_lstm(lstm: nn.LSTM) -> Callable[[Tensor, State | None], tuple[Tensor, State]]:
-    """`lstm` with its weights in float16 and all else in float32.
-
-    A frame waits for the reading of the weights that meet the state: 33.5 MB for Meta's codec in
-    float32, which nn.LSTM moreover packs anew in every call.
-    """
-    quantized, cells = torch.ops.quantized, []
-    weights = [weight.detach() for weight in lstm.parameters()]
-    for i in range(0, len(weights), 4):
-        inputs, hidden, *biases = weights[i : i + 4]
-        packed = map(quantized.linear_prepack_fp16, (inputs, hidden), biases)
-        cells.append(quantized.make_quantized_cell_params_fp16(*packed))
-
-    def run(x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        zeros = x.new_zeros(len(cells), x.shape[1], x.shape[2])
-        options = (True, len(cells), 0.0, False, False, False)
-        y, h, c = torch.quantized_lstm(
-            x, state or (zeros, zeros), cells, *options, dtype=torch.float16, use_dynamic=True
-        )
-        return y, (h, c)
-
-    return run
 
 
 def _convolution(conv: Any) -> Kernel:
