@@ -173,8 +173,9 @@ def follow(
     shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
     free = {name for name in own if shown[name] == own[name]}
     kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
-    line = checkpoint_line(facts["summary"], kept)
-    return {"own": now, "checkpoint_line": line, **{name: now[name] for name in free}}
+    told = {"own": now, **{name: now[name] for name in free}}
+    # Said again only where there is more to say: the next choice may have been answered already.
+    return told | ({"checkpoint_line": checkpoint_line(facts["summary"], kept)} if kept else {})
 
 
 class CheckpointFacts:
