@@ -47,8 +47,8 @@ def read(path: Path | str, keep_s: float = 120.0) -> Reading:
             sampling rate outside 4 to 400 kHz, more than 8 channels or too much to decode.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"There is no file “{path.name}”: choose another.")
+    if not is_file(path):
+        raise RequestError(f"There is no file “{path.name[:80]}”: choose another.")
     if not path.stat().st_size:
         raise RequestError("The file is empty: choose another.")
     end = decode_end(path, keep_s)
@@ -59,6 +59,14 @@ def read(path: Path | str, keep_s: float = 120.0) -> Reading:
     samples, level_notes = _level(end.samples)
     notes = (*_notes(path, end, keep_s), *level_notes)
     return Reading(Clip(samples, end.sampling_rate), notes, end.full_s)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; one whose name cannot be is not there."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, not text of this system
+        return False
 
 
 def _level(samples: np.ndarray) -> tuple[np.ndarray, list[str]]:

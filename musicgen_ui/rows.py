@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from musicgen_ui import takes
+from musicgen_ui import reading, takes
 from musicgen_ui.generate import sections_in
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
@@ -160,8 +160,8 @@ class Pieces:
             if not isinstance(text, str) or "\0" in text:
                 raise RequestError(f"{FIELDS[name].metadata['label']} must be a file's path.", name)
             path = self.folder / text if name in row.values else Path(text)
-            if not path.is_file():
-                raise RequestError(f"There is no file {path}: choose another.", name)
+            if not reading.is_file(path):
+                raise RequestError(f"There is no file {text[:80]!r}: choose another.", name)
             yield name, path
 
     def _digest(self, asked: Mapping[str, Any], clips: Mapping[str, Path]) -> str:

@@ -142,7 +142,7 @@ class Uploads(route_utils.GradioMultiPartParser):
         Raises:
             MultiPartException: it is no such form, or too much for this server; Gradio answers 400.
         """
-        if shutil.disk_usage(self.upload_dir).free < SPARE_BYTES:
+        if shutil.disk_usage(self.upload_dir or ".").free < SPARE_BYTES:
             raise MultiPartException("The server has no room for files at the moment.")
         try:
             form = await super().parse()
@@ -165,7 +165,7 @@ def bound_connections(server: Any) -> None:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._unfinished = None  # the request that was over when it was last looked at
+            self._unfinished: Any = None  # the request that was over when it was last looked at
             self._look_again = self.loop.call_later(HEAD_S, self._look)
             if is_too_many(self.connections, self.client):
                 transport.abort()
