@@ -149,3 +149,12 @@ def test_the_pace_forgets_and_leaves_out_the_time_without_a_queue(monkeypatch):
         clock.now_s += seconds
         pace.stepped(counts)
     assert pace.step_s == pytest.approx(0.02, rel=0.1)
+
+
+def test_one_slow_step_tells_no_pace(monkeypatch):
+    """The first step beside others may compile what they share."""
+    clock, pace = Clock(monkeypatch), Pace()
+    for seconds in (0.0, 8.0, 0.02, 0.02):
+        clock.now_s += seconds
+        pace.stepped(True)
+    assert pace.step_s == 0

@@ -23,8 +23,8 @@ from itertools import zip_longest
 from musicgen_ui.engine.events import Event, Progress
 from musicgen_ui.request import GenerationRequest
 
-PACE_S = 10.0  # the pace is that of about so many seconds
-PACE_KNOWN_S = 1.0  # of measured steps; before, no wait is told
+PACE_S = 5.0  # the pace is that of about so many seconds
+PACE_KNOWN_S, PACE_KNOWN_STEPS = 1.0, 25  # measured; before, no wait is told
 TOLD_EVERY_S = 1.0  # the wait; a new place is told at once
 
 
@@ -183,4 +183,5 @@ class Pace:
     @property
     def step_s(self) -> float:
         """Seconds a step; 0 until enough was measured."""
-        return self._seconds / self._steps if self._seconds >= PACE_KNOWN_S else 0.0
+        known = self._seconds >= PACE_KNOWN_S and self._steps >= PACE_KNOWN_STEPS
+        return self._seconds / self._steps if known else 0.0
