@@ -128,14 +128,21 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     ]
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
         demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
-    running = lambda: demo.is_running  # noqa: E731
-    works = [lambda: sweep_while(running, temporary), take_panel.warm_up]
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
-        works.append(lambda: restart_when_lost(background, running))
+    _work_beside(demo, engine, temporary)
+    return demo, temporary
+
+
+def _work_beside(demo: Any, engine: Engine, temporary: Path) -> None:
+    from musicgen_ui.ui import take_panel
+
+    running = lambda: demo.is_running  # noqa: E731
+    works = [lambda: sweep_while(running, temporary), take_panel.warm_up]
+    if isinstance(engine, BackgroundEngine):
+        works.append(lambda: restart_when_lost(engine, running))
     for work in works:
         threading.Thread(target=work, daemon=True).start()
-    return demo, temporary
 
 
 def signed_in(url: str, chosen: Settings) -> Any:
