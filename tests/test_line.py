@@ -158,3 +158,11 @@ def test_one_slow_step_tells_no_pace(monkeypatch):
         clock.now_s += seconds
         pace.stepped(True)
     assert pace.step_s == 0
+
+
+def test_the_pace_of_a_slow_machine_is_known_too(monkeypatch):
+    clock, pace = Clock(monkeypatch), Pace()
+    for _ in range(40):
+        clock.now_s += 2.0
+        pace.stepped(True)
+    assert pace.step_s == pytest.approx(2.0)

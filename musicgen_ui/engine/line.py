@@ -170,6 +170,7 @@ class Pace:
         self._last_s: float | None = None  # when the last step ended
         self._steps = 0.0
         self._seconds = 0.0
+        self._counted = 0  # steps, none forgotten
 
     def stepped(self, counts: bool) -> None:
         """A step ended; the time since the one before counts if both do."""
@@ -178,10 +179,11 @@ class Pace:
             kept = math.exp(-(now - self._last_s) / PACE_S)
             self._seconds = self._seconds * kept + now - self._last_s
             self._steps = self._steps * kept + 1
+            self._counted += 1
         self._last_s = now if counts else None
 
     @property
     def step_s(self) -> float:
         """Seconds a step; 0 until enough was measured."""
-        known = self._seconds >= PACE_KNOWN_S and self._steps >= PACE_KNOWN_STEPS
+        known = self._seconds >= PACE_KNOWN_S and self._counted >= PACE_KNOWN_STEPS
         return self._seconds / self._steps if known else 0.0
