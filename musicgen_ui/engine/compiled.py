@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from musicgen_ui.engine import kernels
 from musicgen_ui.engine.tiles import BLOCK
 
-if TYPE_CHECKING:
-    from musicgen_ui.engine.decoder import Layer, Memory, Sequence
+Layer = Memory = Sequence = Any  # those of `decoder`, which imports this
 
 
 class Model(NamedTuple):
