@@ -78,7 +78,9 @@ def steps(decoder: Decoder, columns: torch.Tensor, jobs: int, loud: int | None) 
     states = [torch.randn(3 + job, 64, generator=generator) for job in range(jobs)]
     embed = decoder.embed
     size = torch.tensor([1000.0 if job == loud else 1.0 for job in range(jobs)])[:, None]
-    decoder.embed = lambda column: (embed(column) * size[: len(column)]).to(decoder.dtype)
+    decoder.embed = lambda column, *worn: (embed(column, *worn) * size[: len(column)]).to(
+        decoder.dtype
+    )
     try:
         sequences = [
             decoder.sequence([state * (100 if job == loud else 1), None], columns.shape[-1])

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from musicgen_ui.engine import kernels
 from musicgen_ui.engine.tiles import BLOCK
 
-Layer = Memory = Sequence = Any  # those of `decoder`, which imports this
+Layer: TypeAlias = Any  # these three are `decoder`'s, which imports this
+Memory: TypeAlias = Any
+Sequence: TypeAlias = Any
 
 
 class Model(NamedTuple):

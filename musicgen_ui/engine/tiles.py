@@ -10,6 +10,7 @@ that file changes, not when this one does, so touch it too.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,67 @@ def _pointer(bits: int) -> ir.Type:
     return ir.IntType(bits).as_pointer()
 
 
+_WORD, _NUMBER, _FEW = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
+_HINTS = [ir.Constant(_NUMBER, hint) for hint in (0, 3, 1)]  # read, keep near, data
+
+
+def _wide(bits: int) -> ir.Type:
+    return ir.VectorType(ir.IntType(bits), 32)
+
+
+def _lanes(start: int, step: int) -> ir.Constant:
+    return ir.Constant(_FEW, [start + step * lane for lane in range(16)])
+
+
+def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
+    weights, x, stride, pairs, out, ahead = args
+    before = b.block
+    loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
+    kind = ir.FunctionType(ir.VoidType(), [_pointer(8), _NUMBER, _NUMBER, _NUMBER])
+    name = "llvm.prefetch.p0"
+    prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+
+    def place(base: Any, offset: Any, kind: ir.Type) -> Any:
+        offset = ir.Constant(_WORD, offset) if isinstance(offset, int) else offset
+        return b.inttoptr(b.add(base, offset), kind.as_pointer())
+
+    b.branch(loop)
+    b.position_at_end(loop)
+    pair = b.phi(_WORD)
+    sums = [b.phi(_FEW) for _ in range(4 * rows)]
+    step = b.mul(pair, ir.Constant(_WORD, 2 * BLOCK))
+    for line in (0, 64):  # of the processor's cache
+        at = place(b.add(ahead, step), line, ir.IntType(8))
+        b.call(prefetch, [at, *_HINTS])
+    parts = [
+        b.sext(b.load(place(b.add(weights, step), 32 * part, _wide(8)), align=1), _wide(32))
+        for part in range(4)
+    ]
+    new = []
+    for row in range(rows):
+        at = b.add(b.mul(stride, ir.Constant(_WORD, 2 * row)), b.shl(pair, ir.Constant(_WORD, 2)))
+        both = b.load(place(x, at, _NUMBER), align=1)
+        spread = b.insert_element(ir.Constant(_FEW, None), both, ir.Constant(_NUMBER, 0))
+        spread = b.bitcast(b.shuffle_vector(spread, spread, _lanes(0, 0)), _wide(16))
+        inputs = b.sext(spread, _wide(32))
+        for part in range(4):
+            products = b.mul(parts[part], inputs)
+            evens = b.shuffle_vector(products, products, _lanes(0, 2))
+            odds = b.shuffle_vector(products, products, _lanes(1, 2))
+            new.append(b.add(sums[4 * row + part], b.add(evens, odds)))
+    following = b.add(pair, ir.Constant(_WORD, 1))
+    pair.add_incoming(ir.Constant(_WORD, 0), before)
+    pair.add_incoming(following, loop)
+    for total, value in zip(sums, new, strict=True):
+        total.add_incoming(ir.Constant(_FEW, None), before)
+        total.add_incoming(value, loop)
+    b.cbranch(b.icmp_signed("<", following, pairs), loop, after)
+    b.position_at_end(after)
+    for part, value in enumerate(new):
+        b.store(value, place(out, 64 * part, _FEW), align=4)
+    return context.get_dummy_value()
+
+
 def _tile_of(rows: int) -> Any:
     """The kernel for so many rows at once, from addresses: `tile(weights, x, stride, pairs, out,
     ahead)` of int8 [pairs, 64, 2], int16 [rows, stride] and int32 [rows, 64]; from `ahead` on,
@@ -80,62 +142,7 @@ def _tile_of(rows: int) -> Any:
     It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
     a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
     """
-    word, number, few = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
-    hints = [ir.Constant(number, hint) for hint in (0, 3, 1)]  # read, keep near, data
-
-    def wide(bits: int) -> ir.Type:
-        return ir.VectorType(ir.IntType(bits), 32)
-
-    def lanes(start: int, step: int) -> ir.Constant:
-        return ir.Constant(few, [start + step * lane for lane in range(16)])
-
-    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        weights, x, stride, pairs, out, ahead = args
-        before = b.block
-        loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
-        kind = ir.FunctionType(ir.VoidType(), [_pointer(8), number, number, number])
-        name = "llvm.prefetch.p0"
-        prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-
-        def place(base: Any, offset: Any, kind: ir.Type) -> Any:
-            offset = ir.Constant(word, offset) if isinstance(offset, int) else offset
-            return b.inttoptr(b.add(base, offset), kind.as_pointer())
-
-        b.branch(loop)
-        b.position_at_end(loop)
-        pair = b.phi(word)
-        sums = [b.phi(few) for _ in range(4 * rows)]
-        step = b.mul(pair, ir.Constant(word, 2 * BLOCK))
-        for line in (0, 64):  # of the processor's cache
-            at = place(b.add(ahead, step), line, ir.IntType(8))
-            b.call(prefetch, [at, *hints])
-        parts = [
-            b.sext(b.load(place(b.add(weights, step), 32 * part, wide(8)), align=1), wide(32))
-            for part in range(4)
-        ]
-        new = []
-        for row in range(rows):
-            at = b.add(b.mul(stride, ir.Constant(word, 2 * row)), b.shl(pair, ir.Constant(word, 2)))
-            both = b.load(place(x, at, number), align=1)
-            spread = b.insert_element(ir.Constant(few, None), both, ir.Constant(number, 0))
-            spread = b.bitcast(b.shuffle_vector(spread, spread, lanes(0, 0)), wide(16))
-            inputs = b.sext(spread, wide(32))
-            for part in range(4):
-                products = b.mul(parts[part], inputs)
-                evens = b.shuffle_vector(products, products, lanes(0, 2))
-                odds = b.shuffle_vector(products, products, lanes(1, 2))
-                new.append(b.add(sums[4 * row + part], b.add(evens, odds)))
-        following = b.add(pair, ir.Constant(word, 1))
-        pair.add_incoming(ir.Constant(word, 0), before)
-        pair.add_incoming(following, loop)
-        for total, value in zip(sums, new, strict=True):
-            total.add_incoming(ir.Constant(few, None), before)
-            total.add_incoming(value, loop)
-        b.cbranch(b.icmp_signed("<", following, pairs), loop, after)
-        b.position_at_end(after)
-        for part, value in enumerate(new):
-            b.store(value, place(out, 64 * part, few), align=4)
-        return context.get_dummy_value()
+    build = functools.partial(_build, rows)
 
     @_intrinsic
     def tile(
