@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_melody import tune
 
-from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.engine.chroma import Extractor
+from musicgen_ui.request import Clip
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "melody" / "expected.npz")
 
