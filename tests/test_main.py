@@ -122,9 +122,9 @@ def test_a_folder_gets_named_takes_as_wav_and_flac(manager, tmp_path, capsys):
 
 
 WRONG = {
-    "a value out of range": ["--duration", "99"],
+    "a value out of range": ["--duration", "999"],
     "no number": ["--top-k", "many"],
-    "an unknown flag": ["--tempo", "120"],
+    "an unknown flag": ["--loudness", "3"],
     "an abbreviated flag": ["--dur", "3"],
     "an unknown checkpoint": ["--checkpoint", "nonesuch"],
     "a folder that is no checkpoint": ["--checkpoint", "/"],
@@ -152,7 +152,7 @@ def test_a_wrong_request_is_refused_before_torch_is_imported():
     """In a process of its own, since this one has torch."""
     code = (
         "import sys; from musicgen_ui.__main__ import main\n"
-        "codes = [main(['generate', *a]) for a in (['--duration', '99'], "
+        "codes = [main(['generate', *a]) for a in (['--duration', '999'], "
         "['--checkpoint', 'nonesuch'], ['--audio-prompt', 'none.wav'], ['-o', 'a.mp3'])]\n"
         "assert codes == [2] * 4, codes\n"
         "heavy = {'torch', 'transformers', 'gradio'} & set(sys.modules)\n"

@@ -6,6 +6,7 @@ import gc
 
 import psutil
 import pytest
+import torch
 from torch import Tensor
 
 from musicgen_ui.checkpoints import Source
@@ -20,7 +21,7 @@ def tensors() -> dict[int, Tensor]:
     """Every tensor alive, by its memory."""
     gc.collect()
     found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-    return {each.untyped_storage().data_ptr() if not each.is_mkldnn else id(each): each
+    return {each.untyped_storage().data_ptr() if each.layout == torch.strided else id(each): each
             for each in found}  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_weights_are_held_once(tiny_mono, precision):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_two_hundred_jobs_leave_nothing_behind(tiny_mono, precision):
     batch, process = load(tiny_mono, precision), psutil.Process()
-    assert len(run(batch, 16)) == 16
+    assert len(run(batch, 100)) == 100  # pools and arenas fill up
     devices.give_memory_back()
     held, kept, rss = batch.nbytes, len(tensors()), process.memory_info().rss
     assert len(run(batch, 200)) == 200

@@ -173,7 +173,8 @@ def follow(
     shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
     free = {name for name in own if shown[name] == own[name]}
     kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
-    told = {"own": now, **{name: now[name] for name in free}}
+    # Only what is new: while this answer is on its way the user may change the others.
+    told = {"own": now, **{name: now[name] for name in free if now[name] != shown[name]}}
     # Said again only where there is more to say: the next choice may have been answered already.
     return told | ({"checkpoint_line": checkpoint_line(facts["summary"], kept)} if kept else {})
 
