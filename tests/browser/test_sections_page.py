@@ -12,10 +12,16 @@ from test_journeys import download, finished, generate, unfold
 
 def fill(page: Page, row: int, start: str, words: str) -> None:
     for column, text in enumerate((start, words)):
-        page.get_by_test_id(f"cell-{row}-{column}").dblclick()
-        page.keyboard.press("Control+A")
-        page.keyboard.type(text)
-        page.keyboard.press("Enter")
+        cell = page.get_by_test_id(f"cell-{row}-{column}")
+        for _ in range(6):  # Gradio's editor opens a while after the click, and may miss a key
+            cell.dblclick()
+            page.wait_for_timeout(250)
+            page.keyboard.press("Control+A")
+            page.keyboard.type(text)
+            page.keyboard.press("Enter")
+            page.wait_for_timeout(250)
+            if cell.inner_text().split("⋮")[0].strip() == text:  # beside it a menu
+                break
 
 
 def test_a_table_of_sections_reaches_the_take_and_comes_back_from_its_file(
