@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import MusicgenForConditionalGeneration
+
+    from musicgen_ui.engine.batch import Batch
 
 # Before the libraries read them. Tests of downloads have a Hub of their own on this computer.
 os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -45,6 +51,28 @@ def tiny_stereo_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stereo-melody"
     return tiny.build(folder, stereo=True, melody=True, text_hidden=24)
+
+
+@pytest.fixture(scope="module", params=["mono", "stereo"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """A tiny checkpoint's folder, of either kind."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
+    """Both ways of stepping; the graph's as it runs before it is captured."""
+    from test_engine import make_batch
+
+    return make_batch(folder, graphs=request.param == "graph")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> MusicgenForConditionalGeneration:
+    """The same checkpoint as transformers has it."""
+    from test_engine import load
+
+    return load(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

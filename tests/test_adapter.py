@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -205,13 +205,13 @@ def eager(base: Path) -> Batch:
 
 
 @pytest.fixture
-def add(eager: Batch) -> Iterator:
+def assert_refused(eager: Batch) -> Callable[[Path, str], None]:
     def refused(folder: Path, match: str) -> None:
         with pytest.raises(RequestError, match=match) as error:
             eager.adapters.add("bad", folder)
         assert error.value.field == "adapter" and str(error.value).endswith(".")
 
-    yield refused
+    return refused
 
 
 def edit(folder: Path, **values) -> Path:
@@ -221,14 +221,16 @@ def edit(folder: Path, **values) -> Path:
 
 
 @pytest.mark.parametrize("shape", [{"layers": 1}, {"hidden": 32}])
-def test_an_adapter_for_another_base_is_refused(shape, base, add, tmp_path):
+def test_an_adapter_for_another_base_is_refused(shape, base, assert_refused, tmp_path):
     other = tiny.build(tmp_path / "other-base", text_hidden=24, **shape)
     if shape == {"layers": 1}:
         eager = make_batch(other, graphs=False)
         with pytest.raises(RequestError, match=r"layers\.1\..*does not|does not fit other-base"):
             eager.adapters.add("bad", write(base, tmp_path / "adapter"))
     else:
-        add(write(other, tmp_path / "adapter"), "was trained on .*other-base and does not fit base")
+        assert_refused(
+            write(other, tmp_path / "adapter"), "was trained on .*other-base and does not fit base"
+        )
 
 
 def test_an_adapter_of_another_published_checkpoint_is_refused(changeable):
@@ -252,29 +254,29 @@ def test_an_adapter_of_another_published_checkpoint_is_refused(changeable):
         ({"peft_type": None}, "no plain LoRA"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(changeable, add, values, said):
-    add(edit(changeable, **values), said)
+def test_what_is_no_plain_lora_is_refused(changeable, assert_refused, values, said):
+    assert_refused(edit(changeable, **values), said)
 
 
-def test_weights_that_would_be_left_out_are_refused(changeable, add):
+def test_weights_that_would_be_left_out_are_refused(changeable, assert_refused):
     weights = load((changeable / WEIGHTS).read_bytes())
     extra = "base_model.model.text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
     save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS)
-    add(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
+    assert_refused(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
 
 
-def test_damaged_files_are_refused(changeable, add, tmp_path):
+def test_damaged_files_are_refused(changeable, assert_refused, tmp_path):
     whole = (changeable / WEIGHTS).read_bytes()
     weights = load((changeable / WEIGHTS).read_bytes())
     (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    add(changeable, "no readable adapter_model")
+    assert_refused(changeable, "no readable adapter_model")
     key = next(iter(weights))
     save_file({**weights, key: weights[key] * float("nan")}, changeable / WEIGHTS)
-    add(changeable, "no readable adapter_model")
+    assert_refused(changeable, "no readable adapter_model")
     save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS)
-    add(changeable, "does not fit|no readable")
+    assert_refused(changeable, "does not fit|no readable")
     (changeable / CONFIG).write_text("{")
-    add(changeable, "no readable adapter_config")
+    assert_refused(changeable, "no readable adapter_config")
     (changeable / CONFIG).unlink()
     with pytest.raises(RequestError, match=r"it has no adapter_config\.json"):
         adapters.fetch(adapters.find(str(changeable)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,16 +16,11 @@ import soundfile
 from fakes import FakeEngine
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from local import free_port
 
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui.server import close, launch
 from musicgen_ui.ui.settings import Settings
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

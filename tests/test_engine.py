@@ -38,22 +38,6 @@ def make_batch(folder: Path, **options: object) -> Batch:
     return Batch(load(folder), tokenizer, checkpoint=folder.name, **options)
 
 
-@pytest.fixture(scope="module", params=["mono", "stereo"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}")
-
-
-@pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
-    """Both ways of stepping; the graph's as it runs before it is captured."""
-    return make_batch(folder, graphs=request.param == "graph")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> MusicgenForConditionalGeneration:
-    return load(folder)
-
-
 def noise(duration_s: float, channels: int = 1, seed: int = 0) -> Clip:
     samples = np.random.default_rng(seed).normal(0, 0.2, (channels, round(32000 * duration_s)))
     return Clip(samples.astype(np.float32), 32000)
@@ -224,6 +208,23 @@ def test_same_seed_gives_the_same_take_and_another_seed_another(batch):
     assert not np.array_equal(first, other)
 
 
+def beside(batch: Batch, request: GenerationRequest, others: list[GenerationRequest]) -> Job:
+    """The job of `request` when three others run too; two begin before it, one after it."""
+    events: list[Event | Exception] = []
+    batch.submit(others[0], None, events.append)
+    for _ in range(5):
+        batch.step()
+    batch.submit(others[1], None, events.append)
+    batch.submit(request, None, events.append)
+    batch.step(), batch.step()
+    job = next(job for job in batch.jobs if job.request.seed == request.seed)
+    batch.submit(others[2], None, events.append)
+    while batch.step():
+        pass
+    assert sum(isinstance(event, Finished) for event in events) == 4
+    return job
+
+
 def test_neighbours_change_neither_draws_nor_codes(batch):
     """Jobs of other lengths, settings and positions beside it; one of them is admitted late."""
     request = GenerationRequest(ROCK, duration_s=0.6, seed=7, top_p=0.9)
@@ -234,22 +235,9 @@ def test_neighbours_change_neither_draws_nor_codes(batch):
         GenerationRequest(PIANO, audio_prompt=clip, duration_s=0.5, seed=2, top_k=3),
         GenerationRequest(PIANO, duration_s=0.5, guidance_scale=1, do_sample=False),
     ]
-    events: list[Event | Exception] = []
-    batch.submit(others[0], None, events.append)
-    for _ in range(5):
-        batch.step()
-    batch.submit(others[1], None, events.append)
-    batch.submit(request, None, events.append)
-    batch.step(), batch.step()
-    beside = next(job for job in batch.jobs if job.request.seed == 7)
-    batch.submit(others[2], None, events.append)
-    while batch.step():
-        pass
-    assert sum(isinstance(event, Finished) for event in events) == 4
-    assert torch.equal(beside.uniforms, alone.uniforms)
-    assert torch.equal(
-        delay.undelayed(beside.columns, 0, beside.frames, batch.codec.channels), codes
-    )
+    job = beside(batch, request, others)
+    assert torch.equal(job.uniforms, alone.uniforms)
+    assert torch.equal(delay.undelayed(job.columns, 0, job.frames, batch.codec.channels), codes)
 
 
 def test_variations_are_the_single_takes_of_their_seeds(batch):

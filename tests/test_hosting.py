@@ -18,6 +18,7 @@ import pytest
 import soundfile
 from fakes import FakeEngine
 from gradio_client import Client
+from local import free_port
 from reverse_proxy import under_music
 from starlette.routing import Route
 
@@ -29,12 +30,6 @@ from musicgen_ui.ui.settings import Settings, settings
 
 SECRET = "correct-horse:battery"  # a colon in a password is one of its letters
 BASIC = ("ann", SECRET)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import PIANO, ROCK, load, make_batch, noise
+from test_engine import PIANO, ROCK, make_batch, noise
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui.engine import batch as batches
@@ -20,21 +20,6 @@ from musicgen_ui.engine.job import Job
 from musicgen_ui.request import GenerationRequest
 
 WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do
-
-
-@pytest.fixture(scope="module", params=["mono", "stereo"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}")
-
-
-@pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
-    return make_batch(folder, graphs=request.param == "graph")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> MusicgenForConditionalGeneration:
-    return load(folder)
 
 
 @pytest.fixture(autouse=True)

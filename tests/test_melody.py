@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import test_long
 import torch
-from test_engine import PIANO, ROCK, make_batch, noise, run_job
+from test_engine import PIANO, ROCK, beside, make_batch, noise, run_job
 from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
 
 from musicgen_ui.engine import delay
@@ -170,19 +170,8 @@ def test_melodies_beside_other_jobs_change_nothing(batch):
         GenerationRequest(PIANO + " and drums" * 9, melody=DOWN, duration_s=0.5, seed=2),
         GenerationRequest(PIANO, duration_s=0.5, guidance_scale=1, do_sample=False),
     ]
-    events: list[Event | Exception] = []
-    batch.submit(others[0], None, events.append)
-    for _ in range(5):
-        batch.step()
-    batch.submit(others[1], None, events.append)
-    batch.submit(request, None, events.append)
-    batch.step(), batch.step()
-    beside = next(job for job in batch.jobs if job.request.seed == 7)
-    batch.submit(others[2], None, events.append)
-    while batch.step():
-        pass
-    assert sum(isinstance(event, Finished) for event in events) == 4
-    codes = delay.undelayed(beside.columns, 0, beside.frames, batch.codec.channels)
+    job = beside(batch, request, others)
+    codes = delay.undelayed(job.columns, 0, job.frames, batch.codec.channels)
     assert torch.equal(codes, alone)
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import soundfile
 import torch
 import yaml
 from fakes import FakeEngine
+from local import free_port
 from safetensors.torch import save_file
 
 from musicgen_ui import __main__ as cli
@@ -143,9 +143,3 @@ def test_the_apis_lines_run_against_a_server():
         assert seen["settings"]["seed"] == 7 and soundfile.info(seen["files"][0]).duration == 5
     finally:
         close(demo, temporary)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

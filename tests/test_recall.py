@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import FakeEngine
+from local import wait_for
 
 from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import pages, recall
@@ -36,13 +37,6 @@ def stopped() -> list[str]:
 @pytest.fixture
 def tabs(stopped: list[str]) -> Recall:
     return Recall(lambda session: stopped.append(session) or 1)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("key", ["", None, "short", "A" * 32, "a" * 33, "../" * 11])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from local import wait_for
 
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.hub import Abandoned
@@ -60,13 +61,6 @@ def names(residents: Residents) -> list[str]:
 def timers_of(residents: Residents) -> list[threading.Timer]:
     timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
     return [timer for timer in timers if timer.function == residents._expire]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

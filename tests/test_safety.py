@@ -22,6 +22,7 @@ import pytest
 import soundfile
 from fakes import FakeEngine
 from gradio_client import Client, handle_file
+from local import free_port, wait_for
 
 from musicgen_ui import logs
 from musicgen_ui.request import FIELDS
@@ -32,12 +33,6 @@ from musicgen_ui.ui.settings import Settings
 ROOT = Path(__file__).parents[1]
 HTTP = httpx.Client(verify=False, timeout=60)  # one for all: a client of its own takes 50 ms
 SCRIPT = "<img src=x onerror=\"window.hacked='yes'\"><script>window.hacked='yes'</script>"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -389,13 +384,14 @@ def test_an_aborted_upload_leaves_nothing(server):
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + body + b"x" * 3_000_000)
-    until(lambda: files_of(server) == before)
+            wait_for(lambda: files_of(server) != before)  # it has begun to write
+        wait_for(lambda: files_of(server) == before)
 
 
 def test_an_upload_that_is_too_large_leaves_nothing(server):
     before = files_of(server)
     assert upload(server, "a.wav", b"x" * 20_050_000).status_code == 413
-    until(lambda: files_of(server) == before)
+    wait_for(lambda: files_of(server) == before)
 
 
 def test_a_body_that_stalls_is_ended(server, monkeypatch):
@@ -409,13 +405,6 @@ def test_uploads_end_where_the_disk_is_nearly_full(server, monkeypatch):
     monkeypatch.setattr(doors, "SPARE_BYTES", 10**18)
     answer = upload(server, "a.wav")
     assert answer.status_code == 400 and "no room" in answer.text
-
-
-def until(true: Any, timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # connections

@@ -8,27 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import PIANO, ROCK, load, make_batch, noise
+from test_engine import PIANO, ROCK, load, noise
 from test_long import codes_of, run, whole
 from transformers import AutoTokenizer
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from musicgen_ui import takes
 from musicgen_ui.engine import job
-from musicgen_ui.engine.batch import Batch
 from musicgen_ui.request import GenerationRequest, RequestError
 
 SECTIONS = ((0.3, "slow piano"), (0.6, "fast drums"))
-
-
-@pytest.fixture(scope="module", params=["mono", "stereo"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}")
-
-
-@pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
-    return make_batch(folder, graphs=request.param == "graph")
 
 
 def test_words_are_the_prompt_the_section_and_what_training_wrote_behind_it():

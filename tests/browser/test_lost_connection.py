@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from fakes import FakeEngine
+from local import wait_for
 from playwright.sync_api import Browser, Page, expect
 from proxy import Proxy
 from test_journeys import finished, generate
@@ -36,13 +36,6 @@ def page(chromium: Browser, engine: FakeEngine, line: Proxy) -> Iterator[Page]:
     page.wait_for_timeout(500)  # until the page has said which tab it is in
     yield page
     context.close()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
 
 
 def test_a_take_that_was_finished_while_the_connection_was_lost_is_there_when_it_is_back(
