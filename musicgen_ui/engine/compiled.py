@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from musicgen_ui.engine import kernels
 from musicgen_ui.engine.tiles import BLOCK
 
-Layer: TypeAlias = Any  # these three are `decoder`'s, which imports this
+Layer: TypeAlias = Any  # `layers`' and `decoder`'s, which import this
 Memory: TypeAlias = Any
 Sequence: TypeAlias = Any
 

@@ -1,12 +1,12 @@
 """One step of the transformer for all rows.
 
 The weights are read once from transformers' `MusicgenForCausalLM`, or `MusicgenMelodyForCausalLM`,
-and packed for decoding: query, key and value in one matrix, all codebooks' embeddings and heads in
-one each. A job's `Sequence` holds its keys and values, allocated once for its whole length. What
-the job is told is taken in once: by cross-attention, as keys and values of its own, or, in a melody
-checkpoint, which has none, as a prefix of states before the first column. A step computes every
-matrix product for the rows of all jobs together, which costs little more than for one, and attends
-row by row to what is filled and no further.
+and packed: `layers`, and all codebooks' embeddings and heads in one matrix each. A job's `Sequence`
+holds its keys and values, allocated once for its whole length. What the job is told is taken in
+once: by cross-attention, as keys and values of its own, or, in a melody checkpoint, which has none,
+as a prefix of states before the first column. A step computes every matrix product for the rows of
+all jobs together, which costs little more than for one, and attends row by row to what is filled
+and no further.
 
 A job has a row for what is wanted and, when guided, one for what is not (the null condition or a
 negative prompt). transformers' model is the reference: greedy codes are equal to its `generate`.
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 
 from musicgen_ui.engine.adapter import BARE, OUTSIDE, Rows, Worn
 from musicgen_ui.engine.attention import FloatCache
+from musicgen_ui.engine.layers import Layer, Memory
 from musicgen_ui.engine.linear import Linear, computing_dtype
 
 if TYPE_CHECKING:
@@ -34,30 +35,6 @@ if TYPE_CHECKING:
 
 Attend = Callable[[int, Tensor], Tensor]
 Caches: TypeAlias = "list[FloatCache] | list[Int8Cache]"  # a layer
-Memory = list[tuple[Tensor, Tensor]]  # a layer: keys and values, [1, heads, tokens, head_dim]
-
-
-@dataclass(frozen=True)
-class CrossAttention:
-    """The packed weights by which a layer attends to a prompt."""
-
-    norm: nn.LayerNorm
-    q: Linear
-    kv: Linear
-    out: Linear
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The packed weights of a transformer layer."""
-
-    self_norm: nn.LayerNorm
-    qkv: Linear
-    self_out: Linear
-    ffn_norm: nn.LayerNorm
-    up: Linear
-    down: Linear
-    text: CrossAttention | None  # None in a melody checkpoint
 
 
 @dataclass
@@ -114,7 +91,7 @@ class Decoder:
             self.embeddings = tables.flatten(0, 1).to(device, self.dtype)  # [K·(size+1), hidden]
             self.offsets = torch.arange(self.codebooks, device=device) * tables.shape[1]
             self.positions = self._sinusoids(2048)
-            self.layers = [self._pack_layer(layer, precision) for layer in inner.layers]
+            self.layers = [Layer.of(layer, precision, device) for layer in inner.layers]
             self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
@@ -128,40 +105,12 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        rooms = [*self.layers, *(layer.text for layer in self.layers if layer.text)]
-        products = [p for room in rooms for p in vars(room).values() if isinstance(p, Linear)]
-        return self.embeddings.nbytes + sum(p.nbytes for p in [*products, self.lm_heads])
+        layers = sum(layer.nbytes for layer in self.layers)
+        return self.embeddings.nbytes + layers + self.lm_heads.nbytes
 
     def _sinusoids(self, count: int) -> Tensor:
         weights = self.positions_of(count, self.heads * self.head_dim)
         return weights.to(self.device, self.dtype)
-
-    def _pack_layer(self, layer: Any, precision: str) -> Layer:
-        own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
-
-        def packed(*linears: nn.Linear) -> Linear:
-            return Linear(torch.cat([each.weight for each in linears]), precision, self.device)
-
-        def norm(module: nn.LayerNorm) -> nn.LayerNorm:
-            # A copy, even where nothing changes: a view would keep the whole file mapped.
-            return copy.deepcopy(module).to(self.device, self.dtype)
-
-        return Layer(
-            self_norm=norm(layer.self_attn_layer_norm),
-            qkv=packed(own.q_proj, own.k_proj, own.v_proj),
-            self_out=packed(own.out_proj),
-            ffn_norm=norm(layer.final_layer_norm),
-            up=packed(layer.fc1),
-            down=packed(layer.fc2),
-            text=CrossAttention(
-                norm=norm(layer.encoder_attn_layer_norm),
-                q=packed(text.q_proj),
-                kv=packed(text.k_proj, text.v_proj),
-                out=packed(text.out_proj),
-            )
-            if text
-            else None,
-        )
 
     @torch.inference_mode()
     def sequence(

@@ -25,9 +25,10 @@ from torch import Tensor
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.adapter import Rows, Worn
 from musicgen_ui.engine.attention import FloatCache
-from musicgen_ui.engine.decoder import Caches, Decoder, Memory
+from musicgen_ui.engine.decoder import Caches, Decoder
 from musicgen_ui.engine.delay import UNWRITTEN
 from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.layers import Memory
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # jobs that a graph steps
 LENGTHS = (256, 512, 1024, 1536)  # positions that a graph attends to
