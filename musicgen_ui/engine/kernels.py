@@ -41,7 +41,7 @@ _OF_PROMPT = (5, 9)  # the first and the last stage of attention to the prompt
 
 
 @compiled
-def _quantise(x: Any, codes: Any, most: Any) -> Any:
+def quantise(x: Any, codes: Any, most: Any) -> Any:
     """float32 [n] to the first n int16 of `codes`; gives their scale."""
     peak = np.float32(1e-12)
     for i in range(len(x)):
@@ -73,7 +73,7 @@ def _rescale(sums: Any, column: Any, scale: Any, out: Any, adds: Any) -> None:
 
 
 @compiled
-def _multiply(
+def multiply(
     block: Any, weights: Any, columns: Any, space: Any, pairs: Any, outputs: Any, out: Any,
     adds: Any, activates: Any, sums: Any,
 ) -> None:  # fmt: skip
@@ -106,11 +106,11 @@ def _append(key: Any, value: Any, to: Any, at: Any, room: Any, codes: Any) -> No
     """Lays down the key and the value of position `at`; `to`: addresses for a row and head."""
     dim = len(key)
     pairs, blocks = (dim + 1) // 2, (dim + BLOCK - 1) // BLOCK
-    numba.carray(pointer(to[2]), room, np.float32)[at] = _quantise(key, codes, 127)
+    numba.carray(pointer(to[2]), room, np.float32)[at] = quantise(key, codes, 127)
     keys = numba.carray(pointer(to[0]), (room // BLOCK, pairs, BLOCK, 2), np.int8)
     for d in range(dim):
         keys[at // BLOCK, d // 2, at % BLOCK, d % 2] = codes[d]
-    numba.carray(pointer(to[3]), room, np.float32)[at] = _quantise(value, codes, 127)
+    numba.carray(pointer(to[3]), room, np.float32)[at] = quantise(value, codes, 127)
     values = numba.carray(pointer(to[1]), (blocks, room // 2, BLOCK, 2), np.int8)
     for d in range(dim):
         values[d // BLOCK, at // 2, d % BLOCK, at % 2] = codes[d]
@@ -124,7 +124,7 @@ def _attend(
     dim = len(query)
     pairs, code, into = (dim + 1) // 2, codes.ctypes.data, sums.ctypes.data
     codes[dim] = 0
-    scale = _quantise(query, codes, MOST) / np.float32(np.sqrt(dim))
+    scale = quantise(query, codes, MOST) / np.float32(np.sqrt(dim))
     key_scales = numba.carray(pointer(at[2]), room, np.float32)
     value_scales = numba.carray(pointer(at[3]), room, np.float32)
     best = np.float32(-np.inf)
@@ -210,14 +210,14 @@ def _work(
         adds = kind == 4 or kind == 9 or kind == 13
         out = rows.x if adds else space.wide
         pairs = (inputs + 1) // 2
-        _multiply(piece, at, columns, space, pairs, outputs, out, adds, kind == 11, sums)
+        multiply(piece, at, columns, space, pairs, outputs, out, adds, kind == 11, sums)
     else:
         of = space.y[piece]
         if kind == 12:
             of = space.wide[piece, : model.widths[5, 1]]
         elif kind != 3 and kind != 8:
             _normalise(rows.x[piece], model.norms[layer, kind // 5], model.epsilon, of)
-        space.scales[piece] = _quantise(of, space.codes[piece], MOST)
+        space.scales[piece] = quantise(of, space.codes[piece], MOST)
 
 
 @compiled
@@ -248,9 +248,9 @@ def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: 
         piece = add(taken, 1)
         while piece < pieces:
             if stage:
-                _multiply(piece, weights, columns, space, pairs, outputs, out, False, False, sums)
+                multiply(piece, weights, columns, space, pairs, outputs, out, False, False, sums)
             else:
-                space.scales[piece] = _quantise(x[piece], space.codes[piece], MOST)
+                space.scales[piece] = quantise(x[piece], space.codes[piece], MOST)
             add(taken + 8, 1)
             piece = add(taken, 1)
         wait(taken + 8, pieces)

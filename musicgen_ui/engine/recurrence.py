@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_ui.engine.compiled import Product, Space, run
-from musicgen_ui.engine.kernels import ROWS, _multiply, _quantise
+from musicgen_ui.engine.kernels import ROWS, multiply, quantise
 from musicgen_ui.engine.tiles import BLOCK, add, compiled, exp, wait
 
 State = tuple[Tensor, Tensor]
@@ -103,18 +103,18 @@ def _lstm(
         piece = add(taken, 1)
         while piece < pieces:
             if stage == 0:
-                space.scales[piece] = _quantise(x[piece], space.codes[piece], most)
+                space.scales[piece] = quantise(x[piece], space.codes[piece], most)
             elif stage == 1:
                 for part in range(2):
-                    _multiply(piece, at[part, 0], at[part, 1], space, pairs, 4 * hidden, gates,
+                    multiply(piece, at[part, 0], at[part, 1], space, pairs, 4 * hidden, gates,
                               part == 1, False, sums)  # fmt: skip
             elif stage % 2 == 0:
-                own.scales[piece] = _quantise(h[piece], own.codes[piece], most)
+                own.scales[piece] = quantise(h[piece], own.codes[piece], most)
             else:
                 now = gates[frame : frame + batch]
                 for gate in range(4):
                     for part in range(2, 4):
-                        _multiply(gate * blocks + piece, at[part, 0], at[part, 1], own, pairs,
+                        multiply(gate * blocks + piece, at[part, 0], at[part, 1], own, pairs,
                                   4 * hidden, now, True, False, sums)  # fmt: skip
                 for row in range(batch):
                     _cell(now[row], bias, BLOCK * piece, h[row], c[row], out[frame + row])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from fakes import FakeEngine
@@ -39,12 +41,28 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+@contextmanager
+def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[str]:
+    """A server of its own; the address.
+
+    Gradio takes the folder of its uploads from the environment, so of two servers in a process
+    only the one that began last takes files: afterwards it is the other's turn again.
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRADIO_TEMP_DIR", "")  # noted, to be set back
+        chosen = Settings(port=free_port(), **settings)
+        demo, temporary = launch(chosen, engine)
+        try:
+            yield f"http://127.0.0.1:{chosen.port}/"
+        finally:
+            close(demo, temporary)
+
+
 @pytest.fixture(scope="session")
 def served() -> Iterator[tuple[str, FakeEngine]]:
-    engine, port = FakeEngine(), free_port()
-    demo, temporary = launch(Settings(port=port), engine)
-    yield f"http://127.0.0.1:{port}/", engine
-    close(demo, temporary)
+    engine = FakeEngine()
+    with serving(engine) as url:
+        yield url, engine
 
 
 @pytest.fixture

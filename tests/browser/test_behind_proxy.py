@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import soundfile
-from conftest import free_port
+from conftest import serving
 from fakes import FakeEngine
 from playwright.sync_api import Browser, expect
 from reverse_proxy import under_music
 
-from musicgen_ui.ui.server import close, launch
-from musicgen_ui.ui.settings import Settings
-
 
 def test_sign_in_generate_hear_and_download_under_music(chromium: Browser, tmp_path: Path) -> None:
-    port = free_port()
-    chosen = Settings(port=port, auth="ann:secret", root_path="/music")
-    demo, temporary = launch(chosen, FakeEngine(speed=4.0))
-    try:
-        with under_music(port) as url:
-            page = chromium.new_page()
-            page.set_default_timeout(20_000)
-            page.goto(f"{url}/")
-            page.get_by_label("username").fill("ann")
-            page.get_by_label("password").fill("secret")
-            page.get_by_role("button", name="Login").click()
-            page.get_by_label("Prompt", exact=True).fill("waltz")
-            page.get_by_role("button", name="Generate", exact=True).click()
-            page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
-            expect(page.locator("#take_facts")).to_contain_text("10.0 s")
-            with page.expect_download() as download:
-                page.locator("#wav").click()
-            download.value.save_as(tmp_path / "take.wav")
-            assert soundfile.info(tmp_path / "take.wav").duration == 10.0
-            page.close()
-    finally:
-        close(demo, temporary)
+    hidden = serving(FakeEngine(speed=4.0), auth="ann:secret", root_path="/music")
+    with hidden as own, under_music(urlsplit(own).port) as url:
+        page = chromium.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(f"{url}/")
+        page.get_by_label("username").fill("ann")
+        page.get_by_label("password").fill("secret")
+        page.get_by_role("button", name="Login").click()
+        page.get_by_label("Prompt", exact=True).fill("waltz")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
+        expect(page.locator("#take_facts")).to_contain_text("10.0 s")
+        with page.expect_download() as download:
+            page.locator("#wav").click()
+        download.value.save_as(tmp_path / "take.wav")
+        assert soundfile.info(tmp_path / "take.wav").duration == 10.0
+        page.close()

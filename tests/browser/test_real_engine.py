@@ -8,19 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Open, free_port
+from conftest import Open, serving
 from playwright.sync_api import expect
-
-from musicgen_ui.ui.server import close, launch
-from musicgen_ui.ui.settings import Settings
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    port = free_port()
-    demo, temporary = launch(Settings(port=port, checkpoint="bundled", device="cpu"))
-    yield f"http://127.0.0.1:{port}/"
-    close(demo, temporary)
+    with serving(checkpoint="bundled", device="cpu") as url:
+        yield url
 
 
 def test_a_click_before_the_engine_is_there_becomes_music(
