@@ -23,9 +23,9 @@ from itertools import zip_longest
 from musicgen_ui.engine.events import Event, Progress
 from musicgen_ui.request import GenerationRequest
 
-PACE_S = 5.0  # the pace is that of about so many seconds
-PACE_KNOWN_S, PACE_KNOWN_STEPS = 1.0, 25  # measured; before, no wait is told
-TOLD_EVERY_S = 1.0  # the wait; a new place is told at once
+PACE_STEPS = 100  # the pace is that of the last ones
+PACE_KNOWN_S, PACE_KNOWN_STEPS = 5.0, 25  # measured; before, a crowd arrives and no wait is told
+TOLD_EVERY_S = 1.0  # place and wait: to tell a crowd takes time; newcomers are told at once
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,6 +39,7 @@ class Ticket:
     steps: int = 0  # that each variation takes, about
     visitor: str = ""  # whose it is; one without a name is a visitor of its own
     heard: set[int] = dataclasses.field(default_factory=set)  # variations of which music came
+    told: bool = False  # its place in the line
     carried: bool = False  # to another batch, when one failed
 
     def close(self) -> None:
@@ -56,7 +57,8 @@ class Line:
         self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
         self._ring: OrderedDict[Hashable, deque[Entry]] = OrderedDict()  # by visitor
         self._pace = Pace()
-        self._changed = False  # since the places were told
+        self._full = False  # every place on the decoder is taken
+        self._joined = False  # somebody who was not told a place
         self._told_s = -math.inf
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class Line:
             ticket = self._inbox.popleft()
             entries = self._ring.setdefault(ticket.visitor or ticket, deque())
             entries.extend((ticket, index) for index in range(ticket.request.variations))
-            self._changed = True
+            self._joined = True
 
     def drop_closed(self) -> None:
         """Lets those who closed leave the line."""
@@ -90,14 +92,12 @@ class Line:
     def take_over(self, line: Line) -> None:
         """Lets those of another line wait here, where nobody does yet, in the same order."""
         self._ring, self._inbox = line._ring, line._inbox
-        self._changed = True
 
     def put_back(self, entry: Entry) -> None:
         """Puts an entry that began, but must begin again, at the head of the line."""
         visitor = entry[0].visitor or entry[0]
         self._ring.setdefault(visitor, deque()).appendleft(entry)
         self._ring.move_to_end(visitor, last=False)
-        self._changed = True
 
     def _pop_if(self, leaves: Callable[[Ticket], bool]) -> list[Entry]:
         left = [entry for entry in self.entries() if leaves(entry[0])]
@@ -106,7 +106,6 @@ class Line:
             self._ring[key] = stay
             if not stay:
                 del self._ring[key]
-        self._changed |= bool(left)
         return left
 
     def entries(self) -> list[Entry]:
@@ -123,7 +122,6 @@ class Line:
         self._ring.move_to_end(visitor)
         if not entries:
             del self._ring[visitor]
-        self._changed = True
         return entry
 
     def tell(self, running: Collection[Ticket], left: Iterable[int]) -> None:
@@ -133,21 +131,28 @@ class Line:
             running: those who are told how far their music is.
             left: about how many steps it takes until each place on the decoder is free.
         """
+        left = list(left)
+        self._full = all(left)
         now = time.monotonic()
-        if not self._changed and now - self._told_s < TOLD_EVERY_S:
+        everybody = now - self._told_s >= TOLD_EVERY_S
+        if not (everybody or self._joined):
             return
-        self._changed, self._told_s = False, now
+        self._joined, self._told_s = False, now if everybody else self._told_s
         told = set(running)
         starts = starts_after(left, [ticket.steps for ticket, _ in self.entries()])
         for place, ((ticket, _), steps) in enumerate(zip(self.entries(), starts, strict=True), 1):
-            if ticket not in told:
+            if ticket not in told and (everybody or not ticket.told):
                 told.add(ticket)
+                ticket.told = True
                 wait_s = steps * self._pace.step_s
                 ticket.deliver(Progress("waiting", place=place, wait_s=wait_s))
 
     def stepped(self) -> None:
-        """Every job took a step: the pace counts while somebody waits."""
-        self._pace.stepped(bool(self._ring))
+        """Every job took a step: the pace counts while all places are taken and somebody waits.
+
+        While a crowd fills them each step admits one, which is slow and soon over.
+        """
+        self._pace.stepped(bool(self._ring) and self._full)
 
 
 def starts_after(left: Iterable[int], waiting: Iterable[int]) -> list[int]:
@@ -164,26 +169,23 @@ def starts_after(left: Iterable[int], waiting: Iterable[int]) -> list[int]:
 
 
 class Pace:
-    """How long a step takes, codec and audio prompts included: a mean that forgets."""
+    """How long a step takes, codec and audio prompts included: the mean of the last ones."""
 
     def __init__(self) -> None:
-        self._last_s: float | None = None  # when the last step ended
-        self._steps = 0.0
-        self._seconds = 0.0
-        self._counted = 0  # steps, none forgotten
+        self._ended_s: float | None = None  # the last step
+        self._steps_s: deque[float] = deque(maxlen=PACE_STEPS)
+        self._measured_s = 0.0  # none forgotten
 
     def stepped(self, counts: bool) -> None:
         """A step ended; the time since the one before counts if both do."""
         now = time.monotonic()
-        if counts and self._last_s is not None:
-            kept = math.exp(-(now - self._last_s) / PACE_S)
-            self._seconds = self._seconds * kept + now - self._last_s
-            self._steps = self._steps * kept + 1
-            self._counted += 1
-        self._last_s = now if counts else None
+        if counts and self._ended_s is not None:
+            self._steps_s.append(now - self._ended_s)
+            self._measured_s += now - self._ended_s
+        self._ended_s = now if counts else None
 
     @property
     def step_s(self) -> float:
         """Seconds a step; 0 until enough was measured."""
-        known = self._seconds >= PACE_KNOWN_S and self._counted >= PACE_KNOWN_STEPS
-        return self._seconds / self._steps if known else 0.0
+        known = self._measured_s >= PACE_KNOWN_S and len(self._steps_s) >= PACE_KNOWN_STEPS
+        return sum(self._steps_s) / len(self._steps_s) if known else 0.0

@@ -179,7 +179,7 @@ def submit(client: Client, asked: dict[str, Any], cancel_after_s: float | None =
             visit.cancelled = True
             job.cancel()
             return visit
-        time.sleep(0.02)
+        time.sleep(0.1)
     try:
         files, settings = job.result()
         visit.take = soundfile.read(files[0], dtype="int16", always_2d=True)[0], settings
