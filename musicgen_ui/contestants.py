@@ -23,6 +23,7 @@ import transformers
 
 from musicgen_ui import checkpoints, configuration
 from musicgen_ui.checkpoints import Source
+from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.codec import CodecStream
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.events import Chunk, Event
@@ -73,6 +74,7 @@ class Peer:
     @torch.inference_mode()
     def run(self, jobs: int, duration_s: float) -> Ran:
         """Makes music for `jobs` callers as one batch, which is heard when all of it is done."""
+        torch.set_num_threads(devices.THREADS)
         decoder = self.model.decoder.config
         frames = round(duration_s * self.model.audio_encoder.config.frame_rate)
         steps = frames + decoder.num_codebooks // decoder.audio_channels - 1

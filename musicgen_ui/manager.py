@@ -19,8 +19,8 @@ import torch
 
 from musicgen_ui import adapters, catalogue, checkpoints, configuration
 from musicgen_ui.checkpoints import Source
-from musicgen_ui.engine import batch as engine
 from musicgen_ui.engine import device as devices
+from musicgen_ui.engine import worker
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.events import Description, Event, Health, Progress
@@ -41,15 +41,15 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     # float32 whatever will be computed in: the codec stays precise, and reading in half precision
     # would set torch's default for every thread, also for those that make music meanwhile.
     loaded = checkpoints.load(source, torch.float32, say, streamed=True)
-    say(f"preparing {source.name}")
-    weights = configuration.count_decoder(checkpoints.config_of(source))
+    once = "; the first time it is compiled for this processor" if place.precision == "int8" else ""
+    say(f"preparing {source.name}{once}")
     return Batch(
         loaded.model,
         loaded.tokenizer,
         extractor=loaded.extractor,
         checkpoint=source.name,
         device=place.device,
-        precision=place.precision_for(weights),
+        precision=place.precision,
         codec_device=place.codec_device,
         max_jobs=max_jobs,
     )
@@ -192,7 +192,7 @@ class ModelManager:
             batch = resident.loaded()
             if adapter:
                 batch.adapters.add(request.adapter, adapter)
-            yield from engine.stream(batch, request, stop)
+            yield from worker.stream(batch, request, stop)
 
     @contextlib.contextmanager
     def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Batch]:

@@ -23,7 +23,7 @@ import psutil
 import spaces
 
 from musicgen_ui.checkpoints import Loaded
-from musicgen_ui.engine import batch as engine
+from musicgen_ui.engine import worker
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.graph import Graphed
@@ -115,7 +115,7 @@ def compose(name: str, request: GenerationRequest, stop: StopFile) -> Iterator[P
         return
     began_s = time.time() if _BATCHES else psutil.Process().create_time()
     try:
-        events = engine.stream(_batch(name), request, stop)  # type: ignore[arg-type]
+        events = worker.stream(_batch(name), request, stop)  # type: ignore[arg-type]
         yield from _parts(events, request, began_s)
     except RequestError as error:
         yield [error]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from musicgen_ui.engine.batch import stream
 from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.worker import stream
 from musicgen_ui.manager import ModelManager
 from musicgen_ui.request import Clip, GenerationRequest
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,8 +62,32 @@ def test_the_budget_is_a_share_of_the_memory():
     assert ModelManager(device="cpu", budget_bytes=123).budget_bytes == 123
 
 
-def test_int8_is_the_cpus_choice_for_decoders_that_gain_by_it() -> None:
-    auto, asked = devices.choose("cpu"), devices.choose("cpu", "int8")
-    assert (auto.precision_for(400_000_000), auto.precision_for(6_000_000)) == ("int8", "float32")
-    assert asked.precision_for(6_000_000) == "int8"
-    assert devices.choose("cpu", "float32").precision_for(400_000_000) == "float32"
+def test_int8_is_the_cpus_choice_unless_another_is_named() -> None:
+    assert devices.choose("cpu").precision == "int8"
+    assert devices.choose("cpu", "float32").precision == "float32"
+
+
+def test_a_small_decoder_keeps_to_one_thread(tiny_mono, monkeypatch) -> None:
+    """Threads that wait for each other in tiny operations cost it most of its speed."""
+    monkeypatch.setattr(devices, "THREADS", 4)
+    assert [devices.threads_for(n) for n in (6_000_000, 60_000_000, 400_000_000)] == [1, 3, 4]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with ModelManager(device="cpu", precision="float32").use(str(tiny_mono)) as batch:
+            assert not batch.step()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("own", ["", "ACTIVE"])
+def test_idle_threads_of_torch_leave_the_cores_to_others(own: str) -> None:
+    asked = {"OMP_WAIT_POLICY": own} if own else {}
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | asked
+    told = (
+        "import musicgen_ui, sys, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    run = [sys.executable, "-c", told]
+    said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [own or "PASSIVE", "False"]

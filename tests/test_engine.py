@@ -19,10 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from musicgen_ui.engine import delay, sampling
-from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.events import Chunk, Event, Finished, Progress
 from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.worker import Worker
+from musicgen_ui.engine.worker import Worker, stream
 from musicgen_ui.request import Clip, GenerationRequest
 
 ROCK = "80s rock with drums and bass"

@@ -27,11 +27,11 @@ from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 from musicgen_ui import files, takes
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.codec import CodecStream
 from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.worker import Worker
+from musicgen_ui.engine.worker import Worker, stream
 from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
 from musicgen_ui.residents import Residents
 from musicgen_ui.ui import form

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui.engine import batch as batches
 from musicgen_ui.engine import delay, job, sampling
-from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.worker import stream
 from musicgen_ui.request import GenerationRequest
 
 WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do

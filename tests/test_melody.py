@@ -20,9 +20,10 @@ from test_engine import PIANO, ROCK, beside, make_batch, noise, run_job
 from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
 
 from musicgen_ui.engine import delay
-from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.chroma import Extractor
 from musicgen_ui.engine.events import Chunk, Event, Finished
+from musicgen_ui.engine.worker import stream
 from musicgen_ui.manager import ModelManager
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 

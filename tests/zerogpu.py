@@ -188,7 +188,7 @@ def main(checkpoint: str) -> dict[str, Any]:
     told["alone"] = run(GenerationRequest(duration_s=1, checkpoint=checkpoint))
     with set_to(idle=True):
         told["again"] = run(short)
-    whole = zero_worker.engine.stream
+    whole = zero_worker.worker.stream
 
     def fails(*_: Any) -> Iterator[Any]:
         raise RequestError("The memory of this machine is full.")
@@ -198,11 +198,11 @@ def main(checkpoint: str) -> dict[str, Any]:
         raise ZeroDivisionError("a secret of the server")
         yield
 
-    zero_worker.engine.stream = fails
+    zero_worker.worker.stream = fails
     told["mended"] = run(long)
-    zero_worker.engine.stream = breaks
+    zero_worker.worker.stream = breaks
     told["broken"] = run(long)
-    zero_worker.engine.stream = whole
+    zero_worker.worker.stream = whole
     kill(None)  # they would wait for more, and hold on to our output
     return told
 

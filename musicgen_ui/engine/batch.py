@@ -3,9 +3,8 @@
 All the logic of generation is `Batch.step()`: it admits waiting jobs into free places, takes in a
 piece of a new job's audio prompt, moves every job one frame on, hands new audio to its caller and
 frees the places of jobs that ended. Jobs of different callers, lengths, settings and positions
-share each step. Callers hand in requests from any thread with `submit`; a single thread steps.
-Two drivers exist: `stream` below drives a batch of its own inline, `worker.Worker` drives one for
-many callers.
+share each step. Callers hand in requests from any thread with `submit`; a single thread steps:
+`worker` has the drivers.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
-from musicgen_ui.engine.device import own
+from musicgen_ui.engine.device import THREADS, own, threads_for
 from musicgen_ui.engine.eager import Eager
 from musicgen_ui.engine.events import Event, Finished
 from musicgen_ui.engine.graph import Graphed
@@ -83,6 +81,9 @@ class Batch:
             precision="float32" if precision == "float32" else "float16",
             release=True,
         )
+        self.threads = THREADS
+        if self.device.type == "cpu":
+            self.threads = threads_for(sum(each.numel() for each in model.decoder.parameters()))
         self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor)
         self.decoder = Decoder(model.decoder, self.device, precision)
         self.adapters = Shelf(checkpoint, model.decoder.config, self.decoder)
@@ -92,6 +93,8 @@ class Batch:
             self.max_jobs = self._affordable(max_jobs)
             self.stepper = Graphed(self.decoder, self.max_jobs)
             self.stepper.warm_up()
+        elif precision == "int8":
+            self._compile()
         self.line = Line()
         self.jobs: dict[Job, Ticket] = {}
         self.losses = Losses(self.line, self.jobs, self.max_jobs, self._leave, self._heard)
@@ -106,6 +109,15 @@ class Batch:
         """Bytes of the weights and of the jobs in flight."""
         rooms = (getattr(self, name, None) for name in ROOMS)
         return sum(room.nbytes for room in rooms if room)
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Takes a step, so that nobody's music waits for what is compiled when it is called."""
+        start = torch.full((1, self.decoder.codebooks), self.decoder.start_token)
+        told = self.decoder.embeddings.new_zeros(1, self.decoder.embeddings.shape[1])
+        self.decoder.step(start, [self.decoder.sequence([told], 1)])
+        rows = self.codec.channels * self.codec.codebooks
+        self.codec.stream().push(torch.zeros(rows, 1, dtype=torch.int64))
 
     def _affordable(self, jobs: int) -> int:
         if self.device.type != "cuda":
@@ -142,6 +154,8 @@ class Batch:
         What breaks in a job ends that job. Raises what is more than one's: the device failed, or
         this loop is wrong. Then `losses.end_all` tells everybody.
         """
+        if torch.get_num_threads() != self.threads:  # a thread's own number
+            torch.set_num_threads(self.threads)
         self.line.take_in()
         self._drop_closed()
         self._stop_waiting()
@@ -288,32 +302,3 @@ class Batch:
         """Frees the model of a batch that is not used any more; its line is kept."""
         for name in ROOMS:
             self.__dict__.pop(name, None)
-
-
-def stream(
-    batch: Batch, request: GenerationRequest, stop: threading.Event | None = None
-) -> Iterator[Event]:
-    """The events of one request on a batch that nobody else drives.
-
-    Closing the iterator frees its rows without a take.
-
-    Raises:
-        RequestError: what the user can mend.
-    """
-    events: deque[Event | Exception] = deque()
-    ticket = batch.submit(request, stop, events.append)
-    try:
-        while ticket.open or events:
-            if not events:
-                try:
-                    batch.step()
-                except Exception as error:
-                    batch.losses.end_all(error)
-                continue
-            event = events.popleft()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-    finally:
-        ticket.close()
-        batch.step()  # frees the rows; nothing else is in flight here

@@ -19,8 +19,9 @@ import torch
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.request import RequestError
 
-CPU_PRECISION = "int8"  # what "auto" means on a CPU, for a decoder of at least as many weights
-INT8_FROM = 50_000_000  # as this: below, a step is too short for it to gain anything
+CPU_PRECISION = "int8"  # what "auto" means on a CPU
+THREADS = torch.get_num_threads()  # that torch works with, unless it is told otherwise
+WEIGHTS_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundreds of times a step
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.5}
 _CUDA_SHARE = 0.85  # of the card's memory; the rest is for activations and other programs
 _RAM_SHARE = 0.6  # of the computer's memory, where the system and the browser live too
@@ -35,17 +36,11 @@ class Place:
     precision: str  # one of `linear.PRECISIONS`
     label: str  # the device in words
     reason: str = ""  # why this precision, where it isn't the usual one
-    asked: bool = False  # the precision was asked for by name
 
     @property
     def bytes_a_weight(self) -> float:
         """Bytes that a weight takes, on average over a model."""
         return BYTES_A_WEIGHT[self.precision]
-
-    def precision_for(self, weights: int) -> str:
-        """The precision of a decoder of so many weights."""
-        too_small = self.precision == "int8" and not self.asked and weights < INT8_FROM
-        return "float32" if too_small else self.precision
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Place:
@@ -56,15 +51,15 @@ def choose(device: str = "auto", precision: str = "auto") -> Place:
     """
     kind = _kind(device)
     device = kind if device == "auto" else device
-    reason, asked = "", precision != "auto"
-    if not asked:
+    reason = ""
+    if precision == "auto":
         precision, reason = _precision(kind)
     if precision not in PRECISIONS:
         raise RequestError(f'There is no precision "{precision}": choose {", ".join(PRECISIONS)}.')
     if precision == "int8" and kind != "cpu":
         raise RequestError("int8 runs on the CPU alone: choose bfloat16 or float16.")
     codec_device = "cpu" if kind == "mps" else device
-    return Place(device, codec_device, precision, _label(device), reason, asked)
+    return Place(device, codec_device, precision, _label(device), reason)
 
 
 def _kind(device: str) -> str:
@@ -97,8 +92,12 @@ def _label(device: str) -> str:
         return torch.cuda.get_device_name(device)
     if device.startswith("mps"):
         return "Apple GPU"
-    threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
+    return f"CPU ({THREADS} thread{'s' if THREADS > 1 else ''})"
+
+
+def threads_for(weights: int) -> int:
+    """Threads that a decoder of so many weights gains from on a CPU."""
+    return max(1, min(THREADS, weights // WEIGHTS_A_THREAD))
 
 
 def budget_bytes(place: Place) -> int:

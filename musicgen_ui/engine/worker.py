@@ -1,9 +1,9 @@
-"""A thread that drives a batch for many callers.
+"""The drivers of a batch: `Worker`, a thread for many callers, and `stream`, inline for one.
 
-Callers hand requests in and read events as asynchronous iterators on their own event loops; the
-thread sleeps while there is nothing to do. Should the thread end, for whatever reason, its callers
-are told and another one takes its place. Should the device fail, the model on it is dropped and
-loaded again: who waits goes on waiting, and who had heard nothing yet begins again.
+The worker's callers hand requests in and read events as asynchronous iterators on their own event
+loops; the thread sleeps while there is nothing to do. Should it end, for whatever reason, its
+callers are told and another one takes its place. Should the device fail, the model on it is dropped
+and loaded again: who waits goes on waiting, and who had heard nothing yet begins again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.batch import Batch
@@ -148,3 +149,32 @@ class Worker:
         self._closed = True
         self._wake.set()
         self._thread.join()
+
+
+def stream(
+    batch: Batch, request: GenerationRequest, stop: threading.Event | None = None
+) -> Iterator[Event]:
+    """The events of one request on a batch that nobody else drives.
+
+    Closing the iterator frees its rows without a take.
+
+    Raises:
+        RequestError: what the user can mend.
+    """
+    events: deque[Event | Exception] = deque()
+    ticket = batch.submit(request, stop, events.append)
+    try:
+        while ticket.open or events:
+            if not events:
+                try:
+                    batch.step()
+                except Exception as error:
+                    batch.losses.end_all(error)
+                continue
+            event = events.popleft()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+    finally:
+        ticket.close()
+        batch.step()  # frees the rows; nothing else is in flight here

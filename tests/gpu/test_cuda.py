@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
-from musicgen_ui.engine.batch import Batch, stream
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.events import Finished
 from musicgen_ui.engine.graph import Graphed
+from musicgen_ui.engine.worker import stream
 from musicgen_ui.request import GenerationRequest
 
 pytestmark = [
