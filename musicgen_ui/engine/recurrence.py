@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_ui.engine.compiled import Product, Space, run
-from musicgen_ui.engine.kernels import ROWS, multiply, quantise
-from musicgen_ui.engine.tiles import BLOCK, add, compiled, exp, wait
+from musicgen_ui.engine.kernels import ROWS, multiply
+from musicgen_ui.engine.tiles import BLOCK, add, compiled, exp, quantise, wait
 
 State = tuple[Tensor, Tensor]
 
@@ -94,6 +94,7 @@ def _lstm(
     sums = np.empty((ROWS, BLOCK), np.int32)
     batch, hidden = h.shape
     pairs, blocks, gates = hidden // 2, hidden // BLOCK, space.wide
+    bytes_a_block = pairs * 2 * BLOCK
     for stage in range(len(counters)):
         frame = max(0, stage // 2 - 1) * batch
         pieces = len(x) if stage == 0 else 4 * blocks if stage == 1 else blocks
@@ -106,16 +107,19 @@ def _lstm(
                 space.scales[piece] = quantise(x[piece], space.codes[piece], most)
             elif stage == 1:
                 for part in range(2):
+                    then = at[1 - part, 0] + (piece + part) * bytes_a_block
                     multiply(piece, at[part, 0], at[part, 1], space, pairs, 4 * hidden, gates,
-                              part == 1, False, sums)  # fmt: skip
+                              part == 1, False, sums, then)  # fmt: skip
             elif stage % 2 == 0:
                 own.scales[piece] = quantise(h[piece], own.codes[piece], most)
             else:
                 now = gates[frame : frame + batch]
                 for gate in range(4):
                     for part in range(2, 4):
-                        multiply(gate * blocks + piece, at[part, 0], at[part, 1], own, pairs,
-                                  4 * hidden, now, True, False, sums)  # fmt: skip
+                        block = gate * blocks + piece
+                        then = at[5 - part, 0] + (block + (part - 2) * blocks) * bytes_a_block
+                        multiply(block, at[part, 0], at[part, 1], own, pairs, 4 * hidden, now,
+                                  True, False, sums, then)  # fmt: skip
                 for row in range(batch):
                     _cell(now[row], bias, BLOCK * piece, h[row], c[row], out[frame + row])
             add(taken + 8, 1)

@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 
 _intrinsic: Any = intrinsic  # its stubs want an argument that callers do not give
 BLOCK = 64  # outputs that the kernel makes together
+ALL, SIZE = np.int32(-1), np.int32(2**31 - 1)  # the bits of a float32; all but its sign
 
 
 def compiled(function: Callable) -> Any:
@@ -42,6 +43,17 @@ def add(typing: Any, address: Any, number: Any) -> tuple:
         return b.atomic_rmw("add", b.inttoptr(args[0], _pointer(64)), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), build
+
+
+@_intrinsic
+def ask(typing: Any, address: Any) -> tuple:
+    """Asks memory for the 64 bytes at an address, which are read soon; any address will do."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        b.call(_prefetch(b), [b.inttoptr(args[0], _pointer(8)), *_HINTS])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 @_intrinsic
@@ -77,6 +89,12 @@ _WORD, _NUMBER, _FEW = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.IntType(
 _HINTS = [ir.Constant(_NUMBER, hint) for hint in (0, 3, 1)]  # read, keep near, data
 
 
+def _prefetch(b: Any) -> Any:
+    kind = ir.FunctionType(ir.VoidType(), [_pointer(8), _NUMBER, _NUMBER, _NUMBER])
+    name = "llvm.prefetch.p0"
+    return b.module.globals.get(name) or ir.Function(b.module, kind, name)
+
+
 def _wide(bits: int) -> ir.Type:
     return ir.VectorType(ir.IntType(bits), 32)
 
@@ -86,12 +104,9 @@ def _lanes(start: int, step: int) -> ir.Constant:
 
 
 def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
-    weights, x, stride, pairs, out, ahead = args
-    before = b.block
+    weights, x, stride, pairs, out, ahead, turn, then = args
+    before, prefetch = b.block, _prefetch(b)
     loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
-    kind = ir.FunctionType(ir.VoidType(), [_pointer(8), _NUMBER, _NUMBER, _NUMBER])
-    name = "llvm.prefetch.p0"
-    prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
 
     def place(base: Any, offset: Any, kind: ir.Type) -> Any:
         offset = ir.Constant(_WORD, offset) if isinstance(offset, int) else offset
@@ -102,8 +117,9 @@ def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
     pair = b.phi(_WORD)
     sums = [b.phi(_FEW) for _ in range(4 * rows)]
     step = b.mul(pair, ir.Constant(_WORD, 2 * BLOCK))
+    soon = b.add(b.select(b.icmp_signed("<", pair, turn), ahead, then), step)
     for line in (0, 64):  # of the processor's cache
-        at = place(b.add(ahead, step), line, ir.IntType(8))
+        at = place(soon, line, ir.IntType(8))
         b.call(prefetch, [at, *_HINTS])
     parts = [
         b.sext(b.load(place(b.add(weights, step), 32 * part, _wide(8)), align=1), _wide(32))
@@ -136,8 +152,10 @@ def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
 
 def _tile_of(rows: int) -> Any:
     """The kernel for so many rows at once, from addresses: `tile(weights, x, stride, pairs, out,
-    ahead)` of int8 [pairs, 64, 2], int16 [rows, stride] and int32 [rows, 64]; from `ahead` on,
-    as many bytes as the weights have are asked for from memory.
+    ahead, turn, then)` of int8 [pairs, 64, 2], int16 [rows, stride] and int32 [rows, 64].
+
+    With each pair of inputs memory is asked for as many bytes as it has weights: from `ahead` on,
+    as far from it as the pair's weights are from the first, and from pair `turn` on from `then` on.
 
     It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
     a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
@@ -146,9 +164,10 @@ def _tile_of(rows: int) -> Any:
 
     @_intrinsic
     def tile(
-        typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any, ahead: Any
-    ) -> tuple:
-        return types.void(*[types.int64] * 6), build
+        typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any, ahead: Any,
+        turn: Any, then: Any,
+    ) -> tuple:  # fmt: skip
+        return types.void(*[types.int64] * 8), build
 
     return tile
 
@@ -185,3 +204,47 @@ def gelu(x: Any) -> None:
         p = p * t + np.float32(0.254829592)
         erf = np.float32(1) - p * t * exp(-z * z)
         x[i] = np.float32(0.5) * (x[i] + abs(x[i]) * erf)
+
+
+@compiled
+def floats(address: Any, count: Any) -> Any:
+    """float32 [count] at an address."""
+    return numba.carray(pointer(address), count, np.float32)
+
+
+@compiled
+def largest(x: Any, count: Any, kept: Any) -> Any:
+    """Of the first numbers, with the bits `kept` of each.
+
+    They are compared as integers in the same order: of these LLVM makes vectors (a tenth of the
+    time).
+    """
+    numbers, best = numba.carray(pointer(x.ctypes.data), count, np.int32), np.int32(-(2**31))
+    for i in range(count):
+        bits = numbers[i] & kept
+        best = max(best, bits ^ ((bits >> np.int32(31)) & SIZE))
+    return np.int32(best ^ ((best >> np.int32(31)) & SIZE)).view(np.float32)
+
+
+@compiled
+def quantise(x: Any, codes: Any, most: Any) -> Any:
+    """float32 [n] to the first n int16 of `codes`; gives their scale."""
+    peak = max(np.float32(1e-12), largest(x, len(x), SIZE))
+    inverse = np.float32(most) / peak
+    for i in range(len(x)):
+        codes[i] = np.int16(np.rint(x[i] * inverse))
+    return peak / np.float32(most)
+
+
+@compiled
+def normalise(x: Any, norm: Any, epsilon: Any, out: Any) -> None:
+    """A layer norm of one row; `norm`: scales and shifts."""
+    mean, square = np.float32(0), np.float32(0)
+    for i in range(len(x)):
+        mean += x[i]
+    mean /= np.float32(len(x))
+    for i in range(len(x)):
+        square += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1) / np.sqrt(square / np.float32(len(x)) + np.float32(epsilon))
+    for i in range(len(x)):
+        out[i] = (x[i] - mean) * scale * norm[0, i] + norm[1, i]
