@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
@@ -10,6 +11,7 @@ from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.compiled import Int8Cache
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.linear import Linear
+from musicgen_ui.engine.tiles import ALL, SIZE, largest
 
 CPU = torch.device("cpu")
 
@@ -26,6 +28,14 @@ def test_int8_product_is_close_and_a_row_of_zeros_stays_zero():
     found, expected = Linear(weight, "int8", CPU)(x), x @ weight.T
     assert (found - expected).norm() / expected.norm() < 0.02
     assert not found[1].any()
+
+
+@pytest.mark.parametrize("offset", [-50.0, 0.0, 50.0])
+def test_the_largest_number_is_found_on_both_sides_of_zero(offset):
+    numbers = np.random.default_rng(0).normal(offset, 20, 83).astype(np.float32)
+    numbers[80:] = 1e9  # beyond those asked for
+    assert largest(numbers, 80, ALL) == numbers[:80].max()
+    assert largest(numbers, 80, SIZE) == np.abs(numbers[:80]).max()
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
