@@ -46,6 +46,16 @@ def add(typing: Any, address: Any, number: Any) -> tuple:
 
 
 @_intrinsic
+def read(typing: Any, address: Any) -> tuple:
+    """The int64 at an address, which other threads change."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], _pointer(64)), "acquire", 8)
+
+    return types.int64(types.int64), build
+
+
+@_intrinsic
 def ask(typing: Any, address: Any) -> tuple:
     """Asks memory for the 64 bytes at an address, which are read soon; any address will do."""
 
@@ -75,7 +85,7 @@ _give_way = types.ExternalFunction(
 def wait(address: Any, number: Any) -> None:
     """Until the int64 at an address has reached a number: busy at first, since it takes no time."""
     turns = 0
-    while add(address, 0) < number:
+    while read(address) < number:
         turns += 1
         if turns > 2000:  # the thread that is waited for may want this core
             _give_way()
