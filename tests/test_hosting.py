@@ -18,13 +18,13 @@ import pytest
 import soundfile
 from fakes import FakeEngine
 from gradio_client import Client
-from local import free_port
+from local import free_port, wait_for
 from reverse_proxy import under_music
 from starlette.routing import Route
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui.request import RequestError
-from musicgen_ui.ui import gate
+from musicgen_ui.ui import gate, limits
 from musicgen_ui.ui.server import close, launch, serve
 from musicgen_ui.ui.settings import Settings, settings
 
@@ -87,6 +87,26 @@ def test_what_is_open_says_nothing_private(guarded: tuple[str, Any]) -> None:
         assert "ann" not in re.findall(r"\w+", answer.text) and SECRET not in answer.text
         assert "Negative prompt" not in answer.text and "negative_prompt" not in answer.text, path
     assert httpx.get(url + "/healthz").json()["status"] == "ok"
+
+
+def test_closed_pages_are_forgotten_but_for_the_last_ones(
+    guarded: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, app = guarded
+    monkeypatch.setattr(limits, "CLOSED_SESSIONS", 2)
+    known, blocks = app.state_holder.session_data, app.get_blocks()
+    tick = next(i for i, event in blocks.fns.items() if event.api_name == "status")
+    with httpx.Client(base_url=f"{url}/gradio_api", auth=BASIC, timeout=30) as http:
+        for page in ("open", *"abcde"):
+            event = {"data": [], "fn_index": tick, "session_hash": page}
+            http.post("/run/predict", json=event).raise_for_status()
+            if page == "open":
+                continue
+            with http.stream("GET", f"/heartbeat/{page}") as beat:
+                next(beat.iter_raw())
+            wait_for(lambda page=page: known[page].is_closed)
+    wait_for(lambda: {"open", "d", "e"} == known.keys() & {"open", *"abcde"})
+    assert blocks.state_session_capacity == limits.SESSIONS
 
 
 @pytest.mark.parametrize(

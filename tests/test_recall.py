@@ -19,7 +19,7 @@ from musicgen_ui.ui import pages, recall
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.pages import Pages
 from musicgen_ui.ui.recall import Recall
-from musicgen_ui.ui.visitors import Desk
+from musicgen_ui.ui.visitors import Desk, Visitor
 
 KEY, OTHER = "a" * 32, "b" * 32
 BEFORE, AFTER = SimpleNamespace(session_hash="before"), SimpleNamespace(session_hash="after")
@@ -50,6 +50,21 @@ def test_who_has_no_key_is_stopped_at_once_and_no_other_tab_is(
     tabs.enter("page", KEY)
     tabs.lost("client")
     assert stopped == ["client"]
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_a_lent_gpu_makes_nothing_for_a_page_that_is_gone(
+    lent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true" if lent else "")
+    desk = Desk(1)
+    tabs = Handlers(FakeEngine(), tmp_path, desk).recall
+    tab = tabs.enter("page", KEY)
+    tab.jobs = 1
+    with desk.place(Visitor("page")) as stop:
+        tabs.lost("page")
+        assert stop.wait(5 if lent else 0.2) == lent
+    tab.cancel()
 
 
 @pytest.mark.parametrize("way", ["lost", "left"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from fakes import FakeEngine
 
 from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import GenerationRequest, RequestError
-from musicgen_ui.ui.limits import BodyLimit, Sweeper
+from musicgen_ui.ui.limits import YOUNG_S, BodyLimit, Sweeper
 from musicgen_ui.ui.server import main
 from musicgen_ui.ui.settings import Settings, settings, table, variable
 from musicgen_ui.ui.starting import BackgroundEngine
@@ -64,6 +65,27 @@ def test_the_page_and_the_server_load_without_torch() -> None:
     code = "import sys, musicgen_ui.ui.page, musicgen_ui.ui.server; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "False", run.stderr
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's")
+@pytest.mark.parametrize("own", ["", "5"])  # what the user chose stays
+def test_threads_share_two_heaps(own: str, tmp_path: Path) -> None:
+    code = """
+import ctypes, threading
+from musicgen_ui.ui.server import share_heaps
+share_heaps()
+c, over = ctypes.CDLL(None), threading.Event()
+for _ in range(12):
+    threading.Thread(target=lambda: (c.malloc(5000), over.wait())).start()
+c.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(c.fopen(b"heaps", b"w"))
+c.malloc_info(0, file), c.fclose(file), over.set()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | (
+        {"MALLOC_ARENA_MAX": own} if own else {}
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "heaps").read_text().count("<heap nr") == int(own or 2)
 
 
 def collect(engine: Any, request: GenerationRequest, stop: threading.Event | None = None) -> list:
@@ -170,6 +192,28 @@ def test_the_sweeper_deletes_what_is_old_and_folders_that_are_empty(
     now_s += 2
     assert sweeper.sweep() == 1
     assert new.exists() and used.exists() and not old.parent.exists()
+
+
+def test_a_folder_that_is_too_large_loses_its_oldest_takes_and_none_that_are_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    sweeper = Sweeper(tmp_path, kept_s=1e6, kept_bytes=500)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+
+    def left() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    for name in ("z", "b", "a"):  # the oldest first
+        for suffix in ("wav", "flac"):
+            (tmp_path / f"{name}.{suffix}").write_bytes(bytes(100))
+        assert sweeper.sweep() == 0
+        now_s += 100
+    now_s = YOUNG_S - 1
+    assert sweeper.sweep() == 0 and len(left()) == 6
+    now_s = YOUNG_S
+    assert sweeper.sweep() == 2 and left() == {"b.wav", "b.flac", "a.wav", "a.flac"}
+    assert sweeper.sweep() == 0
 
 
 @pytest.mark.parametrize("jump_s", [-1e6, 1e6])

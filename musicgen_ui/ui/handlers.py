@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import inspect
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
@@ -101,7 +102,8 @@ class Handlers:
         self.engine = engine
         self.folder, self.spare = folder, spare
         self.desk, self.journal = desk, journal or Journal()
-        self.recall = Recall(desk.stop)
+        # On ZeroGPU every second of a job is out of the visitor's few minutes a day.
+        self.recall = Recall(desk.stop, grace=not os.environ.get("SPACES_ZERO_GPU"))
         self.max_duration_s = max_duration_s
 
     @names_every_setting
@@ -194,7 +196,7 @@ class Handlers:
                 if isinstance(event, GenerationRequest):
                     live.total_s = event.duration_s
                     if tab:
-                        tab.settings = event.settings()
+                        tab.settings = event.settings() | {"seed": values.get("seed")}
                 elif isinstance(event, Progress):
                     progress[event.variation] = event
                     news = (event.stage, event.note) != (latest.stage, latest.note)

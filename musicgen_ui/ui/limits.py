@@ -1,17 +1,24 @@
-"""What a public server must not take or keep: bodies without end, uploads that were given up."""
+"""What a public server must not take or keep: endless bodies, given up uploads, closed pages."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
-SWEEP_EVERY_S = 600.0
+YOUNG_S = 300.0  # a file that no bound on bytes deletes: it may be in use
+SWEEP_EVERY_S = 60.0
+SESSIONS = 800  # pages that Gradio remembers, 0.2 MB each; it would remember 10,000
+CLOSED_SESSIONS = 50  # among them that are closed
 STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
@@ -82,20 +89,54 @@ async def refuse(send: Callable, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+class ClosedPages:
+    """Lets Gradio forget the pages that were closed, but for the last ones, which may come back.
+
+    Gradio keeps a copy of every component's description for each page and each API client. Its
+    `state_session_capacity` bounds them, but drops open pages as well as closed ones.
+
+    Args:
+        demo: a `gr.Blocks`.
+    """
+
+    def __init__(self, demo: Any) -> None:
+        self._demo = demo
+        self._closed: OrderedDict[str, None] = OrderedDict()  # the last one closed last
+
+    def add(self, session: str) -> None:
+        """A page was closed."""
+        self._closed[session] = None
+        self._closed.move_to_end(session)
+        while len(self._closed) > CLOSED_SESSIONS:
+            oldest, _ = self._closed.popitem(last=False)
+            holder = self._demo.state_holder
+            if getattr(holder.session_data.get(oldest), "is_closed", False):
+                holder.session_data.pop(oldest, None)
+                holder.time_last_used.pop(oldest, None)
+
+
 class Sweeper:
-    """Deletes files in a folder that nobody changed for a while; `skip` is none of its business.
+    """Deletes files in a folder that nobody changed for a while, and sooner where they are many.
 
     The age is what this sweeper has seen itself, on a clock that no one sets: were it the age that
     the file system states, setting the computer's clock would delete what was made just now.
+
+    Args:
+        folder: to sweep.
+        kept_s: how long a file stays that nobody changes.
+        kept_bytes: how much stays; the oldest go first, and none younger than `YOUNG_S`.
+        skip: a folder in it that is none of its business.
     """
 
-    def __init__(self, folder: Path, kept_s: float, skip: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, kept_s: float, kept_bytes: float = math.inf, skip: Path | None = None
+    ) -> None:
         self._folder, self._skip = folder, skip
-        self._kept_s = kept_s
+        self._kept_s, self._kept_bytes = kept_s, kept_bytes
         self._seen: dict[Path, tuple[int, float]] = {}  # a file's change, and when it was seen
 
     def sweep(self) -> int:
-        """Deletes what has not changed for `kept_s` of sweeps; how many files."""
+        """Deletes what has not changed for `kept_s` of sweeps and what is too much; how many."""
         count, now, seen = 0, time.monotonic(), self._seen
         self._seen = {}
         for path in sorted(self._folder.rglob("*"), reverse=True):
@@ -115,13 +156,34 @@ class Sweeper:
                     self._seen[path] = (changed, since_s)
             except OSError:
                 continue
+        return count + self._make_room(now)
+
+    def _make_room(self, now: float) -> int:
+        """Deletes the oldest files until the others are few enough; those of a take together."""
+        sizes = {}
+        for path in self._seen:
+            with suppress(OSError):
+                sizes[path] = path.stat().st_size
+        over, count = sum(sizes.values()) - self._kept_bytes, 0
+        oldest = sorted(sizes, key=lambda path: (self._seen[path][1], path.with_suffix("")))
+        for _, files in itertools.groupby(oldest, key=lambda path: path.with_suffix("")):
+            for path in files if over > 0 else ():
+                if now - self._seen[path][1] < YOUNG_S:
+                    return count
+                with suppress(OSError):
+                    path.unlink()
+                    count += 1
+                    over -= sizes[path]
         return count
 
 
-def sweep_while(running: Callable[[], bool], folder: Path) -> None:
-    """Sweeps a server's temporary folder, its takes apart, for as long as it runs."""
+def sweep_while(running: Callable[[], bool], folder: Path, kept_bytes: float) -> None:
+    """Sweeps a server's temporary folder, and its takes apart, for as long as it runs."""
     takes = folder / "takes"
-    sweepers = [Sweeper(folder, KEPT_S, skip=takes), Sweeper(takes, TAKE_KEPT_S)]
+    sweepers = [
+        Sweeper(folder, KEPT_S, kept_bytes, skip=takes),
+        Sweeper(takes, TAKE_KEPT_S, kept_bytes),
+    ]
     while running():
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:

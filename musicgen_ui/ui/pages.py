@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui.ui import take_panel
+from musicgen_ui.ui import form, take_panel
 from musicgen_ui.ui.handlers import busy
 from musicgen_ui.ui.live_player import LiveStream
 from musicgen_ui.ui.recall import Recall
@@ -28,7 +28,7 @@ class Pages:
         tab = self.recall.enter(Visitor.of(request).tab, key)
         if tab is None or not tab.settings:
             return {}
-        shown = {name: tab.settings[name] for name in ("prompt", "duration_s")}
+        shown = form.restore(tab.settings) | {"variations": tab.settings["variations"]}
         if tab.history:
             shown |= take_panel.show(tab.history, -1, 0)
         if tab.jobs:

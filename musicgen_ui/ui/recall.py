@@ -64,10 +64,11 @@ class Recall:
 
     Args:
         stop: asks the jobs of a session to stop; how many there were.
+        grace: whether a job goes on for a while whose page lost its connection.
     """
 
-    def __init__(self, stop: Callable[[str], int]) -> None:
-        self._stop = stop
+    def __init__(self, stop: Callable[[str], int], grace: bool = True) -> None:
+        self._stop, self._grace = stop, grace
         self._tabs: OrderedDict[str, Tab] = OrderedDict()  # by key
         self._keys: dict[str, str] = {}  # by session
 
@@ -97,7 +98,7 @@ class Recall:
         if tab is None:
             self._stop(session)
         elif tab.sessions[-1] == session and tab.timer is None:
-            self._stop_after(tab, GRACE_S)
+            self._stop_after(tab, GRACE_S if self._grace else 0.0)
 
     def left(self, key: str) -> None:
         """A tab closed its page: its jobs end soon, unless it opens another."""

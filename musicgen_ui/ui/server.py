@@ -8,6 +8,7 @@ and bodies, a private temporary folder that is swept, nothing served but what th
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from musicgen_ui import files, logs
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import RequestError
-from musicgen_ui.ui.limits import BodyLimit, sweep_while
+from musicgen_ui.ui.limits import SESSIONS, BodyLimit, sweep_while
 from musicgen_ui.ui.settings import Settings, settings, variable
 from musicgen_ui.ui.starting import BackgroundEngine
+
+M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         mcp_server=chosen.mcp,
         ssr_mode=False,
         enable_monitoring=False,
+        state_session_capacity=SESSIONS,
         strict_cors=True,
         max_file_size=chosen.max_upload_bytes,
         # May be copied to the cache, which alone is served.
@@ -130,15 +135,15 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
-    _work_beside(demo, engine, temporary)
+    _work_beside(demo, engine, temporary, chosen.temporary_gb * 1e9)
     return demo, temporary
 
 
-def _work_beside(demo: Any, engine: Engine, temporary: Path) -> None:
+def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
     from musicgen_ui.ui import take_panel
 
     running = lambda: demo.is_running  # noqa: E731
-    works = [lambda: sweep_while(running, temporary), take_panel.warm_up]
+    works = [lambda: sweep_while(running, temporary, kept_bytes), take_panel.warm_up]
     if isinstance(engine, BackgroundEngine):
         works.append(lambda: restart_when_lost(engine, running))
     for work in works:
@@ -158,6 +163,17 @@ def signed_in(url: str, chosen: Settings) -> Any:
         analytics_enabled=False,
         _skip_components=False,
     )
+
+
+def share_heaps() -> None:
+    """Gives the threads two heaps together, where glibc would give each core eight.
+
+    Memory that is free in one heap is not for the others: in 300 jobs of the soak on two cores
+    the process grew by 5.4 %, and by 0.5 % with two.
+    """
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, HEAPS)
 
 
 def restart_when_lost(
@@ -185,6 +201,7 @@ def serve(chosen: Settings, engine: Engine | None = None) -> None:
     Raises:
         RequestError: what was asked for is not installed, or a checkpoint cannot be had.
     """
+    share_heaps()
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
     if engine is None and os.environ.get("SPACES_ZERO_GPU"):

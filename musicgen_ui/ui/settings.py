@@ -81,6 +81,9 @@ class Settings:
     output_folder: str = _setting(
         "", "where takes are kept; empty is a temporary folder, cleared after a day"
     )
+    temporary_gb: float = _setting(
+        5.0, "temporary takes that are kept, in GB, and as much of uploads; the oldest go first"
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -14,6 +14,7 @@ from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import clip_panel, form, recall, take_panel
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.limits import ClosedPages
 from musicgen_ui.ui.pages import Pages
 
 Parts = dict[str, Any]  # components by name
@@ -40,9 +41,16 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     # The job may have loaded another checkpoint.
     done.then(tick, None, line, api_name="status_then", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
-    page.unload(handlers.closed)
+    closed = ClosedPages(page)
+
+    def left(request: gr.Request) -> None:
+        handlers.closed(request)
+        closed.add(request.session_hash or "")
+
+    page.unload(left)
     pages = Pages(handlers.recall)
-    told = ["prompt", "duration_s", "live", "generate", "stop", "watch", *TAKE]
+    told = [*form.SETTINGS, "own", "offer", "offered"]
+    told += ["live", "generate", "stop", "watch", *TAKE]
     page.load(
         named(pages.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
         api_name="enter", **QUIET,
