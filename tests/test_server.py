@@ -72,7 +72,7 @@ def test_the_page_and_the_server_load_without_torch() -> None:
 def test_threads_share_two_heaps(own: str, tmp_path: Path) -> None:
     code = """
 import ctypes, threading
-from musicgen_ui.ui.server import share_heaps
+from musicgen_ui.ui.limits import share_heaps
 share_heaps()
 c, over = ctypes.CDLL(None), threading.Event()
 for _ in range(12):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import math
+import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ YOUNG_S = 300.0  # a file that no bound on bytes deletes: it may be in use
 SWEEP_EVERY_S = 60.0
 SESSIONS = 800  # pages that Gradio remembers, 0.2 MB each; it would remember 10,000
 CLOSED_SESSIONS = 50  # among them that are closed
+M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
 STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
@@ -188,3 +192,21 @@ def sweep_while(running: Callable[[], bool], folder: Path, kept_bytes: float) ->
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:
             sweeper.sweep()
+        _glibc("malloc_trim", 0)  # what is free in the heaps goes back to the system
+
+
+def share_heaps() -> None:
+    """Gives the threads two heaps together, where glibc would give each core eight.
+
+    Memory that is free in one heap is not for the others: in 300 jobs of the soak on two cores
+    the process grew by 5.4 %, and by 0.5 % with two. Call it before there are threads.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _glibc("mallopt", M_ARENA_MAX, HEAPS)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Calls the C library's function where there is one."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another library than glibc
+            getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)

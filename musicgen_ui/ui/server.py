@@ -8,7 +8,6 @@ and bodies, a private temporary folder that is swept, nothing served but what th
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
@@ -16,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,9 @@ from musicgen_ui import files, logs
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import RequestError
-from musicgen_ui.ui.limits import SESSIONS, BodyLimit, sweep_while
+from musicgen_ui.ui.limits import SESSIONS, BodyLimit, share_heaps, sweep_while
 from musicgen_ui.ui.settings import Settings, settings, variable
 from musicgen_ui.ui.starting import BackgroundEngine
-
-M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
 
 log = logging.getLogger(__name__)
 
@@ -163,17 +159,6 @@ def signed_in(url: str, chosen: Settings) -> Any:
         analytics_enabled=False,
         _skip_components=False,
     )
-
-
-def share_heaps() -> None:
-    """Gives the threads two heaps together, where glibc would give each core eight.
-
-    Memory that is free in one heap is not for the others: in 300 jobs of the soak on two cores
-    the process grew by 5.4 %, and by 0.5 % with two.
-    """
-    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
-        with suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, HEAPS)
 
 
 def restart_when_lost(
