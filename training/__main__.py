@@ -46,17 +46,20 @@ def do_render(job: Job) -> None:
 
 
 def do_codec(job: Job) -> None:
-    from training.render import load_audio
-    from training.train_codec import CodecTrainer
+    from training.render import load_audio, load_metas
+    from training.train_codec import SOFT_STYLES, CodecTrainer
 
     args, size = job.args, job.preset.codec
     out = job.out / ("codec_decoder" if args.decoder_only else "codec")
     if (out / "codec.pt").exists():
         print(f"{out / 'codec.pt'} exists: kept")
         return
+    audio, metas = load_audio(job.data), load_metas(job.data)
+    places = [(part, clip) for part, clips in enumerate(audio) for clip in range(len(clips))]
+    soft = [at for at, meta in zip(places, metas, strict=True) if meta.style in SOFT_STYLES]
     CodecTrainer(
-        size, load_audio(job.data), out, args.steps or size.steps, args.minutes,
-        decoder_only=args.decoder_only, device=args.device, init=args.codec,
+        size, audio, out, args.steps or size.steps, args.minutes,
+        decoder_only=args.decoder_only, device=args.device, init=args.codec, soft=soft,
     ).train()  # fmt: skip
 
 

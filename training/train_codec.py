@@ -3,7 +3,8 @@
 From scratch the first tenth of the run passes the latent unquantised, then k-means starts the
 codebooks. With a discriminator (large presets) it joins after a third. `decoder_only` keeps
 encoder and codebooks, and so every code: the cheapest gain there is, free for the decoder of
-codes. The mono mix, left and right are all trained on. Resumes from `codec_state.pt`.
+codes. The mono mix, left and right are all trained on, soft styles more often than others: they
+were the last that the judge knew again. Resumes from `codec_state.pt`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ from training.presets import CodecSize
 EDGE_FRAMES = 2  # at both ends of a window, where the padding is heard
 UNQUANTISED, ADVERSARIAL_FROM = 0.1, 0.35  # shares of the run
 HELD_OUT = 12  # clips, the first of the first part
+SOFT_STYLES = ("piano ballad", "jazz", "flute")
+SOFT_SHARE = 1 / 3  # of the windows that are taken from soft clips, beside those by chance
 
 
 @dataclass
@@ -46,8 +49,11 @@ class CodecTrainer:
     device: str = "cpu"
     init: Path | None = None
     save_every_s: float = 240
+    soft: list[tuple[int, int]] = field(default_factory=list)  # part and clip of soft styles
 
     def __post_init__(self):
+        held_out = {(0, clip) for clip in range(HELD_OUT)}
+        self.soft = [place for place in self.soft if place not in held_out]
         self.out.mkdir(parents=True, exist_ok=True)
         self.codec = make_codec(self.size).to(self.device)
         self.quantizer = ResidualQuantizer(self.codec)
@@ -106,10 +112,8 @@ class CodecTrainer:
         """float32 [batch, samples]: random windows of the mix, left or right, none silent."""
         samples, windows = self.size.frames * self.size.hop, []
         while len(windows) < self.size.batch:
-            part = int(self.rng.integers(len(self.audio)))
+            part, clip = self._clip()
             clips = self.audio[part]
-            first = HELD_OUT if part == 0 and len(clips) > 2 * HELD_OUT else 0
-            clip = int(self.rng.integers(first, len(clips)))
             last = (clips.shape[2] - samples) // self.size.hop
             start = int(self.rng.integers(0, last + 1)) * self.size.hop
             window = clips[clip][:, start : start + samples].astype(np.float32) / 32767
@@ -118,6 +122,14 @@ class CodecTrainer:
             if np.abs(window).max() > 1e-3:
                 windows.append(window)
         return torch.from_numpy(np.stack(windows)).to(self.device)
+
+    def _clip(self) -> tuple[int, int]:
+        if self.soft and self.rng.random() < SOFT_SHARE:
+            return self.soft[int(self.rng.integers(len(self.soft)))]
+        part = int(self.rng.integers(len(self.audio)))
+        count = len(self.audio[part])
+        first = HELD_OUT if part == 0 and count > 2 * HELD_OUT else 0
+        return part, int(self.rng.integers(first, count))
 
     def progress(self) -> float:
         return self.elapsed_s / 60 / self.minutes if self.minutes else self.step / self.steps
