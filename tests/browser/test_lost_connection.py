@@ -10,7 +10,7 @@ from fakes import FakeEngine
 from local import wait_for
 from playwright.sync_api import Browser, Page, expect
 from proxy import Proxy
-from test_journeys import finished, generate
+from test_journeys import finished, generate, set_number, unfold
 
 from musicgen_ui.ui import recall
 
@@ -86,14 +86,22 @@ def test_a_page_that_does_not_come_back_frees_its_place(
     wait_for(lambda: not engine.running)
 
 
-def test_a_page_that_is_loaded_anew_keeps_its_takes_and_another_tab_has_none(
+def test_a_page_that_is_loaded_anew_keeps_takes_and_settings_and_another_tab_has_none(
     page: Page, line: Proxy, engine: FakeEngine
 ) -> None:
     engine.speed = 20.0
+    unfold(page, "Advanced")
+    page.get_by_label("Negative prompt").fill("vocals")
+    set_number(page, "variations", 2)
     generate(page, "mine", 1)
     finished(page)
     page.reload()
     expect(page.locator("#take_title")).to_have_text("mine")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("mine")
+    unfold(page, "Advanced")
+    expect(page.locator("#variations input[type=number]")).to_have_value("2")
+    expect(page.get_by_label("Negative prompt")).to_have_value("vocals")
+    expect(page.locator("#seed input")).to_have_value("-1")  # as it was asked for, not as drawn
     page.locator("#same_seed").click()
     other = page.context.new_page()
     other.goto(f"http://127.0.0.1:{line.port}/")
