@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tempfile
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
