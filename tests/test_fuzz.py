@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
+
 # Now: deep JSON upsets Python 3.11's parser for a while.
 import schemathesis.specs.openapi.schemas
 import schemathesis.transport.wsgi
