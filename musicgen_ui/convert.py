@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,7 +287,8 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
     kind = _kind(config)
     with torch.device("meta"):
-        model = kind(kind.config_class.from_dict(config))
+        # A copy: transformers 5.17 takes the parts' kinds out of it.
+        model = kind(kind.config_class.from_dict(deepcopy(config)))
     return {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
 
 

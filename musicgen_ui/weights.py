@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,8 @@ def model(
     name = f"Musicgen{'Melody' if melody else ''}ForConditionalGeneration"
     kind: Any = getattr(transformers, name)
     layer = MusicgenMelodyDecoderLayer if melody else MusicgenDecoderLayer
-    config = kind.config_class.from_dict(config) if isinstance(config, dict) else config
+    if isinstance(config, dict):  # a copy: transformers 5.17 takes the parts' kinds out of it
+        config = kind.config_class.from_dict(deepcopy(config))
     names = [name for name in stored.shapes if not (streamed and name.startswith(LAYERS))]
     count = config.decoder.num_hidden_layers
     config.decoder.num_hidden_layers = 0 if streamed else count

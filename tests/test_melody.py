@@ -8,6 +8,7 @@ the reference is given as a masked token.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def melody_batch(folder: Path, **options: Any) -> Batch:
     return Batch(model, tokenizer, checkpoint=folder.name, **options)
 
 
+def needs_generate() -> None:
+    """Skips a test where `generate` hears neither words nor melody, as in transformers 5.17.
+
+    It drops them once there is a cache, which there is before the first step.
+    """
+    step = MusicgenMelodyForConditionalGeneration.prepare_inputs_for_generation
+    if "is_first_iteration" not in inspect.signature(step).parameters:
+        pytest.skip("this transformers' generate hears neither words nor melody")
+
+
 def generated(
     model: Any,
     folder: Path,
@@ -75,6 +86,7 @@ def generated(
     context: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """transformers' greedy codes [codebooks, frames], the context's included."""
+    needs_generate()
     inputs = dict(AutoTokenizer.from_pretrained(folder)([prompt], return_tensors="pt"))
     if not prompt:
         inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
