@@ -52,9 +52,10 @@ def test_who_has_no_key_is_stopped_at_once_and_no_other_tab_is(
     assert stopped == ["client"]
 
 
+@pytest.mark.parametrize("way", ["lost", "left"])
 @pytest.mark.parametrize("lent", [True, False])
 def test_a_lent_gpu_makes_nothing_for_a_page_that_is_gone(
-    lent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lent: bool, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPACES_ZERO_GPU", "true" if lent else "")
     desk = Desk(1)
@@ -62,7 +63,7 @@ def test_a_lent_gpu_makes_nothing_for_a_page_that_is_gone(
     tab = tabs.enter("page", KEY)
     tab.jobs = 1
     with desk.place(Visitor("page")) as stop:
-        tabs.lost("page")
+        tabs.lost("page") if way == "lost" else tabs.left(KEY)
         assert stop.wait(5 if lent else 0.2) == lent
     tab.cancel()
 

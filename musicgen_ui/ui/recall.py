@@ -64,7 +64,7 @@ class Recall:
 
     Args:
         stop: asks the jobs of a session to stop; how many there were.
-        grace: whether a job goes on for a while whose page lost its connection.
+        grace: whether a job goes on for a while whose page is gone.
     """
 
     def __init__(self, stop: Callable[[str], int], grace: bool = True) -> None:
@@ -104,7 +104,7 @@ class Recall:
         """A tab closed its page: its jobs end soon, unless it opens another."""
         if tab := self._tabs.get(key):
             tab.cancel()
-            self._stop_after(tab, LEFT_S)
+            self._stop_after(tab, LEFT_S if self._grace else 0.0)
 
     def stop(self, session: str) -> int:
         """Asks the jobs of a page's tab to stop, those of its earlier pages too; how many."""
