@@ -2,7 +2,8 @@
 
 import os
 
-# For torch, which reads it when it is imported. By default the threads of an operation that have
-# nothing to do keep their cores busy for those that work; beside a browser that plays on the same
-# two cores this cost musicgen-small in int8 three fifths of its speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# For torch on Linux, which reads it when it is imported. Its threads wait for each other without
+# giving way, by default for milliseconds: beside a browser that plays on the same two cores most of
+# the speed is lost (musicgen-small's size in int8: 70 ms a step instead of 27). So many turns are
+# some 10 us, which is enough where nobody else wants the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -74,20 +74,23 @@ def test_a_small_decoder_keeps_to_one_thread(tiny_mono, monkeypatch) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with ModelManager(device="cpu", precision="float32").use(str(tiny_mono)) as batch:
+        with ModelManager(device="cpu").use(str(tiny_mono)) as batch:
             assert not batch.step()
         assert torch.get_num_threads() == 1
+        monkeypatch.setattr(devices, "BYTES_A_THREAD", 5_000)  # as if it were large
+        with ModelManager(device="cpu").use(str(tiny_mono)) as batch:
+            assert batch.threads == 4
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("own", ["", "ACTIVE"])
-def test_idle_threads_of_torch_leave_the_cores_to_others(own: str) -> None:
-    asked = {"OMP_WAIT_POLICY": own} if own else {}
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | asked
+@pytest.mark.parametrize("own", ["", "7"])
+def test_idle_threads_of_torch_soon_leave_the_cores_to_others(own: str) -> None:
+    asked = {"GOMP_SPINCOUNT": own} if own else {}
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | asked
     told = (
-        "import musicgen_ui, sys, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        "import musicgen_ui, sys, os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     )
     run = [sys.executable, "-c", told]
     said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.split() == [own or "PASSIVE", "False"]
+    assert said.split() == [own or "3000", "False"]

@@ -81,11 +81,10 @@ class Batch:
             precision="float32" if precision == "float32" else "float16",
             release=True,
         )
-        self.threads = THREADS
-        if self.device.type == "cpu":
-            self.threads = threads_for(sum(each.numel() for each in model.decoder.parameters()))
         self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor)
         self.decoder = Decoder(model.decoder, self.device, precision)
+        on_cpu = self.device.type == "cpu"
+        self.threads = threads_for(self.decoder.nbytes) if on_cpu else THREADS
         self.adapters = Shelf(checkpoint, model.decoder.config, self.decoder)
         self.conditioner.share(self.adapters)
         self.stepper: Eager | Graphed = Eager(self.decoder)

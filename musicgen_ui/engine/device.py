@@ -21,7 +21,7 @@ from musicgen_ui.request import RequestError
 
 CPU_PRECISION = "int8"  # what "auto" means on a CPU
 THREADS = torch.get_num_threads()  # that torch works with, unless it is told otherwise
-WEIGHTS_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundreds of times a step
+BYTES_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundreds of times a step
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.5}
 _CUDA_SHARE = 0.85  # of the card's memory; the rest is for activations and other programs
 _RAM_SHARE = 0.6  # of the computer's memory, where the system and the browser live too
@@ -95,9 +95,9 @@ def _label(device: str) -> str:
     return f"CPU ({THREADS} thread{'s' if THREADS > 1 else ''})"
 
 
-def threads_for(weights: int) -> int:
-    """Threads that a decoder of so many weights gains from on a CPU."""
-    return max(1, min(THREADS, weights // WEIGHTS_A_THREAD))
+def threads_for(nbytes: int) -> int:
+    """Threads that a decoder of so many bytes gains from on a CPU."""
+    return max(1, min(THREADS, nbytes // BYTES_A_THREAD))
 
 
 def budget_bytes(place: Place) -> int:
