@@ -240,6 +240,22 @@ def test_neighbours_change_neither_draws_nor_codes(batch):
     assert torch.equal(delay.undelayed(job.columns, 0, job.frames, batch.codec.channels), codes)
 
 
+def test_clips_that_are_taken_in_side_by_side_sound_as_alone(batch):
+    """A clip is encoded when its turn comes; nothing of it may be heard by the codec before."""
+    clip = noise(1.0, batch.codec.channels)
+    request = GenerationRequest(PIANO, audio_prompt=clip, duration_s=0.6, seed=2)
+    alone = run_job(batch, request)[2].clip.samples
+    finished: list[Event | Exception] = []
+    for _ in range(3):
+        batch.submit(request, None, finished.append)
+    while batch.step():
+        pass
+    takes = [event.clip.samples for event in finished if isinstance(event, Finished)]
+    assert len(takes) == 3
+    for take in takes:
+        assert np.abs(take - alone).max() < 1e-4
+
+
 def test_variations_are_the_single_takes_of_their_seeds(batch):
     request = GenerationRequest("", duration_s=0.5, seed=40, variations=3)
     takes = {e.variation: e for e in stream(batch, request) if isinstance(e, Finished)}

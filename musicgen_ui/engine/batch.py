@@ -153,8 +153,7 @@ class Batch:
         What breaks in a job ends that job. Raises what is more than one's: the device failed, or
         this loop is wrong. Then `losses.end_all` tells everybody.
         """
-        if torch.get_num_threads() != self.threads:  # a thread's own number
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)  # always: MKL has a number for each calling thread
         self.line.take_in()
         self._drop_closed()
         self._stop_waiting()

@@ -218,6 +218,8 @@ class Job:
 
     def chunk_due(self) -> bool:
         """There are frames enough to be worth a call of the codec."""
+        if not self.encoded:  # the context's codes are still to come
+            return False
         waiting = self.frames_done - self.decoded_frames
         first = self.decoded_frames <= self.context_frames
         return waiting >= (FIRST_CHUNK_FRAMES if first else CHUNK_FRAMES)
