@@ -25,6 +25,7 @@ from training.presets import PRESETS
 from training.render import FluidRenderer, find_soundfont, render_sines
 from training.styles import STYLES
 from training.tokenizer import UNKNOWN, make_tokenizer
+from training.train_lm import Run, Trainer
 
 TINY = PRESETS["tiny"]
 
@@ -155,6 +156,21 @@ def test_windows_go_on_by_the_last_loop():
     end = 400 - CUT_FRAMES
     assert (window[: end - 50] == np.arange(50, end)).all()
     assert (window[end - 50 :] == window[end - 150 : -100]).all()
+
+
+def test_half_of_the_batches_are_openings_of_many_clips(tmp_path: Path):
+    size = replace(TINY.decoder, long_windows=())
+    clips = [np.arange(400, dtype=np.int16)[None] % 64 for _ in range(20)]
+    material = Material(clips, lambda clip, rng: "", [100] * 20, [0] * 20, 2)
+    model = make_model(codecs.make_codec(TINY.codec).config, len(make_tokenizer()), size)
+    trainer = Trainer(model, make_tokenizer(), material, size, Run(tmp_path, 1))
+    shapes = [trainer.batch()[0] for _ in range(60)]
+    short = [codes for codes in shapes if codes.shape[2] < size.window]
+    assert 15 < len(short) < 45
+    for codes in shapes:
+        assert codes.shape[0] * codes.shape[2] == size.batch * size.window  # as much work a batch
+    assert all((codes[:, 0, 0] == 0).all() for codes in short)
+    assert any((codes[:, 0, 0] > 0).any() for codes in shapes if codes.shape[2] == size.window)
 
 
 def test_stages_make_checkpoints_that_transformers_loads(made: Path):

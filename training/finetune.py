@@ -69,7 +69,7 @@ def finetune(checkpoint: str, folder: Path, out: Path, *, steps: int, learning_r
     model.to(device).eval()
     material = recordings(model, folder, window)
     size = replace(_SIZE, batch=batch, window=window, learning_rate=learning_rate)
-    run = Run(out, steps, train_text=False, noise=0.0, device=device)
+    run = Run(out, steps, train_text=False, noise=0.0, openings=0.0, device=device)
     trainer = Trainer(model, processor.tokenizer, material, size, run)
     trainer.train()
     best = torch.load(out / "best.pt", map_location=device, weights_only=True)["model"]

@@ -4,8 +4,10 @@ The loss is cross-entropy over the delay pattern. Input codes are corrupted from
 targets stay clean), so that at sampling time one wrong code does not lead to the next. Captions
 are dropped for 12 % of the rows, for guidance. The learning rate is held, then falls to nothing
 over the last quarter of the steps or minutes. State is written every few minutes and on exit; the
-weights with the lowest held-out loss are kept as `best.pt`. A window's first frames weigh more:
-once some music is there it tells the style better than the caption does.
+weights with the lowest held-out loss are kept as `best.pt`.
+
+Once some music is there it tells style and tempo better than the caption does. So a window's first
+frames weigh more, and half of the batches are the openings of many clips instead of a few windows.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ BOOK_WEIGHTS = (1.3, 1.0, 0.9, 0.8)  # the first codebook carries the rhythm
 CAPTION_DROP, CAPTION_TOKENS = 0.12, 32
 EARLY_WEIGHT, EARLY_FRAMES = 3.0, 48  # the frames that only words can tell
 LONG_SHARE = 0.06  # of the batches: windows up to 30 s
+OPENING_PART = 5  # an opening is so much shorter than a window, and its batch so much larger
 HOLD = 0.75  # share of the run at the full learning rate
 
 
@@ -42,6 +45,7 @@ class Run:
     minutes: float | None = None  # if given, the schedule follows the clock instead
     train_text: bool = True
     noise: float = 0.2  # at most this share of a row's input codes is wrong
+    openings: float = 0.5  # share of the batches; 0 for clips that are cut anywhere
     device: str = "cpu"
     save_every_s: float = 240
     check_every_s: float = 600
@@ -112,8 +116,11 @@ class Trainer:
 
     def batch(self) -> tuple[Tensor, list[str]]:
         """Codes [batch, rows, frames] and their captions."""
-        frames = self.size.window
-        if self._can_be_long and self.rng.random() < LONG_SHARE:
+        frames, kind = self.size.window, self.rng.random()
+        opening = kind < self.run.openings
+        if opening:
+            frames //= OPENING_PART
+        elif self._can_be_long and kind > 1 - LONG_SHARE:
             frames = self.rng.choice(self.size.long_windows)
         rows = max(1, self.size.batch * self.size.window // frames)
         clips: list[int] = []
@@ -121,7 +128,7 @@ class Trainer:
             clip = self._next_clip()
             if self.material.fits(clip, frames):
                 clips.append(clip)
-        starts = [self.material.start(clip, frames, self.rng) for clip in clips]
+        starts = [0 if opening else self.material.start(c, frames, self.rng) for c in clips]
         windows = [self.material.window(c, frames, s) for c, s in zip(clips, starts, strict=True)]
         captions = [self.material.caption(clip, self.rng) for clip in clips]
         return torch.from_numpy(np.stack(windows)).to(self.run.device), captions
