@@ -98,7 +98,10 @@ def _measured(file: Path) -> str:
     ]
     first = rows[0]
     machine = f"{first['device']}; {first['machine']}. Weights: `{first['checkpoint']}`;"
-    rounds = f"medians of {first['rounds']} rounds" if first["rounds"] > 1 else "one round"
+    most, fewest = (pick(row["rounds"] for row in rows) for pick in (max, min))
+    rounds = f"medians of {most} rounds" if most > 1 else "one round"
+    if fewest < most:
+        rounds += "; one of the long rows"
     return f"{machine} {rounds}.\n\n{table(heads, cells)}"
 
 
