@@ -120,6 +120,11 @@ def control_figures(bench: Bench, takes: int = 4) -> dict[str, float]:
         [percussive_share(bench.mono(c)) for c in bench.generate([words] * 8)]
         for words in ("drums only", "acoustic folk guitar, no drums")
     )
+    struck, strummed = (
+        [percussive_share(c) for song, c in zip(bench.songs[s], bench.rendered[s], strict=True)
+         if song.meta.drums == (s == "drums")]
+        for s in ("drums", "folk")
+    )  # fmt: skip
     free = bench.generate([prompt for prompt in FREE_PROMPTS for _ in range(4)])
     heard = bench.styles_heard([bench.mono(clip) for clip in free])
     asked_for = [allowed for allowed in FREE_PROMPTS.values() for _ in range(4)]
@@ -132,6 +137,7 @@ def control_figures(bench: Bench, takes: int = 4) -> dict[str, float]:
         "speed order, rendered": float(np.mean(rendered)),
         "speed order, where rendered clips have it": float(np.mean([order[i] for i in able])),
         "speed order, all eight styles": float(np.mean(order)),
+        "drums against no drums, rendered": _ordered(strummed, struck),
         "drums against no drums": _ordered(without, with_),
         "freely worded prompts": float(np.mean(fits)),
         "unconditional clips that are music":
