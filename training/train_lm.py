@@ -3,7 +3,7 @@
 The loss is cross-entropy over the delay pattern. Input codes are corrupted from the start (their
 targets stay clean), so that at sampling time one wrong code does not lead to the next. Captions
 are dropped for 12 % of the rows, for guidance. The learning rate is held, then falls to nothing
-over the last quarter of the steps or minutes. State is written every few minutes and on exit; the
+over the second half of the steps or minutes. State is written every few minutes and on exit; the
 weights with the lowest held-out loss are kept as `best.pt`.
 
 Once some music is there it tells style and tempo better than the caption does. So a window's first
@@ -33,7 +33,7 @@ CAPTION_DROP, CAPTION_TOKENS = 0.12, 32
 EARLY_WEIGHT, EARLY_FRAMES = 3.0, 48  # the frames that only words can tell
 LONG_SHARE = 0.06  # of the batches: windows up to 30 s
 OPENING_PART = 5  # an opening is so much shorter than a window, and its batch so much larger
-HOLD = 0.75  # share of the run at the full learning rate
+HOLD = 0.5  # share of the run at the full learning rate
 
 
 @dataclass
