@@ -22,7 +22,7 @@ from training.finetune import finetune, read_pairs
 from training.lm import delayed, make_model, widen_to_stereo
 from training.material import CUT_FRAMES, Material, composed
 from training.presets import PRESETS
-from training.render import FluidRenderer, find_soundfont, render_sines
+from training.render import FluidRenderer, find_soundfont, load_metas, render_sines
 from training.styles import STYLES
 from training.tokenizer import UNKNOWN, make_tokenizer
 from training.train_lm import Run, Trainer
@@ -69,6 +69,18 @@ def test_songs_repeat_exactly_on_the_grid_and_come_in_variety():
         assert len({mode for mode, _ in seen[style]}) == 2
         assert len(seen[style + " tempi"]) == 5
         assert len(seen[style + " instruments"]) >= 3
+
+
+def test_a_song_begins_alike_at_every_tempo():
+    for seed, style in enumerate(STYLES):
+        songs = [compose(seed, style, tempo=tempo) for tempo in range(5)]
+        starts = {
+            frozenset((n.channel, n.key, n.velocity) for n in song.notes if n.frame == 0)
+            for song in songs
+        }
+        assert len(starts) == 1, style
+        assert [song.meta.speed for song in songs] == ["slow", "slow", "medium", "fast", "fast"]
+        assert len({song.meta.bpm for song in songs}) == 5
 
 
 def test_a_song_without_drums_has_none_and_its_captions_never_claim_them():
@@ -171,6 +183,13 @@ def test_half_of_the_batches_are_openings_of_many_clips(tmp_path: Path):
         assert codes.shape[0] * codes.shape[2] == size.batch * size.window  # as much work a batch
     assert all((codes[:, 0, 0] == 0).all() for codes in short)
     assert any((codes[:, 0, 0] > 0).any() for codes in shapes if codes.shape[2] == size.window)
+
+
+def test_the_set_has_a_song_at_several_tempi(made: Path):
+    metas = load_metas(made / "data")
+    for slow, faster in zip(metas[:12], metas[12:24], strict=True):
+        assert (slow.seed, slow.style, slow.key) == (faster.seed, faster.style, faster.key)
+        assert slow.bpm < faster.bpm
 
 
 def test_stages_make_checkpoints_that_transformers_loads(made: Path):

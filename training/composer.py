@@ -141,22 +141,23 @@ def compose(
     seconds: float = 12.0,
     *,
     keys: int = 4,
-    speed: str | None = None,
-    mode: str | None = None,
+    tempo: int | None = None,
     drums: bool | None = None,
 ) -> Song:
     """A song of `seconds`, cut at its end; all that is not given is drawn from the seed.
 
-    `keys` is how many keys a mode has, from C major and A minor outwards.
+    `keys` is how many keys a mode has, from C major and A minor outwards; `tempo` which of the
+    style's tempi it has, slowest first: the same song begins with the same notes at each.
     """
     from training.styles import STYLES
 
     rng = random.Random(seed)
     name = style or rng.choice(list(STYLES))
     spec = STYLES[name]
-    mode = mode or rng.choice(("major", "minor"))
+    mode = rng.choice(("major", "minor"))
     tonic = rng.choice(KEYS[mode][:keys])
-    tempo = rng.choice([i for i in range(5) if speed in (None, SPEEDS[i])])
+    drawn = rng.choice(range(len(SPEEDS)))
+    tempo = drawn if tempo is None else tempo
     sixteenth = spec.sixteenths[tempo]
     dynamics = rng.choices(("normal", "soft", "loud"), (0.8, 0.12, 0.08))[0]
     if drums is None:

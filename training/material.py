@@ -51,8 +51,8 @@ class Material:
         return rng.randrange(self.loops[clip]) if rng.random() < 0.2 else 0
 
 
-def composed(data: Path, *, stereo: bool = False, held_out: int = 48) -> Material:
-    """The rendered and encoded set."""
+def composed(data: Path, *, stereo: bool = False, held_out: int = 60) -> Material:
+    """The rendered and encoded set; held out are, by default, a song a style at its five tempi."""
     codes, metas = load_codes(data, stereo=stereo), load_metas(data)
     metas = metas[: len(codes)]
     end = codes.shape[2] - CUT_FRAMES
