@@ -68,6 +68,9 @@ def _scale_weights(model: MusicgenForConditionalGeneration, size: DecoderSize) -
     model.enc_to_dec_proj.weight.normal_(0, 1 / math.sqrt(size.text_hidden))
     model.enc_to_dec_proj.bias.zero_()
     model.text_encoder.shared.weight.normal_(0, 1.0)
+    for block in model.text_encoder.encoder.block:  # every word begins as itself
+        block.layer[0].SelfAttention.o.weight.zero_()
+        block.layer[-1].DenseReluDense.wo.weight.zero_()
 
 
 def lag_plan(heads: int, layers: int, books: int = 4) -> list[list[tuple[int, int]]]:
