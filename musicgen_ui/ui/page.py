@@ -29,7 +29,7 @@ IDEAS = {
     "80s pop": ("80s pop with warm synth pads, gated drums and a catchy bass line", 10),
     "Lo-fi": ("lo-fi hip hop, mellow electric piano, vinyl crackle, slow relaxed beat", 10),
     "Techno": ("techno with a hard kick and synth bass, driving and dark", 10),
-    "Orchestral": ("orchestral, sweeping strings and brass, heroic and bright", 15),
+    "Jazz": ("swing jazz with saxophone and walking bass", 10),
     "Funk": ("funk with slap bass, clean guitar and a tight drum groove", 10),
     "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
 }
