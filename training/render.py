@@ -119,10 +119,8 @@ class RenderJob:
 def render_part(job: RenderJob) -> None:
     """One part of the set; written under its final name only when complete.
 
-    Styles come in turn, and each song at all of its tempi: were there one, the first notes would
-    give the song away, and with it its tempo, and the decoder would never listen to a caption's
-    "slow". (After 9,174 steps on songs at one tempo each, "slow" and "fast" gave the same losses
-    to four digits.)
+    Styles come in turn, and each song at all of its tempi: were there one, the first notes could
+    give the song away and with it its tempo, whatever the caption says of it.
     """
     done = job.folder / f"meta_{job.part}.json"
     if done.exists():
