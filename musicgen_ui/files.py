@@ -15,6 +15,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +76,20 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
 
 
+def delete(folder: Path, patience_s: float = 2.0) -> bool:
+    """Deletes a folder into which some thread may still be writing; False if it would not go.
+
+    `shutil.rmtree` gives up on a folder in which a file appears after it was emptied.
+    """
+    end_s = time.monotonic() + patience_s
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > end_s:
+            return not folder.exists()
+        time.sleep(0.01)
+    return True
+
+
 def give_caches_a_home() -> None:
     """Where the user has no folder for caches, as in some containers, libraries get a private one.
 
@@ -87,7 +102,7 @@ def give_caches_a_home() -> None:
             return
     folder = private_folder()
     os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(delete, folder)
 
 
 def delete_leftovers(takes: Path | None) -> None:

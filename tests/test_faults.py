@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +168,27 @@ def test_a_process_killed_while_it_saves_leaves_whole_takes_and_the_next_one_cle
     assert not any(folder.exists() for folder in private)
     assert list(tmp_path.glob(".*")) == [part] and mine.is_dir()
     mine.rmdir()
+
+
+def test_a_folder_goes_even_while_a_thread_writes_into_it(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    written = threading.Event()
+
+    def write() -> None:
+        until_s, number = time.monotonic() + 1, 0
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone
+            while time.monotonic() < until_s:
+                (folder / str(number)).mkdir()
+                number += 1
+                written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    written.wait()
+    assert files.delete(folder) and not folder.exists()
+    writer.join()
+    assert not folder.exists()
 
 
 RESTARTING = """

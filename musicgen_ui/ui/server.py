@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -177,7 +176,8 @@ def restart_when_lost(
 def close(demo: Any, temporary: Path) -> None:
     """Ends a launched server and deletes what was temporary."""
     demo.close()
-    shutil.rmtree(temporary, ignore_errors=True)
+    if not files.delete(temporary):
+        log.warning("Could not delete %s", temporary)
 
 
 def serve(chosen: Settings, engine: Engine | None = None) -> None:
