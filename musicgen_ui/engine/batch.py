@@ -27,7 +27,7 @@ from musicgen_ui.engine.device import THREADS, own, threads_for
 from musicgen_ui.engine.eager import Eager
 from musicgen_ui.engine.events import Event, Finished
 from musicgen_ui.engine.graph import Graphed
-from musicgen_ui.engine.job import Job, steps_for
+from musicgen_ui.engine.job import FIRST_CHUNK_FRAMES, Job, steps_for
 from musicgen_ui.engine.line import Entry, Line, Ticket
 from musicgen_ui.engine.losses import Losses
 from musicgen_ui.engine.shelf import Shelf
@@ -78,7 +78,7 @@ class Batch:
             model.audio_encoder,
             channels,
             codec_device or device,
-            precision="float32" if precision == "float32" else "float16",
+            precision="float32" if precision == "float32" else "int16",
             release=True,
         )
         self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor)
@@ -116,7 +116,7 @@ class Batch:
         told = self.decoder.embeddings.new_zeros(1, self.decoder.embeddings.shape[1])
         self.decoder.step(start, [self.decoder.sequence([told], 1)])
         rows = self.codec.channels * self.codec.codebooks
-        self.codec.stream().push(torch.zeros(rows, 1, dtype=torch.int64))
+        self.codec.decode(torch.zeros(rows, FIRST_CHUNK_FRAMES, dtype=torch.int64))
 
     def _affordable(self, jobs: int) -> int:
         if self.device.type != "cuda":

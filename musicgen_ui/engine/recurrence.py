@@ -1,9 +1,8 @@
-"""The codec's LSTM on the CPU: its weights in two int8 parts, read by all threads together.
+"""The codec's LSTM on the CPU: its weights in int8, read by all threads together.
 
-A frame waits for the reading of the weights that meet the state. torch's half-precision cells read
-them on one thread; here `kernels`' products do on all, a block of 64 units of all four gates a
-piece. The second part holds what the first one's rounding left, so weights have 16 bits; inputs and
-state have as many as the sums of a layer's width allow, 14 for Meta's.
+A frame waits for the reading of the weights that meet the state. torch's cells read them on one
+thread, as float32; here `kernels`' products do on all, a block of 64 units of all four gates a
+piece. Inputs and state have as many bits as the sums of a layer's width allow, 15 for Meta's.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Lstm:
         self.hidden = lstm.hidden_size
         self.most = min(32767, (2**31 - 1) // (127 * self.hidden))
         layers = [weights[i : i + 4] for i in range(0, len(weights), 4)]
-        self.products = [[*_parts(inputs), *_parts(state)] for inputs, state, *_ in layers]
+        self.products = [(Product(inputs), Product(state)) for inputs, state, *_ in layers]
         self.biases = [one + other for _, _, one, other in layers]
 
     def __call__(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -48,11 +47,6 @@ class Lstm:
             out = y
         state = torch.from_numpy(h), torch.from_numpy(c)
         return torch.from_numpy(out).view(time, batch, hidden), state
-
-
-def _parts(weight: np.ndarray) -> tuple[Product, Product]:
-    first = Product(weight)
-    return first, Product(weight - first.unpacked())
 
 
 @compiled
@@ -106,20 +100,18 @@ def _lstm(
             if stage == 0:
                 space.scales[piece] = quantise(x[piece], space.codes[piece], most)
             elif stage == 1:
-                for part in range(2):
-                    then = at[1 - part, 0] + (piece + part) * bytes_a_block
-                    multiply(piece, at[part, 0], at[part, 1], space, pairs, 4 * hidden, gates,
-                              part == 1, False, sums, then)  # fmt: skip
+                then = at[0, 0] + (piece + 1) * bytes_a_block
+                multiply(piece, at[0, 0], at[0, 1], space, pairs, 4 * hidden, gates,
+                          False, False, sums, then)  # fmt: skip
             elif stage % 2 == 0:
                 own.scales[piece] = quantise(h[piece], own.codes[piece], most)
             else:
                 now = gates[frame : frame + batch]
                 for gate in range(4):
-                    for part in range(2, 4):
-                        block = gate * blocks + piece
-                        then = at[5 - part, 0] + (block + (part - 2) * blocks) * bytes_a_block
-                        multiply(block, at[part, 0], at[part, 1], own, pairs, 4 * hidden, now,
-                                  True, False, sums, then)  # fmt: skip
+                    block = gate * blocks + piece
+                    then = at[1, 0] + (block + blocks) * bytes_a_block
+                    multiply(block, at[1, 0], at[1, 1], own, pairs, 4 * hidden, now,
+                              True, False, sums, then)  # fmt: skip
                 for row in range(batch):
                     _cell(now[row], bias, BLOCK * piece, h[row], c[row], out[frame + row])
             add(taken + 8, 1)

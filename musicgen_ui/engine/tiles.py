@@ -4,8 +4,8 @@ All products, and both sides of attention, are one small kernel: int8 numbers la
 64 outputs, pairs of inputs, 64, 2] and read in that order, times int16, exact in int32. The rest
 here are functions in a form that LLVM makes vectors of.
 
-Compiled code is kept on the disk beside `kernels`, with these inside: numba compiles it anew when
-that file changes, not when this one does, so touch it too.
+Compiled code is kept on the disk beside `kernels`, `convolution` and `recurrence`, with these
+inside: numba compiles it anew when those change, not when this one does, so touch them too.
 """
 
 from __future__ import annotations
@@ -113,9 +113,11 @@ def _lanes(start: int, step: int) -> ir.Constant:
     return ir.Constant(_FEW, [start + step * lane for lane in range(16)])
 
 
-def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
-    weights, x, stride, pairs, out, ahead, turn, then = args
-    before, prefetch = b.block, _prefetch(b)
+def _build(
+    rows: int, parts: int, bits: int, context: Any, b: Any, signature: Any, args: Any
+) -> Any:
+    weights, x, stride, pairs, out, *asked = args
+    before = b.block
     loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
 
     def place(base: Any, offset: Any, kind: ir.Type) -> Any:
@@ -125,15 +127,17 @@ def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
     b.branch(loop)
     b.position_at_end(loop)
     pair = b.phi(_WORD)
-    sums = [b.phi(_FEW) for _ in range(4 * rows)]
-    step = b.mul(pair, ir.Constant(_WORD, 2 * BLOCK))
-    soon = b.add(b.select(b.icmp_signed("<", pair, turn), ahead, then), step)
-    for line in (0, 64):  # of the processor's cache
-        at = place(soon, line, ir.IntType(8))
-        b.call(prefetch, [at, *_HINTS])
-    parts = [
-        b.sext(b.load(place(b.add(weights, step), 32 * part, _wide(8)), align=1), _wide(32))
-        for part in range(4)
+    sums = [b.phi(_FEW) for _ in range(parts * rows)]
+    step = b.mul(pair, ir.Constant(_WORD, 2 * BLOCK * bits // 8))
+    if asked:
+        ahead, turn, then = asked
+        soon = b.add(b.select(b.icmp_signed("<", pair, turn), ahead, then), step)
+        for line in (0, 64):  # of the processor's cache
+            b.call(_prefetch(b), [place(soon, line, ir.IntType(8)), *_HINTS])
+    at, kind = b.add(weights, step), _wide(bits)
+    wide = [
+        b.sext(b.load(place(at, 4 * bits * part, kind), align=1), _wide(32))
+        for part in range(parts)
     ]
     new = []
     for row in range(rows):
@@ -142,11 +146,11 @@ def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
         spread = b.insert_element(ir.Constant(_FEW, None), both, ir.Constant(_NUMBER, 0))
         spread = b.bitcast(b.shuffle_vector(spread, spread, _lanes(0, 0)), _wide(16))
         inputs = b.sext(spread, _wide(32))
-        for part in range(4):
-            products = b.mul(parts[part], inputs)
+        for part in range(parts):
+            products = b.mul(wide[part], inputs)
             evens = b.shuffle_vector(products, products, _lanes(0, 2))
             odds = b.shuffle_vector(products, products, _lanes(1, 2))
-            new.append(b.add(sums[4 * row + part], b.add(evens, odds)))
+            new.append(b.add(sums[parts * row + part], b.add(evens, odds)))
     following = b.add(pair, ir.Constant(_WORD, 1))
     pair.add_incoming(ir.Constant(_WORD, 0), before)
     pair.add_incoming(following, loop)
@@ -155,8 +159,9 @@ def _build(rows: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
         total.add_incoming(value, loop)
     b.cbranch(b.icmp_signed("<", following, pairs), loop, after)
     b.position_at_end(after)
-    for part, value in enumerate(new):
-        b.store(value, place(out, 64 * part, _FEW), align=4)
+    for number, value in enumerate(new):
+        row, part = divmod(number, parts)
+        b.store(value, place(out, 4 * BLOCK * row + 64 * part, _FEW), align=4)
     return context.get_dummy_value()
 
 
@@ -170,7 +175,7 @@ def _tile_of(rows: int) -> Any:
     It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
     a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
     """
-    build = functools.partial(_build, rows)
+    build = functools.partial(_build, rows, 4, 8)
 
     @_intrinsic
     def tile(
@@ -182,7 +187,21 @@ def _tile_of(rows: int) -> Any:
     return tile
 
 
+def _near_tile_of(rows: int, parts: int = 4) -> Any:
+    """The same for int16 weights that are read again and again, so that memory is asked for
+    nothing: `tile(weights, x, stride, pairs, out)`, for the first so many 16 of 64 outputs."""
+    build = functools.partial(_build, rows, parts, 16)
+
+    @_intrinsic
+    def tile(typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any) -> tuple:
+        return types.void(*[types.int64] * 5), build
+
+    return tile
+
+
 tile_1, tile_2, tile_4 = _tile_of(1), _tile_of(2), _tile_of(4)
+near_tile_1, near_tile_4 = _near_tile_of(1), _near_tile_of(4)
+near_tile_4_of_16, near_tile_4_of_32 = _near_tile_of(4, 1), _near_tile_of(4, 2)
 
 
 @compiled
