@@ -2,8 +2,8 @@
 
 A time step's channels become int16 with a scale of their own, after the ELU; weights are int16 with
 a scale an output, and each tap of the kernel is a product of `tiles`, exact in int32. So an output
-depends on its own inputs alone, to the bit, whatever is computed beside it. oneDNN's products in
-float32 take twice the multiplications that VNNI has for int16.
+depends on its own inputs alone, to the bit, whatever is computed beside it. In a cycle VNNI does
+twice as many of these multiplications as there are in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from musicgen_ui.engine.tiles import (
     add,
     compiled,
     exp,
-    floats,
-    near_tile_1,
-    near_tile_4,
+    near_tile_1_of_16,
+    near_tile_1_of_64,
     near_tile_4_of_16,
-    near_tile_4_of_32,
+    near_tile_4_of_64,
     quantise,
     wait,
 )
@@ -38,7 +37,8 @@ class Convolution16:
     """[time, inputs] to [outputs in time, outputs]: an ELU if wanted, then `weight` and `bias`.
 
     Args:
-        weight: float32 [outputs, inputs, taps].
+        weight: float32 [outputs, inputs, taps]; outputs in sixteens or, where stride and dilation
+            are 1, so few that all taps of all are no more.
         bias: float32 [outputs].
         stride: in time.
         dilation: steps between two taps.
@@ -51,7 +51,7 @@ class Convolution16:
         self.outputs, self.inputs, self.taps = weight.shape
         self.stride, self.dilation, self.elu = stride, dilation, elu
         self.spread = 1  # taps that stand beside each other as outputs, where those are few
-        if self.taps * self.outputs <= 16 and stride == dilation == 1:
+        if self.outputs % 16:
             self.spread, self.taps = self.taps, 1
             weight = weight.permute(2, 0, 1).reshape(-1, self.inputs, 1)  # [taps · outputs, in, 1]
             bias = torch.cat([bias, bias.new_zeros(len(weight) - len(bias))])
@@ -69,15 +69,16 @@ class Convolution16:
         # [taps, blocks, pairs of inputs, 64, 2]
         laid = codes.reshape(blocks, BLOCK, pairs, 2, self.taps).transpose(4, 0, 2, 1, 3)
         self.codes = np.ascontiguousarray(laid)
-        self.bias = np.zeros(blocks * BLOCK, np.float32)
+        self.bias = np.zeros((blocks + 1) * BLOCK, np.float32)  # and zeros, for nothing
         self.bias[: len(bias)] = bias.numpy()
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """float32 [batch, time, inputs] to [batch, outputs in time, outputs], added to `onto`."""
         batch, time, _ = x.shape
         count = (time - (self.taps - 1) * self.dilation - 1) // self.stride + 1
-        wide = self.spread * self.outputs
-        out = x.new_empty(batch, count, wide) if onto is None or self.spread > 1 else onto
+        wide = -(-self.spread * self.outputs // 16) * 16
+        few = wide > self.outputs
+        out = x.new_empty(batch, count, wide) if onto is None or few else onto
         codes = np.empty((time, 2 * self.codes.shape[2]), np.int16)
         peaks = np.empty(time, np.float32)
         at = np.array([self.codes.ctypes.data, *self.codes.shape[:3]], np.int64)
@@ -85,7 +86,7 @@ class Convolution16:
         for one, into in zip(x, out.numpy(), strict=True):
             one = one.contiguous().numpy()  # of other strides it would be compiled again
             run(_convolve, 2, one, at, self.scales, self.bias, shape, codes, peaks, into)
-        if self.spread > 1:  # an output is the sum of its taps, each from an input of its own
+        if few:  # an output is the sum of its taps, each from an input of its own
             size = batch, count - self.spread + 1, self.spread, self.outputs
             out = out.as_strided(size, (count * wide, wide, wide + self.outputs, 1)).sum(2)
             out = out if onto is None else out.add_(onto)
@@ -100,17 +101,6 @@ def _activated(x: Any, out: Any) -> None:
 
 
 @compiled
-def _rescale(sums: Any, row: Any, column: Any, scale: Any, out: Any, onto: Any, adds: Any) -> None:
-    """A row of products as float32: with `adds` beside what is in `out`, and beside `onto`."""
-    if adds:
-        for o in range(len(out)):
-            out[o] += np.float32(sums[row, o]) * (column[o] * scale) + onto[o]
-    else:
-        for o in range(len(out)):
-            out[o] = np.float32(sums[row, o]) * (column[o] * scale) + onto[o]
-
-
-@compiled
 def _convolve(
     x: Any, at: Any, columns: Any, bias: Any, shape: Any, codes: Any, scales: Any, out: Any,
     counters: Any,
@@ -118,7 +108,7 @@ def _convolve(
     """What one of the threads does; `at`: address of the weights, taps, blocks, pairs of inputs."""
     weights, taps, blocks, pairs = at
     stride, dilation, most, elu, adds = shape
-    sums, row = np.empty((AT_ONCE, BLOCK), np.int32), np.empty(x.shape[1], np.float32)
+    row = np.empty(x.shape[1], np.float32)
     for stage in range(2):
         length = len(out) if stage else len(x)
         pieces = (length + STEPS - 1) // STEPS * (blocks if stage else 1)
@@ -127,7 +117,7 @@ def _convolve(
         while piece < pieces:
             if stage:
                 _block(piece, weights, taps, blocks, pairs, stride, dilation, columns, bias,
-                       adds != 0, codes, scales, out, sums)  # fmt: skip
+                       adds != 0, codes, scales, out)  # fmt: skip
             else:
                 for t in range(piece * STEPS, min(len(x), (piece + 1) * STEPS)):
                     if elu:
@@ -143,32 +133,37 @@ def _convolve(
 @compiled
 def _block(
     piece: Any, weights: Any, taps: Any, blocks: Any, pairs: Any, stride: Any, dilation: Any,
-    columns: Any, bias: Any, adds: Any, codes: Any, scales: Any, out: Any, sums: Any,
+    columns: Any, bias: Any, adds: Any, codes: Any, scales: Any, out: Any,
 ) -> None:  # fmt: skip
     """64 outputs of some time steps."""
-    block, wide = piece % blocks, codes.shape[1]
-    first, last = block * BLOCK, min(out.shape[1], (block + 1) * BLOCK)
-    column = floats(columns.ctypes.data + 4 * first, BLOCK)
-    shift, nothing = floats(bias.ctypes.data + 4 * first, BLOCK), np.zeros(BLOCK, np.float32)
+    block, wide, far = piece % blocks, codes.shape[1], 4 * stride
+    width, nothing = 4 * out.shape[1], bias.ctypes.data + 4 * blocks * BLOCK
     t = piece // blocks * STEPS
     end = min(len(out), t + STEPS)
     while t < end:
         count = AT_ONCE if end - t >= AT_ONCE else 1
         for tap in range(taps):
             begin = t * stride + tap * dilation
-            x = codes.ctypes.data + 2 * wide * begin
-            w = weights + (tap * blocks + block) * pairs * BLOCK * 4
-            if count == AT_ONCE and last - first <= 16:
-                near_tile_4_of_16(w, x, wide * stride, pairs, sums.ctypes.data)
-            elif count == AT_ONCE and last - first <= 32:
-                near_tile_4_of_32(w, x, wide * stride, pairs, sums.ctypes.data)
-            elif count == AT_ONCE:
-                near_tile_4(w, x, wide * stride, pairs, sums.ctypes.data)
-            else:
-                near_tile_1(w, x, wide * stride, pairs, sums.ctypes.data)
-            for each in range(count):
-                to = floats(out.ctypes.data + 4 * ((t + each) * out.shape[1] + first), last - first)
-                scale = scales[begin + each * stride]
-                onto = nothing if tap else shift
-                _rescale(sums, each, column, scale, to, onto, adds or tap > 0)
+            x, scale = codes.ctypes.data + 2 * wide * begin, scales.ctypes.data + 4 * begin
+            o, last = BLOCK * block, min(out.shape[1], BLOCK * (block + 1))
+            while o < last:
+                some = BLOCK if last - o >= BLOCK else 16
+                w = weights + ((tap * blocks + block) * pairs * BLOCK + o % BLOCK) * 4
+                column, shift = columns.ctypes.data + 4 * o, bias.ctypes.data + 4 * o
+                y = out.ctypes.data + width * t + 4 * o
+                shift = shift if tap == 0 else nothing
+                onto, between = (y, width) if adds or tap else (nothing, 0)
+                if count == AT_ONCE and some == BLOCK:
+                    near_tile_4_of_64(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                      shift, onto, between)  # fmt: skip
+                elif count == AT_ONCE:
+                    near_tile_4_of_16(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                      shift, onto, between)  # fmt: skip
+                elif some == BLOCK:
+                    near_tile_1_of_64(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                      shift, onto, between)  # fmt: skip
+                else:
+                    near_tile_1_of_16(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                      shift, onto, between)  # fmt: skip
+                o += some
         t += count

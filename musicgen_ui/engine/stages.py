@@ -6,9 +6,9 @@ so a stage itself never changes. Activations are [batch, time, channels], contig
 convolution of stride s and kernel 2s is then a matrix product over pairs of neighbours, whose
 output channels are read as s time steps.
 
-A kernel is what a stage computes, ELU included: where the processor multiplies whole numbers twice
-as fast, `convolution`'s, if the precision allows it; elsewhere torch's. On x86 their weights are
-packed once in the layout of oneDNN's; transformers' modules have them reordered in every call.
+A kernel is what a stage computes, ELU included: `convolution`'s where the precision allows whole
+numbers and the processor multiplies them faster, torch's elsewhere. On x86 the weights of these are
+packed once as oneDNN wants them; transformers' modules have them reordered in every call.
 """
 
 from __future__ import annotations
@@ -221,10 +221,13 @@ def _divides(lstm: nn.LSTM) -> bool:
     return fits and next(lstm.parameters()).device.type == "cpu"
 
 
-def _in_whole_numbers(weight: Tensor, precision: Precision) -> bool:
-    """Whether `convolution` takes it, and in less time than torch."""
-    wanted = precision == "int16" and weight.shape[1] >= FEWEST_INPUTS
-    return wanted and weight.device.type == "cpu" and _multiplies_int16()
+def _in_whole_numbers(weight: Tensor, precision: Precision, steps: tuple[int, int]) -> bool:
+    """Whether `convolution` takes [out, in, taps] with this stride and dilation, and in less time
+    than torch."""
+    outputs, inputs, taps = weight.shape
+    few = outputs * taps <= 16 and steps == (1, 1)
+    fits = inputs >= FEWEST_INPUTS and (outputs % 16 == 0 or few)
+    return precision == "int16" and fits and weight.device.type == "cpu" and _multiplies_int16()
 
 
 @functools.cache
@@ -235,7 +238,7 @@ def _multiplies_int16() -> bool:
 
 def _pairs(weight: Tensor, bias: Tensor, precision: Precision) -> Kernel:
     """An ELU, then a convolution of kernel 2: `weight` [out, in, 2]."""
-    if _in_whole_numbers(weight, precision):
+    if _in_whole_numbers(weight, precision, (1, 1)):
         from musicgen_ui.engine.convolution import Convolution16  # imports numba
 
         return Convolution16(weight, bias)
@@ -268,10 +271,11 @@ def _linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 def _convolution(conv: Any, precision: Precision, elu: bool) -> Kernel:
     """`conv` without padding, after an ELU if wanted."""
     weight, bias = conv.weight.detach(), conv.bias.detach().clone()
-    if _in_whole_numbers(weight, precision):
+    steps = conv.stride[0], conv.dilation[0]
+    if _in_whole_numbers(weight, precision, steps):
         from musicgen_ui.engine.convolution import Convolution16  # imports numba
 
-        return Convolution16(weight, bias, conv.stride[0], conv.dilation[0], elu)
+        return Convolution16(weight, bias, *steps, elu)
     if conv.kernel_size[0] == 1 and conv.stride[0] == 1:
         # As a convolution oneDNN wants the weights in another layout at another length.
         return _kernel(_linear(weight[..., 0], bias), elu)

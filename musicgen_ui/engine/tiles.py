@@ -10,7 +10,7 @@ inside: numba compiles it anew when those change, not when this one does, so tou
 
 from __future__ import annotations
 
-import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +96,7 @@ def _pointer(bits: int) -> ir.Type:
 
 
 _WORD, _NUMBER, _FEW = ir.IntType(64), ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
+_FLOATS = ir.VectorType(ir.FloatType(), 16)
 _HINTS = [ir.Constant(_NUMBER, hint) for hint in (0, 3, 1)]  # read, keep near, data
 
 
@@ -113,17 +114,17 @@ def _lanes(start: int, step: int) -> ir.Constant:
     return ir.Constant(_FEW, [start + step * lane for lane in range(16)])
 
 
-def _build(
-    rows: int, parts: int, bits: int, context: Any, b: Any, signature: Any, args: Any
-) -> Any:
-    weights, x, stride, pairs, out, *asked = args
+def _place(b: Any, base: Any, offset: Any, kind: ir.Type) -> Any:
+    offset = ir.Constant(_WORD, offset) if isinstance(offset, int) else offset
+    return b.inttoptr(b.add(base, offset), kind.as_pointer())
+
+
+def _sums(b: Any, shape: tuple[int, int, int], args: Any) -> list[list[Any]]:
+    """The loop of a tile: rows of sums of 16 outputs each; `shape`: rows, parts of 16, bits."""
+    rows, parts, bits = shape
+    weights, x, stride, pairs, *asked = args
     before = b.block
     loop, after = b.append_basic_block("tile"), b.append_basic_block("tiled")
-
-    def place(base: Any, offset: Any, kind: ir.Type) -> Any:
-        offset = ir.Constant(_WORD, offset) if isinstance(offset, int) else offset
-        return b.inttoptr(b.add(base, offset), kind.as_pointer())
-
     b.branch(loop)
     b.position_at_end(loop)
     pair = b.phi(_WORD)
@@ -133,16 +134,16 @@ def _build(
         ahead, turn, then = asked
         soon = b.add(b.select(b.icmp_signed("<", pair, turn), ahead, then), step)
         for line in (0, 64):  # of the processor's cache
-            b.call(_prefetch(b), [place(soon, line, ir.IntType(8)), *_HINTS])
+            b.call(_prefetch(b), [_place(b, soon, line, ir.IntType(8)), *_HINTS])
     at, kind = b.add(weights, step), _wide(bits)
     wide = [
-        b.sext(b.load(place(at, 4 * bits * part, kind), align=1), _wide(32))
+        b.sext(b.load(_place(b, at, 4 * bits * part, kind), align=1), _wide(32))
         for part in range(parts)
     ]
     new = []
     for row in range(rows):
         at = b.add(b.mul(stride, ir.Constant(_WORD, 2 * row)), b.shl(pair, ir.Constant(_WORD, 2)))
-        both = b.load(place(x, at, _NUMBER), align=1)
+        both = b.load(_place(b, x, at, _NUMBER), align=1)
         spread = b.insert_element(ir.Constant(_FEW, None), both, ir.Constant(_NUMBER, 0))
         spread = b.bitcast(b.shuffle_vector(spread, spread, _lanes(0, 0)), _wide(16))
         inputs = b.sext(spread, _wide(32))
@@ -159,10 +160,7 @@ def _build(
         total.add_incoming(value, loop)
     b.cbranch(b.icmp_signed("<", following, pairs), loop, after)
     b.position_at_end(after)
-    for number, value in enumerate(new):
-        row, part = divmod(number, parts)
-        b.store(value, place(out, 4 * BLOCK * row + 64 * part, _FEW), align=4)
-    return context.get_dummy_value()
+    return [new[row * parts : (row + 1) * parts] for row in range(rows)]
 
 
 def _tile_of(rows: int) -> Any:
@@ -175,7 +173,13 @@ def _tile_of(rows: int) -> Any:
     It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
     a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
     """
-    build = functools.partial(_build, rows, 4, 8)
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        weights, x, stride, pairs, out, *asked = args
+        sums = _sums(b, (rows, 4, 8), (weights, x, stride, pairs, *asked))
+        for number, value in enumerate(itertools.chain(*sums)):
+            b.store(value, _place(b, out, 64 * number, _FEW), align=4)
+        return context.get_dummy_value()
 
     @_intrinsic
     def tile(
@@ -189,19 +193,48 @@ def _tile_of(rows: int) -> Any:
 
 def _near_tile_of(rows: int, parts: int = 4) -> Any:
     """The same for int16 weights that are read again and again, so that memory is asked for
-    nothing: `tile(weights, x, stride, pairs, out)`, for the first so many 16 of 64 outputs."""
-    build = functools.partial(_build, rows, parts, 16)
+    nothing, and for the first so many 16 of the 64 outputs: `tile(weights, x, stride, pairs, out,
+    wide, columns, scales, far, bias, onto, wide_onto)`.
+
+    The sums go as float32 to `out`, whose rows are `wide` bytes apart: times the scales of columns
+    and rows, these `far` bytes apart, plus `bias`, plus what is at `onto`.
+    """
+
+    def spread(b: Any, number: Any) -> Any:
+        first = b.insert_element(ir.Constant(_FLOATS, None), number, ir.Constant(_NUMBER, 0))
+        return b.shuffle_vector(first, first, _lanes(0, 0))
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        *inputs, out, wide, columns, scales, far, bias, onto, wide_onto = args
+        sums = _sums(b, (rows, parts, 16), inputs)
+        for row, of_row in enumerate(sums):
+            number = ir.Constant(_WORD, row)
+            scale = b.load(_place(b, scales, b.mul(far, number), ir.FloatType()), align=4)
+            scale, to = spread(b, scale), b.add(out, b.mul(wide, number))
+            there = b.add(onto, b.mul(wide_onto, number))
+            for part, total in enumerate(of_row):
+                column, shift, more = (
+                    b.load(_place(b, base, 64 * part, _FLOATS), align=4)
+                    for base in (columns, bias, there)
+                )
+                value = b.fmul(b.sitofp(total, _FLOATS), b.fmul(column, scale))
+                value = b.fadd(value, b.fadd(shift, more))
+                b.store(value, _place(b, to, 64 * part, _FLOATS), align=4)
+        return context.get_dummy_value()
 
     @_intrinsic
-    def tile(typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any) -> tuple:
-        return types.void(*[types.int64] * 5), build
+    def tile(
+        typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any, wide: Any,
+        columns: Any, scales: Any, far: Any, bias: Any, onto: Any, wide_onto: Any,
+    ) -> tuple:  # fmt: skip
+        return types.void(*[types.int64] * 12), build
 
     return tile
 
 
 tile_1, tile_2, tile_4 = _tile_of(1), _tile_of(2), _tile_of(4)
-near_tile_1, near_tile_4 = _near_tile_of(1), _near_tile_of(4)
-near_tile_4_of_16, near_tile_4_of_32 = _near_tile_of(4, 1), _near_tile_of(4, 2)
+near_tile_4_of_64, near_tile_4_of_16 = _near_tile_of(4), _near_tile_of(4, parts=1)
+near_tile_1_of_64, near_tile_1_of_16 = _near_tile_of(1), _near_tile_of(1, parts=1)
 
 
 @compiled
