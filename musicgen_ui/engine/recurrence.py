@@ -2,7 +2,7 @@
 
 A frame waits for the reading of the weights that meet the state. torch's cells read them on one
 thread, as float32; here `kernels`' products do on all, a block of 64 units of all four gates a
-piece. Inputs and state have as many bits as the sums of a layer's width allow, 15 for Meta's.
+piece. Inputs and state have as many bits as the sums of a layer's width allow, 14 for Meta's.
 """
 
 from __future__ import annotations
