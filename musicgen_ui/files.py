@@ -76,7 +76,7 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
 
 
-def delete(folder: Path, patience_s: float = 2.0) -> bool:
+def delete(folder: Path, patience_s: float = 5.0) -> bool:
     """Deletes a folder into which some thread may still be writing; False if it would not go.
 
     `shutil.rmtree` gives up on a folder in which a file appears after it was emptied.
