@@ -15,7 +15,6 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
-import tempfile
 import threading
 import time
 import uuid
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from musicgen_ui import audio, checkpoints
+from musicgen_ui import audio, checkpoints, files
 from musicgen_ui.checkpoints import Loaded, Source
 from musicgen_ui.engine.events import Chunk, Description, Event, Finished, Health, Progress
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
@@ -57,7 +56,7 @@ class ZeroEngine:
         self._first = checkpoint
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._open = 0
-        self._folder = Path(tempfile.mkdtemp(prefix="musicgen-ui-zero-"))
+        self._folder = files.private_folder()
         for word in dict.fromkeys(("auto", checkpoint, "bundled")):
             for stereo in (False, True):
                 self._offer(word, stereo)

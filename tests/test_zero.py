@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from musicgen_ui import zero, zero_worker
+from musicgen_ui import files, zero, zero_worker
 from musicgen_ui.engine.events import Chunk, Event, Finished, Progress
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 
@@ -211,6 +211,10 @@ def test_a_sibling_that_cannot_be_had_is_not_offered(
     assert "bundled-stereo is not offered" in caplog.text
     with pytest.raises(RequestError, match="mono: switch stereo off"):
         collect(engine, GenerationRequest(stereo=True))
+
+
+def test_what_a_killed_server_leaves_is_what_the_next_one_clears(engine: zero.ZeroEngine) -> None:
+    assert engine._folder.name.startswith(f"{files.PRIVATE}{os.getpid()}-")
 
 
 def test_visitors_beyond_those_who_can_have_a_gpu_wait_in_order(
