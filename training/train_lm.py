@@ -34,8 +34,8 @@ EARLY_WEIGHT, EARLY_FRAMES = 3.0, 48  # the frames that only words can tell
 LONG_SHARE = 0.06  # of the batches: windows up to 30 s
 OPENING_PART = 5  # an opening is so much shorter than a window, and its batch so much larger
 # Of the learning rate, for the text encoder. At the full one its blocks grew to 130 times its
-# embeddings, and 241 of 448 tokens, "slow", "drums" and "no" among them, gave nearly no state: a norm
-# of 0.1. At this one, from blocks of zero, that of "slow" is 8.2 after 3,000 steps.
+# embeddings, and 241 of 448 tokens, "slow", "drums" and "no" among them, gave nearly no state: a
+# norm of 0.1. At this one, from blocks of zero, that of "slow" is 8.2 after 3,000 steps.
 TEXT_SHARE = 0.3
 HOLD = 0.5  # share of the run at the full learning rate
 
