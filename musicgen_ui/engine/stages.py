@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 Precision = Literal["float32", "int16"]
 State = tuple[Tensor, Tensor]  # of an LSTM: h and c, each [layers, batch, hidden]
-# Of a convolution in whole numbers: the bundled codec's with 16 took 1.9 ms a second of audio instead
-# of 1.1 (Zen 4, one thread).
+# Of a convolution in whole numbers: the bundled codec's with 16 took 1.9 ms a second of audio
+# instead of 1.1 (Zen 4, one thread).
 FEWEST_INPUTS = 32
 
 
