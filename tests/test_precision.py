@@ -11,7 +11,7 @@ from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.compiled import Int8Cache
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.tiles import ALL, SIZE, largest
+from musicgen_ui.engine.vectors import ALL, SIZE, largest
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_ui.engine import kernels
-from musicgen_ui.engine.tiles import BLOCK
+from musicgen_ui.engine.tiles import BLOCK, TILE, TURN
 
 Layer: TypeAlias = Any  # `layers`' and `decoder`'s, which import this
 Memory: TypeAlias = Any
@@ -63,7 +63,7 @@ class Space(NamedTuple):
     def of(cls, rows: int, hidden: int, outputs: int, inputs: int) -> Space:
         """Room for so many rows."""
         empty = functools.partial(np.empty, dtype=np.float32)
-        codes = np.empty((rows, inputs + inputs % 2), np.int16)
+        codes = np.empty((rows, _up(inputs, TURN)), np.int16)
         return cls(empty((rows, outputs)), empty((rows, hidden)), codes, empty(rows))
 
 
@@ -88,12 +88,12 @@ class Product:
     def __init__(self, weight: np.ndarray) -> None:
         outputs, inputs = weight.shape
         self.shape = outputs, inputs
-        padded = np.zeros((_up(outputs, BLOCK), _up(inputs, 2)), np.float32)
+        padded = np.zeros((_up(outputs, BLOCK), _up(inputs, TURN)), np.float32)
         padded[:outputs, :inputs] = weight
         self.scales = np.maximum(np.abs(padded).max(1), np.float32(1e-8)) / np.float32(127)
         codes = np.rint(padded / self.scales[:, None]).astype(np.int8)
-        blocks = codes.reshape(-1, BLOCK, padded.shape[1] // 2, 2).swapaxes(1, 2)
-        self.codes = np.ascontiguousarray(blocks)  # [blocks, pairs of inputs, 64, 2]
+        tiles = codes.reshape(-1, TILE, padded.shape[1] // 2, 2).swapaxes(1, 2)
+        self.codes = np.ascontiguousarray(tiles)  # [tiles, pairs of inputs, TILE, 2]
 
     @property
     def nbytes(self) -> int:

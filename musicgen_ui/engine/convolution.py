@@ -2,8 +2,8 @@
 
 A time step's channels become int16 with a scale of their own, after the ELU; weights are int16 with
 a scale an output, and each tap of the kernel is a product of `tiles`, exact in int32. So an output
-depends on its own inputs alone, to the bit, whatever is computed beside it. In a cycle VNNI does
-twice as many of these multiplications as there are in float32.
+depends on its own inputs alone, to the bit, whatever is computed beside it. With AVX2, as with
+AVX-512's VNNI, twice as many of these multiplications are done at once as in float32.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from torch import Tensor
 
 from musicgen_ui.engine.compiled import run
 from musicgen_ui.engine.tiles import (
-    BLOCK,
+    TILE,
     add,
     compiled,
-    exp,
+    near_tile_1,
     near_tile_1_of_16,
-    near_tile_1_of_64,
+    near_tile_4,
     near_tile_4_of_16,
-    near_tile_4_of_64,
-    quantise,
     wait,
 )
+from musicgen_ui.engine.vectors import exp, quantise
 
 AT_ONCE = 4  # outputs in time that meet a weight while it is in a register
 STEPS = 64  # in time, of a piece
@@ -58,18 +57,18 @@ class Convolution16:
         # The bits that an int32 has for a tap's sum, shared so that both sides round alike:
         # weights, as a bell curve has them, sum up to about their number times a fifth of the peak.
         self.most = min(32767, math.isqrt(5 * 2**31 // self.inputs))
-        blocks, pairs = -(-len(weight) // BLOCK), -(-self.inputs // 2)
-        padded = np.zeros((blocks * BLOCK, 2 * pairs, self.taps), np.float32)
+        tiles, pairs = -(-len(weight) // TILE), -(-self.inputs // 2)
+        padded = np.zeros((tiles * TILE, 2 * pairs, self.taps), np.float32)
         padded[: len(weight), : self.inputs] = weight.numpy()
         sizes = np.abs(padded)
         room = (2**31 - 1) / self.most - self.inputs  # less what rounding may add
         scales = np.maximum(sizes.max((1, 2)) / 32767, sizes.sum(1).max(1) / room)
         self.scales = np.maximum(scales, 1e-12).astype(np.float32)
         codes = np.rint(padded / self.scales[:, None, None]).astype(np.int16)
-        # [taps, blocks, pairs of inputs, 64, 2]
-        laid = codes.reshape(blocks, BLOCK, pairs, 2, self.taps).transpose(4, 0, 2, 1, 3)
+        # [taps, tiles, pairs of inputs, TILE, 2]
+        laid = codes.reshape(tiles, TILE, pairs, 2, self.taps).transpose(4, 0, 2, 1, 3)
         self.codes = np.ascontiguousarray(laid)
-        self.bias = np.zeros((blocks + 1) * BLOCK, np.float32)  # and zeros, for nothing
+        self.bias = np.zeros((tiles + 1) * TILE, np.float32)  # and zeros, for nothing
         self.bias[: len(bias)] = bias.numpy()
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -105,18 +104,18 @@ def _convolve(
     x: Any, at: Any, columns: Any, bias: Any, shape: Any, codes: Any, scales: Any, out: Any,
     counters: Any,
 ) -> None:  # fmt: skip
-    """What one of the threads does; `at`: address of the weights, taps, blocks, pairs of inputs."""
-    weights, taps, blocks, pairs = at
+    """What one of the threads does; `at`: address of the weights, taps, tiles, pairs of inputs."""
+    weights, taps, tiles, pairs = at
     stride, dilation, most, elu, adds = shape
     row = np.empty(x.shape[1], np.float32)
     for stage in range(2):
         length = len(out) if stage else len(x)
-        pieces = (length + STEPS - 1) // STEPS * (blocks if stage else 1)
+        pieces = (length + STEPS - 1) // STEPS * (tiles if stage else 1)
         taken = counters.ctypes.data + 16 * stage
         piece = add(taken, 1)
         while piece < pieces:
             if stage:
-                _block(piece, weights, taps, blocks, pairs, stride, dilation, columns, bias,
+                _tile(piece, weights, taps, tiles, pairs, stride, dilation, columns, bias,
                        adds != 0, codes, scales, out)  # fmt: skip
             else:
                 for t in range(piece * STEPS, min(len(x), (piece + 1) * STEPS)):
@@ -131,37 +130,37 @@ def _convolve(
 
 
 @compiled
-def _block(
-    piece: Any, weights: Any, taps: Any, blocks: Any, pairs: Any, stride: Any, dilation: Any,
+def _tile(
+    piece: Any, weights: Any, taps: Any, tiles: Any, pairs: Any, stride: Any, dilation: Any,
     columns: Any, bias: Any, adds: Any, codes: Any, scales: Any, out: Any,
 ) -> None:  # fmt: skip
-    """64 outputs of some time steps."""
-    block, wide, far = piece % blocks, codes.shape[1], 4 * stride
-    width, nothing = 4 * out.shape[1], bias.ctypes.data + 4 * blocks * BLOCK
-    t = piece // blocks * STEPS
+    """A tile of outputs of some time steps."""
+    tile, wide, far = piece % tiles, codes.shape[1], 4 * stride
+    width, nothing = 4 * out.shape[1], bias.ctypes.data + 4 * tiles * TILE
+    t = piece // tiles * STEPS
     end = min(len(out), t + STEPS)
     while t < end:
         count = AT_ONCE if end - t >= AT_ONCE else 1
         for tap in range(taps):
             begin = t * stride + tap * dilation
             x, scale = codes.ctypes.data + 2 * wide * begin, scales.ctypes.data + 4 * begin
-            o, last = BLOCK * block, min(out.shape[1], BLOCK * (block + 1))
+            o, last = TILE * tile, min(out.shape[1], TILE * (tile + 1))
             while o < last:
-                some = BLOCK if last - o >= BLOCK else 16
-                w = weights + ((tap * blocks + block) * pairs * BLOCK + o % BLOCK) * 4
+                some = TILE if last - o >= TILE else 16
+                w = weights + ((tap * tiles + tile) * pairs * TILE + o % TILE) * 4
                 column, shift = columns.ctypes.data + 4 * o, bias.ctypes.data + 4 * o
                 y = out.ctypes.data + width * t + 4 * o
                 shift = shift if tap == 0 else nothing
                 onto, between = (y, width) if adds or tap else (nothing, 0)
-                if count == AT_ONCE and some == BLOCK:
-                    near_tile_4_of_64(w, x, wide * stride, pairs, y, width, column, scale, far,
-                                      shift, onto, between)  # fmt: skip
+                if count == AT_ONCE and some == TILE:
+                    near_tile_4(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                shift, onto, between)  # fmt: skip
                 elif count == AT_ONCE:
                     near_tile_4_of_16(w, x, wide * stride, pairs, y, width, column, scale, far,
                                       shift, onto, between)  # fmt: skip
-                elif some == BLOCK:
-                    near_tile_1_of_64(w, x, wide * stride, pairs, y, width, column, scale, far,
-                                      shift, onto, between)  # fmt: skip
+                elif some == TILE:
+                    near_tile_1(w, x, wide * stride, pairs, y, width, column, scale, far,
+                                shift, onto, between)  # fmt: skip
                 else:
                     near_tile_1_of_16(w, x, wide * stride, pairs, y, width, column, scale, far,
                                       shift, onto, between)  # fmt: skip

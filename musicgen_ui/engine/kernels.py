@@ -20,74 +20,17 @@ from typing import Any
 import numba
 import numpy as np
 
-from musicgen_ui.engine.tiles import (
-    ALL,
-    BLOCK,
-    SIZE,
-    add,
-    ask,
-    compiled,
-    exp,
-    floats,
-    gelu,
-    largest,
-    normalise,
-    pointer,
-    quantise,
-    tile_1,
-    tile_2,
-    tile_4,
-    wait,
-)
+from musicgen_ui.engine.products import ROWS, multiply, pairs_of
+from musicgen_ui.engine.tiles import BLOCK, add, ask, compiled, pointer, tile_1_of_64, wait
+from musicgen_ui.engine.vectors import ALL, SIZE, exp, floats, largest, normalise, quantise
 
 MOST = 2047  # of a quantised input: 127 · 2047 · 8192 inputs still fit into an int32
-ROWS = 4  # inputs that meet a weight while it is in a register
-AHEAD = 8192  # bytes of weights asked for ahead: 8 rows 18 ms instead of 21 (Zen 5, one thread)
 
 # A layer's stages: normalise (0, 5, 10) and quantise (3, 8, 12) rows; attend to the columns (2) and
 # to the prompt (7); products into `wide` (1, 6, 11) and onto `x` (4, 9, 13).
 STAGES = 14
 _PRODUCT = (-1, 0, -1, -1, 1, -1, 2, -1, -1, 3, -1, 4, -1, 5)  # the one that a stage makes
 _OF_PROMPT = (5, 9)  # the first and the last stage of attention to the prompt
-
-
-@compiled
-def _rescale(sums: Any, row: Any, column: Any, scale: Any, out: Any, adds: Any) -> None:
-    for o in range(len(out)):
-        value = np.float32(sums[row, o]) * (column[o] * scale)
-        out[o] = out[o] + value if adds else value
-
-
-@compiled
-def multiply(
-    block: Any, weights: Any, columns: Any, space: Any, pairs: Any, outputs: Any, out: Any,
-    adds: Any, activates: Any, sums: Any, then: Any,
-) -> None:  # fmt: skip
-    """A block of outputs for all rows, into `out` or added to it; `then`: what is read next."""
-    first, last = block * BLOCK, min(outputs, (block + 1) * BLOCK)
-    column = floats(columns + 4 * first, BLOCK)
-    to, wide = out.ctypes.data + 4 * first, 4 * out.shape[1]
-    weights += block * pairs * 2 * BLOCK
-    ahead, turn = weights + AHEAD, pairs - AHEAD // (2 * BLOCK)
-    then -= turn * 2 * BLOCK
-    stride, into, row = space.codes.shape[1], sums.ctypes.data, 0
-    while row < len(out):
-        x = space.codes.ctypes.data + 2 * stride * row
-        count = len(out) - row
-        if count >= 4:
-            count = 4
-            tile_4(weights, x, stride, pairs, into, ahead, turn, then)
-        elif count >= 2:
-            count = 2
-            tile_2(weights, x, stride, pairs, into, ahead, turn, then)
-        else:
-            tile_1(weights, x, stride, pairs, into, ahead, turn, then)
-        for each in range(row, row + count):
-            own = floats(to + wide * each, last - first)
-            _rescale(sums, each - row, column, space.scales[each], own, adds)
-            if activates:
-                gelu(own)
-        row += count
 
 
 @compiled
@@ -117,9 +60,10 @@ def _attend(
     scale = quantise(query, codes, MOST) / np.float32(np.sqrt(dim))
     key_scales, value_scales = floats(at[2], room), floats(at[3], room)
     for first in range(0, filled, BLOCK):  # what is asked for ahead: the values beside
-        tile_1(at[0] + first * 2 * pairs, code, 0, pairs, into, at[1] + first * BLOCK, pairs, 0)
+        values = at[1] + first * BLOCK
+        tile_1_of_64(at[0] + first * 2 * pairs, code, 0, pairs, into, values, pairs, 0)
         for t in range(BLOCK):  # of the last block more than are filled: there is room
-            weights[first + t] = np.float32(sums[0, t]) * (scale * key_scales[first + t])
+            weights[first + t] = np.float32(sums[t]) * (scale * key_scales[first + t])
     best, total = largest(weights, filled, ALL), np.float32(0)
     for t in range(filled):  # of loops with one task each LLVM makes vectors: a third of the time
         weights[t] = exp(weights[t] - best)
@@ -134,9 +78,9 @@ def _attend(
     codes[filled] = 0  # beside the last position, where their number is odd
     for first in range(0, dim, BLOCK):
         halves = (filled + 1) // 2
-        tile_1(at[1] + first * room, code, 0, halves, into, then, halves, 0)
+        tile_1_of_64(at[1] + first * room, code, 0, halves, into, then, halves, 0)
         for d in range(min(BLOCK, dim - first)):
-            out[first + d] = np.float32(sums[0, d]) * (peak / (most * total))
+            out[first + d] = np.float32(sums[d]) * (peak / (most * total))
 
 
 @compiled
@@ -208,7 +152,7 @@ def _block(model: Any, layer: Any, which: Any, block: Any) -> Any:
         block -= blocks
         which = 4 if which == 1 and not model.told else (which + 1) % 6
         layer = (layer + (which == 0)) % len(model.products)
-    pairs = (model.widths[which, 1] + 1) // 2
+    pairs = pairs_of(model.widths[which, 1])
     return model.products[layer, which, 0] + block * pairs * 2 * BLOCK
 
 
@@ -231,7 +175,7 @@ def _work(
         outputs, inputs = model.widths[which]
         adds = kind == 4 or kind == 9 or kind == 13
         out = rows.x if adds else space.wide
-        pairs = (inputs + 1) // 2
+        pairs = pairs_of(inputs)
         then = _block(model, layer, which, following)
         multiply(piece, at, columns, space, pairs, outputs, out, adds, kind == 11, sums, then)
     else:
@@ -246,7 +190,7 @@ def _work(
 @compiled
 def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
     """All layers: what one of the threads does; counters int64 [layers · STAGES, 2] are 0."""
-    sums = np.empty((ROWS, BLOCK), np.int32)
+    sums = np.empty(ROWS * BLOCK, np.int32)
     longest = max(rows.room.max(), rows.text_room.max(), rows.x.shape[1]) + 2  # rooms: of blocks
     weights, codes = np.empty(longest, np.float32), np.empty(longest, np.int16)
     for stage in range(len(counters)):
@@ -264,8 +208,8 @@ def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
 @compiled
 def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: Any) -> None:
     """float32 [rows, inputs] to `out` [rows, outputs]: what one of the threads does."""
-    sums = np.empty((ROWS, BLOCK), np.int32)
-    pairs, outputs = (x.shape[1] + 1) // 2, out.shape[1]
+    sums = np.empty(ROWS * BLOCK, np.int32)
+    pairs, outputs = pairs_of(x.shape[1]), out.shape[1]
     for stage in range(2):
         pieces = (outputs + BLOCK - 1) // BLOCK if stage else len(x)
         taken = counters.ctypes.data + 16 * stage
@@ -287,7 +231,7 @@ def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: 
 @compiled
 def attention(rows: Any, heads: Any, layer: Any, qkv: Any, out: Any, counters: Any) -> None:
     """The columns of `qkv`, [rows · columns, 3 · hidden], in a layer: one of the threads."""
-    sums = np.empty((ROWS, BLOCK), np.int32)
+    sums = np.empty(ROWS * BLOCK, np.int32)
     longest = max(rows.room.max(), out.shape[1]) + 2
     weights, codes = np.empty(longest, np.float32), np.empty(longest, np.int16)
     taken = counters.ctypes.data

@@ -49,12 +49,21 @@ class Linear:
             return
         packed = weight.to(device, getattr(torch, precision)).contiguous()
         self.nbytes = packed.nbytes
-        on_cpu = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
-        self._product = _onednn(packed) if on_cpu else partial(F.linear, weight=packed)
+        here = torch.device(device).type == "cpu" and _multiplies(packed.dtype)
+        self._product = _onednn(packed) if here else partial(F.linear, weight=packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product of [rows, inputs] with the weights."""
         return self._product(x)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of this type on this processor."""
+    if dtype == torch.bfloat16:  # with AVX-512 or younger
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return torch.backends.mkldnn.is_available()
 
 
 def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:

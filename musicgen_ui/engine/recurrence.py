@@ -1,8 +1,8 @@
 """The codec's LSTM on the CPU: its weights in int8, read by all threads together.
 
 A frame waits for the reading of the weights that meet the state. torch's cells read them on one
-thread, as float32; here `kernels`' products do on all, a block of 64 units of all four gates a
-piece. Inputs and state have as many bits as the sums of a layer's width allow, 14 for Meta's.
+thread, as float32; here `products` do on all, a block of 64 units of all four gates a piece. Inputs
+and state have as many bits as the sums of a layer's width allow, 14 for Meta's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_ui.engine.compiled import Product, Space, run
-from musicgen_ui.engine.kernels import ROWS, multiply
-from musicgen_ui.engine.tiles import BLOCK, add, compiled, exp, quantise, wait
+from musicgen_ui.engine.products import ROWS, multiply
+from musicgen_ui.engine.tiles import BLOCK, add, compiled, wait
+from musicgen_ui.engine.vectors import exp, quantise
 
 State = tuple[Tensor, Tensor]
 
@@ -85,7 +86,7 @@ def _lstm(
     Stages: quantise the inputs' rows (0), multiply them (1), then for each frame quantise the state
     (even) and multiply it for 64 units at a time, which then are done (odd).
     """
-    sums = np.empty((ROWS, BLOCK), np.int32)
+    sums = np.empty(ROWS * BLOCK, np.int32)
     batch, hidden = h.shape
     pairs, blocks, gates = hidden // 2, hidden // BLOCK, space.wide
     bytes_a_block = pairs * 2 * BLOCK
