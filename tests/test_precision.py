@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
+from musicgen_ui.engine import linear
 from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.compiled import Int8Cache
+from musicgen_ui.engine.convolution import Convolution16
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.vectors import ALL, SIZE, largest
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
@@ -129,3 +137,40 @@ def test_int8_logits_are_near_those_of_float32(lm):
     columns = torch.randint(64, (1, 4, 80), generator=torch.Generator().manual_seed(3))
     exact, packed = (steps(Decoder(lm, CPU, p), columns, 1, None) for p in ("float32", "int8"))
     assert (packed - exact).norm() / exact.norm() < 0.02
+
+
+WITHOUT_AVX512 = """
+import sys, llvmlite.binding as llvm
+features = llvm.get_host_cpu_features()
+features.update({name: False for name in features if name.startswith("avx512")})
+llvm.get_host_cpu_features = lambda: features
+from tests.test_precision import made_in_whole_numbers
+import numpy
+numpy.savez(sys.argv[1], *made_in_whole_numbers())
+"""
+
+
+def made_in_whole_numbers():
+    generator = torch.Generator().manual_seed(0)
+    drawn = partial(torch.randn, generator=generator)
+    product, convolution = (
+        Linear(drawn(72, 66), "int8", CPU),
+        Convolution16(drawn(48, 32, 3), drawn(48)),
+    )
+    found = [product(drawn(rows, 66)) for rows in (1, 2, 9)] + [convolution(drawn(1, 70, 32))]
+    return [each.numpy() for each in found]
+
+
+def test_a_processor_without_avx512_computes_the_same(tmp_path):
+    """Its registers hold smaller tiles, so weights are laid out in another way."""
+    file = tmp_path / "found.npz"
+    subprocess.run([sys.executable, "-c", WITHOUT_AVX512, file], check=True, cwd=ROOT)
+    for found, expected in zip(np.load(file).values(), made_in_whole_numbers(), strict=True):
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_precision_that_onednn_lacks_still_multiplies(monkeypatch):
+    monkeypatch.setattr(linear, "multiplies", lambda dtype: False)
+    weight, x = torch.randn(48, 32).bfloat16(), torch.randn(3, 32).bfloat16()
+    found, expected = Linear(weight, "bfloat16", CPU)(x), x.float() @ weight.float().T
+    assert torch.allclose(found.float(), expected, atol=0.1)

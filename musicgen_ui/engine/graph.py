@@ -81,8 +81,10 @@ class Graphed:
                 top_p=zeros(slots, 1, 1) + 1,
                 greedy=zeros(slots, 1, dtype=torch.bool),
                 candidates=decoder.codebook_size,
+                alike=False,
                 nucleus=True,
                 draws=True,
+                chooses=True,
             )
             for cache in self.caches:  # what was never written is multiplied by 0, so no NaN
                 cache.keys.zero_(), cache.values.zero_()

@@ -31,9 +31,12 @@ class Settings:
     top_k: Tensor  # int64 [jobs, 1, 1], at least 1
     top_p: Tensor  # [jobs, 1, 1], 1 is off
     greedy: Tensor  # bool [jobs, 1]
-    candidates: int  # the largest top_k: known here, so that the device is never asked
+    # Known here, so that the device is never asked:
+    candidates: int  # the largest top_k
+    alike: bool  # all jobs have that one
     nucleus: bool  # any job uses top_p
     draws: bool  # any job draws
+    chooses: bool  # any job takes the likeliest code
 
     @classmethod
     def of(
@@ -52,8 +55,10 @@ class Settings:
             top_p=column([r.top_p or 1.0 for r in requests]),
             greedy=column([not r.do_sample for r in requests], torch.bool).squeeze(-1),
             candidates=max(top_k),
+            alike=len(set(top_k)) == 1,
             nucleus=any(0 < r.top_p < 1 for r in requests),
             draws=any(r.do_sample for r in requests),
+            chooses=not all(r.do_sample for r in requests),
         )
 
     def of_first(self, jobs: int) -> Settings:
@@ -83,6 +88,14 @@ def probabilities(logits: Tensor, settings: Settings) -> Tensor:
         float32 of the same shape; 0 for the codes that are never drawn.
     """
     scores = logits / settings.temperature
+    edge = _edge(scores, settings)
+    return scores.masked_fill(scores < edge, -torch.inf).softmax(-1)
+
+
+def _edge(scores: Tensor, settings: Settings) -> Tensor:
+    """The least score that may be drawn: [jobs, codebooks, 1]."""
+    if settings.alike and not settings.nucleus:  # a third of the time of sorting them
+        return scores.topk(settings.candidates, sorted=False).values.amin(-1, keepdim=True)
     best = scores.topk(settings.candidates).values  # falling
     kept = settings.top_k
     if settings.nucleus:
@@ -91,8 +104,7 @@ def probabilities(logits: Tensor, settings: Settings) -> Tensor:
         before = shares.cumsum(-1) - shares
         inside = (before < settings.top_p) & (shares > 0)
         kept = inside.sum(-1, keepdim=True).clamp_min(1)
-    edge = best.gather(-1, (kept - 1).expand(*best.shape[:-1], 1))
-    return scores.masked_fill(scores < edge, -torch.inf).softmax(-1)
+    return best.gather(-1, (kept - 1).expand(*best.shape[:-1], 1))
 
 
 def draw(logits: Tensor, settings: Settings, uniform: Tensor) -> Tensor:
@@ -103,13 +115,12 @@ def draw(logits: Tensor, settings: Settings, uniform: Tensor) -> Tensor:
         settings: of the same jobs.
         uniform: float32 [jobs, codebooks] in [0, 1).
     """
-    likeliest = logits.argmax(-1)
     if not settings.draws:
-        return likeliest
+        return logits.argmax(-1)
     # In double precision u · total stays below total, so the draw never falls off the end. MPS
     # has no doubles: there the last code stands in, once in 2^24 draws.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     shares = probabilities(logits, settings).to(exact).cumsum(-1)  # rising to 1
-    drawn = (shares <= uniform[..., None] * shares[..., -1:]).sum(-1)
-    drawn = drawn.clamp_max(logits.shape[-1] - 1)
-    return torch.where(settings.greedy, likeliest, drawn)
+    drawn = torch.searchsorted(shares, uniform[..., None] * shares[..., -1:], right=True)
+    drawn = drawn.squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return torch.where(settings.greedy, logits.argmax(-1), drawn) if settings.chooses else drawn
