@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from musicgen_ui.engine import kernels
-from musicgen_ui.engine.device import THREADS
 from musicgen_ui.engine.tiles import BLOCK, TILE, TURN
 
 Layer: TypeAlias = Any  # `layers`' and `decoder`'s, which import this
@@ -70,18 +69,18 @@ class Space(NamedTuple):
         return cls(empty((rows, outputs)), empty((rows, hidden)), codes, empty(rows))
 
 
+_CALLS: SimpleQueue[list] = SimpleQueue()  # what helpers wait for
+
+
 @functools.cache
-def _calls() -> SimpleQueue[list]:
-    """What helpers, a thread for each core but the caller's, wait for."""
-    calls: SimpleQueue[list] = SimpleQueue()
-    for _ in range(THREADS - 1):
-        threading.Thread(target=_help, args=[calls], name="musicgen-int8", daemon=True).start()
-    return calls
+def _start(number: int) -> None:
+    """Starts a helper."""
+    threading.Thread(target=_help, name=f"musicgen-int8-{number}", daemon=True).start()
 
 
-def _help(calls: SimpleQueue[list]) -> None:
+def _help() -> None:
     while True:
-        call = calls.get()
+        call = _CALLS.get()
         with contextlib.suppress(IndexError):  # it is done already
             kernel, args = call.pop()
             kernel(*args)
@@ -97,8 +96,9 @@ def run(kernel: Callable[..., None], stages: int, *args: Any) -> None:
     helpers = torch.get_num_threads() - 1
     args = *args, np.zeros((stages, 2), np.int64)
     call = [(kernel, args)] * helpers
-    for _ in range(helpers):
-        _calls().put(call)
+    for number in range(helpers):
+        _start(number)
+        _CALLS.put(call)
     kernel(*args)
     call.clear()
 
