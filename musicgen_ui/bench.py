@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from musicgen_ui import checkpoints, contestants, distance, gauges, scoreboard
@@ -45,7 +44,6 @@ from musicgen_ui.checkpoints import Source
 from musicgen_ui.contestants import request_of
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
-from musicgen_ui.engine.linear import multiplies
 from musicgen_ui.request import RequestError
 from musicgen_ui.scoreboard import Row
 
@@ -211,9 +209,7 @@ def _long(rounds: list[Figures], music_s: float) -> bool:
 def _contestants(place: Place, precisions: str | None, only: str) -> list[Contestant]:
     kind = place.device.partition(":")[0]
     ours = precisions.split(",") if precisions else PRECISIONS[kind]
-    # A processor without bfloat16 takes minutes for a second of music in it.
-    peers = [p for p in PEER_PRECISIONS[kind] if kind != "cpu" or multiplies(getattr(torch, p))]
-    named = [(True, p) for p in peers] + [(False, p) for p in ours]
+    named = [(True, p) for p in PEER_PRECISIONS[kind]] + [(False, p) for p in ours]
     every = [Contestant(peer, devices.choose(place.device, p)) for peer, p in named]
     chosen = [c for c in every if c.called(only)]
     if not chosen:

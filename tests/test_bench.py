@@ -46,7 +46,6 @@ def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, 
             alive.add(self)
 
         monkeypatch.setattr(kind, "__init__", alone)
-    monkeypatch.setattr(bench, "multiplies", lambda dtype: True)
     file = tmp_path / "rows.json"
     rows = bench.run(flags_of("--quick", "--json", str(file)))
     assert json.loads(file.read_text()) == rows
@@ -117,7 +116,6 @@ def test_rounds_are_interleaved_and_figures_are_medians(monkeypatch):
         yield settings[0], dict.fromkeys(("real_time_factor", "steps_per_s", "codec_s"), figure)
 
     monkeypatch.setattr(bench, "_measure", measured)
-    monkeypatch.setattr(bench, "multiplies", lambda dtype: True)
     monkeypatch.setattr(scoreboard, "table", lambda rows: "")
     monkeypatch.setattr(scoreboard, "ratios", lambda rows: [])
     rows = bench.run(flags_of("--checkpoint", "random:tiny", "--only", "float32"))
@@ -187,7 +185,6 @@ def test_published_rows_are_run_as_often_as_they_can_be(monkeypatch):
             yield (jobs, seconds), {"real_time_factor": 0.05 if slow else 1.0}
 
     monkeypatch.setattr(bench, "_measure", measured)
-    monkeypatch.setattr(bench, "multiplies", lambda dtype: True)
     monkeypatch.setattr(scoreboard, "table", lambda rows: "")
     monkeypatch.setattr(scoreboard, "ratios", lambda rows: [])
     bench.run(flags_of("--checkpoint", "random:tiny", "--published", "--rounds", "2"))
@@ -200,12 +197,6 @@ def test_published_rows_are_run_as_often_as_they_can_be(monkeypatch):
         ("musicgen_ui float32", [(1, 10)]),
         ("musicgen_ui int8", [(1, 10), (4, 10)]),
     ]
-
-
-def test_a_processor_without_bfloat16_is_not_asked_to_compete_in_it(monkeypatch):
-    monkeypatch.setattr(bench, "multiplies", lambda dtype: dtype == torch.float32)
-    chosen = bench._contestants(devices.choose("cpu"), None, "transformers")
-    assert [str(each) for each in chosen] == ["transformers float32"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -170,7 +170,7 @@ def test_a_processor_without_avx512_computes_the_same(tmp_path):
 
 
 def test_a_precision_that_onednn_lacks_still_multiplies(monkeypatch):
-    monkeypatch.setattr(linear, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(linear, "_multiplies", lambda dtype: False)
     weight, x = torch.randn(48, 32).bfloat16(), torch.randn(3, 32).bfloat16()
     found, expected = Linear(weight, "bfloat16", CPU)(x), x.float() @ weight.float().T
     assert torch.allclose(found.float(), expected, atol=0.1)

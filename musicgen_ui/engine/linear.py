@@ -49,7 +49,7 @@ class Linear:
             return
         packed = weight.to(device, getattr(torch, precision)).contiguous()
         self.nbytes = packed.nbytes
-        here = torch.device(device).type == "cpu" and multiplies(packed.dtype)
+        here = torch.device(device).type == "cpu" and _multiplies(packed.dtype)
         self._product = _onednn(packed) if here else partial(F.linear, weight=packed)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Linear:
         return self._product(x)
 
 
-def multiplies(dtype: torch.dtype) -> bool:
+def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of this type on this processor."""
     if dtype == torch.bfloat16:  # with AVX-512 or younger
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
