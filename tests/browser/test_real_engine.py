@@ -11,6 +11,13 @@ import soundfile
 from conftest import Open, serving
 from playwright.sync_api import expect
 
+TAKE_DOWN = """() => {
+  window.said = [];
+  const look = () => window.said.push(document.querySelector(".live-text").textContent);
+  new MutationObserver(look).observe(document.querySelector(".live"),
+    {subtree: true, childList: true, characterData: true});
+}"""
+
 
 @pytest.fixture
 def url() -> Iterator[str]:
@@ -26,8 +33,10 @@ def test_a_click_before_the_engine_is_there_becomes_music(
     length = page.locator("#duration_s input[type=number]")
     length.fill("2")
     length.press("Tab")
+    page.evaluate(TAKE_DOWN)  # two seconds are composed faster than a look from here
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator(".live[data-stage=finished]")).to_be_visible(timeout=120_000)
+    assert "Composing" in page.evaluate("() => window.said.join()")
     page.wait_for_function("() => musicgenLive.heard_s() > 1.9")
     expect(page.locator("#engine")).to_contain_text("bundled")
     with page.expect_download() as waiting:
