@@ -61,7 +61,7 @@ def _attend(
     key_scales, value_scales = floats(at[2], room), floats(at[3], room)
     for first in range(0, filled, BLOCK):  # what is asked for ahead: the values beside
         values = at[1] + first * BLOCK
-        tile_1_of_64(at[0] + first * 2 * pairs, code, 0, pairs, into, values, pairs, 0)
+        tile_1_of_64(at[0] + first * 2 * pairs, code, 0, pairs, into, values, pairs, 0, 2 * BLOCK)
         for t in range(BLOCK):  # of the last block more than are filled: there is room
             weights[first + t] = np.float32(sums[t]) * (scale * key_scales[first + t])
     best, total = largest(weights, filled, ALL), np.float32(0)
@@ -78,7 +78,7 @@ def _attend(
     codes[filled] = 0  # beside the last position, where their number is odd
     for first in range(0, dim, BLOCK):
         halves = (filled + 1) // 2
-        tile_1_of_64(at[1] + first * room, code, 0, halves, into, then, halves, 0)
+        tile_1_of_64(at[1] + first * room, code, 0, halves, into, then, halves, 0, 2 * BLOCK)
         for d in range(min(BLOCK, dim - first)):
             out[first + d] = np.float32(sums[d]) * (peak / (most * total))
 

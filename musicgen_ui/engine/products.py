@@ -36,8 +36,8 @@ def multiply(
     weights += block * left
     for first in range(block * BLOCK, end, TILE):
         last = min(end, first + TILE)
-        turn = (left - AHEAD) // (2 * TILE)
-        _multiply_tile(first, last, weights, weights + AHEAD, turn, then - turn * 2 * TILE,
+        following = weights + pairs * 2 * TILE if last < end else then
+        _multiply_tile(first, last, weights, left, following, then,
                        columns, space, pairs, out, adds, activates, sums)  # fmt: skip
         weights += pairs * 2 * TILE
         left -= pairs * 2 * TILE
@@ -45,23 +45,32 @@ def multiply(
 
 @compiled
 def _multiply_tile(
-    first: Any, last: Any, weights: Any, ahead: Any, turn: Any, then: Any, columns: Any,
+    first: Any, last: Any, weights: Any, left: Any, following: Any, then: Any, columns: Any,
     space: Any, pairs: Any, out: Any, adds: Any, activates: Any, sums: Any,
 ) -> None:  # fmt: skip
     column = floats(columns + 4 * first, TILE)
     to, wide = out.ctypes.data + 4 * first, 4 * out.shape[1]
     stride, into, row = space.codes.shape[1], sums.ctypes.data, 0
+    # A pass of all rows asks for what is AHEAD. Of several only the first would wait for memory, so
+    # each asks for its part of the whole tile that is next: 8 rows 12.9 ms, not 14.2 (Zen 5).
+    passes = (len(out) + ROWS - 1) // ROWS
+    advance = 2 * TILE // passes  # bytes a pair of inputs
+    ahead, turn = weights + AHEAD, (left - AHEAD) // (2 * TILE)
+    soon = then - turn * 2 * TILE
+    if passes > 1:
+        turn, soon = 0, following
     while row < len(out):
         x = space.codes.ctypes.data + 2 * stride * row
         count = len(out) - row
         if count >= 4:
             count = 4
-            tile_4(weights, x, stride, pairs, into, ahead, turn, then)
+            tile_4(weights, x, stride, pairs, into, ahead, turn, soon, advance)
         elif count >= 2:
             count = 2
-            tile_2(weights, x, stride, pairs, into, ahead, turn, then)
+            tile_2(weights, x, stride, pairs, into, ahead, turn, soon, advance)
         else:
-            tile_1(weights, x, stride, pairs, into, ahead, turn, then)
+            tile_1(weights, x, stride, pairs, into, ahead, turn, soon, advance)
+        soon += pairs * advance
         for each in range(row, row + count):
             own = floats(to + wide * each, last - first)
             _rescale(sums, TILE * (each - row), column, space.scales[each], own, adds)

@@ -147,8 +147,9 @@ def _sums(b: Any, shape: tuple[int, int, int, int], args: Any) -> list[list[Any]
     sums = [b.phi(_FEW) for _ in range(parts * rows)]
     step = b.mul(pair, ir.Constant(_WORD, bytes_a_pair))
     if asked:
-        ahead, turn, then = asked
-        soon = b.add(b.select(b.icmp_signed("<", pair, turn), ahead, then), step)
+        ahead, turn, then, advance = asked
+        soon = b.select(b.icmp_signed("<", pair, turn), ahead, then)
+        soon = b.add(soon, b.mul(pair, advance))
         for line in range(0, bytes_a_pair, 64):  # of the processor's cache
             b.call(_prefetch(b), [_place(b, soon, line, ir.IntType(8)), *_HINTS])
     new = list(sums)
@@ -184,10 +185,11 @@ def _sums(b: Any, shape: tuple[int, int, int, int], args: Any) -> list[list[Any]
 
 def _tile_of(rows: int, outputs: int = TILE) -> Any:
     """The kernel for so many rows at once, from addresses: `tile(weights, x, stride, pairs, out,
-    ahead, turn, then)` of int8 [pairs, outputs, 2], int16 [rows, stride], int32 [rows, outputs].
+    ahead, turn, then, advance)` of int8 [pairs, outputs, 2], int16 [rows, stride], int32 [rows,
+    outputs].
 
-    With each pair of inputs memory is asked for as many bytes as it has weights: from `ahead` on,
-    as far from it as the pair's weights are from the first, and from pair `turn` on from `then` on.
+    With each pair of inputs memory is asked for as many bytes as it has weights: so many times
+    `advance` after `ahead` as the pair's number says, and from pair `turn` on after `then`.
 
     It is written in LLVM's vectors of 16 int32, which LLVM turns into what a processor has: on x86
     a multiplication of 32 pairs of int16 that adds neighbours, and with VNNI the sum as well.
@@ -203,9 +205,9 @@ def _tile_of(rows: int, outputs: int = TILE) -> Any:
     @_intrinsic
     def tile(
         typing: Any, weights: Any, x: Any, stride: Any, pairs: Any, out: Any, ahead: Any,
-        turn: Any, then: Any,
+        turn: Any, then: Any, advance: Any,
     ) -> tuple:  # fmt: skip
-        return types.void(*[types.int64] * 8), build
+        return types.void(*[types.int64] * 9), build
 
     return tile
 
