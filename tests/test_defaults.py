@@ -105,6 +105,19 @@ def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
     assert back["top_k"] == 250 and "temperature" not in back
 
 
+def test_a_click_before_the_page_knows_its_checkpoint_leaves_its_settings_to_it(
+    handlers: Handlers,
+):
+    """Also one between another checkpoint's choice and its answer."""
+    general = {name: FIELDS[name].default for name in CHECKPOINT_FIELDS}
+    for own in (general, general | {"temperature": 0.5}):
+        shown = own | {"top_p": 0.9, "duration_s": 1.0}
+        compose(handlers, own=own, checkpoint="wide", **shown)
+        asked = handlers.engine.requests[-1]
+        assert (asked.temperature, asked.top_k) == (0.7, 50)
+        assert (asked.top_p, asked.duration_s) == (0.9, 1.0)
+
+
 def test_what_a_file_restored_stays_whatever_its_checkpoint_states(handlers: Handlers):
     del handlers
     facts = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("wide"))["facts"]

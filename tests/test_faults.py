@@ -53,7 +53,7 @@ def shown(handlers: Handlers, **changes: Any) -> dict[str, Any]:
 
     async def run() -> dict[str, Any]:
         state: dict[str, Any] = {"heard": 0}
-        async for update in handlers.compose([], TAB, **values(**changes)):
+        async for update in handlers.compose([], {}, TAB, **values(**changes)):
             state |= update
             state["heard"] += len(update.get("live", {}).get("chunks", [])) > 0
         return state

@@ -45,9 +45,11 @@ def clip(tmp_path: Path) -> str:
     return str(path)
 
 
-def compose(handlers: Handlers, history: Any = (), **changes: Any) -> list[dict[str, Any]]:
+def compose(
+    handlers: Handlers, history: Any = (), own: Any = None, **changes: Any
+) -> list[dict[str, Any]]:
     async def run() -> list[dict[str, Any]]:
-        updates = handlers.compose(list(history), TAB, **values(**changes))
+        updates = handlers.compose(list(history), own or {}, TAB, **values(**changes))
         return [update async for update in updates]
 
     return asyncio.run(run())
@@ -115,7 +117,7 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
 
     async def run() -> list[dict[str, Any]]:
         updates, told = [], None
-        async for update in handlers.compose([], TAB, **values(duration_s=20)):
+        async for update in handlers.compose([], {}, TAB, **values(duration_s=20)):
             updates.append(update)
             if update.get("live", {}).get("chunks") and not told:
                 handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
@@ -134,7 +136,7 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
 
     async def run() -> list[dict[str, Any]]:
         updates = []
-        async for update in handlers.compose([], TAB, **values()):
+        async for update in handlers.compose([], {}, TAB, **values()):
             handlers.stop(TAB)
             updates.append(update)
         return updates
@@ -149,7 +151,7 @@ def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
     handlers = Handlers(engine, tmp_path, Desk(3))
 
     async def job(tab: Any, duration_s: float) -> float:
-        async for update in handlers.compose([], tab, **values(duration_s=duration_s)):
+        async for update in handlers.compose([], {}, tab, **values(duration_s=duration_s)):
             if tab is TAB and update.get("live", {}).get("chunks"):
                 handlers.closed(TAB)
             if "take_audio" in update:
@@ -169,7 +171,7 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
     handlers = Handlers(engine, tmp_path, Desk(3))
 
     async def run() -> None:
-        updates = handlers.compose([], TAB, **values())
+        updates = handlers.compose([], {}, TAB, **values())
         async for update in updates:
             if update.get("live", {}).get("chunks"):
                 break
@@ -194,7 +196,7 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
     seen: list[dict[str, Any]] = []
 
     async def run() -> None:
-        async for update in handlers.compose([], TAB, **values()):
+        async for update in handlers.compose([], {}, TAB, **values()):
             seen.append(update)
 
     with caplog.at_level(logging.ERROR), pytest.raises(gr.Error, match=said) as raised:
@@ -220,18 +222,26 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
 def test_a_wrong_value_is_said_at_its_field(
     handlers: Handlers, changes: dict[str, Any], field: str
 ) -> None:
-    answers = handlers.validate([], **values(**changes))
+    answers = handlers.validate([], {}, **values(**changes))
     wrong = [
-        name for name, a in zip(["history", *FIELDS], answers, strict=True) if not a["is_valid"]
+        name
+        for name, a in zip(["history", "own", *FIELDS], answers, strict=True)
+        if not a["is_valid"]
     ]
     assert wrong == [field]
-    assert answers[["history", *FIELDS].index(field)]["message"].endswith(".")
+    assert answers[["history", "own", *FIELDS].index(field)]["message"].endswith(".")
 
 
 def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
     handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
     with pytest.raises(gr.Error, match="at most 5 s"):
         compose(handlers, duration_s=6)
+
+
+def test_what_nobody_asked_for_stays_within_a_servers_limit(tmp_path: Path) -> None:
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
+    end = state(compose(handlers, duration_s=None))
+    assert soundfile.info(end["take_audio"]).duration == 5.0
 
 
 def test_an_upload_is_continued(handlers: Handlers, clip: str) -> None:
@@ -255,7 +265,7 @@ def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip:
 
 def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
     for handler, own in (
-        (handlers.compose, ["history", "request"]),
+        (handlers.compose, ["history", "own", "request"]),
         (handlers.generate, ["request"]),
     ):
         assert list(inspect.signature(handler).parameters) == [*own, *FIELDS]

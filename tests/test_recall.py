@@ -108,7 +108,7 @@ def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(
 
     async def run() -> dict[str, Any]:
         assert page.enter(KEY, BEFORE) == {}
-        job = handlers.compose([], BEFORE, **values(prompt="mine"))
+        job = handlers.compose([], {}, BEFORE, **values(prompt="mine"))
         async for update in job:
             if update.get("live", {}).get("chunks"):
                 break
@@ -138,7 +138,7 @@ def test_a_job_that_breaks_off_while_its_page_is_gone_is_told(tmp_path: Path) ->
 
     async def run() -> dict[str, Any]:
         page.enter(KEY, BEFORE)
-        job = handlers.compose([], BEFORE, **values())
+        job = handlers.compose([], {}, BEFORE, **values())
         async for update in job:
             if update.get("live", {}).get("chunks"):
                 break

@@ -117,7 +117,7 @@ def test_stop_ends_the_wait_for_the_engine() -> None:
     engine = BackgroundEngine(FakeEngine, "auto")  # never started
     stop = threading.Event()
     stop.set()
-    assert len(collect(engine, GenerationRequest(), stop)) == 1
+    assert collect(engine, GenerationRequest(), stop) == []
 
 
 def test_an_engine_that_fails_to_start_is_said_in_a_sentence() -> None:

@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -182,7 +181,7 @@ def space(python: Path | str, tree: Path, scratch: Path, at_home: bool) -> Itera
             time.sleep(0.1)
         yield url
     finally:
-        app.send_signal(signal.SIGINT)
+        app.terminate()  # as the Hub, Docker and systemd end it
         app.wait(60)
     said = UNCLOSED.sub("", log.read_text())
     assert not re.search("Traceback|Permission denied|not a writable", said), said[-3000:]

@@ -21,25 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from anyio import to_thread
 
-from musicgen_ui import audio, takes
+from musicgen_ui import takes
 from musicgen_ui.engine.events import Chunk, Engine, Finished, Progress
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
-    CLIP_FIELDS,
     FIELDS,
     MAX_DURATION_S,
-    Clip,
     GenerationRequest,
     RequestError,
-    completed,
 )
-from musicgen_ui.ui import take_panel
+from musicgen_ui.ui import asking, take_panel
+from musicgen_ui.ui.asking import Asking
 from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import LiveStream, status_text
 from musicgen_ui.ui.recall import Recall, keep, outliving
+from musicgen_ui.ui.starting import BackgroundEngine
 from musicgen_ui.ui.visitors import Desk, Visitor
 
 log = logging.getLogger(__name__)
@@ -104,23 +102,32 @@ class Handlers:
         self.desk, self.journal = desk, journal or Journal()
         # On ZeroGPU every second of a job is out of the visitor's few minutes a day.
         self.recall = Recall(desk.stop, grace=not os.environ.get("SPACES_ZERO_GPU"))
-        self.max_duration_s = max_duration_s
+        self.asking = Asking(engine, max_duration_s)
 
     @names_every_setting
-    def validate(self, history: Any = None, **values: Any) -> list[dict[str, Any]]:
+    def validate(self, history: Any = None, own: Any = None, **values: Any) -> list[dict[str, Any]]:
         """What is wrong with the form, said at the field; before anything is queued."""
-        at = {"history": gr.validate(True, "")} | {n: gr.validate(True, "") for n in FIELDS}
+        at = {name: gr.validate(True, "") for name in ("history", "own", *FIELDS)}
         try:
-            self._check(values)
+            self.asking.check(values)
         except RequestError as error:
             at[error.field or "prompt"] = gr.validate(False, str(error))
         return list(at.values())
 
     @names_every_setting
     async def compose(
-        self, history: list[take_panel.Group], request: gr.Request, **values: Any
+        self,
+        history: list[take_panel.Group],
+        own: dict[str, Any],
+        request: gr.Request,
+        **values: Any,
     ) -> AsyncGenerator[Updates, None]:
-        """The page's Generate: status and live music first, then the takes."""
+        """The page's Generate: status and live music first, then the takes.
+
+        What still is as the page had it from a checkpoint (`own`) is left to the chosen one: who
+        clicks before the page knows that one hears it as it is meant to be heard.
+        """
+        values = asking.following(values, own)
         live, visitor = LiveStream(total_s=1.0), Visitor.of(request)
         yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
         job = self._updates(live, history, visitor, values)
@@ -229,9 +236,14 @@ class Handlers:
         """The resolved request, then the engine's events, with the takes saved."""
         with ExitStack() as until_the_end:
             record = until_the_end.enter_context(self.journal.job())
-            record.asks(self._check(values))
+            record.asks(self.asking.check(values))
             stop = until_the_end.enter_context(self.desk.place(visitor, record.takes))
-            request, notes = await to_thread.run_sync(self._read, values)
+            if isinstance(self.engine, BackgroundEngine):  # what a checkpoint states, it knows
+                async for progress in self.engine.starting(stop):
+                    yield progress
+                if stop.is_set():
+                    return
+            request, notes = await to_thread.run_sync(self.asking.read, values)
             record.asks(request)
             until_the_end.enter_context(self.desk.ledger.share(visitor, record))
             yield request
@@ -252,35 +264,6 @@ class Handlers:
         except takes.UnsavedError as error:
             log.error("A take could not be saved", exc_info=error)
             return error
-
-    def _read(self, values: dict[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
-        """The request with its clips read; what is to be said about them."""
-        values = completed(values, lambda name: self.engine.describe(name).defaults)
-        self._check(values)
-        readings = {
-            name: audio.read(Path(values[name]), keep_s)
-            for name, keep_s in CLIP_FIELDS.items()
-            if values.get(name)
-        }
-        clips = {n: readings[n].clip if n in readings else None for n in CLIP_FIELDS}
-        notes = tuple(note for reading in readings.values() for note in reading.notes)
-        return GenerationRequest(**{**values, **clips}).with_seed(), notes
-
-    def _check(self, values: dict[str, Any]) -> GenerationRequest:
-        """Everything that can be known before the clips are read: raises RequestError.
-
-        Gives the request with other clips than the true ones.
-        """
-        stand_in = Clip(np.ones((1, 32_000), np.float32), 32_000)
-        clips = {name: stand_in if values.get(name) else None for name in CLIP_FIELDS}
-        request = GenerationRequest(**{**values, **clips})
-        if request.duration_s > self.max_duration_s:
-            raise RequestError(
-                f"This server makes at most {self.max_duration_s:g} s at once: choose a shorter "
-                "length.",
-                "duration_s",
-            )
-        return request
 
 
 def busy(on: bool) -> Updates:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -207,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`python app.py` and `python -m musicgen_ui serve`: 2 for a wrong setting."""
     logs.set_up()
     files.give_caches_a_home()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of `close`
     try:
         chosen = settings(sys.argv[1:] if arguments is None else arguments)
         serve(chosen)

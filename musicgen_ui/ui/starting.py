@@ -52,6 +52,12 @@ class BackgroundEngine:
             ) from self._error
         return self._engine
 
+    async def starting(self, stop: threading.Event | None = None) -> AsyncIterator[Progress]:
+        """Says that the engine is on its way until it is there, or `stop` is set."""
+        while not (self._ready.is_set() or (stop is not None and stop.is_set())):
+            yield Progress("loading", note="starting the engine")
+            await asyncio.sleep(0.2)
+
     async def stream(
         self,
         request: GenerationRequest,
@@ -59,11 +65,10 @@ class BackgroundEngine:
         visitor: str = "",
     ) -> AsyncIterator[Event]:
         """See `Engine.stream`; waits for the engine first."""
-        while not self._ready.is_set():
-            yield Progress("loading", note="starting the engine")
-            await asyncio.sleep(0.2)
-            if stop is not None and stop.is_set():
-                return
+        async for progress in self.starting(stop):
+            yield progress
+        if stop is not None and stop.is_set():
+            return
         events: Any = self._get().stream(request, stop, visitor)
         async with contextlib.aclosing(events):  # a click that is closed early frees its rows now
             async for event in events:

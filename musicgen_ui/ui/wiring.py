@@ -66,7 +66,7 @@ def jobs(parts: Parts, handlers: Handlers) -> Any:
     done = gr.on(
         [parts["generate"].click],
         named(handlers.compose, parts),
-        inputs=[parts["history"]],
+        inputs=[parts["history"], parts["own"]],
         inputs_kwargs={name: parts[name] for name in FIELDS},
         outputs=[parts[n] for n in ("live", "generate", "stop", *TAKE)],
         validator=handlers.validate,
