@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
 from training import codec as codecs
@@ -276,3 +277,12 @@ def test_evaluate_prints_its_table(made: Path, capsys: pytest.CaptureFixture[str
     table = json.loads((made / "checkpoint.json").read_text())
     assert table["judge on held-out rendered clips (ceiling)"] > 0.5
     assert "log-mel distance, dB" in capsys.readouterr().out
+
+
+def test_pictures_are_sheets_of_a_take_a_style(made: Path):
+    main(["pictures", "--out", str(made), "--preset", "tiny", "--parts", "drums,flute,jazz"])
+    with Image.open(made / "takes.png") as sheet:
+        drawn = np.asarray(sheet.convert("L"))
+    halves = [half for row in np.array_split(drawn, 2) for half in np.array_split(row, 2, axis=1)]
+    inked = [float((half < 250).mean()) for half in halves]
+    assert min(inked[:3]) > 0.5 and inked[3] == 0  # three spectrograms on four places

@@ -112,6 +112,16 @@ def do_evaluate(job: Job) -> None:
              args.judge_clips, job.out / f"{name}.json")  # fmt: skip
 
 
+def do_pictures(job: Job) -> None:
+    from training.pictures import sheet
+    from training.styles import STYLES
+
+    args = job.args
+    name = "checkpoint-stereo" if args.stereo else "checkpoint"
+    styles = args.parts.split(",") if args.parts else list(STYLES)
+    print(f"wrote {sheet(args.checkpoint or job.out / name, styles, job.out / 'takes.png')}")
+
+
 def do_finetune(job: Job) -> None:
     from training.finetune import finetune
 
@@ -137,6 +147,7 @@ def do_all(job: Job) -> None:
 STAGES: dict[str, Callable[[Job], None]] = {
     "all": do_all, "render": do_render, "codec": do_codec, "encode": do_encode, "lm": do_lm,
     "finetune": do_finetune, "assemble": do_assemble, "evaluate": do_evaluate,
+    "pictures": do_pictures,
 }  # fmt: skip
 
 
@@ -160,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="finetune: audio files with .txt captions")
     parser.add_argument("--window", type=int, default=500, help="finetune: frames of a window")
     parser.add_argument("--batch", type=int, default=2, help="finetune: windows a step")
-    parser.add_argument("--parts", help="evaluate: codec,style,control,continuation,signal")
+    parser.add_argument("--parts", help="of evaluate: codec,style,…; of pictures: styles")
     parser.add_argument("--per-style", type=int, default=8, help="evaluate: clips a style")
     parser.add_argument("--judge-clips", type=int, default=40, help="evaluate: to fit, a style")
     args = parser.parse_args(argv)
