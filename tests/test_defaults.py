@@ -63,7 +63,7 @@ def test_what_no_request_may_have_is_left_out(folder, text):
 def test_the_bundled_checkpoints_state_what_they_were_measured_with():
     for name in ("bundled", "bundled-stereo"):
         own = checkpoints.describe(checkpoints.resolve(name)).defaults
-        assert (own["temperature"], own["top_k"], own["guidance_scale"]) == (0.7, 50, 3.0)
+        assert (own["temperature"], own["top_k"], own["guidance_scale"]) == (0.7, 50, 2.0)
 
 
 def test_what_is_asked_for_wins_and_a_complete_request_asks_no_checkpoint():

@@ -13,7 +13,7 @@ from training.presets import Preset
 from training.tokenizer import make_processor
 
 LONGEST_FRAMES = 1500  # 30 s, what the windows cover
-SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "top_k": 50, "temperature": 0.7}
+SAMPLING = {"do_sample": True, "guidance_scale": 2.0, "top_k": 50, "temperature": 0.7}
 
 
 def build(preset: Preset, *, stereo: bool = False, weights: Path | None = None,
