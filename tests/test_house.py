@@ -23,7 +23,7 @@ TOP = {
     "pre-requirements.txt",
     *("packages.txt", "pyproject.toml", "README.md", "musicgen_ui", "tests", "assets", "training"),
 }
-LONGEST_FILE, LONGEST_FUNCTION = 320, 60  # lines
+LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines
 
 
 def module_of(file: Path) -> str:
