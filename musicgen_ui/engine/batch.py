@@ -25,9 +25,9 @@ from musicgen_ui.engine.conditioning import Conditioner
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.device import THREADS, own, threads_for
 from musicgen_ui.engine.eager import Eager
-from musicgen_ui.engine.events import Event, Finished
+from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.graph import Graphed
-from musicgen_ui.engine.job import FIRST_CHUNK_FRAMES, Job, steps_for
+from musicgen_ui.engine.job import CHUNK_FRAMES, FIRST_CHUNK_FRAMES, Job, steps_for
 from musicgen_ui.engine.line import Entry, Line, Ticket
 from musicgen_ui.engine.losses import Losses
 from musicgen_ui.engine.shelf import Shelf
@@ -36,6 +36,7 @@ from musicgen_ui.request import Clip, GenerationRequest
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
 PROGRESS_S = 0.25  # between two reports of a job
+FEW_JOBS = 4  # that each get their chunks as soon as can be
 ROOMS = ("stepper", "decoder", "codec", "conditioner", "adapters")  # where the model lies
 
 
@@ -263,20 +264,33 @@ class Batch:
 
     def _deliver(self, job: Job) -> None:
         """Hands what is new to the caller: audio, progress, in the end the take."""
-        ticket = self.jobs[job]
-        if job.chunk_due() and (chunk := job.chunk()):
-            ticket.heard.add(job.variation)
-            ticket.deliver(chunk)
-        if job.done:
+        if job.done and not job.decoding and not job.ended:
+            job.decode(last=True)
+        elif job.chunk_due(self._chunk_frames):
+            job.decode()
+        if job.decoding and job.decoding.done:
+            self._hand_over(job, job.chunk())
+        if job.ended and not job.decoding:
             self._finish(job)
         elif (now := time.monotonic()) - job.told_s >= PROGRESS_S:
             job.told_s = now
-            ticket.deliver(job.progress())
+            self.jobs[job].deliver(job.progress())
+
+    @property
+    def _chunk_frames(self) -> int:
+        """The longest chunk: on CUDA a call of the codec takes the host as long for any length."""
+        on_cuda = self.codec.side is not None
+        return CHUNK_FRAMES * (4 if on_cuda and len(self.jobs) > FEW_JOBS else 1)
+
+    def _hand_over(self, job: Job, chunk: Chunk | None) -> None:
+        if chunk:
+            self.jobs[job].heard.add(job.variation)
+            self.jobs[job].deliver(chunk)
 
     def _finish(self, job: Job) -> None:
         ticket = self.jobs[job]
-        if job.frames_done > job.context_frames and (chunk := job.chunk(last=True)):
-            ticket.deliver(chunk)
+        for chunk in job.rest():
+            self._hand_over(job, chunk)
         self._leave(job)
         self._close(ticket, self._take(job))
 

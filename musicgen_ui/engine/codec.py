@@ -10,9 +10,11 @@ samples come with the fourth frame. The encoder is a chain of the same stages.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,12 +92,17 @@ class Codec:
         """A new stream of frames into audio."""
         return CodecStream(self)
 
+    @functools.cached_property
+    def side(self) -> torch.cuda.Stream | None:
+        """Where audio is decoded beside the decoder's steps; None off CUDA."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
 
 class CodecStream:
     """One signal on its way from codes to audio. Its pushes joined are the one-shot decode."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        self.codec = codec
         self._pasts = [Past() for _ in codec.decoder]
         self._begun = self._ended = False
 
@@ -109,7 +116,7 @@ class CodecStream:
         Raises:
             ValueError: the signal has ended.
         """
-        codec = self._codec
+        codec = self.codec
         if self._ended:
             raise ValueError("The stream has ended; begin another.")
         self._ended = last
@@ -120,6 +127,46 @@ class CodecStream:
         codes = codes.to(codec.device).unflatten(0, (codec.codebooks, codec.channels))
         x = torch.stack(list(map(F.embedding, codes, codec.tables))).sum(0)
         return through(codec.decoder, self._pasts, x, last)[..., 0]
+
+
+class Decoding:
+    """A push under way. On CUDA it runs beside the decoder's steps and nobody waits for it.
+
+    Args:
+        stream: that is pushed; its other pushes must have been made in the same way.
+        codes: int64 [channels * codebooks, frames], which nobody writes to any more.
+        finite: bool, whatever shape: the logits that gave the codes were numbers.
+        last: ends the signal.
+    """
+
+    def __init__(self, stream: CodecStream, codes: Tensor, finite: Tensor, last: bool) -> None:
+        side = stream.codec.side
+        self._done: torch.cuda.Event | None = None
+        if side is None:
+            self._samples, self._finite = stream.push(codes, last).cpu(), finite.all().cpu()
+            return
+        finite = finite.all()
+        side.wait_stream(torch.cuda.current_stream(side.device))
+        with torch.cuda.stream(side):
+            self._samples = stream.push(codes, last).to("cpu", non_blocking=True)
+            self._finite = finite.to("cpu", non_blocking=True)
+            for tensor in (codes, finite):
+                if tensor.is_cuda:
+                    tensor.record_stream(side)
+            self._done = torch.cuda.Event()
+            self._done.record(side)
+
+    @property
+    def done(self) -> bool:
+        """`samples` will not wait."""
+        return self._done is None or self._done.query()
+
+    def samples(self) -> np.ndarray | None:
+        """float32 [channels, samples]; None where logits or samples are no numbers."""
+        if self._done:
+            self._done.synchronize()
+        samples = self._samples.numpy()
+        return samples if self._finite and np.isfinite(samples).all() else None
 
 
 def _check(config: EncodecConfig) -> None:

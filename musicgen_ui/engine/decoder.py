@@ -83,7 +83,9 @@ class Decoder:
         self.codebooks: int = config.num_codebooks
         self.codebook_size: int = config.vocab_size
         self.start_token: int = config.pad_token_id
+        self.inner: int = config.ffn_dim
         self.activation = ACT2FN[config.activation_function]
+        self.gelu = config.activation_function == "gelu"
         inner = lm.model.decoder
         self.positions_of = inner.embed_positions.get_embedding
         with torch.inference_mode():
@@ -97,7 +99,7 @@ class Decoder:
             self.lm_heads = Linear(heads, precision, device)
         self.prefixed = self.layers[0].text is None  # what it is told comes before the columns
         self.compiled: Layers | None = None
-        if precision == "int8" and config.activation_function == "gelu":
+        if precision == "int8" and self.gelu:
             from musicgen_ui.engine import compiled  # imports numba
 
             self.compiled = compiled.Layers(self.layers, self.heads)

@@ -31,7 +31,7 @@ from torch import Tensor
 from musicgen_ui import audio
 from musicgen_ui.engine import delay, sampling
 from musicgen_ui.engine.adapter import Worn
-from musicgen_ui.engine.codec import PIECE_FRAMES, Codec
+from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
 from musicgen_ui.engine.decoder import Sequence
 from musicgen_ui.engine.events import Chroma, Chunk, Finished, Progress
 from musicgen_ui.engine.faults import NotFiniteError
@@ -99,7 +99,9 @@ class Job:
         self.words = request.words()
         self.stream = codec.stream()
         self.sane = torch.ones((), dtype=torch.bool, device=device)  # logits were numbers
-        self.decoded_frames = 0
+        self.decoded_frames = 0  # that went to the codec
+        self.decoding: Decoding | None = None  # what is there now
+        self.ended = False  # nothing more goes there
         self.decoded_samples = 0  # of `samples`, which hold the context too
         self.samples = np.empty((codec.channels, self.frames * codec.hop), np.float32)
         self.started_s: float | None = None
@@ -216,34 +218,49 @@ class Job:
         worked_s = time.monotonic() - self.started_s if self.started_s else 0.0
         return done_s / worked_s if worked_s else 0.0
 
-    def chunk_due(self) -> bool:
-        """There are frames enough to be worth a call of the codec."""
-        if not self.encoded:  # the context's codes are still to come
-            return False
-        waiting = self.frames_done - self.decoded_frames
-        first = self.decoded_frames <= self.context_frames
-        return waiting >= (FIRST_CHUNK_FRAMES if first else CHUNK_FRAMES)
+    def chunk_due(self, most_frames: int = CHUNK_FRAMES) -> bool:
+        """There are frames enough to be worth a call of the codec, and it has none of this job.
 
-    def chunk(self, last: bool = False) -> Chunk | None:
-        """Decodes the next frames (with `last`, all that are done); the new audio among it.
+        Chunks grow up to `most_frames`: each is at most as long as the music before it, so that
+        whoever listens has time to wait for it.
+        """
+        if not self.encoded or self.decoding or self.ended:
+            return False
+        new = self.decoded_frames - self.context_frames
+        frames = min(max(new, CHUNK_FRAMES), most_frames) if new > 0 else FIRST_CHUNK_FRAMES
+        return self.frames_done - self.decoded_frames >= frames
+
+    def decode(self, last: bool = False) -> None:
+        """Sends all frames that are done to the codec; `chunk` has what comes back."""
+        frames = self.decoded_frames - self.start, self.frames_done - self.start
+        codes = delay.undelayed(self.columns, *frames, self.codec.channels)
+        self.decoding = Decoding(self.stream, codes, self.sane, last)
+        self.decoded_frames, self.ended = self.frames_done, last
+
+    def chunk(self) -> Chunk | None:
+        """The new audio of the frames that went to the codec, for which it waits.
 
         Raises:
             NotFiniteError: it would be noise.
         """
-        end = (
-            self.frames_done if last else min(self.frames_done, self.decoded_frames + CHUNK_FRAMES)
-        )
-        frames = self.decoded_frames - self.start, end - self.start
-        codes = delay.undelayed(self.columns, *frames, self.codec.channels)
-        piece = self.stream.push(codes, last=last).cpu().numpy()
-        if not (self.sane and np.isfinite(piece).all()):
+        assert self.decoding
+        piece = self.decoding.samples()
+        self.decoding = None
+        if piece is None:
             raise NotFiniteError
         begin = self.decoded_samples
         self.decoded_samples += piece.shape[1]
         self.samples[:, begin : self.decoded_samples] = piece
-        self.decoded_frames = end
         new = self.samples[:, max(self.context_samples, begin) : self.decoded_samples]
         return Chunk(self.variation, Clip(new, self.codec.sampling_rate)) if new.size else None
+
+    def rest(self) -> Iterator[Chunk | None]:
+        """The chunks of all that is done and was not handed out yet; ends the signal."""
+        if self.decoding:
+            yield self.chunk()
+        if not self.ended and self.frames_done > self.context_frames:
+            self.decode(last=True)
+            yield self.chunk()
 
     @property
     def context_samples(self) -> int:
@@ -251,7 +268,7 @@ class Job:
         return self.context_frames * self.codec.hop
 
     def finished(self, notes: tuple[str, ...] = (), melody: Chroma | None = None) -> Finished:
-        """The take, once `chunk(last=True)` has been called or nothing was made."""
+        """The take, once `rest` was read or nothing was made."""
         new_s = (self.frames_done - self.context_frames) / self.codec.frame_rate
         decoded = self.samples[:, : self.decoded_samples]
         clip = self.clip if self.request.include_prompt else None

@@ -47,14 +47,23 @@ class Linear:
             self._product = self.packed = Product(weight.float().numpy())
             self.nbytes = self.packed.nbytes
             return
-        packed = weight.to(device, getattr(torch, precision)).contiguous()
-        self.nbytes = packed.nbytes
-        here = torch.device(device).type == "cpu" and _multiplies(packed.dtype)
-        self._product = _onednn(packed) if here else partial(F.linear, weight=packed)
+        plain = weight.to(device, getattr(torch, precision)).contiguous()
+        self.nbytes = plain.nbytes
+        if torch.device(device).type == "cpu" and _multiplies(plain.dtype):
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, 2)
+            self._product = partial(_onednn, self._weight)
+        else:
+            self._weight = plain
+            self._product = partial(F.linear, weight=plain)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product of [rows, inputs] with the weights."""
         return self._product(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs] in the computing type; on a CPU a copy. Not of int8."""
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -66,12 +75,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available()
 
 
-def _onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _onednn(packed: Tensor, x: Tensor) -> Tensor:
     # Laid out for oneDNN once: for 2 rows of musicgen-small's size 51 ms of one core (AMD EPYC,
     # Zen 5) where F.linear, which goes through MKL there, takes 219 ms.
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
-
-    def product(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-    return product
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
