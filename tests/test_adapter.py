@@ -169,6 +169,18 @@ def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(
     assert error < 0.1 * (first_logits(plain) - wanted).abs().mean()
 
 
+@pytest.mark.parametrize("melody", [False, True])
+def test_projections_wear_one_beside_a_decoder_in_half_precision(tmp_path, melody):
+    """The projections stay in float32, so the adapter's part of them does too."""
+    base = tiny.build(tmp_path / "base", melody=melody, text_hidden=24)
+    folder = write(base, tmp_path / "adapter", target_modules=EVERYTHING[-1 - (not melody) :])
+    batch = (test_melody.melody_batch if melody else make_batch)(base, precision="bfloat16")
+    batch.adapters.add("one", folder)
+    told = {"melody": test_melody.SCALE} if melody else {}
+    worn, plain = codes(batch, **told), codes(batch, "", **told)
+    assert not torch.equal(worn, plain)
+
+
 def test_a_request_names_a_folder_and_its_take_says_what_it_wore(base, adapter):
     request = GenerationRequest(
         **GREEDY, checkpoint=str(base), adapter=str(adapter), adapter_strength=0.8, seed=1

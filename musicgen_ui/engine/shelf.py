@@ -50,7 +50,8 @@ class Shelf:
     def __init__(self, checkpoint: str, config: Any, decoder: Decoder) -> None:
         self.checkpoint = checkpoint
         self.places = places(config, cross=not decoder.prefixed)
-        self.dtype, self.device = decoder.dtype, decoder.device
+        self.dtypes = dict.fromkeys(self.places, decoder.dtype)  # of what each is multiplied with
+        self.device = decoder.device
         self._lock = threading.Lock()
         self._folders: dict[str, Path] = {}
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
@@ -65,6 +66,7 @@ class Shelf:
         if isinstance(projection, nn.Linear):
             sizes = projection.out_features, projection.in_features
             self.places[name] = Place(OUTSIDE, name, 0, *sizes)
+            self.dtypes[name] = projection.weight.dtype  # float32 beside a decoder in bfloat16
 
     def add(self, name: str, folder: Path) -> None:
         """Reads the adapter in `folder`, if it is not here as it is there.
@@ -174,10 +176,9 @@ def read(name: str, folder: Path, shelf: Shelf) -> Adapter:
                 if not (down.isfinite().all() and up.isfinite().all()):
                     raise ValueError("not a number")
                 place, scale = shelf.places[module], _scale(name, config, path, len(down))
+                there = shelf.device, shelf.dtypes[module]
                 patches.setdefault((place.layer, place.product), []).append(
-                    Patch(
-                        place.start, *(w.to(shelf.device, shelf.dtype) for w in (down, scale * up))
-                    )
+                    Patch(place.start, *(w.to(*there) for w in (down, scale * up)))
                 )
     except RequestError:
         raise
