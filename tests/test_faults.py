@@ -392,6 +392,21 @@ def test_memory_that_is_used_up_while_a_job_begins_lets_it_begin_later(
     assert same(caller, expected) and not other.end.fault
 
 
+def test_a_job_that_breaks_while_it_is_admitted_takes_no_place(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as there are places; then all of them are there still."""
+    monkeypatch.setattr(batch.decoder, "sequence", raiser(MEMORY))
+    for seed in range(batch.max_jobs):
+        caller = Caller(batch, seed)
+        run(batch)
+        assert "memory" in caller.error
+    monkeypatch.undo()
+    callers = [Caller(batch, seed) for seed in range(batch.max_jobs)]
+    run(batch)
+    assert not any(caller.end.fault for caller in callers)
+
+
 def test_one_broken_variation_leaves_the_others(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

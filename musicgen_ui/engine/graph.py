@@ -109,12 +109,11 @@ class Graphed:
 
         `conditions` are as for `Decoder.sequence`.
         """
-        if job not in self._slot:
-            self._slot[job] = min(self._free)
-            self._free.remove(self._slot[job])
-            self.slots.finite[self._slot[job]] = True
-            job.sane = self.slots.finite[self._slot[job]]
-        slot, slots = self._slot[job], self.slots
+        new, slots = job not in self._slot, self.slots
+        slot = min(self._free) if new else self._slot[job]
+        if new:
+            slots.finite[slot] = True
+            job.sane = slots.finite[slot]
         rows = slice(ROWS * slot, ROWS * slot + len(conditions))
         views: Caches = [_view(cache, rows) for cache in slots.caches]
         job.sequence = self.decoder.sequence(conditions, job.positions, views, job.worn)
@@ -130,6 +129,9 @@ class Graphed:
             getattr(slots.settings, name)[slot] = getattr(own, name)[0]
         if len(conditions) == 1:
             slots.settings.guidance_scale[slot] = 1
+        if new:  # at last: a job for which there was no memory has no slot
+            self._slot[job] = slot
+            self._free.remove(slot)
 
     @torch.inference_mode()
     def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
