@@ -68,6 +68,7 @@ def generated(
     inputs = AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
     if clip is not None:
         inputs["input_values"] = torch.from_numpy(clip)[None].repeat(len(prompts), 1, 1)
+    inputs = inputs.to(model.device)
     seen, decode = [], model.audio_encoder.decode
 
     def spy(codes: torch.Tensor, **kwargs: object) -> object:

@@ -73,7 +73,7 @@ def generated(
     model.audio_encoder.decode = spy
     try:
         model.generate(
-            **AutoTokenizer.from_pretrained(folder)([ROCK], return_tensors="pt"),
+            **AutoTokenizer.from_pretrained(folder)([ROCK], return_tensors="pt").to(model.device),
             decoder_input_ids=known,
             do_sample=False,
             guidance_scale=3.0,
