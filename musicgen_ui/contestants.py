@@ -1,7 +1,8 @@
 """Who runs in the bench, and on which weights: transformers' `generate` and our loop.
 
-Both are read from files by the app's own loading code. A random checkpoint of one of Meta's sizes
-is written to a temporary folder first, so no download is needed.
+Both are read from files by the app's own loading code. A random checkpoint of musicgen-small's size
+is written to a temporary folder first, so no download is needed. Random weights of the larger sizes
+are made on the device where they run, as to write and read them takes longer than to time them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
 from musicgen_ui import checkpoints, configuration
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.engine import device as devices
+from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.codec import CodecStream
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.events import Chunk, Event
@@ -35,6 +38,8 @@ from musicgen_ui.request import GenerationRequest, RequestError
 PROMPT = "80s pop track with bassy drums and a bright synth lead"
 GUIDANCE_SCALE, TOP_K = 3.0, 250
 CODEC_S, CODEC_TURNS = 5.0, 5  # of music, decoded alone so many times to time the codec
+WARM_UP_S = 0.5  # of music
+WRITTEN = ("small", "tiny")  # sizes of random checkpoints that are files
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class Ran:
 
     wall_s: float
     first_audio_s: float  # until the last caller heard the first sample
-    codec_wait_s: float  # that the decoder's thread spent in the codec
-    cache_bytes: int  # keys and values at the end
+    codec_wait_s: float  # that the decoder's thread spent in the codec; 0 on a GPU, which does both
 
 
 class Loop(Protocol):
     """A loaded contestant."""
+
+    def warm_up(self, jobs: int, duration_s: float) -> None:
+        """Prepares a run, so that nothing is compiled, captured or allocated in it."""
+        ...
 
     def run(self, jobs: int, duration_s: float) -> Ran:
         """Makes music for `jobs` callers at once."""
@@ -62,8 +70,12 @@ class Loop(Protocol):
 class Peer:
     """transformers' own `generate`."""
 
-    def __init__(self, source: Source, place: Place) -> None:
-        loaded: Any = checkpoints.load(source, torch.float32, lambda note: None)
+    def __init__(self, source: Source | Made, place: Place) -> None:
+        loaded: Any = (
+            source.loaded(place.device, torch.float32)
+            if isinstance(source, Made)
+            else checkpoints.load(source, torch.float32, lambda note: None)
+        )
         self.model = loaded.model
         self.device, self.dtype = place.device, getattr(torch, place.precision)
         self.model.to(self.device, self.dtype)
@@ -71,6 +83,10 @@ class Peer:
             # torch 2.13 computes some bfloat16 convolutions wrongly on CPUs with AMX.
             self.model.audio_encoder.float()
         self.inputs = loaded.tokenizer(PROMPT, return_tensors="pt").to(self.device)
+
+    def warm_up(self, jobs: int, duration_s: float) -> None:
+        """Makes a little music."""
+        self.run(jobs, WARM_UP_S)
 
     @torch.inference_mode()
     def run(self, jobs: int, duration_s: float) -> Ran:
@@ -94,8 +110,7 @@ class Peer:
         wall_s = time.perf_counter() - started_s
         hop = math.prod(self.model.audio_encoder.config.upsampling_ratios)
         assert audio.shape == (jobs, decoder.audio_channels, frames * hop), audio.shape
-        cached = 2 * jobs * 2 * decoder.num_hidden_layers * decoder.hidden_size * steps
-        return Ran(wall_s, wall_s, spent[0], cached * self.dtype.itemsize)
+        return Ran(wall_s, wall_s, spent[0] if self.device == "cpu" else 0.0)
 
     @torch.inference_mode()
     def codec_s(self) -> float:
@@ -111,12 +126,22 @@ class Peer:
 class Ours:
     """Our loop, loaded and driven as the app does."""
 
-    def __init__(self, source: Source, place: Place, max_jobs: int) -> None:
-        self.batch = load_batch(source, place, max_jobs, lambda note: None)
+    def __init__(self, source: Source | Made, place: Place, max_jobs: int) -> None:
+        self.batch = (
+            source.batch(place, max_jobs)
+            if isinstance(source, Made)
+            else load_batch(source, place, max_jobs, lambda note: None)
+        )
+        self._runs = 0
+
+    def warm_up(self, jobs: int, duration_s: float) -> None:
+        """On a GPU all of the run: graphs are captured for each number of jobs and each length."""
+        self.run(jobs, WARM_UP_S if self.batch.device.type == "cpu" else duration_s)
 
     def run(self, jobs: int, duration_s: float) -> Ran:
         """Makes music for `jobs` callers, each heard as it comes."""
-        batch, idle_bytes = self.batch, self.batch.nbytes
+        batch, on_cpu = self.batch, self.batch.device.type == "cpu"
+        self._runs += 1  # words that were never asked for: the text encoder runs each time
         heard_s: dict[int, float] = {}
         errors: list[Exception] = []
 
@@ -126,19 +151,19 @@ class Ours:
             elif isinstance(event, Chunk):
                 heard_s.setdefault(job, time.perf_counter() - started_s)
 
+        devices.synchronize(batch.device)
         started_s = time.perf_counter()
         with _timed(CodecStream, "push") as spent:
             for job in range(jobs):
-                batch.submit(request_of(duration_s, job), None, partial(deliver, job))
-            for _ in range(jobs):  # a step admits one
-                batch.step()
-            cache_bytes = batch.nbytes - idle_bytes
+                request = request_of(duration_s, job, f"{PROMPT} {self._runs}")
+                batch.submit(request, None, partial(deliver, job))
             while batch.step():
                 pass
+        devices.synchronize(batch.device)
         wall_s = time.perf_counter() - started_s
         if errors:
             raise errors[0]
-        return Ran(wall_s, max(heard_s.values()), spent[0], cache_bytes)
+        return Ran(wall_s, max(heard_s.values()), spent[0] if on_cpu else 0.0)
 
     def codec_s(self) -> float:
         """Seconds to decode one second of music, in the pieces that a job streams."""
@@ -155,14 +180,14 @@ class Ours:
         return _repeated_s(decode) / CODEC_S
 
 
-def request_of(duration_s: float, seed: int) -> GenerationRequest:
+def request_of(duration_s: float, seed: int, prompt: str = PROMPT) -> GenerationRequest:
     """What every contestant is asked for.
 
     Raises:
         RequestError: a length that cannot be.
     """
     return GenerationRequest(
-        PROMPT, duration_s=duration_s, guidance_scale=GUIDANCE_SCALE, top_k=TOP_K, seed=seed
+        prompt, duration_s=duration_s, guidance_scale=GUIDANCE_SCALE, top_k=TOP_K, seed=seed
     )
 
 
@@ -197,45 +222,133 @@ def _timed(owner: Any, name: str) -> Iterator[list[float]]:
 
 
 @contextlib.contextmanager
-def source(checkpoint: str) -> Iterator[Source]:
-    """The checkpoint's files; a random one's lie in a temporary folder until the end.
+def source(checkpoint: str, tiny: bool = False) -> Iterator[Source | Made]:
+    """The checkpoint's files, which for a random one lie in a temporary folder until the end; or
+    that its weights are made where they run. With `tiny` a random one is tiny.
 
     Raises:
         RequestError: there is no such checkpoint.
     """
-    kind, _, size = checkpoint.partition(":")
-    if kind != "random":
+    if not (size := random_size(checkpoint)):
         yield checkpoints.resolve(checkpoint)
         return
-    sizes = (*configuration.META_SIZES, "tiny")
-    if size not in sizes:
-        raise RequestError(f"There is no {checkpoint}: choose random: with {', '.join(sizes)}.")
+    made = size not in WRITTEN
+    size = "tiny" if tiny else size
+    if made:
+        yield Made(size)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder), size)
-        yield Source(checkpoint, Path(folder))
+        yield Source(f"random:{size}", Path(folder))
+
+
+def random_size(checkpoint: str) -> str:
+    """The size of a random checkpoint, such as "small"; "" for any other.
+
+    Raises:
+        RequestError: there is no such size.
+    """
+    kind, _, size = checkpoint.partition(":")
+    sizes = (*configuration.META_SIZES, "tiny")
+    if kind == "random" and size not in sizes:
+        raise RequestError(f"There is no {checkpoint}: choose random: with {', '.join(sizes)}.")
+    return size if kind == "random" else ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Random weights of one of Meta's sizes, or tiny, made where they run: no file is read."""
+
+    size: str
+
+    @property
+    def name(self) -> str:
+        """As `--checkpoint` has it."""
+        return f"random:{self.size}"
+
+    @property
+    def config(self) -> configuration.Configuration:
+        """As a checkpoint's file would have it."""
+        return _parts(self.size)
+
+    def batch(self, place: Place, max_jobs: int) -> Batch:
+        """A batch; the decoder's layers are made one by one, as files are read."""
+        loaded = self.loaded(place.device, getattr(torch, place.precision, torch.float32), True)
+        return Batch(
+            loaded.model,
+            loaded.tokenizer,
+            checkpoint=self.name,
+            device=place.device,
+            precision=place.precision,
+            codec_device=place.codec_device,
+            max_jobs=max_jobs,
+        )
+
+    def loaded(self, device: str, dtype: torch.dtype, streamed: bool = False) -> checkpoints.Loaded:
+        """transformers' model on `device`. What is streamed, the layers, is made as `dtype`."""
+        config = random_config(self.size)
+        count = config.decoder.num_hidden_layers
+        config.decoder.num_hidden_layers = 0 if streamed else count
+        with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+            torch.manual_seed(0)
+            model = _random_model(config)
+        if streamed:
+            config.decoder.num_hidden_layers = model.decoder.config.num_hidden_layers = count
+            model.decoder.model.decoder.layers = MadeLayers(config.decoder, device, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            _write_tokenizer(Path(folder))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        rate, channels = config.audio_encoder.sampling_rate, config.decoder.audio_channels
+        return checkpoints.Loaded(model.eval(), tokenizer, self.name, rate, channels, {})
+
+
+class MadeLayers(torch.nn.Module):
+    """A decoder's layers with random weights, each made when its turn comes."""
+
+    def __init__(self, config: Any, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._of = config, device, dtype
+
+    def __len__(self) -> int:
+        return self._of[0].num_hidden_layers
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        config, device, dtype = self._of
+        for _ in range(len(self)):
+            with torch.device(device):
+                layer = MusicgenDecoderLayer(config)
+            yield layer.to(dtype).eval()
 
 
 def write_random(folder: Path, size: str) -> None:
     """Writes a checkpoint with random weights of one of Meta's sizes, or a tiny one."""
-    config = random_config(size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model: Any = transformers.MusicgenForConditionalGeneration(config)
-        for layer in model.audio_encoder.quantizer.layers:
-            layer.codebook.embed.normal_()
+        _random_model(random_config(size)).save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+def _random_model(config: Any) -> Any:
+    model: Any = transformers.MusicgenForConditionalGeneration(config)
+    for layer in model.audio_encoder.quantizer.layers:
+        layer.codebook.embed.normal_()
     start = config.decoder.pad_token_id
     model.generation_config = transformers.GenerationConfig(
         pad_token_id=start, bos_token_id=start, decoder_start_token_id=start
     )
-    model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    return model
+
+
+def _parts(size: str) -> configuration.Configuration:
+    parts = configuration.meta("small" if size == "tiny" else size, stereo=False)
+    if size == "tiny":
+        _shrink(parts)
+    return parts
 
 
 def random_config(size: str) -> Any:
     """transformers' configuration of "small", "medium", "large" or "tiny"."""
-    parts = configuration.meta("small" if size == "tiny" else size, stereo=False)
-    if size == "tiny":
-        _shrink(parts)
+    parts = _parts(size)
     start = parts["decoder"]["vocab_size"]  # one past the codes
     whole: dict[str, Any] = {"normalize": False, "chunk_length_s": None, "use_causal_conv": False}
     return transformers.MusicgenConfig(

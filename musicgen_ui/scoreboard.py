@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
+SETTING = ("checkpoint", "jobs", "duration_s")  # what rows must have in common
 COLUMNS = {  # of the table: heading, format
     "name": ("", "{}"),
+    "checkpoint": ("checkpoint", "{}"),
     "precision": ("precision", "{}"),
     "jobs": ("jobs", "{}"),
     "duration_s": ("length s", "{:g}"),
@@ -28,23 +30,25 @@ def table(rows: list[Row]) -> str:
     lines = [[heading for heading, _ in COLUMNS.values()]]
     for row in rows:
         told = row | {"times_peer": row["real_time_factor"] / _best_peer(rows, row)}
-        lines.append([form.format(told[key]) for key, (_, form) in COLUMNS.items()])
+        cells = [(told.get(key, math.nan), form) for key, (_, form) in COLUMNS.items()]
+        lines.append([form.format(value) for value, form in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
-    return "\n".join(
-        [rows[0]["machine"], f"{rows[0]['device']}, {rows[0]['checkpoint']}", *aligned]
-    )
+    reads = f"{rows[0]['device']}, reads {rows[0]['bandwidth_gb_per_s']:,.0f} GB a second"
+    return "\n".join([rows[0]["machine"], reads, *aligned])
 
 
 def _best_peer(rows: list[Row], row: Row) -> float:
     """The real-time factor of the fastest peer in the same setting; NaN without one."""
-    setting = (row["jobs"], row["duration_s"])
-    peers = [r for r in rows if r["peer"] and (r["jobs"], r["duration_s"]) == setting]
+    setting = [row[key] for key in SETTING]
+    peers = [r for r in rows if r["peer"] and [r[key] for key in SETTING] == setting]
     return max((peer["real_time_factor"] for peer in peers), default=math.nan)
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """A sentence for each ratio that the rows allow, with what it should be at least."""
+    """A sentence for each ratio that the rows of the first checkpoint allow, with what it should
+    be at least."""
+    rows = [row for row in rows if row.get("checkpoint") == rows[0].get("checkpoint")]
     ours = [row for row in rows if not row["peer"]]
     peers = [row for row in rows if row["peer"]]
     found = [

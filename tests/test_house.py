@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "musicgen_ui").rglob("*.py"))
 TORCH_ROOMS = {"checkpoints", "convert", "manager", "bench", "contestants", "gauges"}
-TORCH_ROOMS |= {"weights", "exported", "parts", "zero", "distance"}
+TORCH_ROOMS |= {"weights", "exported", "parts", "zero", "distance", "step_profile"}
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
     "pre-requirements.txt",

@@ -123,6 +123,15 @@ def own(module: torch.nn.Module | None) -> None:
         weight.data = weight.data.clone()
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Waits until the device has done what it was told to do; a CPU always has."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
 def give_memory_back() -> None:
     """Returns what was freed to the device and to the system, so that others can use it."""
     gc.collect()

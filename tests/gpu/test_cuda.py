@@ -494,6 +494,6 @@ def test_a_poisoned_context_is_told_to_everybody(tiny_mono, device):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     said = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("told")]
     assert said, done.stdout + done.stderr
-    (first, second, later, trouble), = said
+    ((first, second, later, trouble),) = said
     assert first in ("device", "lost") and second in ("device", "lost"), said
     assert (later, trouble) == ("lost", "lost"), said
