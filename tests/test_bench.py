@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import threading
 import time
@@ -56,8 +57,9 @@ def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, 
     for row in rows:
         assert set(WANTED) <= set(row)
         assert all(v > 0 for v in row.values() if isinstance(v, float))
-    table = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert table[: len(rows)] == [[r["name"], r["precision"], str(r["jobs"])] for r in rows]
+    table = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[3:]]
+    cells = [[r["name"], r["checkpoint"], r["precision"], str(r["jobs"])] for r in rows]
+    assert table[: len(rows)] == cells
     assert {line[0] for line in table[len(rows) :]}  # the ratios
 
 
@@ -197,6 +199,45 @@ def test_published_rows_are_run_as_often_as_they_can_be(monkeypatch):
         ("musicgen_ui float32", [(1, 10)]),
         ("musicgen_ui int8", [(1, 10), (4, 10)]),
     ]
+
+
+def test_a_gpus_rows_are_measured_from_files_and_from_weights_made_there(tmp_path, monkeypatch):
+    """Warmed up by the whole of what is timed, once for the rounds that follow each other; a load
+    for each number of jobs."""
+    monkeypatch.setattr(bench, "_on_gpu", lambda place: True)
+    ran, loads = [], []
+    run, load = contestants.Ours.run, contestants.Ours.__init__
+    monkeypatch.setattr(
+        contestants.Ours, "run", lambda loop, *args: ran.append(args) or run(loop, *args)
+    )
+    monkeypatch.setattr(
+        contestants.Ours,
+        "__init__",
+        lambda loop, source, *args, **options: (
+            loads.append((type(source).__name__, options["max_jobs"]))
+            or load(loop, source, *args, **options)
+        ),
+    )
+    file = tmp_path / "rows.json"
+    asked = ["--published", "cuda", "--quick", "--precision", "bfloat16", "--json", str(file)]
+    rows = bench.run(flags_of(*asked))
+    assert json.loads(file.read_text()) == rows and len(rows) == 7
+    assert [row["peer"] for row in rows].count(True) == 1
+    assert all(0 < row["floor_share"] for row in rows)
+    files, made = ("Source", 1), ("Made", 1)
+    assert loads == [files, ("Source", 4), made, made]
+    assert ["cold_start_s" in row for row in rows] == [True] * 5 + [False] * 2
+    assert ran.count((4, 1.5)) == 1 and ran.count((1, 0.5)) >= 3
+
+
+def test_a_profile_names_what_a_step_runs(tmp_path):
+    file = tmp_path / "profile.txt"
+    asked = ["--quick", "--profile", str(file), "--precision", "float32"]
+    assert bench.run(flags_of(*asked, "--jobs", "1")) == []
+    text = file.read_text()
+    assert text.count("steps a second") == 2 and "linear" in text
+    busy = re.search(r"operations +([\d.]+) µs, (\d+) a step", text)
+    assert float(busy[1]) > 0 and int(busy[2]) > 50
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

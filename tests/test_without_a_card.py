@@ -31,11 +31,8 @@ COMPILED = ("compiled", "convolution", "recurrence")  # modules of the engine fo
 class Nothing:
     """Stands for a stream, an event, a graph: takes every call."""
 
-    made: list[Nothing] = []
-
     def __init__(self, *_: Any, **__: Any) -> None:
         self.replayed = 0
-        self.made.append(self)
 
     def __enter__(self) -> Nothing:
         return self
@@ -59,12 +56,15 @@ class Nothing:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
     """Makes of "meta" a card that captures; the graphs that were."""
 
-    class Graph(Nothing):
-        made: list[Nothing] = []
+    made: list[Nothing] = []
+
+    def graph() -> Nothing:
+        made.append(Nothing())
+        return made[-1]
 
     for name in ("Stream", "stream", "device", "graph", "current_stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     for name in COMPILED:  # none may be imported
         monkeypatch.setitem(sys.modules, f"musicgen_ui.engine.{name}", None)
@@ -77,7 +77,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: t.is_meta or there[1](t))
-    return Graph.made
+    return made
 
 
 def on_card(batch: Batch) -> Batch:
