@@ -223,7 +223,7 @@ def test_a_gpus_rows_are_measured_from_files_and_from_weights_made_there(tmp_pat
     rows = bench.run(flags_of(*asked))
     assert json.loads(file.read_text()) == rows and len(rows) == 7
     assert [row["peer"] for row in rows].count(True) == 1
-    assert all(0 < row["floor_share"] for row in rows)
+    assert all(row["floor_share"] > 0 for row in rows)
     files, made = ("Source", 1), ("Made", 1)
     assert loads == [files, ("Source", 4), made, made]
     assert ["cold_start_s" in row for row in rows] == [True] * 5 + [False] * 2

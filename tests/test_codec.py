@@ -13,7 +13,7 @@ import torch
 from transformers import EncodecConfig, EncodecModel, MusicgenForConditionalGeneration
 
 from musicgen_ui.engine import convolution, stages
-from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.codec import Codec, push_together
 from musicgen_ui.engine.recurrence import Lstm
 from musicgen_ui.request import RequestError
 
@@ -271,3 +271,27 @@ def test_the_lstm_in_int8_is_near_torchs_in_any_pieces_on_any_number_of_threads(
             torch.set_num_threads(threads)
     assert noise_db(runs[0], expected) < -40
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("kind", ["meta's", "causal", "deep"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_streams_that_are_pushed_together_give_what_each_gives_alone(kind, channels):
+    codec = Codec(encodec(**KINDS[kind]), channels, precision="float32")
+    signals = [draw(codec, 70, seed) for seed in range(3)]
+    streams = [codec.stream() for _ in signals]
+    audio = [[stream.push(s[:, :20])] for stream, s in zip(streams, signals, strict=True)]
+    assert len({stream.phase for stream in streams}) == 1
+    for start, end in ((20, 45), (45, 46), (46, 66)):
+        pieces = push_together(streams, [s[:, start:end] for s in signals])
+        for pushed, piece in zip(audio, pieces, strict=True):
+            pushed.append(piece)
+    for pushed, stream, signal in zip(audio, streams, signals, strict=True):
+        pushed.append(stream.push(signal[:, 66:], last=True))
+        assert apart(torch.cat(pushed, dim=1), codec.decode(signal)) < 1e-5
+
+
+def test_a_stream_that_has_just_begun_is_of_another_phase():
+    codec = Codec(encodec(), precision="float32")
+    begun, new = codec.stream(), codec.stream()
+    begun.push(draw(codec, 20))
+    assert begun.phase != new.phase

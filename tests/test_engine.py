@@ -440,3 +440,29 @@ def test_int8_makes_music_and_holds_fewer_bytes(tiny_mono):
     assert np.array_equal(*takes)
     assert takes[0].shape == run_job(exact, request)[2].clip.samples.shape
     assert packed.nbytes < exact.nbytes
+
+
+@pytest.mark.parametrize("batch", ["graph"], indirect=True)
+def test_jobs_whose_audio_is_decoded_together_are_what_each_is_alone(batch, monkeypatch):
+    """As on CUDA, where the codec takes several jobs' frames at once."""
+    lengths = (1.5, 0.7, 3.0, 1.1, 2.0, 2.5)
+    asked = [GenerationRequest(ROCK, duration_s=s, seed=i) for i, s in enumerate(lengths)]
+    alone = [run_job(batch, request)[2].clip.samples for request in asked]
+    together, decode_together = [], Job.decode_together
+
+    def spy(jobs, frames):
+        together.append(len(jobs))
+        decode_together(jobs, frames)
+
+    monkeypatch.setattr(Job, "decode_together", staticmethod(spy))
+    monkeypatch.setattr(Batch, "_beside", True)
+    ends: list[list[Event | Exception]] = [[] for _ in asked]
+    for request, events in zip(asked, ends, strict=True):
+        batch.submit(request, None, events.append)
+    while batch.step():
+        pass
+    assert max(together) > 2
+    for samples, events in zip(alone, ends, strict=True):
+        chunks = [event.clip.samples for event in events if isinstance(event, Chunk)]
+        assert np.abs(events[-1].clip.samples - samples).max() < 1e-4
+        assert np.abs(np.concatenate(chunks, axis=1) - samples).max() < 1e-4

@@ -37,8 +37,8 @@ def run_linear(x: Tensor, weight: Tensor, out: Tensor, kinds: tuple, **options: 
 
     outputs, inputs = weight.shape
     given = {
-        "norm_weight_ptr": x,
-        "norm_bias_ptr": x,
+        "scale_ptr": x,
+        "sums_ptr": x,
         "epsilon": 0.0,
         "log_sum_ptr": x,
         "keys_ptr": x,
@@ -73,7 +73,8 @@ def test_linear_normalises_and_applies_gelu(rows):
 
     x, weight = normal(rows, HIDDEN) + 0.5, normal(10, HIDDEN, seed=1)
     scale, shift, out = normal(HIDDEN, seed=2), normal(HIDDEN, seed=3), torch.empty(rows, 10)
-    norm = {"norm_weight_ptr": scale, "norm_bias_ptr": shift, "epsilon": 1e-5}
+    sums = torch.stack([weight @ scale, weight @ shift])
+    norm = {"scale_ptr": scale, "sums_ptr": sums, "epsilon": 1e-5}
     run_linear(x, weight, out, (Input.NORM, Output.GELU), **norm)
     expected = F.gelu(F.linear(F.layer_norm(x, (HIDDEN,), scale, shift), weight))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

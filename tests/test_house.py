@@ -47,7 +47,7 @@ def third_party(folders: list[str]) -> set[str]:
     files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     own = {"musicgen_ui", "training"} | {f.stem for f in files}
     tops = {name.partition(".")[0] for file in files for name in imports(file)}
-    return tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp"}  # elsewhere
+    return tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp", "triton"}  # elsewhere
 
 
 def requirements(name: str) -> dict[str, Requirement]:

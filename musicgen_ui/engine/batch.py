@@ -9,6 +9,7 @@ share each step. Callers hand in requests from any thread with `submit`; a singl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -163,6 +164,7 @@ class Batch:
         self._turn()
         self._prefill()
         self._advance()
+        self._decode()
         for job in list(self.jobs):
             with self.losses.alone(job):
                 self._deliver(job)
@@ -262,12 +264,45 @@ class Batch:
                 self.stepper.step([job])
                 job.advance()
 
+    def _decode(self) -> None:
+        """Sends to the codec what is worth it, on CUDA the frames of several jobs in one pass."""
+        due = [job for job in self.jobs if job.chunk_due(self._chunk_frames)]
+        if due and self._beside:
+            self._decode_together(due[0])
+        for job in list(self.jobs):
+            with self.losses.alone(job):
+                if job.done and not job.decoding and not job.ended:
+                    job.decode(last=True)
+                elif job.chunk_due(self._chunk_frames):
+                    job.decode()
+
+    def _decode_together(self, due: Job) -> None:
+        """Decodes the frames of a job with those of the jobs that have at least half as many."""
+        fewest = max(1, due.waiting_frames // 2)
+        jobs = [
+            job
+            for job in self.jobs
+            if job.encoded
+            and not (job.decoding or job.done)
+            and job.waiting_frames >= fewest
+            and job.stream.phase == due.stream.phase
+        ]
+        if len(jobs) > 1:
+            with contextlib.suppress(Exception):  # then each is tried alone
+                Job.decode_together(jobs, min(job.waiting_frames for job in jobs))
+
+    @property
+    def _beside(self) -> bool:
+        """The codec runs beside the decoder, where a call takes the host as long for any work."""
+        return self.codec.side is not None
+
+    @property
+    def _chunk_frames(self) -> int:
+        """The longest chunk."""
+        return CHUNK_FRAMES * (4 if self._beside and len(self.jobs) > FEW_JOBS else 1)
+
     def _deliver(self, job: Job) -> None:
         """Hands what is new to the caller: audio, progress, in the end the take."""
-        if job.done and not job.decoding and not job.ended:
-            job.decode(last=True)
-        elif job.chunk_due(self._chunk_frames):
-            job.decode()
         if job.decoding and job.decoding.done:
             self._hand_over(job, job.chunk())
         if job.ended and not job.decoding:
@@ -275,12 +310,6 @@ class Batch:
         elif (now := time.monotonic()) - job.told_s >= PROGRESS_S:
             job.told_s = now
             self.jobs[job].deliver(job.progress())
-
-    @property
-    def _chunk_frames(self) -> int:
-        """The longest chunk: on CUDA a call of the codec takes the host as long for any length."""
-        on_cuda = self.codec.side is not None
-        return CHUNK_FRAMES * (4 if on_cuda and len(self.jobs) > FEW_JOBS else 1)
 
     def _hand_over(self, job: Job, chunk: Chunk | None) -> None:
         if chunk:

@@ -11,7 +11,7 @@ samples come with the fourth frame. The encoder is a chain of the same stages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,12 @@ class Codec:
         """A new stream of frames into audio."""
         return CodecStream(self)
 
+    def latents(self, codes: Tensor) -> Tensor:
+        """int64 [channels * codebooks, frames] to float32 [channels, frames, dim]."""
+        # [codebooks, channels, frames]
+        codes = codes.to(self.device).unflatten(0, (self.codebooks, self.channels))
+        return torch.stack(list(map(F.embedding, codes, self.tables))).sum(0)
+
     @functools.cached_property
     def side(self) -> torch.cuda.Stream | None:
         """Where audio is decoded beside the decoder's steps; None off CUDA."""
@@ -123,38 +129,71 @@ class CodecStream:
         self._begun = self._begun or codes.shape[1] > 0
         if not self._begun:
             return codec.tables.new_zeros(codec.channels, 0)
-        # [codebooks, channels, frames]
-        codes = codes.to(codec.device).unflatten(0, (codec.codebooks, codec.channels))
-        x = torch.stack(list(map(F.embedding, codes, codec.tables))).sum(0)
-        return through(codec.decoder, self._pasts, x, last)[..., 0]
+        return through(codec.decoder, self._pasts, codec.latents(codes), last)[..., 0]
+
+    @property
+    def phase(self) -> tuple[object, ...]:
+        """Equal for streams that may be pushed together."""
+        return self._ended, *(past.phase for past in self._pasts)
+
+
+@torch.no_grad()
+def push_together(streams: Sequence[CodecStream], codes: Sequence[Tensor]) -> Tensor:
+    """As `CodecStream.push` of each, in one pass: float32 [streams, channels, samples].
+
+    Args:
+        streams: of one codec and one `phase`, not ended.
+        codes: of each as many frames.
+    """
+    codec = streams[0].codec
+    pasts = [Past.joined(each) for each in zip(*(stream._pasts for stream in streams), strict=True)]
+    latents = torch.cat([codec.latents(each) for each in codes])
+    samples = through(codec.decoder, pasts, latents, last=False)[..., 0]
+    apart = zip(*(past.parted(len(streams)) for past in pasts), strict=True)
+    for stream, own in zip(streams, apart, strict=True):
+        stream._pasts = list(own)
+    return samples.unflatten(0, (len(streams), codec.channels))
 
 
 class Decoding:
-    """A push under way. On CUDA it runs beside the decoder's steps and nobody waits for it.
+    """A push under way. On CUDA it runs beside the decoder's steps and nobody waits for it."""
 
-    Args:
-        stream: that is pushed; its other pushes must have been made in the same way.
-        codes: int64 [channels * codebooks, frames], which nobody writes to any more.
-        finite: bool, whatever shape: the logits that gave the codes were numbers.
-        last: ends the signal.
-    """
+    def __init__(self, samples: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
+        self._samples = samples  # float32 [channels, samples], on the CPU once `done` is
+        self._finite = finite
+        self._done = done
 
-    def __init__(self, stream: CodecStream, codes: Tensor, finite: Tensor, last: bool) -> None:
-        side = stream.codec.side
-        self._done: torch.cuda.Event | None = None
+    @classmethod
+    def start(
+        cls,
+        streams: Sequence[CodecStream],
+        codes: Sequence[Tensor],
+        finite: Sequence[Tensor],
+        last: bool = False,
+    ) -> list[Decoding]:
+        """Pushes each stream; several as `push_together` may.
+
+        Args:
+            streams: whose pushes are all made in this way.
+            codes: of each its next, int64 [channels * codebooks, frames], which nobody writes to.
+            finite: of each, bool in whatever shape: the logits that gave the codes were numbers.
+            last: ends the signal; of a single stream.
+        """
+        side = streams[0].codec.side
+        told = torch.stack([each.all() for each in finite])
         if side is None:
-            self._samples, self._finite = stream.push(codes, last).cpu(), finite.all().cpu()
-            return
-        finite = finite.all()
+            samples = _push(streams, codes, last).cpu()
+            return [cls(piece, sane, None) for piece, sane in zip(samples, told.cpu(), strict=True)]
         side.wait_stream(torch.cuda.current_stream(side.device))
         with torch.cuda.stream(side):
-            self._samples = stream.push(codes, last).to("cpu", non_blocking=True)
-            self._finite = finite.to("cpu", non_blocking=True)
-            for tensor in (codes, finite):
+            samples = _push(streams, codes, last).to("cpu", non_blocking=True)
+            sane = told.to("cpu", non_blocking=True)
+            for tensor in (*codes, told):
                 if tensor.is_cuda:
                     tensor.record_stream(side)
-            self._done = torch.cuda.Event()
-            self._done.record(side)
+            done = torch.cuda.Event()
+            done.record(side)
+        return [cls(piece, each, done) for piece, each in zip(samples, sane, strict=True)]
 
     @property
     def done(self) -> bool:
@@ -167,6 +206,12 @@ class Decoding:
             self._done.synchronize()
         samples = self._samples.numpy()
         return samples if self._finite and np.isfinite(samples).all() else None
+
+
+def _push(streams: Sequence[CodecStream], codes: Sequence[Tensor], last: bool) -> Tensor:
+    if len(streams) == 1:
+        return streams[0].push(codes[0], last)[None]
+    return push_together(streams, codes)
 
 
 def _check(config: EncodecConfig) -> None:

@@ -228,14 +228,32 @@ class Job:
             return False
         new = self.decoded_frames - self.context_frames
         frames = min(max(new, CHUNK_FRAMES), most_frames) if new > 0 else FIRST_CHUNK_FRAMES
-        return self.frames_done - self.decoded_frames >= frames
+        return self.waiting_frames >= frames
+
+    @property
+    def waiting_frames(self) -> int:
+        """Frames that are done and did not go to the codec."""
+        return self.frames_done - self.decoded_frames
 
     def decode(self, last: bool = False) -> None:
         """Sends all frames that are done to the codec; `chunk` has what comes back."""
-        frames = self.decoded_frames - self.start, self.frames_done - self.start
-        codes = delay.undelayed(self.columns, *frames, self.codec.channels)
-        self.decoding = Decoding(self.stream, codes, self.sane, last)
+        codes = self._codes(self.waiting_frames)
+        (self.decoding,) = Decoding.start([self.stream], [codes], [self.sane], last)
         self.decoded_frames, self.ended = self.frames_done, last
+
+    @staticmethod
+    def decode_together(jobs: list[Job], frames: int) -> None:
+        """Sends so many frames of each to the codec in one pass; their streams are of one phase."""
+        streams, codes = [job.stream for job in jobs], [job._codes(frames) for job in jobs]
+        started = Decoding.start(streams, codes, [job.sane for job in jobs])
+        for job, decoding in zip(jobs, started, strict=True):
+            job.decoding = decoding
+            job.decoded_frames += frames
+
+    def _codes(self, frames: int) -> Tensor:
+        """The next ones for the codec, int64 [codebooks, frames]."""
+        begin = self.decoded_frames - self.start
+        return delay.undelayed(self.columns, begin, begin + frames, self.codec.channels)
 
     def chunk(self) -> Chunk | None:
         """The new audio of the frames that went to the codec, for which it waits.

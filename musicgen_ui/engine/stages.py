@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -49,6 +49,35 @@ class Past:
     inputs: Tensor | None = None  # [batch, time, channels] that a kernel still needs
     begun: bool = False  # the padding before the signal is done
     hidden: State | None = None  # of an LSTM
+
+    @property
+    def phase(self) -> tuple[object, ...]:
+        """Equal for pasts that may be `joined`."""
+        waiting = None if self.inputs is None else self.inputs.shape[1]
+        return waiting, self.begun, self.hidden is None
+
+    @classmethod
+    def joined(cls, pasts: Sequence[Past]) -> Past:
+        """The past of several signals, one after the other in the batch."""
+        inputs = [past.inputs for past in pasts if past.inputs is not None]
+        states = [past.hidden for past in pasts if past.hidden is not None]
+        hidden = [torch.cat(each, dim=1) for each in zip(*states, strict=True)]
+        return cls(
+            torch.cat(inputs) if inputs else None,
+            pasts[0].begun,
+            (hidden[0], hidden[1]) if hidden else None,
+        )
+
+    def parted(self, signals: int) -> list[Past]:
+        """The pasts of the signals that were `joined`."""
+        none: list[Any] = [None] * signals
+        inputs = none if self.inputs is None else self.inputs.chunk(signals)
+        hidden = (
+            none
+            if self.hidden is None
+            else list(zip(*(s.chunk(signals, 1) for s in self.hidden), strict=True))
+        )
+        return [Past(own, self.begun, state) for own, state in zip(inputs, hidden, strict=True)]
 
 
 class Convolution:

@@ -100,11 +100,11 @@ def embed(
 
 @triton.jit
 def linear(
-    x_ptr,  # float32 [rows, inputs]; with MERGE [splits, rows, inputs]
+    x_ptr,  # [rows, inputs]; with MERGE [splits, rows, inputs]
     weight_ptr,  # [outputs, inputs]
-    out_ptr,  # float32 [rows, outputs]; with CACHE the queries, [rows, inputs]
-    norm_weight_ptr,  # [inputs], with NORM
-    norm_bias_ptr,  # [inputs], with NORM
+    out_ptr,  # [rows, outputs]; with CACHE the queries, [rows, inputs]
+    scale_ptr,  # the norm's [inputs], with NORM
+    sums_ptr,  # float32 [2, outputs], with NORM: see below
     epsilon,  # of the norm
     log_sum_ptr,  # float32 [splits, rows, inputs], with MERGE: see `attend`
     keys_ptr,  # [rows, heads, positions, head_dim], with CACHE
@@ -129,7 +129,8 @@ def linear(
     Grid (outputs / block_outputs,). A program holds its part of the matrix in registers before it
     waits for the kernel that makes its input. So that there is a single reduction after the wait,
     the norm is taken out of the product: with scale g, shift b, mean m and deviation s of x,
-    sum(w ((x - m) / s g + b)) = (sum(w g x) - m sum(w g)) / s + sum(w b).
+    sum(w ((x - m) / s g + b)) = (sum(w g x) - m sum(w g)) / s + sum(w b). The sums without x are
+    `sums_ptr`'s.
     """
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -141,13 +142,11 @@ def linear(
     is_row = r < rows
     weight = tl.load(
         weight_ptr + n[:, None] * inputs + k[None, :], is_output[:, None] & is_input, 0.0
-    ).to(tl.float32)
+    )
     if input_kind == NORM:
-        scale = tl.load(norm_weight_ptr + k[None, :], is_input, 0.0).to(tl.float32)
-        shift = tl.load(norm_bias_ptr + k[None, :], is_input, 0.0).to(tl.float32)
-        shifted = tl.sum(weight * shift, 1)  # [block_outputs]
-        weight = weight * scale
-        weights = tl.sum(weight, 1)
+        scale = tl.load(scale_ptr + k[None, :], is_input, 0.0)
+        scaled = tl.load(sums_ptr + n, is_output, 0.0)
+        shifted = tl.load(sums_ptr + outputs + n, is_output, 0.0)
     if pdl:
         tl.extra.cuda.gdc_wait()
     place = r[:, None] * inputs + k[None, :]  # [rows, inputs]
@@ -169,18 +168,20 @@ def linear(
             x += share * tl.load(x_ptr + part, mask, 0.0)
         x = x / total
     else:
-        x = tl.load(x_ptr + place, mask, 0.0)
-    y = tl.sum(x[:, None, :] * weight[None, :, :], 2)  # [rows, outputs]
+        x = tl.load(x_ptr + place, mask, 0.0).to(tl.float32)
     if input_kind == NORM:
         mean = tl.sum(x, 1) / inputs
         variance = tl.maximum(tl.sum(x * x, 1) / inputs - mean * mean, 0.0)
         rate = tl.rsqrt(variance + epsilon)
-        y = (y - mean[:, None] * weights[None, :]) * rate[:, None] + shifted[None, :]
+        x = x * scale.to(tl.float32)
+    y = tl.sum(x[:, None, :] * weight.to(tl.float32)[None, :, :], 2)  # [rows, outputs]
+    if input_kind == NORM:
+        y = (y - mean[:, None] * scaled[None, :]) * rate[:, None] + shifted[None, :]
     if output_kind == STORE:
         tl.store(out_ptr + result, y, stored)
     elif output_kind == GELU:
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-        tl.store(out_ptr + result, y, stored)
+        tl.store(out_ptr + result, y.to(out_ptr.dtype.element_ty), stored)
     elif output_kind == ADD:
         tl.store(out_ptr + result, before + y, stored)
     else:
@@ -218,7 +219,8 @@ def attend(
 
     Beside the output of each part stands the logarithm of the sum of its exponentials, once for
     each output, so that `linear`, which merges the parts, reads both alike. For a part without
-    positions they are 0 and -1e30.
+    positions they are 0 and -1e30. Every position of a block has a softmax of its own over the
+    blocks, so that programs reduce over positions once, behind the loop.
     """
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -232,40 +234,52 @@ def attend(
     own = query_ptr + row * query_stride + head * head_dim + d
     query = tl.load(own).to(tl.float32) * scale
     offset = row.to(tl.int64) * row_stride + head * head_stride
-    best = tl.full([], -1e30, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    out = tl.zeros([head_dim], tl.float32)
+    best = tl.full([block], -1e30, tl.float32)
+    total = tl.zeros([block], tl.float32)
+    out = tl.zeros([block, head_dim], tl.float32)
     if append:
         key = tl.load(own + heads * head_dim)
         value = tl.load(own + 2 * heads * head_dim)
         last = offset + (length - 1) * head_dim + d
         tl.store(keys_ptr + last, key.to(keys_ptr.dtype.element_ty))
         tl.store(values_ptr + last, value.to(values_ptr.dtype.element_ty))
-        best = tl.sum(key.to(tl.float32) * query, 0)
-        total += 1.0
-        out += value.to(tl.float32)
+        first = p == 0
+        best = tl.where(first, tl.sum(key.to(tl.float32) * query, 0), best)
+        total = tl.where(first, 1.0, total)
+        out = tl.where(first[:, None], value.to(tl.float32)[None, :], out)
         length -= 1  # the others
     share = tl.cdiv(tl.cdiv(length, splits), block) * block
     begin = split * share
     end = tl.minimum(begin + share, length)
+    # A block is loaded while the one before it is worked on. Beyond the end the last position is
+    # read again, and counts for nothing.
+    place = offset + d[None, :]
+    at = tl.maximum(tl.minimum(begin + p, end - 1), 0)
+    keys = tl.load(keys_ptr + place + at[:, None] * head_dim)
+    values = tl.load(values_ptr + place + at[:, None] * head_dim)
     for start in range(begin, end, block):
-        at = start + p
-        there = at < end
-        place = offset + at[:, None] * head_dim + d[None, :]
-        keys = tl.load(keys_ptr + place, there[:, None], 0.0).to(tl.float32)
-        values = tl.load(values_ptr + place, there[:, None], 0.0).to(tl.float32)
-        scores = tl.where(there, tl.sum(keys * query[None, :], 1), -1e30)
-        higher = tl.maximum(best, tl.max(scores, 0))
+        at = tl.minimum(start + block + p, end - 1)
+        next_keys = tl.load(keys_ptr + place + at[:, None] * head_dim)
+        next_values = tl.load(values_ptr + place + at[:, None] * head_dim)
+        there = start + p < end
+        scores = tl.where(there, tl.sum(keys.to(tl.float32) * query[None, :], 1), -1e30)
+        higher = tl.maximum(best, scores)
         weights = tl.where(there, tl.exp(scores - higher), 0.0)
         kept = tl.exp(best - higher)
-        total = total * kept + tl.sum(weights, 0)
-        out = out * kept + tl.sum(values * weights[:, None], 0)
+        total = total * kept + weights
+        out = out * kept[:, None] + values.to(tl.float32) * weights[:, None]
         best = higher
+        keys = next_keys
+        values = next_values
+    highest = tl.max(best, 0)
+    kept = tl.exp(best - highest)
+    sum_ = tl.sum(total * kept, 0)
+    positive = tl.where(sum_ > 0.0, sum_, 1.0)
+    result = tl.sum(out * kept[:, None], 0) / positive
     part = ((split * rows + row) * heads + head) * head_dim + d
-    positive = tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + part, (out / positive).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + part, result.to(out_ptr.dtype.element_ty))
     if splits > 1:
-        tl.store(log_sum_ptr + part, tl.zeros_like(out) + best + tl.log(positive))
+        tl.store(log_sum_ptr + part, tl.zeros_like(result) + highest + tl.log(positive))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """A decoder step as Triton launches over the buffers of `Slots`, without a host synchronisation.
 
-Up to `FUSED_ROWS` rows every product is one of ours, eight launches a layer; beyond that a product
-is bound by arithmetic as well, so cuBLAS does it, and attention, embedding and sampling are ours.
+Up to `FUSED_ROWS` rows every product is one of ours, eight launches a layer. Beyond that a product
+wants the tensor cores, so cuBLAS does it; attention, embedding and sampling stay ours.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from musicgen_ui.engine.gpu.kernels import Input, Output
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.slots import ROWS, Slots
 
-FUSED_ROWS = 8  # that our own product multiplies
-TILE = 8192  # weights that a program of a product holds, or twice as many
+FUSED_ROWS = 4  # that our own product multiplies
+THREAD_WEIGHTS = 64  # that a thread of a product holds in registers
 SPLIT_PROGRAMS = 128  # of attention, at least, while rows and heads are few
 MOST_SPLITS = 8  # of the positions
-POSITIONS = 64  # that attention takes at once
+POSITIONS = (128, 64)  # that attention takes at once: of few rows, of many
 FEW_TOKENS = 64  # of a prompt, which one program attends to at once
 
 
@@ -37,9 +37,9 @@ def supports(decoder: Decoder) -> bool:
 def tile(outputs: int, inputs: int) -> tuple[int, int, int]:
     """Outputs and inputs of a product that a program holds, and its warps."""
     block_inputs = triton.next_power_of_2(inputs)
-    weights, warps = (TILE, 4) if block_inputs <= 2048 else (2 * TILE, 8)
-    most_outputs = triton.next_power_of_2(outputs)
-    return max(1, min(most_outputs, weights // block_inputs)), block_inputs, warps
+    block_outputs = min(triton.next_power_of_2(outputs), 8 if block_inputs <= 2048 else 4)
+    warps = block_outputs * block_inputs // (THREAD_WEIGHTS * 32)
+    return block_outputs, block_inputs, max(1, min(warps, 16))
 
 
 class Step:
@@ -67,12 +67,23 @@ class Step:
         self.length = empty(rows, dtype=torch.int32)
         self.x = empty(rows, self.hidden)
         self.query = empty(few, self.hidden)
-        self.inner = empty(few, decoder.inner)
+        self.inner = empty(few, decoder.inner, dtype=decoder.dtype)
         self.logits = empty(rows, decoder.codebooks, decoder.codebook_size)
         most = self._splits(ROWS) * few
         self.partial = empty(most, self.hidden)
         self.log_sum = empty(most, self.hidden)
         self.out = empty(rows, self.hidden, dtype=decoder.dtype)
+        self.sums: dict[Linear, Tensor] = {}  # of products behind a norm: see `kernels.linear`
+        for layer in decoder.layers:
+            self._sum(layer.self_norm, layer.qkv)
+            self._sum(layer.ffn_norm, layer.up)
+            if layer.text:
+                self._sum(layer.text.norm, layer.text.q)
+        self._sum(decoder.norm, decoder.lm_heads)
+
+    def _sum(self, norm: torch.nn.LayerNorm, linear: Linear) -> None:
+        weight = linear.weight.float()
+        self.sums[linear] = torch.stack([weight @ norm.weight.float(), weight @ norm.bias.float()])
 
     def __call__(self, slots: int) -> None:
         """Writes the next column of the ready ones among the first slots."""
@@ -112,13 +123,13 @@ class Step:
             cache = slots.caches[index]
             qkv = layer.qkv(layer.self_norm(x))
             self._attend(rows, qkv, cache.keys, cache.values, self.length, 1, out=out, append=True)
-            x = torch.addmm(x, out, layer.self_out.weight.t())
+            x.addmm_(out, layer.self_out.weight.t())
             if text := layer.text:
                 query = text.q(text.norm(x))
                 self._attend_prompt(rows, index, query, out)
-                x = torch.addmm(x, out, text.out.weight.t())
+                x.addmm_(out, text.out.weight.t())
             up = F.gelu(layer.up(layer.ffn_norm(x)))
-            x = torch.addmm(x, up, layer.down.weight.t())
+            x.addmm_(up, layer.down.weight.t())
         self.logits[:rows] = decoder.logits(decoder.norm(x))
 
     def _splits(self, rows: int) -> int:
@@ -178,7 +189,7 @@ class Step:
             weight,
             out,
             norm.weight if norm else x,
-            norm.bias if norm else x,
+            self.sums[linear] if norm else x,
             norm.eps if norm else 0.0,
             self.log_sum,
             keys,
@@ -231,7 +242,8 @@ class Step:
             head_dim=decoder.head_dim,
             splits=splits,
             append=append,
-            block=POSITIONS,
+            block=POSITIONS[splits == 1],
+            num_warps=POSITIONS[splits == 1] // 16,
         )
 
     def _attend_prompt(self, rows: int, index: int, query: Tensor, out: Tensor) -> None:
