@@ -32,6 +32,7 @@ from musicgen_ui.engine.codec import CodecStream
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.events import Chunk, Event
 from musicgen_ui.engine.job import CHUNK_FRAMES
+from musicgen_ui.engine.linear import computing_dtype
 from musicgen_ui.manager import load_batch
 from musicgen_ui.request import GenerationRequest, RequestError
 
@@ -273,7 +274,7 @@ class Made:
 
     def batch(self, place: Place, max_jobs: int) -> Batch:
         """A batch; the decoder's layers are made one by one, as files are read."""
-        loaded = self.loaded(place.device, getattr(torch, place.precision, torch.float32), True)
+        loaded = self.loaded(place.device, computing_dtype(place.precision), True)
         return Batch(
             loaded.model,
             loaded.tokenizer,

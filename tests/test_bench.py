@@ -230,14 +230,15 @@ def test_a_gpus_rows_are_measured_from_files_and_from_weights_made_there(tmp_pat
     assert ran.count((4, 1.5)) == 1 and ran.count((1, 0.5)) >= 3
 
 
-def test_a_profile_names_what_a_step_runs(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_profile_names_what_a_step_runs(tmp_path, precision):
     file = tmp_path / "profile.txt"
-    asked = ["--quick", "--profile", str(file), "--precision", "float32"]
+    asked = ["--quick", "--profile", str(file), "--precision", precision]
     assert bench.run(flags_of(*asked, "--jobs", "1")) == []
     text = file.read_text()
-    assert text.count("steps a second") == 2 and "linear" in text
+    assert text.count("steps a second") == 2 and "aten::topk" in text
     busy = re.search(r"operations +([\d.]+) µs, (\d+) a step", text)
-    assert float(busy[1]) > 0 and int(busy[2]) > 50
+    assert float(busy[1]) > 0 and int(busy[2]) > 10
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
