@@ -73,7 +73,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
     def cpu(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return there[0](tensor)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+        made = torch.ones if tensor.dtype == torch.bool else torch.zeros  # what is asked is so
+        return made(tensor.shape, dtype=tensor.dtype, device="cpu")
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: t.is_meta or there[1](t))

@@ -147,7 +147,7 @@ def test_greedy_melody_codes_equal_transformers(request, make, device, name, gui
 # Captured steps
 
 
-@pytest.mark.parametrize("plain", ["eager", "uncaptured", "cpu"])
+@pytest.mark.parametrize("plain", ["eager", "uncaptured", "torch", "cpu"])
 @pytest.mark.parametrize("name", ["tiny_mono", "tiny_stereo", "tiny_melody"])
 def test_captured_steps_equal_plain_ones(request, make, device, name, plain):
     """Jobs that come and go, long enough for graphs of two lengths."""
@@ -158,6 +158,8 @@ def test_captured_steps_equal_plain_ones(request, make, device, name, plain):
     other = make(folder, device="cpu" if plain == "cpu" else device, graphs=False)
     if plain == "uncaptured":
         other.stepper = Graphed(other.decoder, other.max_jobs, capture=False)
+    elif plain == "torch":
+        other.stepper = Graphed(other.decoder, other.max_jobs, triton=False)
     for ours, theirs in zip(takes(captured, asked), takes(other, asked), strict=True):
         assert same(ours, theirs)
 
