@@ -38,7 +38,8 @@ else
   tests_s=110 bench_s=80 profile_s=30
   bench+=(--published)
   profile+=(--jobs 1,8)
-  "$python" -c "import xdist" 2>/dev/null && tests+=(-n 3 --dist loadfile)
+  tests+=(--timeout=60)
+  "$python" -c "import xdist" 2>/dev/null && tests+=(-n 3)
 fi
 
 summary=""
