@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import soundfile
 import soxr
@@ -37,7 +36,6 @@ SKIP_MARGIN_S = 2.0  # compressed formats need a run-up after a seek
 FENCE_BYTES, FENCE_S = 250_000_000, 120  # what FFmpeg's process may take
 # FFmpeg also reads playlists, which name other files and addresses: these formats cannot.
 FFMPEG_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,mp3,aac,flac,wav,aiff,caf,amr,asf"
-UNDECODABLE = (soundfile.SoundFileError, av.FFmpegError, UnicodeDecodeError)
 NOT_AUDIO = "The file is not audio that can be read: use WAV, FLAC, MP3, OGG, M4A or WebM."
 # Shares of left and right (ITU-R BS.775) by channel in WAV's and FLAC's order.
 LEFT, RIGHT, CENTRE, LOW = (1.0, 0.0), (0.0, 1.0), (0.707, 0.707), (0.0, 0.0)
@@ -92,7 +90,7 @@ def decode_end(path: Path, keep_s: float) -> End:
     """
     try:
         return _read_end(_with_soundfile, path, keep_s)
-    except UNDECODABLE:
+    except _undecodable():
         return _read_end_fenced(path, keep_s)
 
 
@@ -104,7 +102,7 @@ def _read_end(reader: Reader, path: Path, keep_s: float) -> End:
             try:
                 source.seek(skip_s)
                 end = _collect(source, keep_s)
-            except UNDECODABLE:
+            except _undecodable():
                 end = None
             whole = end and end.full_s > keep_s + SKIP_MARGIN_S - 0.5
             if end and whole and not end.broken:
@@ -148,7 +146,7 @@ def _collect(source: _Source, keep_s: float) -> End:
                 raise RequestError("The file is hours too long: cut it to its last minutes.")
             mixed = _mixed(block)
             push(mixed if rate == full_rate else resampler.resample_chunk(mixed))
-    except UNDECODABLE:
+    except _undecodable():
         broken = True
     if rate != full_rate:
         push(resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True))
@@ -186,8 +184,16 @@ def _cut_share(log: str) -> float:
     return claimed / found if 0 < found < claimed < 0xFFFF_0000 else 1
 
 
+def _undecodable() -> tuple[type[Exception], ...]:
+    """What a decoder raises about a file; PyAV is loaded in the process that uses it alone."""
+    av = sys.modules.get("av")
+    return (soundfile.SoundFileError, UnicodeDecodeError, *((av.FFmpegError,) if av else ()))
+
+
 @contextmanager
 def _with_av(path: Path) -> Iterator[_Source]:
+    import av
+
     sought_s = 0.0
 
     def seek(seconds: float) -> None:
@@ -242,12 +248,14 @@ def _read_end_fenced(path: Path, keep_s: float) -> End:
 
 
 def _main(path: str, keep_s: str) -> None:
+    import av  # noqa: F401 - before the fence, which has no room for it
+
     _fence()
     samples = np.zeros(0, np.float32)
     answer: dict[str, Any]
     try:
         end = _read_end(_with_av, Path(path), float(keep_s))
-    except UNDECODABLE:
+    except _undecodable():
         answer = {"refused": NOT_AUDIO}
     except RequestError as error:
         answer = {"refused": str(error)}
