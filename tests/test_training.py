@@ -23,7 +23,7 @@ from training.finetune import finetune, read_pairs
 from training.lm import delayed, make_model, widen_to_stereo
 from training.material import CUT_FRAMES, Material, composed
 from training.presets import PRESETS
-from training.render import FluidRenderer, find_soundfont, load_metas, render_sines
+from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
 from training.styles import STYLES
 from training.tokenizer import UNKNOWN, make_tokenizer
 from training.train_lm import Run, Trainer
@@ -106,7 +106,7 @@ def test_every_caption_word_is_one_token_and_any_word_is_spelt():
 def test_the_renderers_follow_the_pan():
     song = replace(compose(5, "folk"), pans={0: 0, 2: 0})
     font = find_soundfont()
-    renderers = [render_sines] if font == "sines" else [render_sines, FluidRenderer(font)]
+    renderers = [render_sines] if font == "sines" else [render_sines, SoundfontRenderer(font)]
     for renderer in renderers:
         left, right = np.abs(renderer(song, 2.0)).mean(1)
         assert left > 3 * right

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,22 @@ def do_render(job: Job) -> None:
     from training.render import render
 
     args, size = job.args, job.preset
+    if args.budget_s:
+        return _render_for_a_while(job)
     clips = args.clips or size.clips
     render(job.data, clips, size.seconds, size.codec.sampling_rate, args.soundfont, size.keys,
            workers=args.workers)  # fmt: skip
+
+
+def _render_for_a_while(job: Job) -> None:
+    from training.songs import SONG_SEED, SongJob, render_songs
+
+    args, size = job.args, job.preset
+    songs = SongJob(
+        job.data, size.seconds, size.codec.sampling_rate, args.soundfont, args.clips or size.clips,
+        time.time() + args.budget_s, SONG_SEED + args.seed * 10_000_000,
+    )  # fmt: skip
+    print(f"{render_songs(songs, args.workers)} songs", flush=True)
 
 
 def do_codec(job: Job) -> None:
@@ -96,10 +110,23 @@ def do_lm(job: Job) -> None:
 def do_assemble(job: Job) -> None:
     from training.assemble import assemble, build
 
+    if job.args.resume:
+        return _assemble_kept(job)
     weights = job.args.init or job.lm / "best.pt"
     model = build(job.preset, stereo=job.args.stereo, weights=weights, codec=job.codec)
     name = "checkpoint-stereo" if job.args.stereo else "checkpoint"
     print(f"wrote {assemble(model, job.preset, job.out / name)}")
+
+
+def _assemble_kept(job: Job) -> None:
+    from training import pack
+    from training.assemble import assemble, build_kept
+
+    args = job.args
+    name = "stereo" if args.stereo else "mono"
+    model = build_kept(job.preset, pack.read(args.resume, "codec"), pack.read(args.resume, name))
+    folder = "checkpoint-stereo" if args.stereo else "checkpoint"
+    print(f"wrote {assemble(model, job.preset, job.out / folder)}")
 
 
 def do_evaluate(job: Job) -> None:
@@ -134,7 +161,16 @@ def do_finetune(job: Job) -> None:
 
 
 def do_all(job: Job) -> None:
-    """Every stage in turn, mono then stereo; finished stages are skipped or resumed."""
+    """Every stage in turn, mono then stereo; finished stages are skipped or resumed. With a budget
+    in seconds: as in card.py, from songs that are rendered already."""
+    if job.args.budget_s:
+        from training.card import Plan, run
+
+        args = job.args
+        keep = args.keep or job.out / "keep"
+        run(Plan(job.data, job.out, keep, job.preset, args.budget_s, args.device, args.resume,
+                 stereo=not args.mono_only, seed=args.seed))  # fmt: skip
+        return
     for stage in (do_render, do_codec):
         stage(job)
     for stereo in (False, True):
@@ -163,6 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, help="songs to render")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--minutes", type=float, help="a schedule by the clock, not by steps")
+    parser.add_argument("--budget-s", type=float, help="render, all: by the clock, for a GPU")
+    parser.add_argument("--keep", type=Path, help="all with a budget: folder of what is kept")
+    parser.add_argument("--resume", type=Path, help="such a folder, to go on from or to assemble")
+    parser.add_argument("--mono-only", action="store_true", help="all with a budget: no stereo")
+    parser.add_argument("--seed", type=int, default=0, help="of songs rendered with a budget")
     parser.add_argument("--stereo", action="store_true", help="8 codebooks, left and right")
     parser.add_argument("--decoder-only", action="store_true", help="codec: keep every code")
     parser.add_argument("--codec", type=Path, help="codec.pt to use or to start from")

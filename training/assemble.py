@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, MusicgenForConditionalGeneration
 
 from training.codec import load_codec
@@ -30,14 +31,32 @@ def build(preset: Preset, *, stereo: bool = False, weights: Path | None = None,
     return model
 
 
+def build_kept(preset: Preset, codec: dict[str, Tensor], weights: dict[str, Tensor]
+               ) -> MusicgenForConditionalGeneration:  # fmt: skip
+    """The model in float32 from what `pack.read` gives; mono or stereo as the weights are."""
+    from training.codec import make_codec
+
+    trained = make_codec(preset.codec)
+    trained.load_state_dict(codec)
+    stereo = "decoder.lm_heads.4.weight" in weights
+    words = len(make_processor(preset.codec.sampling_rate).tokenizer)
+    model = make_model(trained.config, words, preset.decoder, stereo=stereo)
+    model.audio_encoder.load_state_dict(trained.state_dict())
+    _load(model, weights, "What was kept")
+    return model
+
+
 def load_trained(model: MusicgenForConditionalGeneration, path: Path) -> None:
     """A trainer's file into the model; everything but the codec must be in it."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    _load(model, torch.load(path, map_location="cpu", weights_only=True)["model"], str(path))
+
+
+def _load(model: MusicgenForConditionalGeneration, state: dict[str, Tensor], source: str) -> None:
     missing = model.load_state_dict(state, strict=False)
     lost = [name for name in missing.missing_keys if not name.startswith("audio_encoder.")]
     if lost or missing.unexpected_keys:
         names = (lost + missing.unexpected_keys)[:3]
-        raise ValueError(f"{path} is of another size or kind: {', '.join(names)} do not fit.")
+        raise ValueError(f"{source} is of another size or kind: {', '.join(names)} do not fit.")
 
 
 def assemble(model: MusicgenForConditionalGeneration, preset: Preset, out: Path) -> Path:

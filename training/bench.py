@@ -14,7 +14,7 @@ from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
 from training.composer import Song, compose
 from training.judge import RATE_HZ, features, fit_judge
-from training.render import SINES, FluidRenderer, render_sines, to_clip
+from training.render import SINES, SoundfontRenderer, render_sines, to_clip
 from training.styles import STYLES
 
 SECONDS = 8.0
@@ -40,7 +40,7 @@ class Bench:
         self.processor = AutoProcessor.from_pretrained(self.checkpoint)
         self.rate = self.model.config.audio_encoder.sampling_rate
         self.channels = self.model.config.decoder.audio_channels
-        render = render_sines if self.soundfont == SINES else FluidRenderer(self.soundfont)
+        render = render_sines if self.soundfont == SINES else SoundfontRenderer(self.soundfont)
         total = self.judge_clips * 3 // 2
         self.rendered, self.songs = {}, {}
         for style in STYLES:

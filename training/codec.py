@@ -141,16 +141,18 @@ class ResidualQuantizer:
     @torch.no_grad()
     def _follow(self, book, vectors: Tensor, index: Tensor) -> None:
         """Move a codebook towards the vectors that chose its codes; restart codes nobody chose."""
-        count = torch.bincount(index, minlength=len(book.embed)).float()
+        count = torch.zeros_like(book.cluster_size).index_add_(
+            0, index, torch.ones_like(index, dtype=book.cluster_size.dtype)
+        )  # bincount would wait for the device
         total = torch.zeros_like(book.embed).index_add_(0, index, vectors)
         book.cluster_size.mul_(self.decay).add_(count, alpha=1 - self.decay)
         book.embed_avg.mul_(self.decay).add_(total, alpha=1 - self.decay)
         book.embed.copy_(book.embed_avg / book.cluster_size.clamp(min=1e-4)[:, None])
         dead = book.cluster_size < 0.03
-        fresh = vectors[torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)]
-        book.embed[dead] = fresh
-        book.cluster_size[dead] = 0.25
-        book.embed_avg[dead] = fresh * 0.25
+        fresh = vectors[torch.randint(len(vectors), dead.shape, device=vectors.device)]
+        book.embed.copy_(torch.where(dead[:, None], fresh, book.embed))
+        book.embed_avg.copy_(torch.where(dead[:, None], fresh * 0.25, book.embed_avg))
+        book.cluster_size.masked_fill_(dead, 0.25)
 
 
 def nearest(vectors: Tensor, centres: Tensor) -> Tensor:

@@ -8,13 +8,31 @@ several resolutions, hinge losses, and feature matching.
 
 from __future__ import annotations
 
-import librosa
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+LOG_STEP = math.log(6.4) / 27  # of a mel above 1 kHz
 MEL_SCALES = ((2048, 128), (1024, 80), (256, 32))  # window length, mel bands
+
+
+def mel_bank(sampling_rate: int, window: int, bands: int, lowest_hz: float = 20.0) -> Tensor:
+    """Triangular filters [bands, window / 2 + 1] of equal area, on Slaney's mel scale."""
+
+    def hertz(mel: Tensor) -> Tensor:
+        return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * LOG_STEP))
+
+    low = 3 * lowest_hz / 200  # linear below 1 kHz
+    high = 15 + math.log(sampling_rate / 2000) / LOG_STEP
+    edges = hertz(torch.linspace(low, high, bands + 2, dtype=torch.float64))
+    bins = torch.linspace(0, sampling_rate / 2, window // 2 + 1, dtype=torch.float64)
+    rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    area = 2 / (edges[2:] - edges[:-2])[:, None]
+    return (torch.minimum(rise, fall).clamp(min=0) * area).float()
 
 
 class SpectralLoss(nn.Module):
@@ -23,10 +41,7 @@ class SpectralLoss(nn.Module):
         for window in (4096, 2048, 1024, 256):
             self.register_buffer(f"window_{window}", torch.hann_window(window))
         for window, bands in MEL_SCALES:
-            bank = librosa.filters.mel(
-                sr=sampling_rate, n_fft=window, n_mels=bands, fmin=20, fmax=sampling_rate / 2
-            )
-            self.register_buffer(f"bank_{window}", torch.from_numpy(bank))
+            self.register_buffer(f"bank_{window}", mel_bank(sampling_rate, window, bands))
         self.low_bins = round(5000 / sampling_rate * 4096)
 
     def magnitude(self, audio: Tensor, window: int) -> Tensor:

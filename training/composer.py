@@ -1,8 +1,9 @@
 """Songs as events on the codec's time grid: seeded, pure, and no sound yet.
 
-Every onset and every note end lies on a frame of 20 ms (tempo 750/n for n frames a sixteenth),
-velocities come in steps of eight, and a section is one loop played again and again, exactly. So
-the same bar gives the same codes, and the decoder can learn rhythm by copying from a loop ago. A
+Every onset and every note end lies on a frame of 20 ms, velocities come in steps of eight, and a
+section is one loop of whole frames played again and again, exactly. So the same bar gives the same
+codes, and the decoder can learn rhythm by copying from a loop ago. A style has five tempi of whole
+frames a sixteenth; with `bpm` any tempo can be had, and an onset is up to 10 ms beside its beat. A
 song has one or two sections; the loop before a change of section may end in a drum fill.
 
 `compose(seed)` is the whole interface. What a style plays is in styles.py, how a song is
@@ -17,8 +18,12 @@ from dataclasses import asdict, dataclass, field
 FRAME_S = 0.02
 DRUM_CHANNEL = 9
 MODES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-KEYS = {"major": (0, 7, 5, 2), "minor": (9, 4, 2, 11)}  # pitch classes, nearest first
+KEYS = {  # pitch classes, nearest first
+    "major": (0, 7, 5, 2, 10, 9, 3, 4, 8, 11, 1, 6),
+    "minor": (9, 4, 2, 11, 7, 6, 0, 1, 5, 8, 10, 3),
+}
 PITCH_NAMES = "C,C sharp,D,E flat,E,F,F sharp,G,A flat,A,B flat,B".split(",")  # noqa: SIM905
+SLOW_BELOW_BPM, FAST_ABOVE_BPM = 88, 118  # of songs at any tempo
 SPEEDS = ("slow", "slow", "medium", "fast", "fast")  # of a style's five tempi
 VELOCITY_STEP = 8
 
@@ -42,7 +47,7 @@ class Meta:
     key: int  # pitch class of the tonic
     speed: str  # slow, medium, fast
     bpm: int
-    sixteenth: int  # frames
+    sixteenth: float  # frames
     loop: int  # frames
     change: int  # frame at which the second section starts, 0 with one section
     dynamics: str  # soft, normal, loud
@@ -69,23 +74,24 @@ class Sketch:
     rng: random.Random
     mode: str
     tonic: int
-    sixteenth: int  # frames
+    sixteenth: float  # frames, whole unless the song has a `bpm` of its own
     bars: int
     with_drums: bool
     loud: int  # added to every velocity
     palette: int  # which instrumentation of the style
+    number: int = 0  # of the song, for choices that its sections share
     notes: list[Note] = field(default_factory=list)
     programs: dict[int, int] = field(default_factory=dict)
     pans: dict[int, int] = field(default_factory=dict)
     instruments: list[str] = field(default_factory=list)
 
     @property
-    def beat(self) -> int:
+    def beat(self) -> float:
         return 4 * self.sixteenth
 
     @property
     def loop(self) -> int:
-        return 4 * self.bars * self.beat
+        return round(4 * self.bars * self.beat)
 
     def voice(self, channel: int, program: int, name: str, pan: int = 64) -> None:
         """An instrument on a channel; its name is what captions call it."""
@@ -143,22 +149,30 @@ def compose(
     keys: int = 4,
     tempo: int | None = None,
     drums: bool | None = None,
+    bpm: float | None = None,
 ) -> Song:
     """A song of `seconds`, cut at its end; all that is not given is drawn from the seed.
 
     `keys` is how many keys a mode has, from C major and A minor outwards; `tempo` which of the
-    style's tempi it has, slowest first: the same song begins with the same notes at each.
+    style's tempi it has, slowest first: the same song begins with the same notes at each. `bpm` is
+    any tempo instead (beats a minute, to the nearest whole number of frames a loop).
     """
+    from training.more_styles import MORE_STYLES, SOLOS
     from training.styles import STYLES
 
     rng = random.Random(seed)
     name = style or rng.choice(list(STYLES))
-    spec = STYLES[name]
+    spec = STYLES.get(name) or MORE_STYLES[name]
     mode = rng.choice(("major", "minor"))
     tonic = rng.choice(KEYS[mode][:keys])
     drawn = rng.choice(range(len(SPEEDS)))
     tempo = drawn if tempo is None else tempo
-    sixteenth = spec.sixteenths[tempo]
+    sixteenth, bars = spec.sixteenths[tempo], 2 if spec.sixteenths[tempo] <= 7 else 1
+    speed = SPEEDS[tempo]
+    if bpm is not None:
+        bars = 1 if bpm <= 100 else 2
+        sixteenth = round(bars * 240 / bpm / FRAME_S) / (16 * bars)
+        speed = "slow" if bpm < SLOW_BELOW_BPM else "fast" if bpm > FAST_ABOVE_BPM else "medium"
     dynamics = rng.choices(("normal", "soft", "loud"), (0.8, 0.12, 0.08))[0]
     if drums is None:
         drums = spec.drums and (name == "drums" or rng.random() > 0.06)
@@ -166,8 +180,8 @@ def compose(
 
     def sketch() -> Sketch:
         loud = {"normal": 0, "soft": -16, "loud": 8}[dynamics]
-        bars = 2 if sixteenth <= 7 else 1  # loops of 2.6 to 4.5 s
-        page = Sketch(rng, mode, tonic, sixteenth, bars, drums, loud, palette)
+        # loops of 2.4 to 4.8 s
+        page = Sketch(rng, mode, tonic, sixteenth, bars, drums, loud, palette, seed)
         spec.write(page)
         return page
 
@@ -183,11 +197,12 @@ def compose(
         notes += _tile(second, change, frames, False)
     notes.sort(key=lambda note: (note.frame, note.channel, note.key))
     meta = Meta(
-        seed, name, mode, tonic, SPEEDS[tempo], round(750 / sixteenth), sixteenth, first.loop,
+        seed, name, mode, tonic, speed, round(750 / sixteenth), sixteenth, first.loop,
         change, dynamics, tuple(first.instruments), bool(drums),
     )  # fmt: skip
     programs, pans = second.programs | first.programs, second.pans | first.pans
-    return Song(tuple(notes), programs, pans, spec.gain, meta)
+    gain = SOLOS[seed % len(SOLOS)][-1] if name == "solo" else spec.gain
+    return Song(tuple(notes), programs, pans, gain, meta)
 
 
 def _tile(page: Sketch, start: int, end: int, fill: bool) -> list[Note]:
@@ -204,10 +219,10 @@ def _tile(page: Sketch, start: int, end: int, fill: bool) -> list[Note]:
 
 
 def _with_fill(page: Sketch) -> list[Note]:
-    start = page.loop - page.beat
+    start = page.loop - page.beat  # frames
     kept = [n for n in page.notes if n.channel != DRUM_CHANNEL or n.frame < start]
     keys = [DRUM_KEYS[k] for k in ("snare", "tom_high", "tom_mid", "tom_low")]
     hits = [
-        Note(start + i * page.sixteenth, 6, DRUM_CHANNEL, key, 104) for i, key in enumerate(keys)
+        Note(round(start + i * page.sixteenth), 6, DRUM_CHANNEL, key, 104) for i, key in enumerate(keys)
     ]
     return kept + hits

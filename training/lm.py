@@ -31,9 +31,10 @@ from training.styles import STYLES
 HIGHEST_SLOW_FREQUENCY = 0.008  # radians a frame; slower position channels are nearly constant
 
 
-def make_model(codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: bool = False
-               ) -> MusicgenForConditionalGeneration:  # fmt: skip
-    """Untrained, in float32; `words` is the tokenizer's length."""
+def make_model(codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: bool = False,
+               loops: bool = True) -> MusicgenForConditionalGeneration:  # fmt: skip
+    """Untrained, in float32; `words` is the tokenizer's length. Without `loops` no heads look a
+    loop or a beat back: for songs at any tempo."""
     text = T5Config(
         vocab_size=-(-words // 64) * 64, d_model=size.text_hidden, d_kv=32,
         d_ff=2 * size.text_hidden, num_layers=size.text_layers, num_heads=4, dropout_rate=0.05,
@@ -52,7 +53,8 @@ def make_model(codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: b
     )
     model = MusicgenForConditionalGeneration(config)
     _scale_weights(model, size)
-    implant_lags(model, size)
+    plan = lag_plan(size.heads, size.layers, codec.num_quantizers)
+    implant_lags(model, plan if loops else plan[:1], size)
     return model
 
 
@@ -88,9 +90,9 @@ def lag_plan(heads: int, layers: int, books: int = 4) -> list[list[tuple[int, in
 
 
 @torch.no_grad()
-def implant_lags(model: MusicgenForConditionalGeneration, size: DecoderSize, gain: float = 2.0,
-                 copied: float = 0.35) -> None:  # fmt: skip
-    """Point the first layers' heads at fixed lags and let them pass on what they see there.
+def implant_lags(model: MusicgenForConditionalGeneration, plan: list[list[tuple[int, int]]],
+                 size: DecoderSize, gain: float = 2.0, copied: float = 0.35) -> None:  # fmt: skip
+    """Point the first layers' heads at fixed lags (`lag_plan`), to pass on what they see there.
 
     Fast-turning position channels are kept free of content, so that the heads can tell frames
     apart; each codebook has a share of the slow ones, and a head copies one codebook. `gain` sets
@@ -115,7 +117,7 @@ def implant_lags(model: MusicgenForConditionalGeneration, size: DecoderSize, gai
     for name, weight in decoder.layers.named_parameters():
         if "out_proj" in name or "fc2" in name:
             weight[position] *= 0.05
-    for layer, lags in enumerate(lag_plan(size.heads, size.layers, rows // channels)):
+    for layer, lags in enumerate(plan):
         attention = decoder.layers[layer].self_attn
         decoder.layers[layer].self_attn_layer_norm.bias[position] = 0.3  # undoes the norm's mean
         for head, (lag, book) in enumerate(lags):

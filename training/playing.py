@@ -5,9 +5,9 @@ from __future__ import annotations
 from training.composer import DRUM_CHANNEL, DRUM_KEYS, Sketch
 
 
-def spans(p: Sketch, degrees: list[int]) -> list[tuple[int, int, int]]:
+def spans(p: Sketch, degrees: list[int]) -> list[tuple[float, float, int]]:
     """(frame, frames, degree) of each chord, evenly over the loop."""
-    length = p.loop // len(degrees)
+    length = p.loop / len(degrees)
     return [(i * length, length, degree) for i, degree in enumerate(degrees)]
 
 
@@ -29,7 +29,7 @@ def melody(
     lengths: tuple[int, ...] = (2, 2, 4), legato: float = 0.95, top: int = 8, swing: int = 0,
 ) -> None:  # fmt: skip
     """A line in eighths that lands on chord notes on the beats and moves by step between."""
-    rng, eighth, total = p.rng, p.beat // 2, p.loop * 2 // p.beat
+    rng, eighth, total = p.rng, p.beat / 2, round(p.loop * 2 / p.beat)
     position, degree = 0, rng.choice((2, 4, 4, 7))
     while position < total:
         length = min(rng.choice(lengths), total - position)
@@ -46,10 +46,10 @@ def melody(
         position += length
 
 
-def riff(p: Sketch, channel: int, steps: str, start: int, frames: int, keys: list[int],
+def riff(p: Sketch, channel: int, steps: str, start: float, frames: float, keys: list[int],
           velocity: int, hold: float = 0.8) -> None:  # fmt: skip
     """Keys struck together on each X (x softer) of a pattern of sixteenths, within one chord."""
-    for i in range(frames // p.sixteenth):
+    for i in range(round(frames / p.sixteenth)):
         hit = steps[i % len(steps)]
         if hit != ".":
             for key in keys:
@@ -57,9 +57,9 @@ def riff(p: Sketch, channel: int, steps: str, start: int, frames: int, keys: lis
                 p.play(start + i * p.sixteenth, p.sixteenth * hold, channel, key, level)
 
 
-def arpeggio(p: Sketch, channel: int, start: int, frames: int, keys: list[int],
+def arpeggio(p: Sketch, channel: int, start: float, frames: float, keys: list[int],
               order: tuple[int, ...], velocity: int, hold: float = 1.0) -> None:  # fmt: skip
     """Keys one after another in eighths."""
-    for i in range(2 * frames // p.beat):
+    for i in range(round(2 * frames / p.beat)):
         key = keys[order[i % len(order)] % len(keys)]
-        p.play(start + i * p.beat // 2, p.beat // 2 * hold, channel, key, velocity)
+        p.play(start + i * p.beat / 2, p.beat / 2 * hold, channel, key, velocity)

@@ -1,4 +1,4 @@
-"""Songs → sound: FluidSynth with a General MIDI soundfont, or plain sines where there is none.
+"""Songs → sound: TinySoundFont with a General MIDI soundfont, or plain sines where there is none.
 
 The rendered set is `audio_<part>.npy` (int16 [clips, 2, samples]) and `meta_<part>.json` in one
 folder; a part that is complete is not rendered again. No reverb, no chorus, no normalisation: the
@@ -21,53 +21,53 @@ from training.styles import STYLES
 
 SYNTH_RATE_HZ = 32_000
 SOUNDFONTS = (
-    Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"),
-    Path("/usr/share/soundfonts/FluidR3_GM.sf2"),
+    Path("/usr/share/sounds/sf3/FluidR3Mono_GM.sf3"),  # Debian's fluidr3mono-gm-soundfont
+    Path("/usr/share/soundfonts/FluidR3Mono_GM.sf3"),
 )
 SINES = "sines"  # as a soundfont's name: the renderer that needs none
 KNEE = 0.7  # where the soft limiter starts
 
 
 def find_soundfont() -> str:
-    """The installed FluidR3 soundfont, or `SINES`."""
+    """The installed FluidR3Mono soundfont, or `SINES`."""
     return next((str(path) for path in SOUNDFONTS if path.exists()), SINES)
 
 
-class FluidRenderer:
-    """One FluidSynth; notes start and end at exact samples."""
+class SoundfontRenderer:
+    """One synthesiser; notes start and end at exact samples. Reads .sf2 and .sf3."""
 
     def __init__(self, soundfont: str):
-        import fluidsynth
+        import tinysoundfont
 
-        settings = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.polyphony": 192}
-        self.synth = fluidsynth.Synth(gain=0.35, samplerate=SYNTH_RATE_HZ, **settings)
-        self.font = self.synth.sfload(soundfont)
-        if self.font < 0:
-            raise FileNotFoundError(f"FluidSynth cannot read the soundfont {soundfont}.")
+        if not Path(soundfont).is_file():
+            raise FileNotFoundError(f"There is no soundfont {soundfont}.")
+        self.synth = tinysoundfont.Synth(samplerate=SYNTH_RATE_HZ)
+        self.font = self.synth.sfload(soundfont, gain=-9.0, max_voices=192)
 
     def __call__(self, song: Song, seconds: float) -> np.ndarray:
         """float32 [2, samples] at 32 kHz, before gain."""
-        synth, out, position = self.synth, [], 0
-        synth.system_reset()
+        synth, position = self.synth, 0
+        out = np.zeros((round(seconds * SYNTH_RATE_HZ), 2), np.float32)
         for channel, program in song.programs.items():
             bank = 128 if channel == DRUM_CHANNEL else 0
-            synth.program_select(channel, self.font, bank, program)
-            synth.cc(channel, 10, song.pans[channel])
+            synth.program_select(channel, self.font, bank, program, channel == DRUM_CHANNEL)
+            synth.control_change(channel, 10, song.pans[channel])
         for frame, on, note in _events(song):
             start = round(frame * FRAME_S * SYNTH_RATE_HZ)
-            if start >= seconds * SYNTH_RATE_HZ:
+            if start >= len(out):
                 break
-            out.append(synth.get_samples(start - position))
-            position = start
+            if start > position:
+                synth.generate(start - position, memoryview(out[position:start]).cast("B"))
+                position = start
             if on:
                 synth.noteon(note.channel, note.key, note.velocity)
             else:
                 synth.noteoff(note.channel, note.key)
-        out.append(synth.get_samples(round(seconds * SYNTH_RATE_HZ) - position))
+        synth.generate(len(out) - position, memoryview(out[position:]).cast("B"))
         for channel in song.programs:
-            synth.cc(channel, 120, 0)
-        synth.get_samples(256)  # lets the cut notes fade before the next song
-        return np.concatenate(out).reshape(-1, 2).T.astype(np.float32) / 32768
+            synth.sounds_off(channel)
+        synth.generate(SYNTH_RATE_HZ // 20)  # lets the cut notes fade before the next song
+        return np.ascontiguousarray(out.T)
 
 
 def render_sines(song: Song, seconds: float) -> np.ndarray:
@@ -125,7 +125,7 @@ def render_part(job: RenderJob) -> None:
     done = job.folder / f"meta_{job.part}.json"
     if done.exists():
         return
-    renderer = render_sines if job.soundfont == SINES else FluidRenderer(job.soundfont)
+    renderer = render_sines if job.soundfont == SINES else SoundfontRenderer(job.soundfont)
     samples = round(job.seconds * job.sampling_rate)
     shape = (len(job.clips), 2, samples)
     path = job.folder / f"audio_{job.part}.npy"

@@ -69,9 +69,9 @@ def _synth_pop(p: Sketch) -> None:
     for start, frames, degree in spans(p, chords):
         for key in p.chord(degree, low=57):
             p.play(start, frames, 0, key, 56)
-        for i in range(2 * frames // p.beat):
+        for i in range(round(2 * frames / p.beat)):
             octave = 12 if i % 2 else 0
-            p.play(start + i * p.beat // 2, p.beat * 0.42, 1, p.bass(degree) + octave, 96)
+            p.play(start + i * p.beat / 2, p.beat * 0.42, 1, p.bass(degree) + octave, 96)
     hat = p.rng.choice(("x.o.x.o.x.o.x.o.", "..x...x...x...x."))
     drums(p, 25, "electronic drums", 120,
            kick="X...X...X...X...", snare="....X.......X...", hat=hat)  # fmt: skip
@@ -140,7 +140,7 @@ def _funk(p: Sketch) -> None:
     jumps = [p.rng.choice((0, 0, 12, 7)) for _ in range(16)]
     brass = p.rng.random() < 0.3
     for start, frames, degree in spans(p, one_a_bar(p)):
-        for i in range(frames // p.sixteenth):
+        for i in range(round(frames / p.sixteenth)):
             if line[i % 16] != ".":
                 accent = line[i % 16] == "X"
                 key = p.bass(degree) + (0 if accent else jumps[i % 16])
@@ -161,7 +161,7 @@ def _techno(p: Sketch) -> None:
     stabs = p.rng.choice(("...x..x....x..x.", "x..x..x.x..x..x.", "....x.......x..."))
     jumps = [p.rng.choice((0, 0, 12, 7)) for _ in range(16)]
     for start, frames, degree in spans(p, one_a_bar(p)):
-        for i in range(frames // p.sixteenth):
+        for i in range(round(frames / p.sixteenth)):
             if line[i % 16] != ".":
                 key = p.bass(degree) + jumps[i % 16]
                 p.play(start + i * p.sixteenth, p.sixteenth * 0.85, 1, key, 88)
@@ -230,16 +230,16 @@ def _flute(p: Sketch) -> None:
 
 
 STYLES = {
-    "piano ballad": Style(_piano_ballad, (12, 10, 8, 7, 6), 11.06, False),
-    "lo-fi hip hop": Style(_lofi, (12, 10, 8, 7, 6), 2.84, True),
-    "synth pop": Style(_synth_pop, (10, 8, 7, 6, 5), 1.32, True),
-    "rock": Style(_rock, (10, 8, 7, 6, 5), 1.72, True),
-    "ambient": Style(_ambient, (12, 10, 8, 7, 6), 4.45, False),
-    "jazz": Style(_jazz, (10, 8, 7, 6, 5), 2.79, True),
-    "funk": Style(_funk, (12, 10, 8, 7, 6), 3.58, True),
-    "techno": Style(_techno, (10, 8, 7, 6, 5), 1.17, True),
-    "orchestral": Style(_orchestral, (12, 10, 8, 7, 6), 3.34, False),
-    "folk": Style(_folk, (10, 8, 7, 6, 5), 3.3, False),
-    "drums": Style(_drum_beat, (10, 8, 7, 6, 5), 2.96, True),
-    "flute": Style(_flute, (12, 10, 8, 7, 6), 3.29, False),
+    "piano ballad": Style(_piano_ballad, (12, 10, 8, 7, 6), 11.2, False),
+    "lo-fi hip hop": Style(_lofi, (12, 10, 8, 7, 6), 2.25, True),
+    "synth pop": Style(_synth_pop, (10, 8, 7, 6, 5), 1.13, True),
+    "rock": Style(_rock, (10, 8, 7, 6, 5), 1.95, True),
+    "ambient": Style(_ambient, (12, 10, 8, 7, 6), 6.3, False),
+    "jazz": Style(_jazz, (10, 8, 7, 6, 5), 1.98, True),
+    "funk": Style(_funk, (12, 10, 8, 7, 6), 2.26, True),
+    "techno": Style(_techno, (10, 8, 7, 6, 5), 1.02, True),
+    "orchestral": Style(_orchestral, (12, 10, 8, 7, 6), 2.0, False),
+    "folk": Style(_folk, (10, 8, 7, 6, 5), 5.3, False),
+    "drums": Style(_drum_beat, (10, 8, 7, 6, 5), 1.86, True),
+    "flute": Style(_flute, (12, 10, 8, 7, 6), 3.75, False),
 }

@@ -13,17 +13,23 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import EncodecFeatureExtractor, MusicgenProcessor, PreTrainedTokenizerFast
 
 from training.captions import (
+    ABSENT,
+    ALONE,
     FILLERS,
+    FLATS,
     INSTRUMENT_WORDS,
     LEVEL_WORDS,
     MOOD_WORDS,
     NO_DRUMS,
+    NO_VOICE,
     NOUNS,
+    OPENINGS,
+    SCENES,
+    SHARPS,
     SPEED_WORDS,
     STYLE_WORDS,
 )  # fmt: skip
 from training.composer import PITCH_NAMES
-from training.styles import STYLES
 
 # Words that people use of music though no caption does: one token each rather than ten letters.
 MORE_WORDS = """guitar guitars piano drum drums bass synth violin cello trumpet sax organ bell choir
@@ -37,7 +43,9 @@ metal punk indie pop rock rap hip hop trap house trance disco waltz march tango 
 medieval celtic my your we they is are be it its that this these and or but with without no not solo
 duo trio quartet band orchestra symphony intro outro loop bpm minute second long short simple
 complex chill lo-fi bassy slow fast electro track song a
-featuring at major minor key play some make""".split()  # noqa: SIM905
+featuring at major minor key play some make just only nothing but simply single one kit set drummer
+playing keeping sounds mood about soundtrack music performance recital""".split()  # noqa: SIM905
+TEMPI_BPM = range(58, 174)  # of songs at any tempo, one token each
 SECTION_WORDS = ("two", "sections", "change", "sharp", "flat")  # last: earlier ids stay
 WORD_SCORE, LETTER_SCORE = -8.0, -16.0
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -77,9 +85,10 @@ def make_processor(sampling_rate: int, *, stereo: bool = False) -> MusicgenProce
 
 def _words() -> set[str]:
     """Every word that a caption can hold, and those that people add of their own."""
-    groups = [STYLE_WORDS, INSTRUMENT_WORDS, SPEED_WORDS, MOOD_WORDS, LEVEL_WORDS]
+    groups = [STYLE_WORDS, INSTRUMENT_WORDS, SPEED_WORDS, MOOD_WORDS, LEVEL_WORDS, SCENES]
     phrases = [p for group in groups for entry in group.values() for p in entry]
-    tempi = [str(round(750 / n)) for style in STYLES.values() for n in style.sixteenths]
-    keys = [name.split()[0].lower() for name in PITCH_NAMES]
-    listed = " ".join([*phrases, *NO_DRUMS, *NOUNS, *FILLERS, *tempi, *keys]).split()
-    return {word.strip(",.").lower() for word in listed + MORE_WORDS}
+    keys = [name.split()[0].lower() for name in (*PITCH_NAMES, *FLATS, *SHARPS)]
+    lists = (NO_DRUMS, NO_VOICE, ALONE, OPENINGS, NOUNS, FILLERS, ABSENT, keys)
+    listed = " ".join([*phrases, *(phrase for each in lists for phrase in each)]).split()
+    listed += map(str, TEMPI_BPM)
+    return {word.strip(",.").lower() for word in listed + MORE_WORDS} | {"bpm:", "key:"}

@@ -1,0 +1,192 @@
+"""The codec in minutes on a GPU: as in train_codec.py, from clips that lie on the device."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from transformers import EncodecModel
+
+from training import pack
+from training.card import LOG_EVERY_S, Clips, Plan
+from training.codec import ResidualQuantizer, make_codec, scale_layers
+from training.codec_losses import (
+    TERM_WEIGHTS,
+    Discriminator,
+    SpectralLoss,
+    adversarial_losses,
+    discriminator_loss,
+    log_mel_distance_db,
+    si_snr_db,
+)  # fmt: skip
+from training.fast import through_codec, to_codes
+from training.train_codec import EDGE_FRAMES, SOFT_STYLES
+
+UNQUANTISED, ADVERSARIAL_FROM = 0.06, 0.35  # shares of the time
+SOFT_WEIGHT = 2.5  # of soft clips and solo pieces, in how often they are taken
+HELD_OUT = 24  # clips, the first
+
+
+class CardCodec:
+    def __init__(self, plan: Plan, clips: Clips):
+        self.plan, self.size, self.audio = plan, plan.preset.codec, clips.audio
+        self.codec = make_codec(self.size).to(plan.device)
+        state = pack.read(plan.resume, "codec") if plan.resume else {}
+        self.kept = bool(state)
+        if self.kept:
+            self.codec.load_state_dict(state)
+        self.half = plan.device != "cpu"
+        held = min(HELD_OUT, len(clips.metas) // 4)
+        self.held = self.audio[:held]
+        weights = [
+            0.0 if i < held else SOFT_WEIGHT if meta.style in (*SOFT_STYLES, "solo") else 1.0
+            for i, meta in enumerate(clips.metas)
+        ]
+        self.weights = torch.tensor(weights, device=plan.device)
+        self.loss = SpectralLoss(self.size.sampling_rate).to(plan.device)
+        self.quantizer = ResidualQuantizer(self.codec, started=self.kept)
+        self.step, self.share = 0, 0.0
+
+    def batch(self) -> Tensor:
+        """float32 [batch, samples]: windows of the mix, of left or of right."""
+        samples, rows, device = self.size.frames * self.size.hop, self.size.batch, self.audio.device
+        clip = torch.multinomial(self.weights, rows, replacement=True)
+        last = (self.audio.shape[2] - samples) // self.size.hop
+        start = torch.randint(last + 1, (rows, 1), device=device) * self.size.hop
+        at = start + torch.arange(samples, device=device)
+        both = self.audio[clip[:, None], :, at].float() / 32767  # [batch, samples, 2]
+        kind = torch.randint(4, (rows, 1), device=device)
+        left = torch.where(kind == 0, 1.0, torch.where(kind == 1, 0.0, 0.5))
+        return both[..., 0] * left + both[..., 1] * (1 - left)
+
+    def train(self, seconds: float) -> None:
+        """Until the seconds are used up."""
+        began = logged = time.time()
+        scale_layers(self.codec, self.batch()[:, None])
+        options = {"fused": True, "weight_decay": 1e-4}
+        self.parts = list(self.codec.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parts, self.size.learning_rate, betas=(0.85, 0.99), **options
+        )
+        self.judge = Discriminator().to(self.audio.device)
+        self.judge_optimizer = torch.optim.AdamW(
+            self.judge.parameters(), self.size.learning_rate / 2, betas=(0.5, 0.9), **options
+        )
+        if self.half:
+            self._choose_precision()
+        mean: dict[str, Tensor] = {}
+        steps = 0
+        while (now := time.time()) - began < seconds:
+            self.share = (now - began) / seconds
+            for name, value in self.update().items():
+                mean[name] = mean[name].lerp(value, 0.05) if name in mean else value
+            if self.step % 20 == 0 and self.audio.is_cuda:
+                torch.cuda.synchronize()  # so that the clock tells of work that is done
+            if now - logged > LOG_EVERY_S:
+                self.plan.log("codec", step=self.step, steps_a_s=(self.step - steps)
+                              / (now - logged), **mean)  # fmt: skip
+                logged, steps = now, self.step
+            if self.plan.save_due:
+                self.plan.save("codec", self.codec.state_dict(), int8=False)
+        self.parts, self.optimizer, self.judge_optimizer, self.judge = [], None, None, None
+
+    def _choose_precision(self) -> None:
+        """bfloat16 where it is faster than TF32, which depends on the convolutions' kernels."""
+        took = {}
+        for self.half in (False, True):
+            for step in range(10):
+                if step == 4:  # the kernels are chosen by then
+                    torch.cuda.synchronize()
+                    began = time.time()
+                audio = self.batch()
+                latent = through_codec(self.codec.encoder.layers, audio[:, None], self.half)
+                made = through_codec(self.codec.decoder.layers, latent, self.half)[:, 0]
+                (audio - made).abs().mean().backward()
+            torch.cuda.synchronize()
+            took[self.half] = (time.time() - began) / 6
+        self.half = took[True] < took[False]
+        self.plan.log("codec", bfloat16_step_s=took[True], float32_step_s=took[False])
+
+    def update(self) -> dict[str, Tensor]:
+        """One step of the codec and, when it has joined, of the discriminator; losses on device."""
+        rate = min(1, (self.step + 1) / 80) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * self.share))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.size.learning_rate * rate
+        audio = self.batch()
+        latent = through_codec(self.codec.encoder.layers, audio[:, None], self.half)
+        commitment = audio.new_zeros(())
+        if not self.quantizer.started and self.share > UNQUANTISED:
+            self._start_codebooks()
+        if self.quantizer.started:
+            latent, commitment = self.quantizer(latent)
+        made = through_codec(self.codec.decoder.layers, latent, self.half)[:, 0]
+        edge = EDGE_FRAMES * self.size.hop
+        audio, made = audio[:, edge:-edge], made[:, edge:-edge]
+        terms = self.loss(audio, made)
+        total = sum(TERM_WEIGHTS[name] * term for name, term in terms.items()) + 0.25 * commitment
+        if self.share > ADVERSARIAL_FROM:
+            with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
+                loss = discriminator_loss(self.judge, audio, made)
+            self._apply(self.judge_optimizer, loss, list(self.judge.parameters()))
+            self.judge.requires_grad_(False)
+            with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
+                fooled, matching = adversarial_losses(self.judge, audio, made)
+            self.judge.requires_grad_(True)
+            terms |= {"fooled": fooled, "matching": matching}
+            total = total + 0.15 * fooled + 0.8 * matching
+        self._apply(self.optimizer, total, self.parts)
+        self.step += 1
+        return {name: term.detach().float() for name, term in terms.items()}
+
+    @staticmethod
+    def _apply(optimizer: torch.optim.Optimizer, loss: Tensor, weights: list) -> None:
+        """A step of which a gradient that is not finite makes nothing."""
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, 2.0)
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+
+    @torch.no_grad()
+    def _start_codebooks(self) -> None:
+        wanted = 24 * self.size.codebook_size
+        batches = -(-wanted // (self.size.batch * self.size.frames))
+        layers = self.codec.encoder.layers
+        latents = (through_codec(layers, self.batch()[:, None], self.half) for _ in range(batches))
+        vectors = torch.cat([z.transpose(1, 2).flatten(0, 1) for z in latents])
+        self.plan.log("codebooks", variance_left=self.quantizer.start(vectors))
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """Figures of reconstructions of the held-out clips' mono mix, in float32."""
+        audio = self.held.float().mean(1) / 32767
+        codes = to_codes(self.codec, audio)
+        latent = self.codec.quantizer.decode(codes.transpose(0, 1))
+        made = through_codec(self.codec.decoder.layers, latent)[:, 0]
+        used = [len(codes[:, row].unique()) for row in range(codes.shape[1])]
+        distance = log_mel_distance_db(self.loss, audio, made).item()
+        return {"log_mel_db": distance, "si_snr_db": si_snr_db(audio, made).item(), "used": used}
+
+
+@torch.no_grad()
+def encode_all(plan: Plan, codec: EncodecModel, audio: Tensor, seconds: float, *, stereo: bool,
+               batch: int = 32) -> Tensor:  # fmt: skip
+    """int16 [clips, rows, frames] of the clips from the first on, as many as the seconds allow."""
+    began, out = time.time(), []
+    batch = max(1, batch // 2) if stereo else batch
+    for i in range(0, len(audio), batch):
+        clips = audio[i : i + batch].float() / 32767
+        if stereo:
+            sides = to_codes(codec, clips.flatten(0, 1)).unflatten(0, (-1, 2))
+            out.append(sides.transpose(1, 2).flatten(1, 2).to(torch.int16))
+        else:
+            out.append(to_codes(codec, clips.mean(1)).to(torch.int16))
+        if plan.device != "cpu" and i % (8 * batch) == 0:
+            torch.cuda.synchronize()
+        if time.time() - began > seconds and len(out) > 1:
+            break
+    codes = torch.cat(out)
+    plan.log("encoded", clips=len(codes), stereo=stereo, took_s=time.time() - began)
+    return codes
