@@ -121,10 +121,15 @@ def do_assemble(job: Job) -> None:
 def _assemble_kept(job: Job) -> None:
     from training import pack
     from training.assemble import assemble, build_kept
+    from training.card_codec import with_averages
 
     args = job.args
-    name = "stereo" if args.stereo else "mono"
-    model = build_kept(job.preset, pack.read(args.resume, "codec"), pack.read(args.resume, name))
+    weights = pack.read(args.resume, "mono")
+    if args.stereo:  # which has the mono one's text encoder
+        text = {name: value for name, value in weights.items() if name.startswith("text_encoder.")}
+        weights = text | pack.read(args.resume, "stereo")
+    codec = with_averages(pack.read(args.resume, "codec"))
+    model = build_kept(job.preset, codec, weights)
     folder = "checkpoint-stereo" if args.stereo else "checkpoint"
     print(f"wrote {assemble(model, job.preset, job.out / folder)}")
 

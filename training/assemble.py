@@ -53,7 +53,8 @@ def load_trained(model: MusicgenForConditionalGeneration, path: Path) -> None:
 
 def _load(model: MusicgenForConditionalGeneration, state: dict[str, Tensor], source: str) -> None:
     missing = model.load_state_dict(state, strict=False)
-    lost = [name for name in missing.missing_keys if not name.startswith("audio_encoder.")]
+    aside = ("audio_encoder.", "text_encoder.encoder.embed_tokens.")  # the latter is shared.weight
+    lost = [name for name in missing.missing_keys if not name.startswith(aside)]
     if lost or missing.unexpected_keys:
         names = (lost + missing.unexpected_keys)[:3]
         raise ValueError(f"{source} is of another size or kind: {', '.join(names)} do not fit.")

@@ -136,7 +136,7 @@ def run(plan: Plan) -> None:
     if not codec.kept:
         codec.train(CODEC_SHARE * plan.left_s)
     plan.log("codec", **codec.held_out())
-    plan.save("codec", codec.codec.state_dict(), int8=False)
+    codec.save()
     codes = encode_all(plan, codec.codec, clips.audio, ENCODE_SHARE * plan.left_s, stereo=False)
     songs = Songs.of(plan, codes, clips)
     mono = CardDecoder(plan, codec.codec.config, songs, stereo=False)

@@ -36,7 +36,7 @@ class CardCodec:
         state = pack.read(plan.resume, "codec") if plan.resume else {}
         self.kept = bool(state)
         if self.kept:
-            self.codec.load_state_dict(state)
+            self.codec.load_state_dict(with_averages(state))
         self.half = plan.device != "cpu"
         held = min(HELD_OUT, len(clips.metas) // 4)
         self.held = self.audio[:held]
@@ -89,8 +89,14 @@ class CardCodec:
                               / (now - logged), **mean)  # fmt: skip
                 logged, steps = now, self.step
             if self.plan.save_due:
-                self.plan.save("codec", self.codec.state_dict(), int8=False)
+                self.save()
         self.parts, self.optimizer, self.judge_optimizer, self.judge = [], None, None, None
+
+    def save(self) -> None:
+        """Without the codebooks' running sums, which follow from the rest."""
+        state = self.codec.state_dict()
+        kept = {name: value for name, value in state.items() if not name.endswith("embed_avg")}
+        self.plan.save("codec", kept, int8=False)
 
     def _choose_precision(self) -> None:
         """bfloat16 where it is faster than TF32, which depends on the convolutions' kernels."""
@@ -168,6 +174,16 @@ class CardCodec:
         used = [len(codes[:, row].unique()) for row in range(codes.shape[1])]
         distance = log_mel_distance_db(self.loss, audio, made).item()
         return {"log_mel_db": distance, "si_snr_db": si_snr_db(audio, made).item(), "used": used}
+
+
+def with_averages(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `CardCodec.save` wrote, complete."""
+    sums = {
+        name + "_avg": value * state[name.replace("embed", "cluster_size")][:, None]
+        for name, value in state.items()
+        if name.endswith("codebook.embed")
+    }
+    return state | sums
 
 
 @torch.no_grad()

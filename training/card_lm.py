@@ -18,7 +18,7 @@ from transformers import EncodecConfig
 from training import pack
 from training.card import LOG_EVERY_S, Clips, Plan
 from training.fast import code_logits, text_states
-from training.lm import corrupted, delayed, make_model, trained_state, widen_to_stereo
+from training.lm import corrupted, delayed, make_model, widen_to_stereo
 from training.material import CUT_FRAMES
 from training.tokenizer import make_tokenizer
 from training.train_lm import BOOK_WEIGHTS, EARLY_FRAMES, EARLY_WEIGHT, TEXT_SHARE
@@ -91,7 +91,7 @@ class CardDecoder:
         state = pack.read(plan.resume, self.name) if plan.resume else {}
         self.rate = RESUMED_RATE if state else STEREO_RATE if mono else 1.0
         if mono:
-            state = widen_to_stereo(mono.averaged()) | state
+            state = widen_to_stereo(mono.average) | state
         if state:
             self.model.load_state_dict(state, strict=False)
         else:
@@ -100,9 +100,7 @@ class CardDecoder:
         self.model.audio_encoder.requires_grad_(False)
         self.model.text_encoder.requires_grad_(not stereo)
         self.half = plan.device != "cpu"
-        named = trained_state(self.model)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.fixed = {n: t for n, t in named.items() if n not in self.trained}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()}
         text = [p for n, p in self.trained.items() if n.startswith("text_encoder.")]
         of_text = set(map(id, text))
@@ -128,9 +126,6 @@ class CardDecoder:
         seen = torch.zeros(len(table), dtype=torch.bool)
         seen[self.songs.tokens.unique().long().cpu()] = True
         table[~seen] = 0
-
-    def averaged(self) -> dict[str, Tensor]:
-        return self.fixed | self.average
 
     # One step
 
@@ -221,7 +216,7 @@ class CardDecoder:
         self.check()
 
     def save(self) -> None:
-        self.plan.save(self.name, self.averaged())
+        self.plan.save(self.name, self.average)  # the frozen rest of a stereo one is the mono one's
 
     @torch.no_grad()
     def check(self) -> None:

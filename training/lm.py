@@ -55,6 +55,8 @@ def make_model(codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: b
     _scale_weights(model, size)
     plan = lag_plan(size.heads, size.layers, codec.num_quantizers)
     implant_lags(model, plan if loops else plan[:1], size)
+    if not loops:
+        implant_matching(model, size)
     return model
 
 
@@ -136,6 +138,58 @@ def implant_lags(model: MusicgenForConditionalGeneration, plan: list[list[tuple[
             attention.out_proj.weight[:, at] = 0
             attention.out_proj.weight[content, at] = mixed * copied
             attention.out_proj.weight[places[book], at] += seen.T * copied
+    for head, embedding in zip(model.decoder.lm_heads, decoder.embed_tokens, strict=True):
+        head.weight.copy_(embedding.weight[: head.out_features] * 0.15)
+
+
+@torch.no_grad()
+def implant_matching(model: MusicgenForConditionalGeneration, size: DecoderSize,
+                     sharpness: float = 2.0, copied: float = 3.0) -> None:  # fmt: skip
+    """Heads of the second layer that look for what the last frames were like before, and copy on.
+
+    After `implant_lags` with its first layer alone: for songs at any tempo, whose loops have any
+    length. Each lag's head of the first layer writes a small random projection of the frame it
+    sees into channels of its own. The second layer's query is made of the frames at t, t - 1, …,
+    its key of those at s - 1, s - 2, …: they agree where the music at s goes on as it will at t.
+    Of each codebook one head copies what is at s ("induction heads", Olsson et al. 2022).
+    """
+    decoder, hidden, width = model.decoder.model.decoder, size.hidden, size.hidden // size.heads
+    half, channels = hidden // 2, model.config.decoder.audio_channels
+    books, lags = len(decoder.embed_tokens) // channels, min(size.heads, 6)
+    if size.layers < 2 or size.heads < books:
+        return
+    frequency = torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1)))
+    fast = int((frequency > HIGHEST_SLOW_FREQUENCY).sum())
+    content = torch.cat([torch.arange(fast, half), half + torch.arange(fast, half)])
+    slot = width // (lags - 1)
+    share = min(width, (len(content) - lags * slot) // books)
+    coded, rest = content[: books * share], content[books * share :]
+    for row, embedding in enumerate(decoder.embed_tokens):
+        place, scale = coded[row // channels :: books], math.sqrt(hidden / share / channels)
+        embedding.weight.zero_()
+        embedding.weight[:, place] = torch.randn(len(embedding.weight), share) * 0.25 * scale
+    reduced = torch.randn(slot, len(coded)) / math.sqrt(len(coded))
+    first, second = decoder.layers[0].self_attn, decoder.layers[1].self_attn
+    for lag in range(lags):
+        at = slice(lag * width, (lag + 1) * width)
+        first.v_proj.weight[at] = 0
+        first.out_proj.weight[:, at] = 0
+        first.v_proj.weight[lag * width : lag * width + slot, coded] = reduced
+        first.out_proj.weight[rest[lag * slot : (lag + 1) * slot], at] = torch.eye(slot, width)
+    query, key = torch.zeros(width, hidden), torch.zeros(width, hidden)
+    query[:slot, coded] = reduced
+    for step in range(lags - 1):
+        at = slice(step * slot, (step + 1) * slot)
+        if step:
+            query[at, rest[(step - 1) * slot : step * slot]] = torch.eye(slot)
+        key[at, rest[at]] = torch.eye(slot)
+    for book in range(books):
+        at = slice(book * width, (book + 1) * width)
+        second.q_proj.weight[at], second.k_proj.weight[at] = query * sharpness, key
+        second.v_proj.weight[at] = 0
+        second.out_proj.weight[:, at] = 0
+        second.v_proj.weight[at, coded[book::books]] = torch.eye(width, share)
+        second.out_proj.weight[coded[book::books], at] = torch.eye(share, width) * copied
     for head, embedding in zip(model.decoder.lm_heads, decoder.embed_tokens, strict=True):
         head.weight.copy_(embedding.weight[: head.out_features] * 0.15)
 

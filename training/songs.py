@@ -77,7 +77,9 @@ def render_song_part(job: SongJob, part: int, renderer) -> None:
 def _work(job: SongJob, counter) -> None:
     os.nice(5)
     renderer = render_sines if job.soundfont == SINES else SoundfontRenderer(job.soundfont)
-    while time.time() < job.until:
+    first = True  # a slow start still gives a part
+    while first or time.time() < job.until:
+        first = False
         with counter.get_lock():
             part, counter.value = counter.value, counter.value + 1
         if part * CLIPS_A_PART >= job.clips:
