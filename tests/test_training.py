@@ -3,25 +3,31 @@ steps on sines, ending in a folder that transformers loads."""
 
 import json
 import random
+import sys
 import wave
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import librosa
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
+from tests.test_house import ROOT, imports
 from training import codec as codecs
+from training import fast, pack
 from training.__main__ import main
 from training.assemble import build
-from training.captions import caption
+from training.captions import caption, misspelt
+from training.codec_losses import mel_bank
 from training.composer import DRUM_CHANNEL, compose
 from training.finetune import finetune, read_pairs
-from training.lm import delayed, make_model, widen_to_stereo
+from training.lm import code_logits, delayed, make_model, widen_to_stereo
 from training.material import CUT_FRAMES, Material, composed
+from training.more_styles import MORE_STYLES
 from training.presets import PRESETS
 from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
 from training.styles import STYLES
@@ -31,11 +37,19 @@ from training.train_lm import Run, Trainer
 TINY = PRESETS["tiny"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rendered, encoded, trained and assembled, mono and stereo, with the preset for tests."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
     out = tmp_path_factory.mktemp("training")
     common = ["--out", str(out), "--preset", "tiny", "--device", "cpu"]
     main(["render", *common, "--soundfont", "sines", "--workers", "1"])
@@ -72,6 +86,27 @@ def test_songs_repeat_exactly_on_the_grid_and_come_in_variety():
         assert len(seen[style + " instruments"]) >= 3
 
 
+def test_songs_at_any_tempo_are_loops_of_whole_frames():
+    keys, rng = set(), random.Random(0)
+    for seed, style in enumerate([*STYLES, *MORE_STYLES] * 8):
+        bpm = rng.uniform(60, 170)
+        song = compose(seed, style, 12.0, keys=12, bpm=bpm)
+        meta, beats = song.meta, 4 if bpm <= 100 else 8
+        assert 60 * beats / (meta.loop * 0.02) == pytest.approx(bpm, rel=0.005)
+        assert meta.bpm == pytest.approx(bpm, abs=1)
+        assert min(note.frame for note in song.notes) == 0, (seed, style)  # no silent opening
+        start = {(n.frame, n.channel, n.key, n.velocity) for n in song.notes if n.frame < meta.loop}
+        last = (meta.change or 600) // meta.loop * meta.loop - 2 * meta.loop  # before any fill
+        later = {
+            (n.frame - last, n.channel, n.key, n.velocity)
+            for n in song.notes
+            if last <= n.frame < last + meta.loop
+        }
+        assert last < 0 or start == later, (seed, style)
+        keys.add((meta.mode, meta.key))
+    assert len(keys) == 24
+
+
 def test_a_song_begins_alike_at_every_tempo():
     for seed, style in enumerate(STYLES):
         songs = [compose(seed, style, tempo=tempo) for tempo in range(5)]
@@ -96,10 +131,13 @@ def test_a_song_without_drums_has_none_and_its_captions_never_claim_them():
 
 def test_every_caption_word_is_one_token_and_any_word_is_spelt():
     tokenizer, rng = make_tokenizer(), random.Random(1)
-    for seed in range(300):
-        text = caption(compose(seed).meta, rng)
-        tokens = tokenizer.tokenize(text.replace(",", " ").rstrip("."))
-        assert len(tokens) == len(text.replace(",", " ").split()), (text, tokens)
+    for seed, style in enumerate([*STYLES, *MORE_STYLES] * 16):
+        text = caption(compose(seed, style, keys=12, bpm=rng.uniform(60, 170)).meta, rng)
+        words = text.replace(",", " ").replace(". ", " ").rstrip(".")
+        tokens = tokenizer.tokenize(words)
+        assert len(tokens) == len(words.split()), (text, tokens)
+    wrong = {misspelt("gentle flute melody", rng) for _ in range(50)}
+    assert len(wrong) > 30
     assert UNKNOWN not in tokenizer.tokenize("Ñandú plays the ukulele @ 3am, café-style!")
 
 
@@ -142,6 +180,24 @@ def test_the_delay_pattern_is_the_one_that_generate_undoes(stereo: bool):
     assert torch.equal(ids, ours.flatten(0, 1)[:, : ids.shape[1]])
 
 
+def test_matching_heads_go_on_with_a_loop_of_any_length():
+    size = replace(TINY.decoder, hidden=448, heads=7, layers=2)
+    config = codecs.make_codec(TINY.codec).config
+    for loop in (37, 53):
+        torch.manual_seed(loop)
+        codes = torch.randint(0, 64, (2, 4, loop)).repeat(1, 1, 200 // loop + 1)[..., :200]
+        inputs, late = delayed(codes, start=64)[..., :-1], {}
+        for name, loops in (("matching", False), ("fixed lags", True)):
+            model = make_model(config, 100, size, loops=loops).eval()
+            with torch.no_grad():
+                logits = fast.code_logits(
+                    model, inputs, torch.zeros(2, 3, 32), torch.ones(2, 3), 200
+                )
+            right = [(z.argmax(-1) == codes[:, k])[:, 120:] for k, z in enumerate(logits)]
+            late[name] = torch.stack(right).float().mean().item()
+        assert late["matching"] > 0.85 and late["fixed lags"] < 0.3, (loop, late)
+
+
 def test_the_first_heads_look_back_by_their_lag():
     from training.lm import lag_plan
 
@@ -160,6 +216,102 @@ def test_the_first_heads_look_back_by_their_lag():
         steps = torch.arange(lag, 300)
         near = sum(seen["weights"][0, head, steps, steps - lag + d].mean() for d in (-1, 0, 1))
         assert near > 0.5, (lag, near)
+
+
+def test_fast_passes_are_those_of_transformers():
+    torch.manual_seed(0)
+    codec = codecs.make_codec(TINY.codec).eval()
+    codecs.scale_layers(codec, torch.randn(2, 1, 20 * TINY.codec.hop))
+    for layer in codec.quantizer.layers:
+        layer.codebook.embed.normal_()
+    audio = torch.randn(2, 12 * TINY.codec.hop)
+    with torch.no_grad():
+        latent = codec.encoder(audio[:, None])
+        torch.testing.assert_close(fast.through_codec(codec.encoder.layers, audio[:, None]), latent)
+        made = fast.through_codec(codec.decoder.layers, latent)
+        torch.testing.assert_close(made, codec.decoder(latent))
+        assert torch.equal(fast.to_codes(codec, audio), codecs.to_codes(codec, audio))
+        for stereo in (False, True):
+            model = make_model(codec.config, 100, TINY.decoder, stereo=stereo).eval()
+            for weight in model.text_encoder.parameters():
+                weight.normal_(0, 0.3)
+            inputs = torch.randint(0, 64, (3, 8 if stereo else 4, 40))
+            tokens, mask = torch.randint(2, 90, (3, 7)), torch.ones(3, 7)
+            mask[1, 4:] = 0
+            words = model.text_encoder(input_ids=tokens, attention_mask=mask)[0]
+            ours = fast.text_states(model.text_encoder, tokens, mask)
+            torch.testing.assert_close(ours * mask[..., None], words * mask[..., None])
+            mask[0] = 0  # the null condition
+            pairs = zip(
+                fast.code_logits(model, inputs, words, mask, 36),
+                code_logits(model, inputs, words, mask, 36),
+                strict=True,
+            )
+            for fast_one, stock in pairs:
+                torch.testing.assert_close(fast_one, stock, atol=1e-4, rtol=1e-4)
+
+
+def test_mel_filters_are_librosas():
+    ours, theirs = mel_bank(32_000, 1024, 80), librosa.filters.mel(
+        sr=32_000, n_fft=1024, n_mels=80, fmin=20, fmax=16_000
+    )  # fmt: skip
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-7)
+
+
+def test_packed_weights_come_back_in_small_files(tmp_path: Path):
+    state = {"matrix": torch.randn(64, 128) * 0.05, "scale": torch.randn(64)}
+    folder, work = tmp_path / "kept", tmp_path / "work"
+    folder.mkdir(), work.mkdir()
+    with_small_files = pytest.MonkeyPatch()
+    with_small_files.setattr(pack, "LARGEST_FILE", 4096)
+    size = pack.write(state, folder, "mono", work)
+    with_small_files.undo()
+    assert size < 64 * 128 * 1.3 and len(list(folder.iterdir())) > 1
+    back = pack.read(folder, "mono")
+    assert set(back) == set(state)
+    assert (back["matrix"] - state["matrix"]).norm() < 0.01 * state["matrix"].norm()
+    torch.testing.assert_close(back["scale"], state["scale"], atol=1e-3, rtol=1e-3)
+
+
+def test_a_gpu_recipe_goes_on_from_what_it_kept(tmp_path: Path):
+    common = ["--out", str(tmp_path), "--preset", "tiny", "--device", "cpu", "--budget-s"]
+    main(["render", *common, "0.1", "--workers", "1", "--clips", "32", "--soundfont", "sines"])
+    kept = tmp_path / "first", tmp_path / "second"
+    main(["all", *common, "1", "--keep", str(kept[0])])
+    main(["all", *common, "1", "--keep", str(kept[1]), "--resume", str(kept[0])])
+    for folder in kept:
+        stages = {json.loads(line)["stage"] for line in (folder / "log.jsonl").open()}
+        assert {"loaded", "encoded", "mono held out", "stereo held out"} <= stages
+        assert len(list(folder.iterdir())) == 4  # three files of weights and the log
+    codec, again = (pack.read(folder, "codec") for folder in kept)
+    assert all(torch.equal(codec[name], again[name]) for name in codec)  # codes stay what they were
+    mono, later = (pack.read(folder, "mono") for folder in kept)
+    assert not torch.equal(mono["enc_to_dec_proj.weight"], later["enc_to_dec_proj.weight"])
+    for stereo in ([], ["--stereo"]):
+        main(["assemble", *common[:4], *stereo, "--resume", str(kept[1])])
+    for name, channels in (("checkpoint", 1), ("checkpoint-stereo", 2)):
+        model = MusicgenForConditionalGeneration.from_pretrained(tmp_path / name)
+        assert model.config.decoder.audio_channels == channels
+        state = model.state_dict()
+        for key in ("text_encoder.shared.weight", "text_encoder.encoder.final_layer_norm.weight"):
+            torch.testing.assert_close(state[key].float(), later[key], atol=1e-2, rtol=1e-2)
+
+
+def test_a_gpu_recipe_needs_only_what_a_rented_machine_has():
+    """torch, transformers and scientific Python; no audio library, no page."""
+    there = {"torch", "transformers", "numpy", "scipy", "safetensors", "tokenizers"}
+    todo, seen = ["__main__", "card", "card_codec", "card_lm", "songs", "pack", "fast"], set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        for found in imports(ROOT / "training" / f"{name}.py"):
+            top, _, rest = found.partition(".")
+            own = rest.partition(".")[0] or "__init__"
+            if top == "training" and own not in seen and name != "__main__":
+                todo.append(own)
+            assert top in there | {"training", "__future__"} | set(sys.stdlib_module_names), (
+                f"training/{name}.py imports {found}"
+            )
 
 
 def test_windows_go_on_by_the_last_loop():

@@ -25,8 +25,9 @@ from training.presets import Preset
 from training.songs import complete_parts, load_part
 
 SAVE_EVERY_S, LOG_EVERY_S = 40.0, 5.0
-CODEC_SHARE, STEREO_SHARE = 0.42, 0.22  # of the time; of the decoders' time
+CODEC_SHARE, STEREO_SHARE = 0.4, 0.22  # of the time; of the decoders' time
 ENCODE_SHARE, CLOSING_S = 0.12, 6.0
+FEWEST_STEPS = 6  # of each training, however little time there is
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import EncodecModel
 
 from training import pack
-from training.card import LOG_EVERY_S, Clips, Plan
+from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
 from training.codec import ResidualQuantizer, make_codec, scale_layers
 from training.codec_losses import (
     TERM_WEIGHTS,
@@ -78,8 +78,8 @@ class CardCodec:
             self._choose_precision()
         mean: dict[str, Tensor] = {}
         steps = 0
-        while (now := time.time()) - began < seconds:
-            self.share = (now - began) / seconds
+        while (now := time.time()) - began < seconds or self.step < FEWEST_STEPS:
+            self.share = min(1.0, (now - began) / seconds)
             for name, value in self.update().items():
                 mean[name] = mean[name].lerp(value, 0.05) if name in mean else value
             if self.step % 20 == 0 and self.audio.is_cuda:
@@ -133,12 +133,13 @@ class CardCodec:
         terms = self.loss(audio, made)
         total = sum(TERM_WEIGHTS[name] * term for name, term in terms.items()) + 0.25 * commitment
         if self.share > ADVERSARIAL_FROM:
+            some, made_some = audio[::2], made[::2]  # its passes take longer than the codec's
             with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
-                loss = discriminator_loss(self.judge, audio, made)
+                loss = discriminator_loss(self.judge, some, made_some)
             self._apply(self.judge_optimizer, loss, list(self.judge.parameters()))
             self.judge.requires_grad_(False)
             with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
-                fooled, matching = adversarial_losses(self.judge, audio, made)
+                fooled, matching = adversarial_losses(self.judge, some, made_some)
             self.judge.requires_grad_(True)
             terms |= {"fooled": fooled, "matching": matching}
             total = total + 0.15 * fooled + 0.8 * matching
@@ -191,6 +192,7 @@ def encode_all(plan: Plan, codec: EncodecModel, audio: Tensor, seconds: float, *
                batch: int = 32) -> Tensor:  # fmt: skip
     """int16 [clips, rows, frames] of the clips from the first on, as many as the seconds allow."""
     began, out = time.time(), []
+    torch.set_float32_matmul_precision("highest")  # near ties between codes fall as in the app
     batch = max(1, batch // 2) if stereo else batch
     for i in range(0, len(audio), batch):
         clips = audio[i : i + batch].float() / 32767
@@ -203,6 +205,7 @@ def encode_all(plan: Plan, codec: EncodecModel, audio: Tensor, seconds: float, *
             torch.cuda.synchronize()
         if time.time() - began > seconds and len(out) > 1:
             break
+    torch.set_float32_matmul_precision("high")
     codes = torch.cat(out)
     plan.log("encoded", clips=len(codes), stereo=stereo, took_s=time.time() - began)
     return codes

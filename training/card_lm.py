@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import EncodecConfig
 
 from training import pack
-from training.card import LOG_EVERY_S, Clips, Plan
+from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
 from training.fast import code_logits, text_states
 from training.lm import corrupted, delayed, make_model, widen_to_stereo
 from training.material import CUT_FRAMES
@@ -197,8 +197,8 @@ class CardDecoder:
         """Until the seconds are used up; writes the averaged weights now and then, and at the end."""
         began = logged = checked = time.time()
         mean, steps, frames = None, 0, self.size.batch * self.size.window
-        while (now := time.time()) - began < seconds:
-            losses = self.update((now - began) / seconds)
+        while (now := time.time()) - began < seconds or self.step < FEWEST_STEPS:
+            losses = self.update(min(1.0, (now - began) / max(seconds, 1e-3)))
             mean = losses if mean is None else mean.lerp(losses, 0.05)
             if self.step % 5 == 0 and self.half:
                 torch.cuda.synchronize()  # so that the clock tells of work that is done

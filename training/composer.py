@@ -13,7 +13,7 @@ described in captions.py, how it sounds in render.py.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 FRAME_S = 0.02
 DRUM_CHANNEL = 9
@@ -183,6 +183,9 @@ def compose(
         # loops of 2.4 to 4.8 s
         page = Sketch(rng, mode, tonic, sixteenth, bars, drums, loud, palette, seed)
         spec.write(page)
+        lead = min(note.frame for note in page.notes)
+        if lead:  # a loop begins with a sound, or a song would with silence
+            page.notes = [replace(n, frame=(n.frame - lead) % page.loop) for n in page.notes]
         return page
 
     first = sketch()
@@ -223,6 +226,7 @@ def _with_fill(page: Sketch) -> list[Note]:
     kept = [n for n in page.notes if n.channel != DRUM_CHANNEL or n.frame < start]
     keys = [DRUM_KEYS[k] for k in ("snare", "tom_high", "tom_mid", "tom_low")]
     hits = [
-        Note(round(start + i * page.sixteenth), 6, DRUM_CHANNEL, key, 104) for i, key in enumerate(keys)
+        Note(round(start + i * page.sixteenth), 6, DRUM_CHANNEL, key, 104)
+        for i, key in enumerate(keys)
     ]
     return kept + hits

@@ -41,7 +41,9 @@ def unpacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def write(state: dict[str, Tensor], folder: Path, name: str, work: Path, *, int8: bool = True) -> int:
+def write(
+    state: dict[str, Tensor], folder: Path, name: str, work: Path, *, int8: bool = True
+) -> int:
     """`folder`/name-0.safetensors, …, each whole at any moment; returns the bytes.
 
     `work` is a folder for unfinished files. Older files of the name are replaced.

@@ -7,6 +7,8 @@ same bar must give the same samples.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,17 +32,18 @@ KNEE = 0.7  # where the soft limiter starts
 
 def find_soundfont() -> str:
     """The installed FluidR3Mono soundfont, or `SINES`."""
-    return next((str(path) for path in SOUNDFONTS if path.exists()), SINES)
+    found = next((str(path) for path in SOUNDFONTS if path.exists()), SINES)
+    return found if importlib.util.find_spec("tinysoundfont") else SINES
 
 
 class SoundfontRenderer:
     """One synthesiser; notes start and end at exact samples. Reads .sf2 and .sf3."""
 
     def __init__(self, soundfont: str):
-        import tinysoundfont
-
         if not Path(soundfont).is_file():
             raise FileNotFoundError(f"There is no soundfont {soundfont}.")
+        # Not among the requirements: it asks for pyaudio, which only plays and has to be compiled.
+        tinysoundfont = importlib.import_module("tinysoundfont")
         self.synth = tinysoundfont.Synth(samplerate=SYNTH_RATE_HZ)
         self.font = self.synth.sfload(soundfont, gain=-9.0, max_voices=192)
 
@@ -71,7 +74,7 @@ class SoundfontRenderer:
 
 
 def render_sines(song: Song, seconds: float) -> np.ndarray:
-    """Decaying sines and noise bursts, panned: enough to exercise the recipe without FluidSynth."""
+    """Decaying sines and noise bursts, panned: enough to exercise the recipe."""
     out = np.zeros((2, round(seconds * SYNTH_RATE_HZ)), np.float32)
     noise = np.random.default_rng(0)
     for note in song.notes:
