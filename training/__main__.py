@@ -42,7 +42,8 @@ def do_render(job: Job) -> None:
 
     args, size = job.args, job.preset
     if args.budget_s:
-        return _render_for_a_while(job)
+        _render_for_a_while(job)
+        return
     clips = args.clips or size.clips
     render(job.data, clips, size.seconds, size.codec.sampling_rate, args.soundfont, size.keys,
            workers=args.workers)  # fmt: skip
@@ -111,7 +112,8 @@ def do_assemble(job: Job) -> None:
     from training.assemble import assemble, build
 
     if job.args.resume:
-        return _assemble_kept(job)
+        _assemble_kept(job)
+        return
     weights = job.args.init or job.lm / "best.pt"
     model = build(job.preset, stereo=job.args.stereo, weights=weights, codec=job.codec)
     name = "checkpoint-stereo" if job.args.stereo else "checkpoint"

@@ -194,7 +194,7 @@ class CardDecoder:
     # The loop
 
     def train(self, seconds: float) -> None:
-        """Until the seconds are used up; writes the averaged weights now and then, and at the end."""
+        """Until the seconds are used up; writes averaged weights now and then, and at the end."""
         began = logged = checked = time.time()
         mean, steps, frames = None, 0, self.size.batch * self.size.window
         while (now := time.time()) - began < seconds or self.step < FEWEST_STEPS:

@@ -1,4 +1,4 @@
-"""The same arithmetic as transformers' EnCodec and MusicGen, in few and asynchronous GPU operations.
+"""The same arithmetic as transformers' EnCodec and MusicGen, in few, asynchronous GPU operations.
 
 transformers computes a convolution's padding on the device and waits for it, and gives attention a
 mask where the flash kernel needs none. These functions run on the modules' own weights, so what is

@@ -1,4 +1,4 @@
-"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for minutes of a GPU."""
+"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for a GPU's minutes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SONG_SEED = 1_000_000_000  # the judge's songs have lower ones
 CLIPS_A_PART = 32
 CAPTIONS, TOKENS = 24, 40  # a clip, and the most of a caption
 TYPOS, ODD_TEMPO = 0.08, 0.25  # shares of captions and of songs
-WEIGHTS = {name: 1.0 for name in STYLES} | {name: 0.5 for name in MORE_STYLES}
+WEIGHTS = dict.fromkeys(STYLES, 1.0) | dict.fromkeys(MORE_STYLES, 0.5)
 WEIGHTS |= {"drums": 1.8, "piano ballad": 1.2, "solo": 1.8}
 
 
