@@ -100,20 +100,28 @@ class CardCodec:
 
     def _choose_precision(self) -> None:
         """bfloat16 where it is faster than TF32, which depends on the convolutions' kernels."""
-        took = {}
-        for self.half in (False, True):
-            for step in range(10):
-                if step == 4:  # the kernels are chosen by then
-                    torch.cuda.synchronize()
-                    began = time.time()
-                audio = self.batch()
-                latent = through_codec(self.codec.encoder.layers, audio[:, None], self.half)
-                made = through_codec(self.codec.decoder.layers, latent, self.half)[:, 0]
-                (audio - made).abs().mean().backward()
-            torch.cuda.synchronize()
-            took[self.half] = (time.time() - began) / 6
+        took = {False: math.inf, True: math.inf}
+        for half in (False, True):
+            try:
+                took[half] = self._step_s(half)
+            except RuntimeError as error:  # a kernel that is missing in one of them
+                self.plan.log("codec", bfloat16=half, failed=str(error)[:200])
         self.half = took[True] < took[False]
         self.plan.log("codec", bfloat16_step_s=took[True], float32_step_s=took[False])
+
+    def _step_s(self, half: bool) -> float:
+        """Of a forward and backward pass, once the convolutions' kernels are chosen."""
+        began = 0.0
+        for step in range(10):
+            if step == 4:
+                torch.cuda.synchronize()
+                began = time.time()
+            audio = self.batch()
+            latent = through_codec(self.codec.encoder.layers, audio[:, None], half)
+            made = through_codec(self.codec.decoder.layers, latent, half)[:, 0]
+            (audio - made).abs().mean().backward()
+        torch.cuda.synchronize()
+        return (time.time() - began) / 6
 
     def update(self) -> dict[str, Tensor]:
         """One step of the codec and, when it has joined, of the discriminator; losses on device."""
