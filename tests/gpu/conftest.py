@@ -97,8 +97,9 @@ def _exhausted() -> Iterator[None]:
             yield
         return
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(DEVICE) / total, DEVICE)
+    card = torch.cuda.current_device()
+    total = torch.cuda.get_device_properties(card).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(card) / total, card)
     held = []
     try:
         for size in HOG_BYTES:
@@ -108,4 +109,4 @@ def _exhausted() -> Iterator[None]:
         yield
     finally:
         held.clear()
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        torch.cuda.set_per_process_memory_fraction(1.0, card)
