@@ -72,11 +72,10 @@ class Past:
         """The pasts of the signals that were `joined`."""
         none: list[Any] = [None] * signals
         inputs = none if self.inputs is None else self.inputs.chunk(signals)
-        hidden = (
-            none
-            if self.hidden is None
-            else list(zip(*(s.chunk(signals, 1) for s in self.hidden), strict=True))
-        )
+        hidden = none
+        if self.hidden is not None:  # cuDNN takes a contiguous state alone
+            states = ([each.contiguous() for each in s.chunk(signals, 1)] for s in self.hidden)
+            hidden = list(zip(*states, strict=True))
         return [Past(own, self.begun, state) for own, state in zip(inputs, hidden, strict=True)]
 
 
