@@ -14,8 +14,10 @@ from pathlib import Path
 from musicgen_ui import checkpoints, hub
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.unusable import Unusable, check_files
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # by older peft, in place of the second
 
 
 def find(name: str) -> Source:
@@ -24,8 +26,12 @@ def find(name: str) -> Source:
     Raises:
         RequestError: it is neither a folder nor a Hub id.
     """
-    folder = checkpoints.folder_of(name)
-    if folder:
+    name = hub.id_of(name, "adapter")
+    try:
+        folder = checkpoints.folder_of(name)
+    except RequestError as error:
+        raise RequestError(str(error), "adapter") from error
+    if folder and ((folder / CONFIG).is_file() or not hub.ID.fullmatch(name)):
         return Source(checkpoints.shown(folder), folder)
     if hub.ID.fullmatch(name):
         return Source(name)
@@ -42,15 +48,34 @@ def fetch(source: Source) -> Path:
     Raises:
         RequestError: it cannot be had, or is none.
     """
-    folder = source.folder or hub.files(source.name, (CONFIG, WEIGHTS), "adapter")
-    lacking = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
-    if lacking:
+    folder = source.folder or _downloaded(source.name)
+    held = [folder / file for file in (WEIGHTS, PICKLED) if (folder / file).is_file()]
+    if not (folder / CONFIG).is_file() or not held:
+        if source.folder and checkpoints.holds_checkpoint(folder) and not held:
+            raise RequestError(
+                f"{source.name} is a checkpoint, not a LoRA adapter: choose it as the checkpoint.",
+                "adapter",
+            )
+        lacking = CONFIG if held else WEIGHTS if (folder / CONFIG).is_file() else CONFIG
         raise RequestError(
-            f"{source.name} is no adapter: it has no {lacking[0]}. Name what peft saved, in "
-            "safetensors' format.",
+            f"{source.name} is no adapter: it has no {lacking}. Name what peft's save_pretrained "
+            "wrote.",
             "adapter",
         )
+    try:
+        check_files([folder / CONFIG, held[0]])
+    except Unusable as error:
+        raise RequestError(
+            f"The adapter {source.name} cannot be used: {error}.", "adapter"
+        ) from error
     return folder
+
+
+def _downloaded(name: str) -> Path:
+    folder = hub.files(name, (CONFIG, WEIGHTS), "adapter")
+    if (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        return folder
+    return hub.files(name, (CONFIG, PICKLED), "adapter")
 
 
 def with_base(

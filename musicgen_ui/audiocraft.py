@@ -81,9 +81,14 @@ class Settings:
     def __init__(self, file: str, text: object) -> None:
         self.file = file
         try:
+            if isinstance(text, dict):  # of a training, whose settings are no text
+                self.values = text
+                return
             if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
                 raise ValueError("no text, or far too much")
             self.values = yaml.safe_load(text)
+            if not isinstance(self.values, dict):
+                raise ValueError("no settings")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RequestError(
                 f"{file} has no readable settings under xp.cfg: export the checkpoint with "

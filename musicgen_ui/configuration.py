@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from musicgen_ui.request import WINDOW_S, RequestError
+from musicgen_ui.unusable import Unusable
 
 # "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
 Configuration = dict[str, dict[str, Any]]
@@ -153,6 +154,7 @@ def check(name: str, config: Configuration, folder: Path | None = None) -> None:
 
     Raises:
         RequestError: they do not; the sentence names the two values.
+        Unusable: the processor's file cannot be read.
     """
     codec, decoder = config["audio_encoder"], config["decoder"]
     if codec["model_type"] != "encodec" or config["text_encoder"]["model_type"] != "t5":
@@ -193,12 +195,20 @@ def extractors(folder: Path) -> Iterator[dict[str, Any]]:
     """
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
         if file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
-            yield values.get("feature_extractor", values)
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                yield values.get("feature_extractor", values)
+            except (ValueError, AttributeError) as error:
+                why = f"{file.name} cannot be read"
+                raise Unusable(why, "copy or save the processor again") from error
 
 
 def _check_processor(name: str, config: Configuration, folder: Path) -> None:
-    """The feature extractor's own idea of sampling rate and channels, where there is one."""
+    """The feature extractor's own idea of the sampling rate, where there is one.
+
+    Not that of the channels: clips never go through it, and transformers plays a stereo checkpoint
+    with a mono one's processor as well.
+    """
     for values in extractors(folder):
         if config["melody"]:
             _check_melody(name, config, values)
@@ -206,11 +216,6 @@ def _check_processor(name: str, config: Configuration, folder: Path) -> None:
         rate, wanted = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
         if rate not in (None, wanted):
             raise _misfit(name, f"its processor expects {rate} Hz and its codec {wanted} Hz")
-        channels, wanted = values.get("feature_size"), config["decoder"]["audio_channels"]
-        if channels not in (None, wanted):
-            raise _misfit(
-                name, f"its processor expects {channels} channels and its decoder {wanted}"
-            )
 
 
 def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -> None:

@@ -201,7 +201,8 @@ class ModelManager:
         Raises:
             RequestError: there is no such checkpoint, it cannot be read, or there is no room.
         """
-        with self._residents.lease(self._resolve(checkpoint, stereo)) as resident:
+        source = checkpoints.with_contents(self._resolve(checkpoint, stereo))
+        with self._residents.lease(source) as resident:
             yield resident.loaded()
 
     def preload(self, checkpoint: str = "auto") -> None:
@@ -236,7 +237,7 @@ class ModelManager:
         source = self._resolve(request.checkpoint, request.stereo)
         if request.melody:
             checkpoints.hold_melody(source)
-        return source
+        return checkpoints.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
         if not self._allow_any and checkpoint not in self.checkpoints():
