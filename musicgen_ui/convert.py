@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 TEXT_ENCODER = "text_encoder"  # a subfolder that may hold it
 _TEXT_ADVICE = (
-    "connect to the network, name a folder with T5 and its tokenizer by --text-encoder, or put "
+    "name a folder with T5 and its tokenizer by --text-encoder, or put "
     f"one called {TEXT_ENCODER} beside {LANGUAGE_MODEL}"
 )
-_CODEC_ADVICE = f"connect to the network, or replace {CODEC} by that codec's own"
+_CODEC_ADVICE = f"put that codec's own {CODEC} in place of the one here"
 _OTHER_FILES = ("text_encoder.", "audio_encoder.")  # where these weights of the model are from
 _TEXT_PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 

@@ -71,7 +71,10 @@ def id_of(name: str, field: str = "checkpoint") -> str:
         RequestError: the link is to something else, or to another revision than the main one.
     """
     name = name.strip()
-    link = urlsplit(name if "://" in name else f"https://{name}")
+    try:
+        link = urlsplit(name if "://" in name else f"https://{name}")
+    except ValueError:
+        return name
     hosts = (*_HOSTS, urlsplit(constants.ENDPOINT).netloc)
     path = [unquote(part) for part in link.path.split("/") if part]
     if link.scheme == "hf":
@@ -122,13 +125,16 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
     return _fetched(repo_id, [*OTHERS, *weights], say)
 
 
-def names_on_the_hub(repo_id: str) -> list[str]:
+def names_on_the_hub(repo_id: str, field: str = "checkpoint") -> list[str]:
     """The files of a repository on the Hub.
+
+    Asked before a download, for where the Hub fails the client gives what the cache has of a
+    repository, as if that were all.
 
     Raises:
         RequestError: there is no such repository, or no network.
     """
-    with _explained(repo_id):
+    with _explained(repo_id, field):
         found = HfApi().model_info(repo_id, timeout=_ANSWER_S)
         return [file.rfilename for file in found.siblings or ()]
 
@@ -159,8 +165,9 @@ def tokenizer(repo_id: str, say: Callable[[str], None]) -> Path | None:
         folder = cached_with(repo_id, vocabulary)
         if folder:
             return folder
-    folder = _fetched(repo_id, [*_TOKENIZER], say)
-    return folder if has_tokenizer(folder) else None
+    if not {*VOCABULARIES} & {*names_on_the_hub(repo_id)}:
+        return None
+    return _fetched(repo_id, [*_TOKENIZER], say)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -275,6 +282,7 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
+    names_on_the_hub(repo_id, field)
     with _explained(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 
@@ -289,6 +297,7 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
+        names_on_the_hub(repo_id)
         folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
 

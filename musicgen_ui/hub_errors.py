@@ -181,7 +181,7 @@ def _by_connection(chain: list[BaseException], name: str, field: str) -> Told | 
     if certificate:
         return (
             "The Hub's certificate cannot be verified "
-            f"({certificate.verify_message or 'unknown issuer'})",
+            f"({getattr(certificate, 'verify_message', certificate)})",
             "where a company's proxy or a virus scanner reads along, set SSL_CERT_FILE to a file "
             "with its certificate; else check the computer's clock",
         )
@@ -190,11 +190,12 @@ def _by_connection(chain: list[BaseException], name: str, field: str) -> Told | 
             f"No secure connection to the Hub can be made ({_detail(_first(chain, ssl.SSLError))})",
             "check HF_ENDPOINT and the proxy settings",
         )
-    socks = _first(chain, ImportError)
-    if socks or any(type(error).__name__ == "ProxyError" for error in chain):
-        detail = f" ({_detail(socks)})" if socks else ""
+    # An ImportError: for SOCKS the client needs one more package.
+    named = (e for e in chain if "proxy" in f"{type(e).__name__} {e}".lower())
+    proxy = next((e for e in named if not isinstance(e, OSError)), None)
+    if proxy:
         return (
-            f"The proxy to the network cannot be used{detail}",
+            f"The proxy to the network cannot be used ({_detail(proxy)})",
             "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY in the environment",
         )
     reasons: list[tuple[Any, str]] = [

@@ -90,9 +90,8 @@ def _asked(name: str, advice: str, ask: Callable[[str], Path]) -> Path:
     try:
         return ask(name if hub.cached(name) else hub_id(name))
     except HubError as error:
-        raise HubError(
-            f"{error.why}, and the checkpoint needs {name}", f"{error.remedy}; or {advice}", FIELD
-        ) from error
+        why = f"The checkpoint needs {name}, and {error.why[:1].lower()}{error.why[1:]}"
+        raise HubError(why, f"{error.remedy}; or {advice}", FIELD) from error
 
 
 def with_tokenizer(

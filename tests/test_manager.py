@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from musicgen_ui import manager as module
 from musicgen_ui.engine.events import Chunk, Event, Finished, Progress
@@ -101,6 +103,18 @@ def test_a_stereo_checkpoint_gives_two_channels_with_the_toggle_on_or_off(manage
     for stereo in (False, True):
         (take,) = takes(collect(manager, ask(tiny_stereo, stereo=stereo)))
         assert take.clip.samples.shape == (2, 16_000)
+    assert len(manager._residents.all()) == 1
+
+
+def test_weights_trained_again_in_the_same_folder_are_heard(manager, tiny_mono, tmp_path):
+    folder = Path(shutil.copytree(tiny_mono, tmp_path / "training"))
+    first = takes(collect(manager, ask(folder, do_sample=False)))[0].clip.samples
+    (folder / "trainer_state.json").write_text("{}")  # not what makes the music
+    events = collect(manager, ask(folder, do_sample=False))
+    assert not any(isinstance(e, Progress) and e.stage == "loading" for e in events)
+    shutil.copy(tiny.build(tmp_path / "later", seed=5) / "model.safetensors", folder)
+    second = takes(collect(manager, ask(folder, do_sample=False)))[0].clip.samples
+    assert not np.array_equal(first, second)
     assert len(manager._residents.all()) == 1
 
 
