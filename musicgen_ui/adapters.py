@@ -72,10 +72,12 @@ def fetch(source: Source) -> Path:
 
 
 def _downloaded(name: str) -> Path:
-    folder = hub.files(name, (CONFIG, WEIGHTS), "adapter")
-    if (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        return folder
-    return hub.files(name, (CONFIG, PICKLED), "adapter")
+    for weights in (WEIGHTS, PICKLED):
+        folder = hub.cached_with(name, weights)
+        if folder and (folder / CONFIG).is_file():
+            return folder
+    weights = WEIGHTS if WEIGHTS in hub.names_on_the_hub(name, "adapter") else PICKLED
+    return hub.files(name, (CONFIG, weights), "adapter")
 
 
 def with_base(

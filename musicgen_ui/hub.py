@@ -282,7 +282,6 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
-    names_on_the_hub(repo_id, field)
     with _explained(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 

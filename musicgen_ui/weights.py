@@ -232,7 +232,8 @@ def model(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told here
     )
-    for key, shape, described in found["mismatched_keys"]:
+    if found["mismatched_keys"]:
+        key, shape, described = min(found["mismatched_keys"])
         raise _misshapen(key, tuple(shape), tuple(described))
     missing = sorted(key for key in found["missing_keys"] if not key.endswith(_REBUILT))
     if missing:

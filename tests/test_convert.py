@@ -600,10 +600,9 @@ def trained(omegaconf: Any, weights: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("weights", ["best_state", "fsdp_best_state", "model"])
 def test_a_trainings_best_weights_and_settings_are_read(checkpoint, omegaconf, weights):
-    file = checkpoint / "state_dict.bin"
-    expected = exported.read(file)
-    torch.save(trained(omegaconf, weights), file)
-    found = exported.read(file)
+    expected = exported.read(checkpoint / "state_dict.bin")
+    torch.save(trained(omegaconf, weights), checkpoint / "checkpoint.th")
+    found = exported.read(checkpoint / "checkpoint.th")
     assert found.weights.keys() == expected.weights.keys()
     assert all(torch.equal(found.weights[k], weight) for k, weight in expected.weights.items())
     assert found.settings.values == expected.settings.values

@@ -270,6 +270,13 @@ def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(served, tmp_path)
     served.asked.clear()
     adapters.fetch(found)
     assert served.asked == []
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    (older / adapters.WEIGHTS).rename(older / adapters.PICKLED)
+    served.repositories["someone/older"] = older
+    assert (adapters.fetch(adapters.find("someone/older")) / adapters.PICKLED).is_file()
+    served.asked.clear()
+    adapters.fetch(adapters.find("someone/older"))
+    assert served.asked == []
     with pytest.raises(RequestError, match='no adapter "someone/nothing"') as error:
         adapters.fetch(adapters.find("someone/nothing"))
     assert error.value.field == "adapter"
