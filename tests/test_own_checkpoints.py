@@ -256,6 +256,6 @@ def test_a_stereo_checkpoint_with_a_mono_processor_plays(tiny_stereo, tiny_mono,
 
 
 def test_a_checkpoint_named_as_an_adapter_is_told(own):
-    with pytest.raises(RequestError, match="checkpoint") as error:
+    with pytest.raises(RequestError, match="is a checkpoint") as error:
         adapters.fetch(adapters.find(str(own)))
     assert error.value.field == "adapter"
