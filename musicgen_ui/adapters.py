@@ -56,7 +56,7 @@ def fetch(source: Source) -> Path:
                 f"{source.name} is a checkpoint, not a LoRA adapter: choose it as the checkpoint.",
                 "adapter",
             )
-        lacking = CONFIG if held else WEIGHTS if (folder / CONFIG).is_file() else CONFIG
+        lacking = WEIGHTS if (folder / CONFIG).is_file() else CONFIG
         raise RequestError(
             f"{source.name} is no adapter: it has no {lacking}. Name what peft's save_pretrained "
             "wrote.",

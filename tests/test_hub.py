@@ -271,7 +271,8 @@ def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(served, tmp_path)
     adapters.fetch(found)
     assert served.asked == []
     older = Path(shutil.copytree(folder, tmp_path / "older"))
-    (older / adapters.WEIGHTS).rename(older / adapters.PICKLED)
+    (older / adapters.WEIGHTS).unlink()
+    torch.save({"a": torch.zeros(1)}, older / adapters.PICKLED)
     served.repositories["someone/older"] = older
     assert (adapters.fetch(adapters.find("someone/older")) / adapters.PICKLED).is_file()
     served.asked.clear()
