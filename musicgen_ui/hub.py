@@ -10,12 +10,14 @@ sentence.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
-    with _Sentences(repo_id, field):
+    with _one_of_few(_FETCHING, field), _Sentences(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 
 
@@ -175,7 +177,8 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
-        folder = _fetched(repo_id, [*_FACTS], lambda _: None)
+        with _one_of_few(_LOOKING, "checkpoint"):
+            folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
 
 
@@ -192,6 +195,29 @@ def _reachable(repo_id: str, minute: int) -> bool:
     except Exception:  # no network, no such checkpoint, a broken proxy: it cannot be had
         return False
     return True
+
+
+# Callers wait in threads, which are few. A Hub that is silent keeps each of them for long.
+_LOOKING, _FETCHING = threading.BoundedSemaphore(8), threading.BoundedSemaphore(8)
+
+
+@contextlib.contextmanager
+def _one_of_few(places: threading.BoundedSemaphore, field: str) -> Iterator[None]:
+    """Takes one of the places for as long as the Hub is asked.
+
+    Raises:
+        RequestError: none is free; it names `field` of the request.
+    """
+    if not places.acquire(blocking=False):
+        raise RequestError(
+            f"The Hub is slow, and is being asked for other {field}s: try again in a minute, or "
+            "choose one that is on this computer.",
+            field,
+        )
+    try:
+        yield
+    finally:
+        places.release()
 
 
 class _Sentences:
