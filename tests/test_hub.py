@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +17,12 @@ import hub as local_hub
 import pytest
 import tiny
 import torch
+from anyio import to_thread
 from huggingface_hub import constants
 
 from musicgen_ui import adapters, checkpoints, hub
-from musicgen_ui.request import RequestError
+from musicgen_ui.manager import ModelManager
+from musicgen_ui.request import GenerationRequest, RequestError
 
 TINY = "someone/musicgen-tiny"
 
@@ -281,3 +286,46 @@ def test_a_decoder_alone_on_the_hub_brings_its_base(served, tiny_mono, tmp_path)
     served.asked.clear()
     load("someone/decoder")
     assert served.asked == []
+
+
+def test_a_silent_hub_delays_those_alone_who_ask_it(served):
+    """Many ask for what only the Hub could know: others are answered as ever."""
+    served.silent = threading.Event()
+
+    def refused(*_: object) -> None:
+        raise RequestError("loaded")
+
+    manager = ModelManager(device="cpu", load=refused)
+
+    async def made(**settings: str) -> str:
+        request = GenerationRequest(duration_s=1, **settings)
+        try:
+            async with aclosing(manager.stream(request)) as events:
+                async for _ in events:
+                    pass
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    async def described(checkpoint: str) -> object:
+        try:
+            return await to_thread.run_sync(manager.describe, checkpoint)
+        except RequestError as error:
+            return str(error)
+
+    async def run() -> tuple[list, list, float]:
+        asking = [described(f"someone/model-{n}") for n in range(60)]
+        asking += [made(adapter=f"someone/lora-{n}") for n in range(12)]
+        asking += [made(checkpoint=f"someone/model-{n}") for n in range(12)]
+        tasks = [asyncio.create_task(coroutine) for coroutine in asking]
+        await asyncio.sleep(0.2)
+        began_s = time.monotonic()
+        others = await asyncio.gather(made(checkpoint="bundled"), described("bundled"))
+        took_s = time.monotonic() - began_s
+        served.silent.set()
+        return others, await asyncio.gather(*tasks), took_s
+
+    others, asked, took_s = asyncio.run(run())
+    manager.close()
+    assert took_s < 2 and others[0] == "loaded" and others[1].checkpoint == "bundled"
+    assert all(isinstance(answer, str) and "Traceback" not in answer for answer in asked)
