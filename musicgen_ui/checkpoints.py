@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import completion, configuration, convert, defaults, exported, hub
+from musicgen_ui import completion, configuration, convert, defaults, exported, files, hub
 from musicgen_ui.engine.events import Description
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.request import RequestError
@@ -117,12 +117,24 @@ def _find(checkpoint: str) -> Source:
 
 
 def folder_of(checkpoint: str) -> Path | None:
-    """The folder that a name is the path of, if there is one."""
+    """The folder that a name is the path of, if there is one.
+
+    Raises:
+        RequestError: visitors can put files there.
+    """
     try:
-        folder = Path(checkpoint).expanduser()
-        return folder.resolve() if folder.is_dir() else None
-    except (OSError, RuntimeError):  # too long, not permitted, "~" of nobody
+        folder = Path(checkpoint).expanduser().resolve()
+        visitors = files.is_visitors(folder)
+        there = folder.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, not permitted, "~" of nobody
         return None
+    if visitors:
+        raise RequestError(
+            "Uploads, takes and temporary files are no checkpoints and no adapters: name another "
+            "folder.",
+            "checkpoint",
+        )
+    return folder if there else None
 
 
 def shown(folder: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import audiocraft, hub
+from musicgen_ui import audiocraft, bounded, hub
 from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def _unpickled(file: Path) -> dict[Any, Any]:
 
     mapped = zipfile.is_zipfile(file)  # not cut short, nor in the form before torch 1.6
     try:
+        bounded.require_weights(file)
         package = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise RequestError(

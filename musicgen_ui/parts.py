@@ -6,14 +6,13 @@ their owner, "t5-base", as they were before 2024; the cache may know them under 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import hub
+from musicgen_ui import bounded, hub
 from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
@@ -36,9 +35,7 @@ def read_config(name: str, advice: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
     file = folder / "config.json" if folder.is_dir() else _asked(name, advice, hub.config_file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no object")
+        config = bounded.read_object(file)
     except (OSError, ValueError) as error:
         raise RequestError(f"{name} has no readable config.json: {advice}.", FIELD) from error
     return config
@@ -88,7 +85,10 @@ def text_encoder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 
     weights = _part("text_encoder", T5EncoderModel, folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True), weights
+        bounded.require_small_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        bounded.require_calm_tokenizer(tokenizer)
+        return tokenizer, weights
     except Exception as error:
         raise RequestError(
             f"{folder} has no readable tokenizer: name a folder that has T5 and its tokenizer with "
@@ -100,6 +100,8 @@ def text_encoder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 def _part(part: str, kind: Any, folder: Path) -> dict[str, Tensor]:
     """The weights of a model in transformers' format, under the names they have in MusicGen."""
     try:
+        for file in hub.weights_in(folder):
+            bounded.require_weights(file)
         model, found = kind.from_pretrained(
             folder, local_files_only=True, weights_only=True, output_loading_info=True
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musicgen_ui import defaults, hub, parts
+from musicgen_ui import bounded, defaults, hub, parts
 
 LAYERS = "decoder.model.decoder.layers."
 Shapes = dict[str, tuple[int, ...]]
@@ -36,6 +36,7 @@ class Stored:
         self._file: dict[str, tuple[Path, str]] = {}  # and the name in it
         self._mapped: dict[str, Tensor] = {}  # of pickles, which stay open
         for file in files:
+            bounded.require_weights(file)
             if file.suffix == ".safetensors":
                 self._look(file, prefix)
             else:
@@ -149,8 +150,10 @@ def read(
     )
 
     parts.quieten()
+    bounded.require_small_tokenizer(rest)
     # The tokenizer alone: the processor of melody checkpoints needs torchaudio.
     tokenizer = AutoTokenizer.from_pretrained(rest, local_files_only=True)
+    bounded.require_calm_tokenizer(tokenizer)
     config: Any = (MusicgenMelodyConfig if melody else MusicgenConfig).from_pretrained(rest)
     stored = Stored(hub.weights_in(rest))
     if rest != folder:

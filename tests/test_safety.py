@@ -761,6 +761,55 @@ def test_on_a_public_server_visitors_name_listed_checkpoints_alone(named, hostil
         manager.describe(named.format(folder=hostile))
 
 
+@pytest.fixture
+def real(server, tiny_mono) -> Iterator[Any]:
+    """The real engine beside an open server, whose folders hold checkpoints of visitors."""
+    from musicgen_ui.manager import ModelManager
+
+    manager = ModelManager(device="cpu", load=lambda *_: pytest.fail("a visitor's file was loaded"))
+    yield manager
+    manager.close()
+
+
+def places_of_visitors(server: SimpleNamespace) -> Iterator[Path]:
+    (path,) = upload(server, "state_dict.bin", b"x" * 86).json()
+    (config,) = upload(server, "config.json", b'{"model_type": "musicgen"}').json()
+    yield from (Path(path).parent, Path(config).parent, server.folder / "takes" / "inside")
+    yield from (server.folder, server.folder / "shown", server.folder / "takes")
+    yield server.folder.parent / "musicgen-ui-1-abcdef-other" / "shown"  # another server's
+
+
+def test_what_visitors_put_on_the_disk_is_no_checkpoint_and_no_adapter(
+    server, real, tiny_mono, tmp_path, monkeypatch
+):
+    from musicgen_ui import adapters, checkpoints, files
+    from musicgen_ui.request import RequestError
+
+    (own := tmp_path / "own").mkdir()
+    monkeypatch.setattr(files, "TAKES", files.TAKES | {own})
+    for folder in [*places_of_visitors(server), own]:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text((tiny_mono / "config.json").read_text())
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(folder)
+        for named in (str(folder), f"{folder}/.", f"{folder}/../{folder.name}", tmp_path / "link"):
+            with pytest.raises(RequestError, match="no checkpoints"):
+                real.describe(str(named))
+            with pytest.raises(RequestError, match="no checkpoints"):
+                adapters.find(str(named))
+        (folder / "config.json").unlink()
+        if made:
+            folder.rmdir()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    named = {"model_type": "musicgen_decoder", "base_model": str(server.folder)}
+    (alone / "config.json").write_text(json.dumps(named))
+    with pytest.raises(RequestError, match="no checkpoints"):
+        real.describe(str(alone))
+    assert checkpoints.folder_of(str(tiny_mono)) == tiny_mono.resolve()
+
+
 def test_no_module_trusts_remote_code():
     for file in (ROOT / "musicgen_ui").rglob("*.py"):
         text = file.read_text(encoding="utf-8")

@@ -104,12 +104,13 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
-    from musicgen_ui.ui import doors, metrics, page, take_panel
+    from musicgen_ui.ui import doors, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
+    files.TAKES.add(takes)
     shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     journal = Journal(chosen.log_prompts)
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
@@ -143,20 +144,21 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
     doors.bound_connections(demo.server)
-    watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
-    app.router.routes[:0] = [
-        demo.recall.route(),
-        *metrics.routes(
-            watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
-        ),
-    ]
+    app.router.routes[:0] = [demo.recall.route(), *_watching(engine, journal, chosen)]
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
         demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
     _work_beside(demo, engine, temporary, chosen.temporary_gb * 1e9)
     return demo, temporary
+
+
+def _watching(engine: Engine, journal: Any, chosen: Settings) -> list[Any]:
+    from musicgen_ui.ui import metrics
+
+    proxied = bool(chosen.trusted_proxies) or chosen.share
+    return metrics.routes(metrics.Metrics(engine, journal), chosen.metrics_token, proxied)
 
 
 def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
