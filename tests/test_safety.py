@@ -415,6 +415,17 @@ def test_long_names_are_refused_and_not_kept(server):
     assert all(len(name) <= limits.NAME_CHARACTERS for names in held for name in names)
 
 
+def test_what_pages_send_is_not_kept(server):
+    mark = "keep me " * 1000
+    for name in ("checkpoint", "clip_use", "enter", "add_row"):
+        number, inputs = function(server, name)
+        event = {"data": [mark for _ in inputs], "fn_index": number, "session_hash": f"k{number}"}
+        HTTP.post(server.url + "/gradio_api/run/predict", json=event)
+    for session in list(server.demo.state_holder.session_data.values()):
+        values = [c["props"].get("value") for c in session.components if "props" in c]
+        assert "keep me" not in repr([values, session.state_data])
+
+
 def test_many_names_are_forgotten(server, monkeypatch):
     monkeypatch.setattr(limits, "UNREAD", 3)
     for number in range(6):

@@ -169,6 +169,14 @@ class ClosedPages:
                 holder.time_last_used.pop(oldest, None)
 
 
+def keep_no_values() -> None:
+    """Has Gradio keep no value that a page sends: it would, for links that this app does not have,
+    megabytes of each field of each page."""
+    from gradio.state_holder import SessionState
+
+    SessionState._update_value_in_config = lambda *_: None  # type: ignore[method-assign]
+
+
 def forget_names(demo: Any) -> None:
     """Lets Gradio forget names that clients chose and nobody reads from; it keeps them for ever."""
     from gradio.routes import file_upload_statuses as uploads

@@ -28,6 +28,7 @@ from musicgen_ui.ui.limits import (
     SESSIONS,
     BodyLimit,
     NameLimit,
+    keep_no_values,
     share_heaps,
     sweep_while,
 )
@@ -116,6 +117,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
     doors.guard_files(demo.blocks.values())
     doors.guard_origins()
+    keep_no_values()
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
