@@ -53,7 +53,7 @@ WRONG_ORIGIN = (
 )
 # Of a file's part. Gradio adds the headers of the request to them, cookies and passwords included.
 OF_A_PART = {
-    *(b"accept-ranges", b"cache-control", b"content-disposition", b"content-encoding"),
+    *(b"cache-control", b"content-disposition", b"content-encoding"),
     *(b"content-length", b"content-range", b"content-type", b"date", b"etag", b"last-modified"),
     *(b"vary", b"access-control-allow-origin"),
 }
@@ -161,7 +161,7 @@ class Doors:
             started = True
             if message.get("status") == 206:
                 headers = [h for h in message["headers"] if h[0].lower() in OF_A_PART]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": [*headers, (b"accept-ranges", b"bytes")]}
             await send(message)
 
         if not self._is_open(scope["path"]):
