@@ -8,10 +8,10 @@ one is refused, since some share all their shapes.
 from __future__ import annotations
 
 import dataclasses
-import json
+import pickle
 from pathlib import Path
 
-from musicgen_ui import checkpoints, hub
+from musicgen_ui import bounded, checkpoints, hub
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.unusable import Unusable, check_files
@@ -64,9 +64,15 @@ def fetch(source: Source) -> Path:
         )
     try:
         check_files([folder / CONFIG, held[0]])
+        bounded.read_object(folder / CONFIG)
+        bounded.require_weights(held[0])
     except Unusable as error:
         raise RequestError(
             f"The adapter {source.name} cannot be used: {error}.", "adapter"
+        ) from error
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise RequestError(
+            f"{source.name} is no readable adapter ({error}): save it again with peft.", "adapter"
         ) from error
     return folder
 
@@ -108,7 +114,7 @@ def with_base(
 def base_of(folder: Path) -> Source | None:
     """The checkpoint that an adapter says it was trained on; None where it cannot be had."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = bounded.read_object(folder / CONFIG)
         return checkpoints.resolve(config["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a RequestError too: it is not here, or named by a path of its trainer's

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import completion, configuration, convert, defaults, exported, hub, parts
+from musicgen_ui import completion, configuration, convert, defaults, exported, files, hub, parts
 from musicgen_ui.engine.events import Description
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.hub_errors import HubError
@@ -137,16 +137,26 @@ def folder_of(name: str) -> Path | None:
     """The folder that a name is the path of, or that has the file that it is the path of.
 
     Raises:
-        RequestError: it is the path of a file that is not the one that its folder stands for.
+        RequestError: visitors can put files there, or it is the path of a file that is not the one
+            that its folder stands for.
     """
     try:
         path = Path(name).expanduser()
-        if path.is_file() and path.suffix in _SUFFIXES:
-            _check_meant(path)
-            path = path.parent
-        return path.resolve() if path.is_dir() else None
-    except (OSError, RuntimeError):  # too long, not permitted, "~" of nobody
+        file = path if path.is_file() and path.suffix in _SUFFIXES else None
+        folder = (path.parent if file else path).resolve()
+        visitors = files.is_visitors(folder)
+        there = folder.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, not permitted, "~" of nobody
         return None
+    if visitors:
+        raise RequestError(
+            "Uploads, takes and temporary files are no checkpoints and no adapters: name another "
+            "folder.",
+            "checkpoint",
+        )
+    if file:
+        _check_meant(file)
+    return folder if there else None
 
 
 def _check_meant(file: Path) -> None:

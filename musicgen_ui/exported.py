@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from musicgen_ui import audiocraft, hub
+from musicgen_ui import audiocraft, bounded, hub
 from musicgen_ui.request import RequestError
 from musicgen_ui.unusable import Unusable, check_files
 from musicgen_ui.weight_names import plain_names
@@ -142,6 +142,14 @@ _OMEGA = [
 ]
 
 
+_OMEGA_GLOBALS = {
+    *(" ".join(name.rsplit(".", 1)) for name in (*_OMEGA, "typing.Any")),
+    *("collections defaultdict", "__builtin__ dict", "__builtin__ list", "__builtin__ long"),
+    *("__builtin__ int", "__builtin__ float", "__builtin__ bool", "__builtin__ unicode"),
+    "__builtin__ str",
+}
+
+
 def _plain_settings(value: Any) -> Any:
     """A training's settings as plain values; whatever else as it is."""
     if isinstance(value, _Omega):
@@ -171,6 +179,7 @@ def _unpickled(file: Path) -> dict[Any, Any]:
         raise RequestError(f"{file.parent} cannot be used: {error}.", "checkpoint") from error
     mapped = zipfile.is_zipfile(file)  # not cut short, nor in the form before torch 1.6
     try:
+        bounded.require_weights(file, also=_OMEGA_GLOBALS)
         with _with_stand_ins():
             package = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:

@@ -15,6 +15,7 @@ import fnmatch
 import functools
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -114,7 +115,7 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
     if folder:
         return folder
     say(f"asking the Hub for {repo_id}")
-    names = names_on_the_hub(repo_id)
+    names = _names(repo_id)
     weights = weights_among(names) or audiocraft_among(names)
     if not weights:
         raise RequestError(
@@ -134,6 +135,11 @@ def names_on_the_hub(repo_id: str, field: str = "checkpoint") -> list[str]:
     Raises:
         RequestError: there is no such repository, or no network.
     """
+    with _one_of_few(_LOOKING, field):
+        return _names(repo_id, field)
+
+
+def _names(repo_id: str, field: str = "checkpoint") -> list[str]:
     with _explained(repo_id, field):
         found = HfApi().model_info(repo_id, timeout=_ANSWER_S)
         return [file.rfilename for file in found.siblings or ()]
@@ -148,7 +154,7 @@ def opened(repo_id: str, file: str) -> Iterator[IO[bytes]]:
     """
     from huggingface_hub import HfFileSystem
 
-    with _explained(repo_id):
+    with _one_of_few(_LOOKING, "checkpoint"), _explained(repo_id):
         files = HfFileSystem(skip_instance_cache=True)  # it would remember what is not there
         with files.open(f"{repo_id}/{file}", block_size=_PIECE_BYTES) as opened:
             yield opened
@@ -165,7 +171,7 @@ def tokenizer(repo_id: str, say: Callable[[str], None]) -> Path | None:
         folder = cached_with(repo_id, vocabulary)
         if folder:
             return folder
-    if not {*VOCABULARIES} & {*names_on_the_hub(repo_id)}:
+    if not {*VOCABULARIES} & {*_names(repo_id)}:
         return None
     return _fetched(repo_id, [*_TOKENIZER], say)
 
@@ -282,7 +288,7 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
-    with _explained(repo_id, field):
+    with _one_of_few(_FETCHING, field), _explained(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 
 
@@ -296,8 +302,9 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
-        names_on_the_hub(repo_id)
-        folder = _fetched(repo_id, [*_FACTS], lambda _: None)
+        with _one_of_few(_LOOKING, "checkpoint"):
+            _names(repo_id)
+            folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
 
 
@@ -314,6 +321,29 @@ def _reachable(repo_id: str, minute: int) -> bool:
     except Exception:  # no network, no such checkpoint, a broken proxy: it cannot be had
         return False
     return True
+
+
+# Callers wait in threads, which are few. A Hub that is silent keeps each of them for long.
+_LOOKING, _FETCHING = threading.BoundedSemaphore(8), threading.BoundedSemaphore(8)
+
+
+@contextlib.contextmanager
+def _one_of_few(places: threading.BoundedSemaphore, field: str) -> Iterator[None]:
+    """Takes one of the places for as long as the Hub is asked.
+
+    Raises:
+        RequestError: none is free; it names `field` of the request.
+    """
+    if not places.acquire(blocking=False):
+        raise RequestError(
+            f"The Hub is slow, and is being asked for other {field}s: try again in a minute, or "
+            "choose one that is on this computer.",
+            field,
+        )
+    try:
+        yield
+    finally:
+        places.release()
 
 
 @contextlib.contextmanager

@@ -6,14 +6,13 @@ their owner, "t5-base", as they were before 2024; the cache may know them under 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import configuration, hub
+from musicgen_ui import bounded, configuration, hub
 from musicgen_ui.hub_errors import HubError
 from musicgen_ui.request import RequestError
 from musicgen_ui.unusable import Unusable, check_files
@@ -56,9 +55,7 @@ def read_config(where: Path | str, advice: str) -> dict[str, Any]:
     else:
         file = _folder(where, advice) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no object")
+        config = bounded.read_object(file)
     except (OSError, ValueError) as error:
         raise RequestError(f"{where} has no readable config.json: {advice}.", FIELD) from error
     return config
@@ -156,9 +153,12 @@ def tokenizer(folder: Path, vocabulary: int) -> Any:
 
     _check_tokenizer(folder)
     try:
+        bounded.require_small_tokenizer(folder)
         made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        bounded.require_calm_tokenizer(made)
     except Exception as error:
-        raise Unusable("its tokenizer cannot be read", _TOKENIZER_AGAIN) from error
+        why = f"its tokenizer cannot be read ({str(error)[:160]})"
+        raise Unusable(why, _TOKENIZER_AGAIN) from error
     ids = set(made.get_vocab().values())
     if len(ids - set(made.all_special_ids)) < 2:  # what transformers makes up where it finds none
         raise Unusable("its tokenizer knows no words", _TOKENIZER_AGAIN)
@@ -210,6 +210,8 @@ def _part(part: str, kind: Any, folder: Path) -> dict[str, Tensor]:
     """The weights of a model in transformers' format, under the names they have in MusicGen."""
     try:
         check_files(hub.weights_in(folder))
+        for file in hub.weights_in(folder):
+            bounded.require_weights(file)
         model, found = kind.from_pretrained(
             folder, local_files_only=True, weights_only=True, output_loading_info=True
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musicgen_ui import defaults, hub, parts
+from musicgen_ui import bounded, defaults, hub, parts
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.unusable import AGAIN, Unusable
 from musicgen_ui.weight_names import plain_names
@@ -47,6 +47,7 @@ class Stored:
         self._mapped: dict[str, Tensor] = {}  # of pickles, which stay open
         for file in files:
             try:
+                bounded.require_weights(file)
                 if file.suffix == ".safetensors":
                     self._look(file)
                 else:

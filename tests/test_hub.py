@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -12,6 +13,8 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +22,13 @@ import hub as local_hub
 import pytest
 import tiny
 import torch
+from anyio import to_thread
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from musicgen_ui import adapters, checkpoints, hub, hub_errors
-from musicgen_ui.request import RequestError
+from musicgen_ui.manager import ModelManager
+from musicgen_ui.request import GenerationRequest, RequestError
 
 TINY = "someone/musicgen-tiny"
 
@@ -463,3 +468,46 @@ def test_a_pasted_link_is_the_id_in_it(served):
             with pytest.raises(RequestError, match="link") as error:
                 find(name)
             assert error.value.field == field
+
+
+def test_a_silent_hub_delays_those_alone_who_ask_it(served):
+    """Many ask for what only the Hub could know: others are answered as ever."""
+    served.silent = threading.Event()
+
+    def refused(*_: object) -> None:
+        raise RequestError("loaded")
+
+    manager = ModelManager(device="cpu", load=refused)
+
+    async def made(**settings: str) -> str:
+        request = GenerationRequest(duration_s=1, **settings)
+        try:
+            async with aclosing(manager.stream(request)) as events:
+                async for _ in events:
+                    pass
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    async def described(checkpoint: str) -> object:
+        try:
+            return await to_thread.run_sync(manager.describe, checkpoint)
+        except RequestError as error:
+            return str(error)
+
+    async def run() -> tuple[list, list, float]:
+        asking = [described(f"someone/model-{n}") for n in range(60)]
+        asking += [made(adapter=f"someone/lora-{n}") for n in range(12)]
+        asking += [made(checkpoint=f"someone/model-{n}") for n in range(12)]
+        tasks = [asyncio.create_task(coroutine) for coroutine in asking]
+        await asyncio.sleep(0.2)
+        began_s = time.monotonic()
+        others = await asyncio.gather(made(checkpoint="bundled"), described("bundled"))
+        took_s = time.monotonic() - began_s
+        served.silent.set()
+        return others, await asyncio.gather(*tasks), took_s
+
+    others, asked, took_s = asyncio.run(run())
+    manager.close()
+    assert took_s < 2 and others[0] == "loaded" and others[1].checkpoint == "bundled"
+    assert all(isinstance(answer, str) and "Traceback" not in answer for answer in asked)

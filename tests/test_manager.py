@@ -266,10 +266,11 @@ def test_a_checkpoint_that_never_fits_is_refused_before_it_is_fetched():
 
 
 def test_a_public_server_offers_the_listed_checkpoints_alone(tiny_mono, tiny_stereo, monkeypatch):
-    manager = ModelManager(device="cpu", allow_any=False, also=[str(tiny_mono)])
-    assert manager.checkpoints()[:3] == ["auto", str(tiny_mono), "bundled"]
-    for name in [*manager.checkpoints(), "small", "facebook/musicgen-stereo-large"]:
+    manager = ModelManager(device="cpu", allow_any=False, also=[str(tiny_mono), "melody"])
+    assert manager.checkpoints()[:3] == ["auto", str(tiny_mono), "melody"]
+    for name in [*manager.checkpoints(), "facebook/musicgen-melody", "bundled-stereo"]:
         assert manager.describe(name)
+    assert manager.describe("bundled").stereo == "choice"
 
     def touched(*_: object) -> None:
         raise AssertionError("nothing outside the list may be looked at")
@@ -278,6 +279,33 @@ def test_a_public_server_offers_the_listed_checkpoints_alone(tiny_mono, tiny_ste
     for name in (str(tiny_stereo), "someone/model", "/", "~", str(tiny_mono) + "/"):
         with pytest.raises(RequestError, match="these checkpoints alone"):
             manager.describe(name)
+
+
+def test_visitors_of_a_public_server_have_nothing_downloaded(monkeypatch):
+    """Published checkpoints are offered where they are on the computer, or in the host's list."""
+    here = {"facebook/musicgen-medium", "facebook/musicgen-stereo-large"}
+    monkeypatch.setattr(module.hub, "cached", lambda name: Path("/") if name in here else None)
+    loads: list[str] = []
+
+    def load(source, *_: object) -> None:
+        loads.append(source.name)
+        raise RequestError("enough")
+
+    manager = ModelManager(device="cpu", allow_any=False, also=["small"], load=load)
+    offered = {"small", "medium", "stereo-large"}
+    for word, source in module.checkpoints.known().items():
+        if source.folder:
+            continue
+        for name in (word, source.name, word.upper()):
+            with pytest.raises(RequestError):
+                collect(manager, ask(name, duration_s=1))
+        with pytest.raises(RequestError):
+            collect(manager, ask(word, stereo=True))
+        if "stereo" not in word:
+            assert (source.name in manager.checkpoints()) == (word in offered)
+    offered_names = {f"facebook/musicgen-{word}" for word in offered}
+    assert set(loads) <= offered_names
+    assert manager.describe("small").stereo == manager.describe("medium").stereo == "never"
 
 
 def test_status_says_what_is_loaded_where_and_how_large(manager, tiny_mono):
