@@ -8,14 +8,16 @@ one is refused, since some share all their shapes.
 from __future__ import annotations
 
 import dataclasses
-import json
+import pickle
 from pathlib import Path
 
-from musicgen_ui import checkpoints, hub
+from musicgen_ui import bounded, checkpoints, hub
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.unusable import Unusable, check_files
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # by older peft, in place of the second
 
 
 def find(name: str) -> Source:
@@ -24,8 +26,12 @@ def find(name: str) -> Source:
     Raises:
         RequestError: it is neither a folder nor a Hub id.
     """
-    folder = checkpoints.folder_of(name)
-    if folder:
+    name = hub.id_of(name, "adapter")
+    try:
+        folder = checkpoints.folder_of(name)
+    except RequestError as error:
+        raise RequestError(str(error), "adapter") from error
+    if folder and ((folder / CONFIG).is_file() or not hub.ID.fullmatch(name)):
         return Source(checkpoints.shown(folder), folder)
     if hub.ID.fullmatch(name):
         return Source(name)
@@ -42,15 +48,42 @@ def fetch(source: Source) -> Path:
     Raises:
         RequestError: it cannot be had, or is none.
     """
-    folder = source.folder or hub.files(source.name, (CONFIG, WEIGHTS), "adapter")
-    lacking = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
-    if lacking:
+    folder = source.folder or _downloaded(source.name)
+    held = [folder / file for file in (WEIGHTS, PICKLED) if (folder / file).is_file()]
+    if not (folder / CONFIG).is_file() or not held:
+        if source.folder and checkpoints.holds_checkpoint(folder) and not held:
+            raise RequestError(
+                f"{source.name} is a checkpoint, not a LoRA adapter: choose it as the checkpoint.",
+                "adapter",
+            )
+        lacking = WEIGHTS if (folder / CONFIG).is_file() else CONFIG
         raise RequestError(
-            f"{source.name} is no adapter: it has no {lacking[0]}. Name what peft saved, in "
-            "safetensors' format.",
+            f"{source.name} is no adapter: it has no {lacking}. Name what peft's save_pretrained "
+            "wrote.",
             "adapter",
         )
+    try:
+        check_files([folder / CONFIG, held[0]])
+        bounded.read_object(folder / CONFIG)
+        bounded.require_weights(held[0])
+    except Unusable as error:
+        raise RequestError(
+            f"The adapter {source.name} cannot be used: {error}.", "adapter"
+        ) from error
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise RequestError(
+            f"{source.name} is no readable adapter ({error}): save it again with peft.", "adapter"
+        ) from error
     return folder
+
+
+def _downloaded(name: str) -> Path:
+    for weights in (WEIGHTS, PICKLED):
+        folder = hub.cached_with(name, weights)
+        if folder and (folder / CONFIG).is_file():
+            return folder
+    weights = WEIGHTS if WEIGHTS in hub.names_on_the_hub(name, "adapter") else PICKLED
+    return hub.files(name, (CONFIG, weights), "adapter")
 
 
 def with_base(
@@ -81,7 +114,7 @@ def with_base(
 def base_of(folder: Path) -> Source | None:
     """The checkpoint that an adapter says it was trained on; None where it cannot be had."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = bounded.read_object(folder / CONFIG)
         return checkpoints.resolve(config["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a RequestError too: it is not here, or named by a path of its trainer's

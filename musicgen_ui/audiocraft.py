@@ -16,8 +16,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
+from musicgen_ui import bounded
 from musicgen_ui.request import RequestError
 
 # Of a melody checkpoint: the window of its spectrogram.
@@ -26,6 +25,7 @@ TOP_K = 250  # audiocraft's default; transformers would take 50
 _LONGEST_TEXT = 200_000  # characters, far more than settings have; parsing more takes long
 _MOST = 1_000_000  # of anything that is counted, so that no model of absurd size is built
 _PARTS = 4096  # layers or codebooks
+_RATIOS = 16  # of the codec's layers
 
 # Settings that change what is computed, where transformers has one way.
 _LANGUAGE_MODEL: dict[str, Any] = {
@@ -81,10 +81,15 @@ class Settings:
     def __init__(self, file: str, text: object) -> None:
         self.file = file
         try:
+            if isinstance(text, dict):  # of a training, whose settings are no text
+                self.values = text
+                return
             if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
                 raise ValueError("no text, or far too much")
-            self.values = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self.values = bounded.read_yaml(text)
+            if not isinstance(self.values, dict):
+                raise ValueError("no settings")
+        except ValueError as error:
             raise RequestError(
                 f"{file} has no readable settings under xp.cfg: export the checkpoint with "
                 "audiocraft's own export functions.",
@@ -175,7 +180,7 @@ def melody(settings: Settings) -> dict[str, int]:
     settings.hold({"conditioners.self_wav.model": "chroma_stem"}, {})
     chroma = "conditioners.self_wav.chroma_stem."
     settings.hold({chroma + "argmax": True, chroma + "n_chroma": 12}, {})
-    window = 2 ** settings.number(chroma + "radix2_exp", 20)
+    window = 2 ** max(4, settings.number(chroma + "radix2_exp", 20))
     rate = settings.number(chroma + "sample_rate", default=settings.number("sample_rate"))
     length_s = settings.number("dataset.segment_duration", default=30)
     return {
@@ -213,7 +218,11 @@ def codec(settings: Settings) -> dict[str, Any]:
     """transformers' configuration of the codec."""
     settings.hold(_CODEC, _CODEC_OFF)
     ratios = settings.get("seanet.ratios")
-    if not isinstance(ratios, list) or not all(type(r) is int and 0 < r <= 64 for r in ratios):
+    if (
+        not isinstance(ratios, list)
+        or len(ratios) > _RATIOS
+        or not all(type(r) is int and 0 < r <= 64 for r in ratios)
+    ):
         raise settings.refusal("seanet.ratios", ratios)
     if settings.get("seanet.pad_mode") not in ("reflect", "constant"):
         raise settings.refusal("seanet.pad_mode", settings.get("seanet.pad_mode"))

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import completion, configuration, convert, defaults, exported, hub
+from musicgen_ui import completion, configuration, convert, defaults, exported, files, hub, parts
 from musicgen_ui.engine.events import Description
 from musicgen_ui.engine.faults import out_of_memory
+from musicgen_ui.hub_errors import HubError
 from musicgen_ui.request import RequestError
+from musicgen_ui.unusable import Unusable, check_files
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,8 @@ class Source:
 
     name: str  # the word, Hub id or folder that resolves to it again
     folder: Path | None = None  # None: it is on the Hub, under its name
+    # What lies in the folder: names, sizes and times of change. Empty where nobody asked.
+    contents: tuple[tuple[str, int, int], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ def resolve(checkpoint: str, stereo: bool = False, device: str = "cpu") -> Sourc
     """
     if checkpoint == "auto":
         return _auto(stereo, device)
-    source = _find(checkpoint)
+    return _as_asked(_find(checkpoint), stereo)
+
+
+def _as_asked(source: Source, stereo: bool) -> Source:
     if not stereo or config_of(source)["decoder"]["audio_channels"] == 2:
         return source
     sibling = _sibling(source)
@@ -90,22 +97,27 @@ def resolve(checkpoint: str, stereo: bool = False, device: str = "cpu") -> Sourc
 
 
 def _auto(stereo: bool, device: str) -> Source:
+    words = known()
     if device == "cuda":
-        source = resolve(DEFAULT_ON_GPU, stereo)
+        name = DEFAULT_ON_GPU.removeprefix("facebook/musicgen-")
+        source = words[f"stereo-{name}" if stereo else name]
         if hub.has(source.name):
             return source
-    return resolve("bundled", stereo)
+    return _as_asked(words.get("bundled") or _find("bundled"), stereo)
 
 
 def _find(checkpoint: str) -> Source:
     words = known()
+    checkpoint = hub.id_of(checkpoint)
+    folder = folder_of(checkpoint)
+    if folder and holds_checkpoint(folder):
+        same = (source for source in words.values() if source.folder == folder)
+        return next(same, Source(shown(folder), folder))
     word = checkpoint.lower().removeprefix("facebook/").removeprefix("musicgen-")
     if word in words:
         return words[word]
-    folder = folder_of(checkpoint)
     if folder:
-        same = (source for source in words.values() if source.folder == folder)
-        return next(same, Source(shown(folder), folder))
+        return Source(shown(folder), folder)
     if hub.ID.fullmatch(checkpoint) and not checkpoint.endswith((".git", ".")):
         return Source(checkpoint)
     names = ", ".join(words)
@@ -116,13 +128,53 @@ def _find(checkpoint: str) -> Source:
     )
 
 
-def folder_of(checkpoint: str) -> Path | None:
-    """The folder that a name is the path of, if there is one."""
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is more than one that happens to have a checkpoint's name."""
+    return (folder / "config.json").is_file() or exported.is_audiocraft(folder)
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that a name is the path of, or that has the file that it is the path of.
+
+    Raises:
+        RequestError: visitors can put files there, or it is the path of a file that is not the one
+            that its folder stands for.
+    """
     try:
-        folder = Path(checkpoint).expanduser()
-        return folder.resolve() if folder.is_dir() else None
-    except (OSError, RuntimeError):  # too long, not permitted, "~" of nobody
+        path = Path(name).expanduser()
+        file = path if path.is_file() and path.suffix in _SUFFIXES else None
+        folder = (path.parent if file else path).resolve()
+        visitors = files.is_visitors(folder)
+        there = folder.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, not permitted, "~" of nobody
         return None
+    if visitors:
+        raise RequestError(
+            "Uploads, takes and temporary files are no checkpoints and no adapters: name another "
+            "folder.",
+            "checkpoint",
+        )
+    if file:
+        _check_meant(file)
+    return folder if there else None
+
+
+def _check_meant(file: Path) -> None:
+    """Holds that the folder of `file`, named in its place, means that file."""
+    folder = file.parent
+    meant = [file.name for file in hub.weights_in(folder)] or [exported.language_model(folder).name]
+    meant += [name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()][:1]
+    if file.suffix != ".json" and file.name not in meant:
+        raise RequestError(
+            f"{file.name} is not the file that is read of {shown(folder)}, which is "
+            f"{' or '.join(meant)}: give it that name, in a folder of its own with the other files "
+            "of its checkpoint, and name that folder.",
+            "checkpoint",
+        )
+
+
+_SUFFIXES = (".safetensors", ".bin", ".th", ".json")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def shown(folder: Path) -> str:
@@ -135,6 +187,24 @@ def _sibling(source: Source) -> Source | None:
     words = known()
     word = next((word for word, other in words.items() if other == source), "")
     return words.get("bundled-stereo" if word == "bundled" else f"stereo-{word}")
+
+
+def with_contents(source: Source) -> Source:
+    """The source with what lies in its folder and in its base's, by which a change is noticed."""
+    folders = [source.folder] if source.folder else []
+    base = _base_of(source) if source.folder else None
+    if base and base.folder:
+        folders.append(base.folder)
+    found = []
+    for folder in [f for own in folders for f in (own, own / convert.TEXT_ENCODER)]:
+        for pattern in _READ:
+            for file in sorted(folder.glob(pattern)):
+                status = file.stat()
+                found.append((str(file), status.st_size, status.st_mtime_ns))
+    return replace(source, contents=tuple(found))
+
+
+_READ = (*hub.OTHERS, *hub.WEIGHTS, *hub.AUDIOCRAFT, exported.TRAINED, "README.md")
 
 
 def describe(source: Source, bytes_a_weight: float = 4) -> Description:
@@ -186,8 +256,9 @@ def hold_melody(source: Source) -> None:
 
 def _generation(source: Source) -> dict[str, Any]:
     """What the checkpoint's `generation_config.json` holds, as far as it is here."""
-    if source.folder and exported.is_audiocraft(source.folder):
-        return convert.generation_of(source.folder)
+    own = _audiocraft(source)
+    if own:
+        return convert.generation_of(own)
     folder = source.folder or hub.cached_with(source.name, defaults.FILE)
     return defaults.read(folder) if folder else {}
 
@@ -205,16 +276,49 @@ def config_of(source: Source) -> configuration.Configuration:
 
 
 def _own_config(source: Source) -> configuration.Configuration:
-    if source.folder and exported.is_audiocraft(source.folder):
-        return configuration.of(source.name, convert.config_of(source.folder))
-    if source.folder is None and source in known().values():
+    if _is_published(source) and source.folder is None:
         word = source.name.removeprefix("facebook/musicgen-")
         return configuration.meta(word.removeprefix("stereo-"), word.startswith("stereo-"))
-    return configuration.read(source.name, _config_file(source))
+    folder = _audiocraft(source)
+    if folder:
+        return configuration.of(source.name, convert.config_of(folder))
+    file = _config_file(source)
+    _refuse_adapter(source, file.parent)
+    if source.folder or file.is_file():
+        return configuration.read(source.name, file)
+    if exported.LANGUAGE_MODEL in hub.names_on_the_hub(source.name):
+        return configuration.of(source.name, convert.config_on_the_hub(source.name))
+    return configuration.read(source.name, file)  # raises: there is none
+
+
+def _is_published(source: Source) -> bool:
+    return source in known().values()
+
+
+def _audiocraft(source: Source) -> Path | None:
+    """The folder of a checkpoint in audiocraft's format; None for any other, or if not here."""
+    if _is_published(source):
+        return None
+    folder = source.folder or hub.cached(source.name)
+    return folder if folder and exported.is_audiocraft(folder) else None
 
 
 def _config_file(source: Source) -> Path:
     return source.folder / "config.json" if source.folder else hub.config_file(source.name)
+
+
+def _refuse_adapter(source: Source, folder: Path) -> None:
+    """Tells of an adapter that is named as a checkpoint; a whole config.json may lie beside it."""
+    if not (folder / hub.ADAPTER).is_file() or hub.weights_in(folder):
+        return
+    if source.folder is None and hub.weights_among(hub.names_on_the_hub(source.name)):
+        return
+    base = completion.base_name(folder / hub.ADAPTER)
+    raise RequestError(
+        f"{source.name} is a LoRA adapter, not a checkpoint: name it as the adapter, and leave the "
+        f"checkpoint at auto{f' or choose its base {base[:120]}' if base else ''}.",
+        "checkpoint",
+    )
 
 
 def _base_of(source: Source) -> Source | None:
@@ -224,15 +328,16 @@ def _base_of(source: Source) -> Source | None:
         RequestError: it names none that could, and has no published checkpoint's shape.
     """
     published = known().values()
-    if source in published or (source.folder and exported.is_audiocraft(source.folder)):
+    if source in published or _audiocraft(source):
         return None
     file = _config_file(source)
     if not completion.is_alone(file):
         return None
+    _refuse_adapter(source, file.parent)
     named = completion.base_name(file)
     alike = (s for s in published if completion.is_of_size(file, _own_config(s)))
     base = _find(named) if named else next(alike, None)
-    if base is None or (base.folder and exported.is_audiocraft(base.folder)):
+    if base is None or _audiocraft(base):
         raise completion.baseless(source.name)
     return base
 
@@ -243,11 +348,38 @@ def fetch(source: Source, say: Callable[[str], None]) -> Path:
     Raises:
         RequestError: it cannot be had.
     """
-    configuration.check(source.name, config_of(source))  # before gigabytes are fetched
+    config = config_of(source)
+    configuration.check(source.name, config)  # before gigabytes are fetched
     folder = source.folder or hub.download(source.name, say)
     if exported.is_audiocraft(folder):
         convert.fetch(folder, say)
+        return folder
+    base = _base_of(source)
+    if base:
+        fetch(base, say)
+    else:
+        _with_tokenizer(source, folder, config, say)
     return folder
+
+
+def _with_tokenizer(
+    source: Source, folder: Path, config: configuration.Configuration, say: Callable[[str], None]
+) -> Path:
+    """The folder with the tokenizer of a checkpoint in `folder`: its own, or its base's."""
+    vocabulary = config["text_encoder"]["vocab_size"]
+    named = "" if hub.has_tokenizer(folder) else completion.base_name(folder / "config.json")
+    if named:
+        try:
+            base = _find(named)
+            if base != source and config_of(base)["text_encoder"]["vocab_size"] == vocabulary:
+                found = base.folder or hub.tokenizer(base.name, say)
+                if found and hub.has_tokenizer(found):
+                    return found
+        except RequestError as error:  # a path of its trainer's, or no network
+            if isinstance(error, HubError) and vocabulary != parts.T5_VOCABULARY:
+                raise
+    repo_id = None if source.folder else source.name
+    return parts.with_tokenizer(folder, repo_id, vocabulary, say)
 
 
 def load(
@@ -268,32 +400,60 @@ def load(
     if not exported.is_audiocraft(folder):
         for part in (folder, *([fetch(base, say)] if base else ())):
             _hold_weights(source.name, part)
-        if not base:
-            config = configuration.read(source.name, folder / "config.json")
-            configuration.check(source.name, config, folder)
     say(f"reading {source.name}")
     try:
         with _READING:
             if exported.is_audiocraft(folder):
                 model, tokenizer, extractor = convert.load(folder, dtype, streamed)
             else:
-                from musicgen_ui import weights  # torch: seconds
-
-                rest = fetch(base, say) if base else folder
-                model, tokenizer = weights.read(
-                    folder, rest, dtype, bool(config["melody"]), streamed
-                )
-                extractor = next(configuration.extractors(rest), {})
+                model, tokenizer, extractor = _read(source, base, folder, dtype, streamed, say)
+    except Unusable as error:
+        told = Unusable(error.why, _remedy(source, folder, error.remedy))
+        raise RequestError(f"{source.name} cannot be used: {told}.", "checkpoint") from error
     except Exception as error:
         if isinstance(error, RequestError) or out_of_memory(error):
             raise
-        raise RequestError(
-            f"{source.name} could not be read, its files are damaged or incomplete: delete "
-            f"{shown(folder)} and fetch it again, or choose another checkpoint.",
-            "checkpoint",
-        ) from error
+        why = f"it could not be read ({type(error).__name__}: {str(error)[:200]})"
+        told = Unusable(why, _remedy(source, folder, "save it again with save_pretrained"))
+        raise RequestError(f"{source.name} cannot be used: {told}.", "checkpoint") from error
     rate, channels = config["audio_encoder"]["sampling_rate"], config["decoder"]["audio_channels"]
     return Loaded(model, tokenizer, source.name, rate, channels, extractor)
+
+
+def _read(
+    source: Source,
+    base: Source | None,
+    folder: Path,
+    dtype: torch.dtype,
+    streamed: bool,
+    say: Callable[[str], None],
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer and its feature extractor's configuration."""
+    from musicgen_ui import weights  # torch: seconds
+
+    rest = fetch(base, say) if base else folder
+    for part in dict.fromkeys((folder, rest)):
+        others = (part / name for name in hub.OTHERS if "*" not in name)
+        check_files([*hub.weights_in(part), *others])
+    config = configuration.read((base or source).name, rest / "config.json")
+    configuration.check(source.name, config, rest)
+    words = _with_tokenizer(base or source, rest, config, say)
+    model = weights.read(folder, rest, dtype, bool(config["melody"]), streamed)
+    tokenizer = parts.tokenizer(words, config["text_encoder"]["vocab_size"])
+    return model, tokenizer, next(configuration.extractors(rest), {})
+
+
+def _remedy(source: Source, folder: Path, remedy: str) -> str:
+    """What to do about files that cannot be used."""
+    if source.folder:
+        return f"{remedy}, or choose another checkpoint"
+    damaged = hub.damaged(folder)
+    if damaged:
+        return (
+            f"delete {shown(damaged[0])}, a file of the Hub's cache that is not what the Hub "
+            "holds, and it is downloaded again"
+        )
+    return "its files are as the Hub holds them, so choose another checkpoint"
 
 
 def _hold_weights(name: str, folder: Path) -> None:

@@ -7,13 +7,10 @@ published checkpoint with a decoder of the same shape.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from musicgen_ui import configuration
+from musicgen_ui import bounded, configuration
 from musicgen_ui.configuration import Configuration
 from musicgen_ui.request import RequestError
 
@@ -28,7 +25,8 @@ _LONGEST_CARD = 20_000  # characters that are looked at
 
 def is_alone(file: Path) -> bool:
     """Whether `config.json` is a decoder's alone."""
-    return _read(file).get("model_type") in _WHOLE
+    kind = _read(file).get("model_type")
+    return isinstance(kind, str) and kind in _WHOLE
 
 
 def base_name(file: Path) -> str:
@@ -80,10 +78,9 @@ def baseless(name: str) -> RequestError:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        return bounded.read_object(file)
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
 
 
 def _card(file: Path) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def _card(file: Path) -> dict[str, Any]:
     try:
         with file.open(encoding="utf-8") as opened:
             head = opened.read(_LONGEST_CARD).split("---\n")
-        held = yaml.safe_load(head[1]) if len(head) > 2 and not head[0] else {}
-    except (OSError, ValueError, yaml.YAMLError):
+        held = bounded.read_yaml(head[1]) if len(head) > 2 and not head[0] else {}
+    except (OSError, ValueError):
         return {}
     return held if isinstance(held, dict) else {}

@@ -7,13 +7,15 @@ counts equal those of the models that transformers builds; a test compares them.
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from musicgen_ui import bounded
 from musicgen_ui.request import WINDOW_S, RequestError
+from musicgen_ui.unusable import Unusable
 
 # "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
 Configuration = dict[str, dict[str, Any]]
@@ -58,6 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "compress": 2,
         "num_lstm_layers": 2,
         "use_conv_shortcut": False,
+        "dilation_growth_rate": 2,
         "codebook_size": 2048,
         "target_bandwidths": [2.2],
     },
@@ -69,8 +72,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "ffn_dim": 4096,
         "num_codebooks": 4,
         "audio_channels": 1,
+        "max_position_embeddings": 2048,
     },
 }
+
+
+_MOST_OF_ANYTHING = 2**20
+_MOST = {  # of what is counted in a configuration, far beyond any model
+    **dict.fromkeys(("num_layers", "num_hidden_layers", "num_heads", "num_attention_heads"), 1024),
+    **dict.fromkeys(("num_lstm_layers", "num_residual_layers", "num_codebooks"), 64),
+    **dict.fromkeys(("kernel_size", "last_kernel_size", "residual_kernel_size"), 1024),
+    **dict.fromkeys(("upsampling_ratios", "compress", "dilation_growth_rate"), 1024),
+    **dict.fromkeys(("d_model", "d_kv", "hidden_size", "codebook_dim", "num_filters"), 2**15),
+    "target_bandwidths": 10_000,
+    "chroma_length": 2**15,
+}
+_LONGEST_LIST = 32
+_MOST_OVERLAP = 16  # windows that a sample of a melody is in; published ones have 4
+_MOST_ENTRIES = 2**27  # of a table that is no weight: half a GB
 
 
 def decoder_defaults(keys: Iterable[str]) -> dict[str, Any]:
@@ -100,7 +119,7 @@ def read(name: str, file: Path) -> Configuration:
         RequestError: it cannot be read, or is not MusicGen's.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = bounded.read_object(file)
     except (OSError, ValueError) as error:
         raise _unreadable(name) from error
     return of(name, config)
@@ -116,10 +135,16 @@ def of(name: str, config: Any) -> Configuration:
         kind = config["model_type"]
         if kind in ("musicgen", "musicgen_melody"):
             return _filled(config, melody=kind == "musicgen_melody")
+    except _ValueOutOfBoundsError as error:
+        raise RequestError(
+            f"{name} cannot be used: in its config.json {error}. Choose another checkpoint.",
+            "checkpoint",
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(name) from error
     raise RequestError(
-        f'{name} holds a {kind} model, not MusicGen: choose another checkpoint, or "bundled".',
+        f"{name} holds a {str(kind)[:40]} model, not MusicGen: choose another checkpoint, or "
+        '"bundled".',
         "checkpoint",
     )
 
@@ -137,15 +162,49 @@ def _filled(config: dict[str, Any], melody: bool) -> Configuration:
     filled["melody"] = {key: config.get(key, value) for key, value in MELODY.items() if melody}
     for part, values in (_DEFAULTS | {"melody": MELODY if melody else {}}).items():
         for key, default in values.items():
-            _hold_kind(filled[part][key], default)
+            _hold_kind(part, key, filled[part][key], default)
+    _hold_calm(config, filled)
     return filled
 
 
-def _hold_kind(value: Any, default: Any) -> None:
-    """Raises ValueError unless `value` is of its default's kind; numbers must be positive."""
+class _ValueOutOfBoundsError(ValueError):
+    """A configuration has a value that no model has."""
+
+
+def _hold_kind(part: str, key: str, value: Any, default: Any) -> None:
+    """Raises ValueError unless `value` is of its default's kind; numbers must be positive and
+    within `_MOST`, before anything is computed with them."""
     numbers = value if isinstance(default, list) else [value] if type(default) is int else []
-    if not isinstance(value, type(default)) or not all(number > 0 for number in numbers):
-        raise ValueError(f"{value!r} instead of a value such as {default!r}")
+    most = _MOST.get(key, _MOST_OF_ANYTHING)
+    if (
+        not isinstance(value, type(default))
+        or isinstance(value, bool) != isinstance(default, bool)
+        or (isinstance(value, list) and not 0 < len(value) <= _LONGEST_LIST)
+        or not all(0 < number <= most for number in numbers)
+    ):
+        raise _ValueOutOfBoundsError(
+            f"{part}.{key} is {reprlib.repr(value)} instead of a value such as {default!r}"
+        )
+
+
+def _hold_calm(config: dict[str, Any], filled: Configuration) -> None:
+    """Raises ValueError for what transformers would make large, or would fetch, beside weights."""
+    codec, decoder = filled["audio_encoder"], filled["decoder"]
+    if math.prod(codec["upsampling_ratios"]) > _MOST_OF_ANYTHING:
+        raise _ValueOutOfBoundsError("audio_encoder.upsampling_ratios are too many samples")
+    dilation = codec["dilation_growth_rate"] ** (codec["num_residual_layers"] - 1)
+    if dilation > _MOST["kernel_size"]:
+        raise _ValueOutOfBoundsError("audio_encoder.dilation_growth_rate is too large")
+    width = config.get("audio_encoder", {}).get("codebook_dim") or codec["hidden_size"]
+    _hold_kind("audio_encoder", "codebook_dim", width, codec["hidden_size"])
+    entries = decoder["num_codebooks"] * codec["codebook_size"] * width
+    positions = decoder["max_position_embeddings"] * decoder["hidden_size"]
+    if entries > _MOST_ENTRIES or positions > _MOST_ENTRIES:
+        raise _ValueOutOfBoundsError("the table of positions or of codes is too large")
+    for part in (config, *(config.get(name) or {} for name in _DEFAULTS)):
+        for key in ("attn_implementation", "_attn_implementation"):  # may be code on the Hub
+            if "/" in str(part.get(key)):
+                raise _ValueOutOfBoundsError(f"{key} names code on the Hub")
 
 
 def check(name: str, config: Configuration, folder: Path | None = None) -> None:
@@ -153,6 +212,7 @@ def check(name: str, config: Configuration, folder: Path | None = None) -> None:
 
     Raises:
         RequestError: they do not; the sentence names the two values.
+        Unusable: the processor's file cannot be read.
     """
     codec, decoder = config["audio_encoder"], config["decoder"]
     if codec["model_type"] != "encodec" or config["text_encoder"]["model_type"] != "t5":
@@ -193,24 +253,31 @@ def extractors(folder: Path) -> Iterator[dict[str, Any]]:
     """
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
         if file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
-            yield values.get("feature_extractor", values)
+            try:
+                values = bounded.read_object(file)
+                held = values.get("feature_extractor", values)
+                if not isinstance(held, dict):
+                    raise ValueError("it holds no feature extractor")
+            except (OSError, ValueError) as error:
+                why = f"{file.name} cannot be read ({error})"
+                raise Unusable(why, "copy or save the processor again") from error
+            yield held
 
 
 def _check_processor(name: str, config: Configuration, folder: Path) -> None:
-    """The feature extractor's own idea of sampling rate and channels, where there is one."""
+    """The feature extractor's own idea of the sampling rate, where there is one.
+
+    Not that of the channels: clips never go through it, and transformers plays a stereo checkpoint
+    with a mono one's processor as well.
+    """
     for values in extractors(folder):
         if config["melody"]:
             _check_melody(name, config, values)
             continue
         rate, wanted = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
         if rate not in (None, wanted):
-            raise _misfit(name, f"its processor expects {rate} Hz and its codec {wanted} Hz")
-        channels, wanted = values.get("feature_size"), config["decoder"]["audio_channels"]
-        if channels not in (None, wanted):
-            raise _misfit(
-                name, f"its processor expects {channels} channels and its decoder {wanted}"
-            )
+            said = reprlib.repr(rate)
+            raise _misfit(name, f"its processor expects {said} Hz and its codec {wanted} Hz")
 
 
 def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -> None:
@@ -218,7 +285,11 @@ def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -
     for key in ("sampling_rate", "n_fft", "hop_length", "num_chroma"):
         value = extractor.get(key, 1)
         if type(value) is not int or not 0 < value <= 2**20:
-            raise _misfit(name, f"its feature extractor has a {key} of {value!r}")
+            said = reprlib.repr(value)
+            raise _misfit(name, f"its feature extractor has a {key} of {said}")
+    window, hop = extractor.get("n_fft", 1), extractor.get("hop_length", 1)
+    if window > 2**16 or window > _MOST_OVERLAP * hop:
+        raise _misfit(name, f"its feature extractor has windows of {window} samples every {hop}")
     classes, wanted = extractor.get("num_chroma", 12), config["melody"]["num_chroma"]
     if classes != wanted:
         raise _misfit(name, f"its processor hears {classes} pitch classes and its decoder {wanted}")

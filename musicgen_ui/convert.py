@@ -11,6 +11,7 @@ copy of gigabytes fills the disk or goes stale.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from musicgen_ui import audiocraft, configuration, exported, hub, parts
 from musicgen_ui.exported import CODEC, LANGUAGE_MODEL, Exported
 from musicgen_ui.request import RequestError
+from musicgen_ui.unusable import Unusable
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
 
 TEXT_ENCODER = "text_encoder"  # a subfolder that may hold it
 _TEXT_ADVICE = (
-    "connect to the network, name a folder with T5 and its tokenizer by --text-encoder, or put "
+    "name a folder with T5 and its tokenizer by --text-encoder, or put "
     f"one called {TEXT_ENCODER} beside {LANGUAGE_MODEL}"
 )
-_CODEC_ADVICE = f"connect to the network, or replace {CODEC} by that codec's own"
+_CODEC_ADVICE = f"put that codec's own {CODEC} in place of the one here"
 _OTHER_FILES = ("text_encoder.", "audio_encoder.")  # where these weights of the model are from
 _TEXT_PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 
@@ -79,7 +81,7 @@ def convert(source: Path, destination: Path, text_encoder: str | None, say: Say)
     """
     destination = destination.resolve()
     _hold_empty(destination)
-    if not (source / LANGUAGE_MODEL).is_file():
+    if not exported.language_model(source).is_file():
         raise RequestError(
             f"There is no {LANGUAGE_MODEL} in {source}: name a folder with a checkpoint as "
             "audiocraft exports it.",
@@ -143,8 +145,25 @@ def config_of(folder: Path) -> Config:
     Raises:
         RequestError: as `read`.
     """
-    model, codec = exported.read(folder / LANGUAGE_MODEL), exported.read(folder / CODEC)
-    name = _text_encoder_name(folder, model, None)
+    model, codec = exported.read_both(folder)
+    name = _text_encoder(folder, model, None)
+    return _config(model, _codec_config(codec), parts.read_config(name, _TEXT_ADVICE))
+
+
+@functools.lru_cache(maxsize=16)
+def config_on_the_hub(repo_id: str) -> Config:
+    """The same of a checkpoint on the Hub that is not downloaded yet.
+
+    Raises:
+        RequestError: as `read`; the repository is no such checkpoint, or there is no network.
+    """
+    with hub.opened(repo_id, LANGUAGE_MODEL) as file:
+        model = exported.outline(f"{repo_id}/{LANGUAGE_MODEL}", file)
+    codec = exported.named_codec(Path(repo_id), model)
+    if codec is None or CODEC in hub.names_on_the_hub(repo_id):
+        with hub.opened(repo_id, CODEC) as file:
+            codec = exported.outline(f"{repo_id}/{CODEC}", file)
+    name = _text_encoder(None, model, None)
     return _config(model, _codec_config(codec), parts.read_config(name, _TEXT_ADVICE))
 
 
@@ -154,7 +173,7 @@ def generation_of(folder: Path) -> Config:
     Raises:
         RequestError: as `read`.
     """
-    model, codec = exported.read(folder / LANGUAGE_MODEL), exported.read(folder / CODEC)
+    model, codec = exported.read_both(folder)
     return audiocraft.generation(model.settings, _codec_config(codec))
 
 
@@ -164,8 +183,10 @@ def fetch(folder: Path, say: Say) -> None:
     Raises:
         RequestError: it cannot be had.
     """
-    model, codec = exported.read(folder / LANGUAGE_MODEL), exported.read(folder / CODEC)
-    parts.fetched(_text_encoder_name(folder, model, None), _TEXT_ADVICE, say)
+    model, codec = exported.read_both(folder)
+    text_encoder = _text_encoder(folder, model, None)
+    text = parts.fetched(text_encoder, _TEXT_ADVICE, say)
+    _tokenizer_folder(text, text_encoder, parts.read_config(text, _TEXT_ADVICE), say)
     if codec.pointer:
         parts.fetched(codec.pointer, _CODEC_ADVICE, say)
 
@@ -197,25 +218,42 @@ def read(folder: Path, text_encoder: str | None, say: Say) -> Converted:
     """
     parts.quieten()
     say(f"reading {folder}")
-    model, codec = exported.read(folder / LANGUAGE_MODEL), exported.read(folder / CODEC)
-    text = parts.fetched(_text_encoder_name(folder, model, text_encoder), _TEXT_ADVICE, say)
+    model, codec = exported.read_both(folder)
+    where = _text_encoder(folder, model, text_encoder)
+    text = parts.fetched(where, _TEXT_ADVICE, say)
     codec_config = _codec_config(codec)
-    config = _config(model, codec_config, parts.read_config(str(text), _TEXT_ADVICE))
+    config = _config(model, codec_config, parts.read_config(text, _TEXT_ADVICE))
     _check(folder, config, model)
     shapes = _shapes(config)
     mine = {key: s for key, s in shapes.items() if not key.startswith(_OTHER_FILES)}
     melody = audiocraft.melody(model.settings)
     weights = exported.without_window(model.weights, melody.get("n_fft", 0))
-    weights = exported.renamed(folder / LANGUAGE_MODEL, weights, mine, codec_config)
+    weights = exported.renamed(exported.language_model(folder), weights, mine, codec_config)
     if codec.pointer:
         weights |= parts.codec(parts.fetched(codec.pointer, _CODEC_ADVICE, say))
     else:
         mine = {key: s for key, s in shapes.items() if key.startswith("audio_encoder.")}
         weights |= exported.renamed(folder / CODEC, codec.weights, mine, codec_config)
-    tokenizer, text_weights = parts.text_encoder(text)
+    tokenizer, text_weights = _tokenizer(text, where, config, say), parts.text_encoder(text)
     generation = audiocraft.generation(model.settings, codec_config)
     extractor = _extractor(config, melody)
     return Converted(config, generation, extractor, weights | text_weights, tokenizer)
+
+
+def _tokenizer_folder(text: Path, where: Path | str, config: Config, say: Say) -> Path:
+    """The folder with the tokenizer of the text encoder in `text`, whose configuration is given."""
+    repo_id = parts.hub_id(where) if isinstance(where, str) else None
+    vocabulary = config.get("vocab_size", parts.T5_VOCABULARY)
+    return parts.with_tokenizer(text, repo_id, vocabulary, say)
+
+
+def _tokenizer(text: Path, where: Path | str, config: Config, say: Say) -> Any:
+    encoder = config["text_encoder"]
+    try:
+        folder = _tokenizer_folder(text, where, encoder, say)
+        return parts.tokenizer(folder, encoder.get("vocab_size", parts.T5_VOCABULARY))
+    except Unusable as error:
+        raise RequestError(f"{text} cannot be used: {error}.", parts.FIELD) from error
 
 
 def _config(model: Exported, codec: Config, text_encoder: Config) -> Config:
@@ -298,11 +336,12 @@ def _kind(config: Config) -> Any:
     return getattr(transformers, config["architectures"][0])
 
 
-def _text_encoder_name(folder: Path, model: Exported, given: str | None) -> str:
+def _text_encoder(folder: Path | None, model: Exported, given: str | None) -> Path | str:
+    """The folder of the text encoder, or its id on the Hub: given, beside the model or named."""
     if given:
-        return given
-    if (folder / TEXT_ENCODER / "config.json").is_file():
-        return str(folder / TEXT_ENCODER)
+        return parts.place(given)
+    if folder and (folder / TEXT_ENCODER / "config.json").is_file():
+        return folder / TEXT_ENCODER
     name = model.settings.get("conditioners.description.t5.name")
     if not isinstance(name, str) or not hub.ID.fullmatch(parts.hub_id(name)):
         raise model.settings.refusal("conditioners.description.t5.name", name)

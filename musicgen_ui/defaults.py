@@ -8,11 +8,11 @@ shorter than the app's own.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from musicgen_ui import bounded
 from musicgen_ui.configuration import Configuration
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, GenerationRequest, RequestError
 
@@ -22,10 +22,9 @@ FILE = "generation_config.json"
 def read(folder: Path) -> dict[str, Any]:
     """What `folder`'s `generation_config.json` holds; empty where there is no readable one."""
     try:
-        held = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return bounded.read_object(folder / FILE)
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
 
 
 def stated(generation: dict[str, Any], config: Configuration) -> dict[str, Any]:

@@ -2,26 +2,42 @@
 
 A checkpoint is a folder with `state_dict.bin` and `compression_state_dict.bin`, pickles that hold
 the settings as text and the weights under `best_state`. They are read with `weights_only`, and
-mapped: what is copied is copied later, once. The second may name a codec on the Hub instead.
+mapped: what is copied is copied later, once. The second may name a codec on the Hub instead, or be
+missing where the settings name one. In place of the first may lie what was not exported: dora's
+`checkpoint.th`, or what Replicate's fine-tuner keeps of it, with weights under `model`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
+import pickletools
 import reprlib
 import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from musicgen_ui import audiocraft, hub
+from musicgen_ui import audiocraft, bounded, hub
 from musicgen_ui.request import RequestError
+from musicgen_ui.unusable import Unusable, check_files
+from musicgen_ui.weight_names import plain_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LANGUAGE_MODEL, CODEC = "state_dict.bin", "compression_state_dict.bin"
+LANGUAGE_MODEL, CODEC = hub.AUDIOCRAFT
+TRAINED = "checkpoint.th"  # by dora, in place of the first
+_PRETRAINED = "//pretrained/"  # how settings name a published codec
+_BEGINNINGS = {
+    False: ("condition_provider.", "emb.", "transformer.", "linears.", "out_norm."),
+    True: ("encoder.", "decoder.", "quantizer."),  # of a codec
+}
 _NAMED = 5  # weights named in a sentence
+_MOST_OUTLINE_BYTES = 2**24  # of a pickle without its weights
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,8 +52,45 @@ class Exported:
 
 
 def is_audiocraft(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint as audiocraft exports it, and none of transformers'."""
-    return (folder / LANGUAGE_MODEL).is_file() and not (folder / "config.json").is_file()
+    """Whether `folder` is a checkpoint of audiocraft's, and none of transformers'."""
+    return language_model(folder).is_file() and not hub.weights_in(folder)
+
+
+def language_model(folder: Path) -> Path:
+    """The file with the language model: exported, or as it was trained."""
+    trained = folder / TRAINED
+    exported = folder / LANGUAGE_MODEL
+    return trained if trained.is_file() and not exported.is_file() else exported
+
+
+def read_both(folder: Path) -> tuple[Exported, Exported]:
+    """The language model and the codec in `folder`, their weights mapped.
+
+    Raises:
+        RequestError: one is missing or damaged, or holds something else.
+    """
+    model, codec = read(language_model(folder)), None
+    if not (folder / CODEC).is_file():
+        codec = named_codec(folder, model)
+    return model, codec or read(folder / CODEC)
+
+
+def named_codec(folder: Path, model: Exported) -> Exported | None:
+    """The codec that the settings of the model in `folder` name, if they name one."""
+    name = model.settings.get("compression_model_checkpoint")
+    if not isinstance(name, str) or _PRETRAINED not in name:
+        return None
+    return _pointer(folder / CODEC, name.partition(_PRETRAINED)[2])
+
+
+def _pointer(file: Path, name: Any) -> Exported:
+    if not isinstance(name, str) or not hub.ID.fullmatch(name):
+        raise RequestError(
+            f"{file} only names another codec, {reprlib.repr(name)}, which is no Hub id: "
+            f"put that codec's own {CODEC} in its place.",
+            "checkpoint",
+        )
+    return Exported(audiocraft.Settings(str(file), "{}"), {}, name)
 
 
 def read(file: Path) -> Exported:
@@ -49,29 +102,86 @@ def read(file: Path) -> Exported:
     package = _unpickled(file)
     pointer = package.get("pretrained")
     if pointer is not None and file.name == CODEC:
-        if not isinstance(pointer, str) or not hub.ID.fullmatch(pointer):
-            raise RequestError(
-                f"{file} only names another codec, {reprlib.repr(pointer)}, which is no Hub id: "
-                f"put that codec's own {CODEC} in its place.",
-                "checkpoint",
-            )
-        return Exported(audiocraft.Settings(str(file), "{}"), {}, pointer)
-    weights = package.get("best_state")
+        return _pointer(file, pointer)
+    weights = _weights(package)
     if not isinstance(weights, dict) or not _plain(weights, file.stat().st_size):
         raise RequestError(
             f"{file} holds no plain weights under best_state: export the checkpoint with "
             "audiocraft's own export functions.",
             "checkpoint",
         )
-    return Exported(audiocraft.Settings(str(file), package.get("xp.cfg")), weights)
+    try:
+        names = plain_names(weights, _BEGINNINGS[file.name == CODEC])
+    except Unusable as error:
+        raise RequestError(f"{file} cannot be used: {error}.", "checkpoint") from error
+    try:
+        said = _plain_settings(package.get("xp.cfg"))
+    except RecursionError:
+        said = None  # refused below
+    settings = audiocraft.Settings(str(file), said)
+    return Exported(settings, {names[name]: weight for name, weight in weights.items()})
+
+
+def _weights(package: dict[Any, Any]) -> Any:
+    """The weights of an exported file, or of a training's state: the best ones, else the last."""
+    for state in ("fsdp_best_state", "best_state"):
+        held = package.get(state)
+        if isinstance(held, dict) and held:
+            return held["model"] if isinstance(held.get("model"), dict) else held
+    return package.get("best_state", package.get("model"))
+
+
+class _Omega:
+    """Stands for OmegaConf's classes, in which a training keeps its settings."""
+
+
+_OMEGA = [
+    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
+    *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.base.Node"),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String")),
+]
+
+
+_OMEGA_GLOBALS = {
+    *(" ".join(name.rsplit(".", 1)) for name in (*_OMEGA, "typing.Any")),
+    *("collections defaultdict", "__builtin__ dict", "__builtin__ list", "__builtin__ long"),
+    *("__builtin__ int", "__builtin__ float", "__builtin__ bool", "__builtin__ unicode"),
+    "__builtin__ str",
+}
+
+
+def _plain_settings(value: Any) -> Any:
+    """A training's settings as plain values; whatever else as it is."""
+    if isinstance(value, _Omega):
+        held = vars(value)
+        return _plain_settings(held.get("_content", held.get("_val")))
+    if isinstance(value, dict):
+        return {key: _plain_settings(inner) for key, inner in value.items()}
+    return [_plain_settings(inner) for inner in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _with_stand_ins() -> Iterator[None]:
+    """Lets torch's restricted reader make `_Omega` and nothing more in OmegaConf's place."""
+    import torch
+
+    omega: list[Any] = [(_Omega, name) for name in (*_OMEGA, "typing.Any")]
+    with torch.serialization.safe_globals([*omega, dict, list, int, float, bool, str, defaultdict]):
+        yield
 
 
 def _unpickled(file: Path) -> dict[Any, Any]:
     import torch
 
+    try:
+        check_files([file])
+    except Unusable as error:
+        raise RequestError(f"{file.parent} cannot be used: {error}.", "checkpoint") from error
     mapped = zipfile.is_zipfile(file)  # not cut short, nor in the form before torch 1.6
     try:
-        package = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        bounded.require_weights(file, also=_OMEGA_GLOBALS)
+        with _with_stand_ins():
+            package = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise RequestError(
             f"{file} is missing: copy it beside {LANGUAGE_MODEL}; the one of any of Meta's "
@@ -88,6 +198,39 @@ def _unpickled(file: Path) -> dict[Any, Any]:
             why = "is damaged or cut short: fetch or copy it again"
         raise RequestError(f"{file} {why}.", "checkpoint") from error
     return package if isinstance(package, dict) else {}
+
+
+def outline(name: str, file: IO[bytes]) -> Exported:
+    """What one of the two files says of itself, without its weights; nothing in it is run.
+
+    Args:
+        name: of the file, for sentences.
+        file: the file, or a way to read pieces of it.
+
+    Raises:
+        RequestError: it says nothing that can be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as packed:
+            entry = next(e for e in packed.infolist() if e.filename.endswith("/data.pkl"))
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MOST_OUTLINE_BYTES:
+                raise ValueError("not as torch writes it")
+            operations = pickletools.genops(packed.read(entry))
+            texts = [text for kind, text, _ in operations if "UNICODE" in kind.name]
+    except RequestError:
+        raise
+    except Exception as error:  # whatever a broken file brings about
+        if isinstance(error, OSError):  # the way to the Hub
+            raise
+        raise RequestError(
+            f"{name} cannot be looked into before it is downloaded: download the repository and "
+            "name the folder.",
+            "checkpoint",
+        ) from error
+    said = dict(itertools.pairwise(texts))  # a key's text comes right before its value's
+    if name.endswith(CODEC) and "pretrained" in said:
+        return _pointer(Path(name), said["pretrained"])
+    return Exported(audiocraft.Settings(name, said.get("xp.cfg")), {})
 
 
 def _plain(weights: dict[Any, Any], size: int) -> bool:

@@ -23,6 +23,8 @@ import psutil
 
 PRIVATE = "musicgen-ui-"  # then the process's number and token, and something random
 PART = ".part"
+# Folders with what visitors made: nothing there is opened as a checkpoint.
+TAKES: set[Path] = set()
 _TOKEN = secrets.token_hex(3)  # a container gives every process the same number
 _NAMING = threading.Lock()
 
@@ -74,6 +76,23 @@ def claim(part: Path, path: Path) -> bool:
 def private_folder() -> Path:
     """A new temporary folder that only this process's user can read."""
     return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
+
+
+def is_visitors(folder: Path) -> bool:
+    """Whether visitors can put files there: a server's private folder, Gradio's, one of takes."""
+    folder = folder.resolve()
+    gradios = os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir(), "gradio")
+    private = re.compile(rf"{PRIVATE}\d+-[0-9a-f]+-", re.IGNORECASE)
+    return (
+        any(private.match(part) for part in folder.parts)
+        or _key(folder)[: len(_key(Path(gradios)))] == _key(Path(gradios))
+        or _key(folder) in map(_key, TAKES)
+    )
+
+
+def _key(folder: Path) -> tuple[str, ...]:
+    """A path as a disk sees it that tells no capitals from small letters."""
+    return tuple(part.casefold() for part in folder.resolve().parts)
 
 
 def delete(folder: Path, patience_s: float = 5.0) -> bool:

@@ -10,25 +10,24 @@ sentence.
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import fnmatch
 import functools
 import hashlib
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
 from tqdm import tqdm
 
+from musicgen_ui.hub_errors import explained
 from musicgen_ui.request import RequestError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -39,8 +38,17 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
-_FACTS = ("config.json", "generation_config.json", "README.md")
-_OTHERS = (
+AUDIOCRAFT = ("state_dict.bin", "compression_state_dict.bin")  # as audiocraft exports them
+ADAPTER = "adapter_config.json"
+# A tokenizer is one of these two; transformers makes an empty one where there is neither.
+VOCABULARIES = ("tokenizer.json", "spiece.model")
+_TOKENIZER = (
+    *VOCABULARIES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+)
+_FACTS = ("config.json", "generation_config.json", "README.md", ADAPTER)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+OTHERS = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -54,6 +62,44 @@ _OTHERS = (
 )
 _LOOK_S = 3.0  # how long to wait for the Hub where there is another choice
 _ANSWER_S = 20.0  # and where there is none; the client itself would wait for ever
+_PIECE_BYTES = 2**18  # of a file that is not downloaded
+
+
+def id_of(name: str, field: str = "checkpoint") -> str:
+    """The id in a link to a model on the Hub; any other name as it is.
+
+    Raises:
+        RequestError: the link is to something else, or to another revision than the main one.
+    """
+    name = name.strip()
+    try:
+        link = urlsplit(name if "://" in name else f"https://{name}")
+    except ValueError:
+        return name
+    hosts = (*_HOSTS, urlsplit(constants.ENDPOINT).netloc)
+    path = [unquote(part) for part in link.path.split("/") if part]
+    if link.scheme == "hf":
+        path = [part for part in (link.netloc, *path) if part]
+    elif link.netloc not in hosts:
+        if "://" not in name:
+            return name
+        raise RequestError(
+            f"{name[:120]} is no link to the Hub: download what it leads to and name the folder.",
+            field,
+        )
+    path = path[1:] if path[:1] == ["models"] else path
+    found = "/".join(path[:2])
+    if not ID.fullmatch(found) or path[0] in ("datasets", "spaces", "collections", "papers"):
+        raise RequestError(
+            f"{name[:120]} is no link to a model: paste the address of the model's page.", field
+        )
+    if len(path) > 3 and path[3] != "main":
+        raise RequestError(
+            f"{name[:120]} is a link to the revision {path[3]}: name {found} for the main one, or "
+            "download that revision and name the folder.",
+            field,
+        )
+    return found
 
 
 def download(repo_id: str, say: Callable[[str], None]) -> Path:
@@ -69,21 +115,77 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
     if folder:
         return folder
     say(f"asking the Hub for {repo_id}")
-    for weights in WEIGHTS:
-        folder = _fetched(repo_id, [*_OTHERS, weights], say)
-        if weights_in(folder):
+    names = _names(repo_id)
+    weights = weights_among(names) or audiocraft_among(names)
+    if not weights:
+        raise RequestError(
+            f"{repo_id} on the Hub has no weights of MusicGen, in transformers' format or "
+            "audiocraft's: choose another checkpoint.",
+            "checkpoint",
+        )
+    return _fetched(repo_id, [*OTHERS, *weights], say)
+
+
+def names_on_the_hub(repo_id: str, field: str = "checkpoint") -> list[str]:
+    """The files of a repository on the Hub.
+
+    Asked before a download, for where the Hub fails the client gives what the cache has of a
+    repository, as if that were all.
+
+    Raises:
+        RequestError: there is no such repository, or no network.
+    """
+    with _one_of_few(_LOOKING, field):
+        return _names(repo_id, field)
+
+
+def _names(repo_id: str, field: str = "checkpoint") -> list[str]:
+    with _explained(repo_id, field):
+        found = HfApi().model_info(repo_id, timeout=_ANSWER_S)
+        return [file.rfilename for file in found.siblings or ()]
+
+
+@contextlib.contextmanager
+def opened(repo_id: str, file: str) -> Iterator[IO[bytes]]:
+    """A file on the Hub, of which only the pieces that are read are downloaded.
+
+    Raises:
+        RequestError: it cannot be had.
+    """
+    from huggingface_hub import HfFileSystem
+
+    with _one_of_few(_LOOKING, "checkpoint"), _explained(repo_id):
+        files = HfFileSystem(skip_instance_cache=True)  # it would remember what is not there
+        with files.open(f"{repo_id}/{file}", block_size=_PIECE_BYTES) as opened:
+            yield opened
+
+
+def tokenizer(repo_id: str, say: Callable[[str], None]) -> Path | None:
+    """The folder with a repository's tokenizer, downloaded where the cache lacks it; None where
+    the repository has none.
+
+    Raises:
+        RequestError: there is no such repository, or no network.
+    """
+    for vocabulary in VOCABULARIES:
+        folder = cached_with(repo_id, vocabulary)
+        if folder:
             return folder
-    raise RequestError(
-        f"{repo_id} on the Hub has no weights in transformers' format: choose another checkpoint.",
-        "checkpoint",
-    )
+    if not {*VOCABULARIES} & {*_names(repo_id)}:
+        return None
+    return _fetched(repo_id, [*_TOKENIZER], say)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def _fetched(repo_id: str, patterns: list[str], say: Callable[[str], None]) -> Path:
     """A snapshot of the files that match; fetched once more where something came damaged."""
     bars = _bars(f"downloading {repo_id}", say)
     for _ in range(2):
-        with _Sentences(repo_id):
+        with _explained(repo_id):
             # Not hf_hub_download: without a network it tries for 23 s before it says so.
             folder = Path(snapshot_download(repo_id, allow_patterns=patterns, tqdm_class=bars))
             say(f"checking {repo_id}")
@@ -97,16 +199,21 @@ def _fetched(repo_id: str, patterns: list[str], say: Callable[[str], None]) -> P
 
 
 def _delete_damaged(folder: Path) -> int:
-    """Deletes the files of a cached snapshot that are not what the Hub holds; how many there were.
+    """Deletes a cached snapshot's files that are not what the Hub holds; how many there were."""
+    found = damaged(folder)
+    for path in found:
+        path.resolve().unlink()
+        path.unlink()
+    return len(found)
+
+
+def damaged(folder: Path) -> list[Path]:
+    """The files of a cached snapshot that are not what the Hub holds.
 
     Each is a link to a file that is called by the Hub's hash of it: SHA-256, or git's for a small
     one. Where the system has no links there is no such name, and nothing is checked.
     """
-    damaged = [path for path in folder.glob("*") if path.is_symlink() and not _is_whole(path)]
-    for path in damaged:
-        path.resolve().unlink()
-        path.unlink()
-    return len(damaged)
+    return [path for path in folder.glob("*") if path.is_symlink() and not _is_whole(path)]
 
 
 def _is_whole(path: Path) -> bool:
@@ -124,8 +231,11 @@ def _is_whole(path: Path) -> bool:
 
 def cached(repo_id: str) -> Path | None:
     """The checkpoint's folder in the Hub's cache, if it is complete; asks no network."""
-    folders = (_cached_snapshot(repo_id, [*_OTHERS, weights]) for weights in WEIGHTS)
-    return next((folder for folder in folders if folder and weights_in(folder)), None)
+    for weights in (*((form,) for form in WEIGHTS), AUDIOCRAFT):
+        folder = _cached_snapshot(repo_id, [*OTHERS, *weights])
+        if folder and (weights_in(folder) or audiocraft_among(_names_in(folder))):
+            return folder
+    return None
 
 
 def _cached_snapshot(repo_id: str, patterns: list[str]) -> Path | None:
@@ -138,12 +248,29 @@ def _cached_snapshot(repo_id: str, patterns: list[str]) -> Path | None:
 
 def weights_in(folder: Path) -> list[Path]:
     """The files of the best form of weights that is complete in `folder`; empty if none is."""
+    return [folder / name for name in weights_among(_names_in(folder))]
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """Of a folder's or repository's files, those of the best form of weights that is complete."""
+    names = list(names)
     for pattern in WEIGHTS:
-        files = sorted(folder.glob(pattern))
+        files = sorted(fnmatch.filter(names, pattern))
         # A shard's name ends with the count of shards: model-00001-of-00003.safetensors.
-        if files and ("*" not in pattern or len(files) == int(files[0].stem.rpartition("-")[2])):
+        count = files[0].partition(".")[0].rpartition("-")[2] if files and "*" in pattern else "1"
+        if files and len(files) == int(count):
             return files
     return []
+
+
+def audiocraft_among(names: Iterable[str]) -> list[str]:
+    """The same for audiocraft's two files; the codec may be missing, if the first one names it."""
+    found = [name for name in AUDIOCRAFT if name in set(names)]
+    return found if AUDIOCRAFT[0] in found else []
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("*") if file.is_file()]
 
 
 def cached_with(repo_id: str, file: str) -> Path | None:
@@ -161,7 +288,7 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
-    with _Sentences(repo_id, field):
+    with _one_of_few(_FETCHING, field), _explained(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 
 
@@ -175,7 +302,9 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
-        folder = _fetched(repo_id, [*_FACTS], lambda _: None)
+        with _one_of_few(_LOOKING, "checkpoint"):
+            _names(repo_id)
+            folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
 
 
@@ -194,39 +323,41 @@ def _reachable(repo_id: str, minute: int) -> bool:
     return True
 
 
-class _Sentences:
+# Callers wait in threads, which are few. A Hub that is silent keeps each of them for long.
+_LOOKING, _FETCHING = threading.BoundedSemaphore(8), threading.BoundedSemaphore(8)
+
+
+@contextlib.contextmanager
+def _one_of_few(places: threading.BoundedSemaphore, field: str) -> Iterator[None]:
+    """Takes one of the places for as long as the Hub is asked.
+
+    Raises:
+        RequestError: none is free; it names `field` of the request.
+    """
+    if not places.acquire(blocking=False):
+        raise RequestError(
+            f"The Hub is slow, and is being asked for other {field}s: try again in a minute, or "
+            "choose one that is on this computer.",
+            field,
+        )
+    try:
+        yield
+    finally:
+        places.release()
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, field: str = "checkpoint") -> Iterator[None]:
     """Turns what the Hub's client raises into the sentence that the user reads."""
-
-    def __init__(self, repo_id: str, field: str = "checkpoint") -> None:
-        self.repo_id = repo_id
-        self.field = field
-
-    def __enter__(self) -> None:
+    try:
         hooks = get_session().event_hooks["request"]
         if _wait_for_an_end not in hooks:
             hooks.append(_wait_for_an_end)
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (RequestError, Abandoned)):
-            raise RequestError(self._sentence(error), self.field) from error
-
-    def _sentence(self, error: Exception) -> str:
-        name = self.repo_id
-        if isinstance(error, GatedRepoError):
-            return (
-                f"{name} is gated: accept its terms on the Hub, set HF_TOKEN to your access "
-                "token and start the app again."
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            return f'The Hub has no {self.field} "{name}": check the name.'
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return f"The disk is full: free some room and ask for {name} again."
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return f"{name} on the Hub is no checkpoint for transformers: choose another one."
-        return (
-            f"{name} is not on this computer and cannot be downloaded now: check the network and "
-            'try again, or choose the checkpoint "bundled", which needs none.'
-        )
+        yield
+    except (RequestError, Abandoned):
+        raise
+    except Exception as error:
+        raise explained(error, repo_id, field) from error
 
 
 def _wait_for_an_end(request: Any) -> None:

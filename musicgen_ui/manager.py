@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from anyio import CapacityLimiter, to_thread
 
-from musicgen_ui import adapters, catalogue, checkpoints, configuration
+from musicgen_ui import adapters, catalogue, checkpoints, configuration, hub
 from musicgen_ui.checkpoints import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine import worker
@@ -28,6 +30,7 @@ from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.residents import Resident, Residents, Say
 
 IDLE_S = 1800.0
+LOOKUPS = 500  # requests that are being prepared at once; a server's queue is shorter
 _LOOK_S = 0.05  # between two looks at a load that is under way
 STUCK_S = 60.0  # a step that takes longer will not end: the slowest machines take seconds
 
@@ -64,9 +67,9 @@ class ModelManager:
         budget_bytes: memory for all models together; None is by the device.
         idle_s: seconds after which an unused model is unloaded; 0 is never.
         max_jobs: jobs that a model steps together.
-        allow_any: whether any Hub id or folder may be asked for, or the listed names alone, as
-            on a public server.
-        also: checkpoints that are listed, and so allowed, beside the known ones.
+        allow_any: whether any Hub id or folder may be asked for, or only what is on this computer
+            or in `also`, as on a public server: nothing is downloaded that the host did not list.
+        also: checkpoints that the host lists.
         load: makes a `Batch` of a source; tests hand in their own.
 
     Raises:
@@ -88,6 +91,8 @@ class ModelManager:
         self.budget_bytes = budget_bytes or devices.budget_bytes(self.place)
         self._allow_any = allow_any
         self._also = tuple(also)
+        self._listed = [source for name in also for source in _named(name)]
+        self._lookups = CapacityLimiter(LOOKUPS)
         self._residents = Residents(
             lambda source, say: load(source, self.place, max_jobs, say),
             self._needs,
@@ -98,7 +103,7 @@ class ModelManager:
 
     def checkpoints(self) -> list[str]:
         """The names that the page offers, the default first; stereo siblings have a toggle."""
-        known = [source.name for source in checkpoints.known().values()]
+        known = [source.name for source in checkpoints.known().values() if self._is_offered(source)]
         return list(dict.fromkeys(["auto", *self._also, *(n for n in known if "stereo" not in n)]))
 
     def describe(self, checkpoint: str) -> Description:
@@ -107,7 +112,11 @@ class ModelManager:
         Raises:
             RequestError: there is no such checkpoint, or it is not allowed.
         """
-        return checkpoints.describe(self._resolve(checkpoint, False), self.place.bytes_a_weight)
+        source = self._resolve(checkpoint, False)
+        told = checkpoints.describe(source, self.place.bytes_a_weight)
+        if told.stereo == "choice" and not self._has_stereo(checkpoint):
+            return dataclasses.replace(told, stereo="never")
+        return told
 
     def status(self) -> str:
         """What is loaded, where, in which precision and memory: "bundled · CPU … · 34 MB"."""
@@ -159,7 +168,10 @@ class ModelManager:
             RequestError: what the user can mend.
         """
         stop = stop or threading.Event()
-        request, source, adapter = await asyncio.to_thread(self._prepared, request)
+        # Threads of its own: the Hub may be silent, and nobody else may wait for that.
+        request, source, adapter = await to_thread.run_sync(
+            self._prepared, request, abandon_on_cancel=True, limiter=self._lookups
+        )
         with self._residents.lease(source) as resident:
             for event in _load_events(resident):
                 if stop.is_set():
@@ -201,7 +213,8 @@ class ModelManager:
         Raises:
             RequestError: there is no such checkpoint, it cannot be read, or there is no room.
         """
-        with self._residents.lease(self._resolve(checkpoint, stereo)) as resident:
+        source = checkpoints.with_contents(self._resolve(checkpoint, stereo))
+        with self._residents.lease(source) as resident:
             yield resident.loaded()
 
     def preload(self, checkpoint: str = "auto") -> None:
@@ -236,17 +249,38 @@ class ModelManager:
         source = self._resolve(request.checkpoint, request.stereo)
         if request.melody:
             checkpoints.hold_melody(source)
-        return source
+        return checkpoints.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
-        if not self._allow_any and checkpoint not in self.checkpoints():
-            words = checkpoints.known()
-            if checkpoint not in {*words, *(source.name for source in words.values())}:
-                raise RequestError(
-                    f"This server offers these checkpoints alone: {', '.join(self.checkpoints())}.",
-                    "checkpoint",
-                )
-        return checkpoints.resolve(checkpoint, stereo, self.place.device)
+        if self._allow_any:
+            return checkpoints.resolve(checkpoint, stereo, self.place.device)
+        listed = checkpoint in ("auto", *self._also)
+        words = checkpoints.known()
+        if not listed and checkpoint not in {*words, *(source.name for source in words.values())}:
+            raise self._not_offered()
+        source = checkpoints.resolve(checkpoint, stereo, self.place.device)
+        if (stereo or not listed) and not self._is_offered(source):
+            raise self._not_offered()
+        return source
+
+    def _has_stereo(self, checkpoint: str) -> bool:
+        try:
+            self._resolve(checkpoint, True)
+        except RequestError:
+            return False
+        return True
+
+    def _is_offered(self, source: Source) -> bool:
+        """Whether visitors may have a known checkpoint: on a public server nothing is fetched that
+        the host did not list."""
+        here = self._allow_any or source.folder or source in self._listed
+        return bool(here) or hub.cached(source.name) is not None
+
+    def _not_offered(self) -> RequestError:
+        return RequestError(
+            f"This server offers these checkpoints alone: {', '.join(self.checkpoints())}.",
+            "checkpoint",
+        )
 
     def _needs(self, source: Source) -> int:
         """The memory that a checkpoint will hold, in bytes.
@@ -257,6 +291,14 @@ class ModelManager:
         config = checkpoints.config_of(source)
         catalogue.hold_fits(source.name, config, self.place, self.budget_bytes)
         return configuration.estimate_bytes(config, self.place.bytes_a_weight)
+
+
+def _named(checkpoint: str) -> list[Source]:
+    """What a name of the host's list means, if it is a checkpoint's; "auto" may mean several."""
+    try:
+        return [] if checkpoint == "auto" else [checkpoints.resolve(checkpoint)]
+    except RequestError:
+        return []
 
 
 def _load_events(resident: Resident) -> Iterator[Progress | None]:

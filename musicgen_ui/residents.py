@@ -43,11 +43,17 @@ class Resident:
     leases: int = 0  # callers that use it or wait for it
     used_s: float = 0.0  # when the last lease ended, on the monotonic clock
     timer: threading.Timer | None = None  # counts the idle time
+    stale: bool = False  # its folder holds other weights by now; it goes with its last lease
+
+    @property
+    def place(self) -> object:
+        """The same for every name of a checkpoint."""
+        return self.source.folder or self.source.name
 
     @property
     def key(self) -> object:
-        """The same for every name of a checkpoint."""
-        return self.source.folder or self.source.name
+        """The place with what lay there: weights that were trained again are another model."""
+        return self.place, self.source.contents
 
     @property
     def nbytes(self) -> int:
@@ -132,18 +138,33 @@ class Residents:
     def _take(self, new: Resident) -> Resident:
         with self._changed:
             self._refuse_if_closed()
+            for other in self._residents.values():
+                if other.place == new.place:
+                    other.stale = other.key != new.key
+            stale = self._without_stale()
             resident = self._residents.setdefault(new.key, new)
             resident.leases += 1
             if resident.timer:
                 resident.timer.cancel()
             if resident is new:
-                threading.Thread(target=self._fill, args=(new,), daemon=True).start()
+                threading.Thread(target=self._fill, args=(new, stale), daemon=True).start()
+            else:
+                _release_apart(stale)
             return resident
+
+    def _without_stale(self) -> list[Resident]:
+        """Takes the idle models whose folders hold other weights by now off the list."""
+        stale = [resident for resident in self._idle() if resident.stale]
+        for resident in stale:
+            self._forget(resident)
+        return stale
 
     def _return(self, resident: Resident) -> None:
         with self._changed:
             resident.leases -= 1
             self._count_idle_time(resident)
+            stale = self._without_stale()
+        _release_apart(stale)
         if self._closed:
             self.unload()
 
@@ -176,7 +197,9 @@ class Residents:
 
     # On the thread of a load
 
-    def _fill(self, resident: Resident) -> None:
+    def _fill(self, resident: Resident, stale: list[Resident]) -> None:
+        _release(stale)
+
         def say(note: str) -> None:
             with self._changed:
                 self._refuse_if_closed()
@@ -264,6 +287,12 @@ class Residents:
                     say("waiting for room: another checkpoint is in use")
                     self._changed.wait(1.0)
             _release(idle)
+
+
+def _release_apart(residents: list[Resident]) -> None:
+    """Frees models, but not on the thread of a caller, who may be an event loop."""
+    if residents:
+        threading.Thread(target=_release, args=(residents,), daemon=True).start()
 
 
 def _release(residents: list[Resident]) -> None:

@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musicgen_ui import defaults, hub, parts
+from musicgen_ui import bounded, defaults, hub, parts
+from musicgen_ui.engine.faults import out_of_memory
+from musicgen_ui.unusable import AGAIN, Unusable
+from musicgen_ui.weight_names import plain_names
 
 LAYERS = "decoder.model.decoder.layers."
 Shapes = dict[str, tuple[int, ...]]
+# How names begin, of a whole model and of a decoder alone.
+_WHOLE = ("text_encoder.", "audio_encoder.", "decoder.", "enc_to_dec_proj.", "audio_enc_to_dec_")
+_ALONE = ("model.decoder.", "lm_heads.")
+_SAVE = "save the whole model again with save_pretrained"
 
 
 class Stored:
@@ -28,7 +35,10 @@ class Stored:
 
     Args:
         files: see `hub.weights_in`.
-        prefix: comes before the names in the files.
+        prefix: comes before the names in the files, of a decoder alone.
+
+    Raises:
+        Unusable: a file cannot be read, or its weights are not those of a model.
     """
 
     def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
@@ -36,25 +46,38 @@ class Stored:
         self._file: dict[str, tuple[Path, str]] = {}  # and the name in it
         self._mapped: dict[str, Tensor] = {}  # of pickles, which stay open
         for file in files:
-            if file.suffix == ".safetensors":
-                self._look(file, prefix)
-            else:
-                self._map(file, prefix)
+            try:
+                bounded.require_weights(file)
+                if file.suffix == ".safetensors":
+                    self._look(file)
+                else:
+                    self._map(file)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                raise Unusable(
+                    f"{file.name} is damaged, cut short or holds more than weights", AGAIN
+                ) from error
+        plain = plain_names(self.shapes, _ALONE if prefix else _WHOLE)
+        named = {name: prefix + new for name, new in plain.items()}
+        self.shapes = {named[name]: shape for name, shape in self.shapes.items()}
+        self._file = {named[name]: place for name, place in self._file.items()}
+        self._mapped = {named[name]: weight for name, weight in self._mapped.items()}
 
-    def _look(self, file: Path, prefix: str) -> None:
+    def _look(self, file: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                self._file[prefix + name] = file, name
-                self.shapes[prefix + name] = tuple(opened.get_slice(name).get_shape())
+                self._file[name] = file, name
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
-    def _map(self, file: Path, prefix: str) -> None:
+    def _map(self, file: Path) -> None:
         mapped = zipfile.is_zipfile(file)  # not in the form before torch 1.6
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         for name, weight in held.items():
-            self._mapped[prefix + name] = weight
-            self.shapes[prefix + name] = tuple(weight.shape)
+            self._mapped[name] = weight
+            self.shapes[name] = tuple(weight.shape)
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Weights as they are stored, mapped for as long as they are held."""
@@ -105,7 +128,7 @@ class Layers:
         stored: its weights, under their names in the whole model.
 
     Raises:
-        ValueError: one is missing or of another shape.
+        Unusable: one is missing or of another shape.
     """
 
     def __init__(self, kind: Any, config: Any, stored: Stored | Held) -> None:
@@ -115,8 +138,10 @@ class Layers:
         for index in range(config.num_hidden_layers):
             for name, shape in names.items():
                 key = f"{LAYERS}{index}.{name}"
-                if stored.shapes.get(key) != shape:
-                    raise ValueError(f"{key} is {stored.shapes.get(key)} and not {shape}")
+                if key not in stored.shapes:
+                    raise Unusable(f"its weights lack {key}", _SAVE)
+                if stored.shapes[key] != shape:
+                    raise _misshapen(key, stored.shapes[key], shape)
 
     def _empty(self) -> nn.Module:
         with torch.device("meta"):
@@ -136,21 +161,24 @@ class Layers:
             yield layer.eval()
 
 
-def read(
-    folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: bool
-) -> tuple[Any, Any]:
-    """The model whose decoder is in `folder` and whose other parts are in `rest`, most often the
-    same, and its tokenizer."""
-    from transformers import (
-        AutoTokenizer,
-        GenerationConfig,
-        MusicgenConfig,
-        MusicgenMelodyConfig,
+def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) -> Unusable:
+    return Unusable(
+        f"its config.json describes other weights: {name} is {list(found)} and not "
+        f"{list(described)}",
+        "copy the config.json that belongs to them",
     )
 
+
+def read(folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: bool) -> Any:
+    """The model whose decoder is in `folder` and whose other parts are in `rest`, most often the
+    same.
+
+    Raises:
+        Unusable: files are damaged, or their weights are not those of the model.
+    """
+    from transformers import GenerationConfig, MusicgenConfig, MusicgenMelodyConfig
+
     parts.quieten()
-    # The tokenizer alone: the processor of melody checkpoints needs torchaudio.
-    tokenizer = AutoTokenizer.from_pretrained(rest, local_files_only=True)
     config: Any = (MusicgenMelodyConfig if melody else MusicgenConfig).from_pretrained(rest)
     stored = Stored(hub.weights_in(rest))
     if rest != folder:
@@ -158,8 +186,13 @@ def read(
         stored = stored.with_decoder(Stored(hub.weights_in(folder), "decoder."))
     made = model(melody, config, stored, dtype, streamed)
     if (rest / defaults.FILE).is_file():
-        made.generation_config = GenerationConfig.from_pretrained(rest)
-    return made, tokenizer
+        try:
+            made.generation_config = GenerationConfig.from_pretrained(rest)
+        except Exception as error:
+            why = f"{defaults.FILE} cannot be read ({str(error).splitlines()[0][:160]})"
+            remedy = "mend it, or give it another name and the usual settings count"
+            raise Unusable(why, remedy) from error
+    return made
 
 
 def model(
@@ -175,7 +208,7 @@ def model(
         streamed: whether the decoder's layers are `Layers`, read as they are asked for.
 
     Raises:
-        ValueError: a weight is missing or of another shape.
+        Unusable: a weight is missing or of another shape.
     """
     import transformers
     from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
@@ -193,11 +226,20 @@ def model(
     config.decoder.num_hidden_layers = 0 if streamed else count
     # None: no folder, all that there is to read is at hand.
     made, found = kind.from_pretrained(
-        None, config=config, state_dict=stored.get(names), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=stored.get(names),
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told here
     )
-    missing = [key for key in found["missing_keys"] if not key.endswith(_REBUILT)]
+    if found["mismatched_keys"]:
+        key, shape, described = min(found["mismatched_keys"])
+        raise _misshapen(key, tuple(shape), tuple(described))
+    missing = sorted(key for key in found["missing_keys"] if not key.endswith(_REBUILT))
     if missing:
-        raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:5])} …")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise Unusable(f"its weights lack {', '.join(missing[:3])}{more}", _SAVE)
     if streamed:
         made.decoder.config.num_hidden_layers = count
         del made.decoder.model.decoder.layers

@@ -1,8 +1,8 @@
 """A Hub on this computer: enough of the Hugging Face Hub's API for the real client to download.
 
 It serves folders as repositories, with ranges, and can misbehave: break a transfer off, damage or
-stall it, answer nothing at all, or say that there is no such repository. It records what it was
-asked for.
+stall it, answer nothing at all, refuse whatever it is asked, or say that there is no such
+repository. It records what it was asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Hub:
     slow: threading.Event | None = None  # transfers wait for it half-way
     silent: threading.Event | None = None  # all answers wait for it
     damaged: dict[str, int] = field(default_factory=dict)  # a file: how often it comes damaged
+    refusal: tuple[int, dict[str, str]] | None = None  # every answer's status, and headers
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
 
     def fetched(self) -> list[str]:
@@ -76,6 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.silent.wait(10)
         path = unquote(urlsplit(self.path).path)
         self.state.asked.append((self.command, path, self.headers.get("Range", "")))
+        if self.state.refusal:
+            self._json({"error": "refused"}, *self.state.refusal)
+            return
         if path.startswith("/api/models/"):
             name, _, rest = path.removeprefix("/api/models/").partition("/tree/")
             folder = self.state.repositories.get(name.partition("/revision/")[0])
@@ -105,9 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not wanted:
             self._send(200, body, headers, self.state.break_after.get(file.name))
             return
-        start = int(wanted.partition("-")[0])
-        headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self._send(206, body[start:], headers, self.state.break_after.get(file.name))
+        first, _, last = wanted.partition("-")
+        start, end = int(first), int(last or len(body) - 1) + 1
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+        self._send(206, body[start:end], headers, self.state.break_after.get(file.name))
 
     def _send(self, status: int, body: bytes, headers: dict, cuts: list[int] | None = None) -> None:
         self.send_response(status)

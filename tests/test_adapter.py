@@ -26,7 +26,7 @@ from musicgen_ui import adapters
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.chroma import Extractor
 from musicgen_ui.engine.events import Finished
-from musicgen_ui.engine.shelf import CONFIG, WEIGHTS
+from musicgen_ui.engine.shelf import CONFIG, PICKLED, WEIGHTS
 from musicgen_ui.manager import ModelManager
 from musicgen_ui.request import GenerationRequest, RequestError
 
@@ -301,6 +301,38 @@ def test_a_changed_file_is_read_again(base, eager, changeable, tmp_path):
     first = codes(eager, "same")
     shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS, changeable / WEIGHTS)
     assert not torch.equal(codes(eager, "same"), first)
+
+
+def test_a_changed_setting_is_read_again(eager, changeable):
+    eager.adapters.add("scaled", changeable)
+    first = codes(eager, "scaled")
+    edit(changeable, lora_alpha=0.001)
+    assert not torch.equal(codes(eager, "scaled"), first)
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_the_pickle_of_older_peft_is_the_same_adapter(eager, changeable, named):
+    eager.adapters.add("one", changeable)
+    expected = codes(eager, "one")
+    weights = load((changeable / WEIGHTS).read_bytes())
+    (changeable / WEIGHTS).unlink()
+    torch.save(weights, changeable / PICKLED)
+    path = changeable if named == "folder" else changeable / PICKLED
+    folder = adapters.fetch(adapters.find(str(path)))
+    eager.adapters.add("old", folder)
+    assert torch.equal(codes(eager, "old"), expected)
+
+
+def test_an_adapter_of_a_compiled_model_is_unwrapped(eager, changeable):
+    eager.adapters.add("plain", changeable)
+    expected = codes(eager, "plain")
+    weights = load((changeable / WEIGHTS).read_bytes())
+    wrapped = {
+        name.replace("model.model.", "model._orig_mod.model."): w for name, w in weights.items()
+    }
+    save_file(wrapped, changeable / WEIGHTS)
+    eager.adapters.add("compiled", changeable)
+    assert torch.equal(codes(eager, "compiled"), expected)
 
 
 def test_a_melody_checkpoint_wears_one_on_its_chroma_and_its_prefix_too(tmp_path):

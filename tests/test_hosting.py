@@ -7,10 +7,10 @@ import json
 import logging
 import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -117,7 +117,7 @@ def test_no_spelling_of_a_path_gets_round_the_gate(guarded: tuple[str, Any], sne
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            f"GET {sneaky} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+            f"GET {sneaky} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
         )
         answer = connection.makefile("rb").read()
     assert answer.split()[1] in (b"401", b"404", b"403") and b"components" not in answer
@@ -154,21 +154,82 @@ def test_name_and_password_open_everything(guarded: tuple[str, Any], tmp_path: P
         Client(url, verbose=False, auth=("ann", "wrong"))
 
 
-def test_a_wrong_password_is_answered_late(
+WRONG = "Basic " + base64.b64encode(b"ann:wrong").decode()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"method": "POST", "path": "/login", "data": {"username": "ann", "password": "wrong"}},
+        *(
+            {"path": path, "headers": {header: WRONG}}
+            for header in ("authorization", "x-hf-authorization")
+            for path in ("/", "/config", "/theme.css", "/gradio_api/queue/join", "/healthz")
+        ),
+    ],
+)
+def test_a_wrong_password_is_answered_late_and_few_are_looked_at(
+    guarded: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    url, _ = guarded
+    monkeypatch.setattr(gate, "WRONG_S", 0.3)
+    way = {"method": "GET", **way}
+    path = way.pop("path")
+    with httpx.Client(base_url=url) as http, ThreadPoolExecutor(20) as guessers:
+        began_s = time.monotonic()
+        guesses = [guessers.submit(http.request, url=path, **way) for _ in range(20)]
+        codes = [guess.result().status_code for guess in guesses]
+        took_s = time.monotonic() - began_s
+    assert set(codes) <= {400, 401, 429} and took_s >= 0.3
+    assert sum(code != 429 for code in codes) <= gate.AT_ONCE * (1 + took_s / 0.3)
+
+
+def test_a_sign_out_is_of_the_browser_that_asks_alone(guarded: tuple[str, Any]) -> None:
+    url, _ = guarded
+    form = {"username": "ann", "password": SECRET}
+    with httpx.Client(base_url=url) as ann, httpx.Client(base_url=url) as other:
+        for browser in (ann, other):
+            assert browser.post("/login", data=form).status_code == 200
+            assert browser.get("/config").status_code == 200
+        stolen = dict(ann.cookies)
+        gone = ann.get("/logout")
+        assert gone.status_code == 302 and gone.headers["location"] == "./"
+        assert ann.get("/config").status_code == 401 and other.get("/config").status_code == 200
+        assert httpx.get(url + "/config", cookies=stolen).status_code == 401
+        assert httpx.get(url + "/logout").status_code == 401
+        assert httpx.get(url + "/logout", auth=BASIC).status_code == 302
+        assert other.get("/config").status_code == 200
+
+
+def test_cookies_go_to_no_other_site(
     guarded: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, _ = guarded
-    slept = []
 
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
+    def set_cookies() -> list[str]:
+        form = {"username": "ann", "password": SECRET}
+        answer = httpx.post(url + "/login", data=form)
+        return [c.lower() for c in answer.headers.get_list("set-cookie")]
 
-    monkeypatch.setattr(gate, "asyncio", SimpleNamespace(sleep=sleep))
-    form = {"username": "ann", "password": "wrong"}
-    assert httpx.post(url + "/login", data=form).status_code == 400
-    assert slept.count(gate.WRONG_S) == 1
-    assert httpx.post(url + "/login", data=form | {"password": SECRET}).status_code == 200
-    assert slept.count(gate.WRONG_S) == 1
+    cookies = set_cookies()
+    assert cookies and all("samesite=lax" in c and "httponly" in c for c in cookies)
+    monkeypatch.setenv("SPACE_ID", "owner/name")  # shown in a frame of another site
+    assert any("samesite=none" in cookie for cookie in set_cookies())
+
+
+def test_a_part_of_a_file_repeats_no_header_of_its_request(guarded: tuple[str, Any]) -> None:
+    url, _ = guarded
+    page = httpx.get(url + "/config", auth=BASIC).text
+    file = re.search(r"/gradio_api/file=[^\"]+\.wav", page)[0]
+    sent = {"cookie": "secret=1", "x-own": "secret", "range": "bytes=0-9", "user-agent": "secret"}
+    for method in ("GET", "HEAD"):
+        answer = httpx.request(method, url + file, headers=sent, auth=BASIC)
+        told = repr(answer.headers.raw).lower()
+        assert "secret" not in told and "authorization" not in told
+    assert answer.status_code in (200, 206, 405)
+    part = httpx.get(url + file, headers=sent, auth=BASIC)
+    assert part.status_code == 206 and len(part.content) == 10
+    assert part.headers["accept-ranges"] == "bytes" and "wav" in part.headers["content-type"]
 
 
 def test_secrets_are_in_no_log_message_or_help(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import json
 import os
+import re
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +22,13 @@ import hub as local_hub
 import pytest
 import tiny
 import torch
+from anyio import to_thread
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from musicgen_ui import adapters, checkpoints, hub
-from musicgen_ui.request import RequestError
+from musicgen_ui import adapters, checkpoints, hub, hub_errors
+from musicgen_ui.manager import ModelManager
+from musicgen_ui.request import GenerationRequest, RequestError
 
 TINY = "someone/musicgen-tiny"
 
@@ -94,7 +105,7 @@ def test_a_download_that_fails_is_a_sentence_and_the_next_one_completes(served, 
 
     monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
     served.break_after["model.safetensors"] = [1000] + [0] * 20
-    with pytest.raises(RequestError, match="cannot be downloaded now"):
+    with pytest.raises(RequestError, match="network"):
         load(TINY)
     assert hub.cached(TINY) is None
     served.break_after.clear()
@@ -128,7 +139,7 @@ def test_a_hub_that_hangs_is_told_and_the_next_attempt_completes(served, monkeyp
     monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
     gate = threading.Event()
     setattr(served, stalls, gate)  # no answer at all, or half of the weights
-    with pytest.raises(RequestError, match="cannot be downloaded now"):
+    with pytest.raises(RequestError, match="network"):
         hub.download(TINY, print)
     setattr(served, stalls, None)
     gate.set()
@@ -264,6 +275,14 @@ def test_an_adapter_comes_from_the_hub_and_then_from_the_cache(served, tmp_path)
     served.asked.clear()
     adapters.fetch(found)
     assert served.asked == []
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    (older / adapters.WEIGHTS).unlink()
+    torch.save({"a": torch.zeros(1)}, older / adapters.PICKLED)
+    served.repositories["someone/older"] = older
+    assert (adapters.fetch(adapters.find("someone/older")) / adapters.PICKLED).is_file()
+    served.asked.clear()
+    adapters.fetch(adapters.find("someone/older"))
+    assert served.asked == []
     with pytest.raises(RequestError, match='no adapter "someone/nothing"') as error:
         adapters.fetch(adapters.find("someone/nothing"))
     assert error.value.field == "adapter"
@@ -281,3 +300,214 @@ def test_a_decoder_alone_on_the_hub_brings_its_base(served, tiny_mono, tmp_path)
     served.asked.clear()
     load("someone/decoder")
     assert served.asked == []
+
+
+# What fails is told by its cause
+
+TOKEN = {"HF_TOKEN": "hf_expired"}
+CODE = "X-Error-Code"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "token", "told"),
+    [
+        (401, {CODE: "RepoNotFound"}, TOKEN, r"token.*expired"),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, TOKEN, "token"),
+        (401, {CODE: "RepoNotFound"}, {}, r"no checkpoint.*check the name"),
+        (403, {CODE: "GatedRepo"}, TOKEN, "terms"),
+        (403, {"X-Error-Message": "not yours"}, TOKEN, "token may not read"),
+        (403, {"X-Error-Message": "Access to this resource is disabled."}, {}, "disabled"),
+        (404, {CODE: "RepoNotFound"}, TOKEN, "check the name"),
+        (429, {"Retry-After": "7"}, {}, "in 7 s"),
+        (503, {}, {}, r"503.*later"),
+    ],
+)
+def test_a_refusal_is_told_by_its_status(served, monkeypatch, status, headers, token, told):
+    for name, value in token.items():
+        monkeypatch.setenv(name, value)
+    served.refusal = status, headers
+    for ask in (load, lambda name: hub.download(name, print), hub.config_file):
+        with pytest.raises(RequestError, match=told) as error:
+            ask(TINY)
+        assert "check the network" not in str(error.value)
+    with pytest.raises(RequestError) as error:
+        adapters.fetch(adapters.find("someone/lora"))
+    assert error.value.field == "adapter"
+
+
+def told_of(error: Exception) -> str:
+    return str(hub_errors.explained(error, TINY, "checkpoint"))
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As the client wraps what goes wrong on the way: in an error about the local disk."""
+    connect = type("ConnectError", (type("TransportError", (Exception,), {}),), {})()
+    connect.__cause__ = cause
+    outer = LocalEntryNotFoundError("cannot find the requested files in the local cache")
+    outer.__cause__ = connect
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (wrapped(ssl.SSLCertVerificationError("self-signed")), "certificate.*SSL_CERT_FILE"),
+        (wrapped(socket.gaierror(-2, "Name or service not known")), "name.*check the network"),
+        (wrapped(ConnectionRefusedError(111, "refused")), "check the network"),
+        (wrapped(PermissionError(errno.EACCES, "blocked by a firewall")), "check the network"),
+        (wrapped(OfflineModeIsEnabled("off")), "HF_HUB_OFFLINE"),
+        (wrapped(json.JSONDecodeError("no JSON", "<html>", 0)), "HF_ENDPOINT"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "/cache/x.*HF_HUB_CACHE"),
+        (OSError(errno.EROFS, "Read-only file system", "/cache/x"), "HF_HUB_CACHE"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x"), "disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "disk is full"),
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), "ALL_PROXY"),
+        (HFValidationError("Repo id must be …"), "cannot be an id"),
+        (KeyError("something new"), "something new"),
+    ],
+)
+def test_every_cause_on_the_way_to_the_hub_has_a_sentence_of_its_own(error, told):
+    said = told_of(error)
+    assert re.search(told, said), said
+    assert ("check the network" in said) == ("network" in told)
+
+
+def test_a_cache_that_cannot_be_written_is_named(served, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RequestError, match=r"HF_HUB_CACHE") as error:
+        load(TINY)
+    assert str(tmp_path / "file") in str(error.value)
+
+
+# What the cache lacks, and other forms
+
+
+def test_a_cache_that_another_program_filled_without_the_tokenizer_is_completed(
+    served, tmp_path, monkeypatch
+):
+    source = checkpoints.resolve(TINY)
+    checkpoints.fetch(source, print)
+    for number in "12":  # another folder, since the client remembers what it has seen
+        shutil.copytree(
+            tmp_path / "cache",
+            tmp_path / number,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("trees", "token*"),
+        )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "1"))
+    assert hub.cached(TINY) and not hub.has_tokenizer(hub.cached(TINY))
+    assert hub.has_tokenizer(checkpoints.fetch(source, print))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "2"))
+    served.refusal = 503, {}
+    with pytest.raises(RequestError, match="503"):
+        checkpoints.fetch(source, print)
+
+
+@pytest.fixture
+def exported(served, tmp_path) -> str:
+    """A repository with audiocraft's two files alone, and the text encoder that it names."""
+    golden = Path(__file__).parent / "golden"
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for name in hub.AUDIOCRAFT:
+        shutil.copyfile(golden / "mono" / name, folder / name)
+    served.repositories |= {"someone/songs": folder, "google-t5/t5-base": golden / "text_encoder"}
+    return "someone/songs"
+
+
+def test_a_repository_in_audiocrafts_format_is_described_without_its_weights(served, exported):
+    description = checkpoints.describe(checkpoints.resolve(exported))
+    assert (description.sampling_rate, description.melody) == (32_000, False)
+    pieces = [r for _, path, r in served.asked if path.endswith(f"main/{hub.AUDIOCRAFT[1]}")]
+    read = sum(int(b) - int(a) for a, b in (r.removeprefix("bytes=").split("-") for r in pieces))
+    assert 0 < read < 500_000 < (served.repositories[exported] / hub.AUDIOCRAFT[1]).stat().st_size
+
+
+def test_a_repository_in_audiocrafts_format_plays_and_then_needs_no_network(served, exported):
+    loaded = load(exported)
+    assert (loaded.name, loaded.sampling_rate) == (exported, 32_000)
+    served.asked.clear()
+    load(exported)
+    checkpoints.describe(checkpoints.resolve(exported))
+    assert served.asked == []
+
+
+def test_a_text_encoder_by_name_is_the_hubs_whatever_lies_here(
+    served, exported, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for stray in ("t5-base", "google-t5/t5-base"):
+        (tmp_path / stray).mkdir(parents=True)
+        (tmp_path / stray / "config.json").write_text("{}")
+    assert load(exported).tokenizer("calm piano").input_ids
+
+
+def test_an_adapter_named_as_a_checkpoint_is_told_as_one(served, tiny_mono, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    shutil.copy(tiny_mono / "config.json", folder)  # as some trainers leave it beside
+    base = {"peft_type": "LORA", "base_model_name_or_path": "facebook/musicgen-small"}
+    (folder / adapters.CONFIG).write_text(json.dumps(base))
+    (folder / adapters.WEIGHTS).write_bytes(b"weights")
+    served.repositories["someone/lora"] = folder
+    for name in ("someone/lora", str(folder)):
+        with pytest.raises(RequestError, match=r"adapter.*facebook/musicgen-small"):
+            checkpoints.describe(checkpoints.resolve(name))
+    assert adapters.WEIGHTS not in served.fetched()
+
+
+def test_a_pasted_link_is_the_id_in_it(served):
+    link = f"{served.url}/{TINY}"
+    for name in (link, f"{link}/tree/main", f"https://hf.co/{TINY}/blob/main/config.json", TINY):
+        assert checkpoints.resolve(name) == checkpoints.Source(TINY)
+        assert adapters.find(name) == checkpoints.Source(TINY)
+    for name in (f"{link}/tree/other", "https://hf.co/datasets/a/b", "https://example.com/a/b"):
+        for find, field in ((checkpoints.resolve, "checkpoint"), (adapters.find, "adapter")):
+            with pytest.raises(RequestError, match="link") as error:
+                find(name)
+            assert error.value.field == field
+
+
+def test_a_silent_hub_delays_those_alone_who_ask_it(served):
+    """Many ask for what only the Hub could know: others are answered as ever."""
+    served.silent = threading.Event()
+
+    def refused(*_: object) -> None:
+        raise RequestError("loaded")
+
+    manager = ModelManager(device="cpu", load=refused)
+
+    async def made(**settings: str) -> str:
+        request = GenerationRequest(duration_s=1, **settings)
+        try:
+            async with aclosing(manager.stream(request)) as events:
+                async for _ in events:
+                    pass
+        except RequestError as error:
+            return str(error)
+        return ""
+
+    async def described(checkpoint: str) -> object:
+        try:
+            return await to_thread.run_sync(manager.describe, checkpoint)
+        except RequestError as error:
+            return str(error)
+
+    async def run() -> tuple[list, list, float]:
+        asking = [described(f"someone/model-{n}") for n in range(60)]
+        asking += [made(adapter=f"someone/lora-{n}") for n in range(12)]
+        asking += [made(checkpoint=f"someone/model-{n}") for n in range(12)]
+        tasks = [asyncio.create_task(coroutine) for coroutine in asking]
+        await asyncio.sleep(0.2)
+        began_s = time.monotonic()
+        others = await asyncio.gather(made(checkpoint="bundled"), described("bundled"))
+        took_s = time.monotonic() - began_s
+        served.silent.set()
+        return others, await asyncio.gather(*tasks), took_s
+
+    others, asked, took_s = asyncio.run(run())
+    manager.close()
+    assert took_s < 2 and others[0] == "loaded" and others[1].checkpoint == "bundled"
+    assert all(isinstance(answer, str) and "Traceback" not in answer for answer in asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from musicgen_ui import manager as module
 from musicgen_ui.engine.events import Chunk, Event, Finished, Progress
@@ -101,6 +103,18 @@ def test_a_stereo_checkpoint_gives_two_channels_with_the_toggle_on_or_off(manage
     for stereo in (False, True):
         (take,) = takes(collect(manager, ask(tiny_stereo, stereo=stereo)))
         assert take.clip.samples.shape == (2, 16_000)
+    assert len(manager._residents.all()) == 1
+
+
+def test_weights_trained_again_in_the_same_folder_are_heard(manager, tiny_mono, tmp_path):
+    folder = Path(shutil.copytree(tiny_mono, tmp_path / "training"))
+    first = takes(collect(manager, ask(folder, do_sample=False)))[0].clip.samples
+    (folder / "trainer_state.json").write_text("{}")  # not what makes the music
+    events = collect(manager, ask(folder, do_sample=False))
+    assert not any(isinstance(e, Progress) and e.stage == "loading" for e in events)
+    shutil.copy(tiny.build(tmp_path / "later", seed=5) / "model.safetensors", folder)
+    second = takes(collect(manager, ask(folder, do_sample=False)))[0].clip.samples
+    assert not np.array_equal(first, second)
     assert len(manager._residents.all()) == 1
 
 
@@ -252,10 +266,11 @@ def test_a_checkpoint_that_never_fits_is_refused_before_it_is_fetched():
 
 
 def test_a_public_server_offers_the_listed_checkpoints_alone(tiny_mono, tiny_stereo, monkeypatch):
-    manager = ModelManager(device="cpu", allow_any=False, also=[str(tiny_mono)])
-    assert manager.checkpoints()[:3] == ["auto", str(tiny_mono), "bundled"]
-    for name in [*manager.checkpoints(), "small", "facebook/musicgen-stereo-large"]:
+    manager = ModelManager(device="cpu", allow_any=False, also=[str(tiny_mono), "melody"])
+    assert manager.checkpoints()[:3] == ["auto", str(tiny_mono), "melody"]
+    for name in [*manager.checkpoints(), "facebook/musicgen-melody", "bundled-stereo"]:
         assert manager.describe(name)
+    assert manager.describe("bundled").stereo == "choice"
 
     def touched(*_: object) -> None:
         raise AssertionError("nothing outside the list may be looked at")
@@ -264,6 +279,33 @@ def test_a_public_server_offers_the_listed_checkpoints_alone(tiny_mono, tiny_ste
     for name in (str(tiny_stereo), "someone/model", "/", "~", str(tiny_mono) + "/"):
         with pytest.raises(RequestError, match="these checkpoints alone"):
             manager.describe(name)
+
+
+def test_visitors_of_a_public_server_have_nothing_downloaded(monkeypatch):
+    """Published checkpoints are offered where they are on the computer, or in the host's list."""
+    here = {"facebook/musicgen-medium", "facebook/musicgen-stereo-large"}
+    monkeypatch.setattr(module.hub, "cached", lambda name: Path("/") if name in here else None)
+    loads: list[str] = []
+
+    def load(source, *_: object) -> None:
+        loads.append(source.name)
+        raise RequestError("enough")
+
+    manager = ModelManager(device="cpu", allow_any=False, also=["small"], load=load)
+    offered = {"small", "medium", "stereo-large"}
+    for word, source in module.checkpoints.known().items():
+        if source.folder:
+            continue
+        for name in (word, source.name, word.upper()):
+            with pytest.raises(RequestError):
+                collect(manager, ask(name, duration_s=1))
+        with pytest.raises(RequestError):
+            collect(manager, ask(word, stereo=True))
+        if "stereo" not in word:
+            assert (source.name in manager.checkpoints()) == (word in offered)
+    offered_names = {f"facebook/musicgen-{word}" for word in offered}
+    assert set(loads) <= offered_names
+    assert manager.describe("small").stereo == manager.describe("medium").stereo == "never"
 
 
 def test_status_says_what_is_loaded_where_and_how_large(manager, tiny_mono):

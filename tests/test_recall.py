@@ -93,10 +93,57 @@ def test_tabs_are_bounded(tabs: Recall, monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(10):
         for page in range(10):
             tabs.enter(f"{number}-{page}", f"{number:032x}")
-    assert len(tabs._tabs) == 3 and len(tabs._keys) == 3 * 4
+    assert len(tabs._tabs) == 3 and len(tabs._keys) == 3 * recall.SESSIONS_KEPT
     assert tabs.of("9-9") and not tabs.of("1-9")
     timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
     assert not set(timers) - before
+
+
+def test_a_flood_of_tabs_forgets_no_job_and_no_take(
+    tabs: Recall, stopped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "TABS", 5)
+    tabs.enter("busy", KEY).jobs = 1
+    tabs.enter("done", OTHER, "192.0.2.1").history = [[]]
+    for number in range(20):
+        tabs.enter(f"flood-{number}", f"{number:032x}")
+    assert stopped == [f"flood-{number}" for number in range(17)]
+    for number in range(20):  # takes of its own: the flood loses them first
+        tabs.enter(f"more-{number}", f"{number:031x}f", "192.0.2.2").history = [[]]
+    assert tabs.of("busy").jobs == 1 and tabs.of("done").history and len(tabs._tabs) == 5
+    assert "busy" not in stopped and "done" not in stopped
+
+
+def test_a_session_that_takes_many_keys_is_in_one_tab(tabs: Recall) -> None:
+    for key in (KEY, OTHER, KEY + OTHER):
+        tab = tabs.enter("page", key)
+    assert tabs.of("page") is tab and [t.sessions for t in tabs._tabs.values()] == [[], ["page"]]
+
+
+@pytest.mark.parametrize("closed", ["first", "second"])
+def test_a_duplicated_tab_that_closes_ends_nothing_of_the_other(
+    tabs: Recall, stopped: list[str], monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    monkeypatch.setattr(recall, "LEFT_S", 0.02)
+    monkeypatch.setattr(recall, "GRACE_S", 0.02)
+    pages_of = {"first": KEY + "1" * 32, "second": KEY + "2" * 32}  # the copy has the same key
+    for session, key in pages_of.items():
+        tabs.enter(session, key).jobs = 1
+    tabs.left(pages_of[closed])
+    tabs.lost(closed)
+    time.sleep(0.1)
+    assert stopped == []
+    (other,) = pages_of.keys() - {closed}
+    tabs.left(pages_of[other])
+    wait_for(lambda: set(stopped) == {"first", "second"})
+
+
+def test_stop_ends_the_jobs_of_its_own_page(stopped: list[str]) -> None:
+    tabs = Recall(lambda session: stopped.append(session) or session == "first")
+    for session in ("first", "second"):
+        tabs.enter(session, KEY)
+    assert tabs.stop("first") == 1 and stopped == ["first"]
+    assert tabs.stop("second") == 1  # it has none: the one that it shows is its tab's
 
 
 def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(

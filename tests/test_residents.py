@@ -173,6 +173,22 @@ def test_a_load_without_memory_unloads_what_is_idle_and_tries_once_more(loader, 
     assert names(residents) == ["C"]
 
 
+def test_weights_that_changed_are_loaded_anew_and_the_old_ones_go(loader):
+    residents = residents_of(loader)
+    first, second = (Source("A", contents=(("w", 1, time),)) for time in (1, 2))
+    with residents.lease(first) as held:
+        old = held.loaded()
+        with residents.lease(second) as resident:
+            assert resident.loaded() is not old and held.batch is old  # it plays on
+        assert names(residents) == ["A", "A"]
+    assert names(residents) == ["A"]
+    use(residents, second)
+    assert loader.loads == ["A", "A"]
+    use(residents, first)  # an idle one goes at once
+    assert names(residents) == ["A"]
+    assert loader.loads == ["A", "A", "A"]
+
+
 def test_other_errors_are_not_tried_again(loader):
     loader.failures = [KeyError("a bug")]
     with pytest.raises(KeyError):

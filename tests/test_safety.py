@@ -21,13 +21,18 @@ import psutil
 import pytest
 import soundfile
 from fakes import FakeEngine
+from gradio import routes
 from gradio_client import Client, handle_file
 from local import free_port, wait_for
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from musicgen_ui import logs
 from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import doors, limits, take_panel
-from musicgen_ui.ui.server import close, launch
+from musicgen_ui.ui.server import _middleware, close, launch
 from musicgen_ui.ui.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +48,7 @@ def engine() -> FakeEngine:
 @pytest.fixture(scope="module")
 def server(engine: FakeEngine) -> Iterator[SimpleNamespace]:
     """An open server: its address, Gradio's Blocks, its folder."""
-    chosen = Settings(port=free_port(), max_upload_mb=20)
+    chosen = Settings(port=free_port(), max_upload_mb=20, allowed_hosts="Music.example.com, ")
     demo, temporary = launch(chosen, engine)
     yield SimpleNamespace(
         url=f"http://127.0.0.1:{chosen.port}", port=chosen.port, demo=demo, folder=temporary
@@ -172,10 +177,13 @@ def test_no_file_but_those_shown_is_served(place, server, takes):
     path = place.format(folder=server.folder, cache=cache, take=take, root=ROOT, port=server.port)
     ways = (path, path.replace(".", "%2e"), path.replace("/", "%2f"), path.replace("..", "%252e."))
     for written in ways:
-        request = f"GET /gradio_api/file={written} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        answer = raw(server.port, request.encode("latin-1"))
+        answer = raw(server.port, get(f"/gradio_api/file={written}").encode("latin-1"))
         assert answer.split(b" ")[1] in (b"403", b"404", b"400"), answer[:200]
         assert b"root:" not in answer
+
+
+def get(path: str, host: str = "localhost") -> str:
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 
 def raw(port: int, request: bytes) -> bytes:
@@ -289,6 +297,146 @@ def test_why_an_address_is_refused_is_said(server):
     assert "uploaded, not fetched" in said["output"]["error"]
 
 
+# other websites
+
+
+LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "music.example.com"]
+OTHER_NAMES = [
+    *("x.localhost", "localhost.", "evil.example", "127.0.0.1.nip.io", "localhost.evil.example"),
+    *("", "evil.example#localhost", "localhost@evil.example", "music.example.com.evil.example"),
+]
+PAGE, FOREIGN = "http://127.0.0.1:{port}", "http://evil.example"
+
+
+@pytest.mark.parametrize("name", LOCAL_NAMES + OTHER_NAMES)
+def test_a_server_of_this_computer_has_no_other_name(name, server):
+    """A browser sends to it whatever a website's own name is made to mean (DNS rebinding)."""
+    for port in (f":{server.port}", ""):
+        for path in ("/", "/config", "/gradio_api/info"):
+            answer = raw(server.port, get(path, name + port).encode())
+            assert answer.startswith(b"HTTP/1.1 200" if name in LOCAL_NAMES else b"HTTP/1.1 4")
+            assert name in LOCAL_NAMES or b"gradio" not in answer
+
+
+def called(server: SimpleNamespace, **headers: str) -> set[int]:
+    """How a page's requests are answered: reading, uploading, generating."""
+    number, _ = function(server, "status")
+    event = {"data": [], "fn_index": number, "session_hash": "page"}
+    answers = [
+        HTTP.get(server.url + "/config", headers=headers),
+        HTTP.get(server.url + "/", headers=headers),
+        HTTP.post(server.url + "/gradio_api/run/predict", json=event, headers=headers),
+        HTTP.post(server.url + "/gradio_api/upload", files={"files": b"x"}, headers=headers),
+    ]
+    assert not any("access-control-allow-credentials" in a.headers for a in answers)
+    assert not any("access-control-allow-origin" in a.headers for a in answers)
+    return {answer.status_code for answer in answers}
+
+
+def test_pages_of_other_websites_may_not_use_a_server(server):
+    foreign = [
+        *(FOREIGN, "null", "http://127.0.0.1:1", "http://x.localhost:{port}", "", "//"),
+        *("http://localhost.:{port}", "http://127.0.0.1.evil.example:{port}", "file://"),
+    ]
+    for origin in foreign:
+        assert called(server, origin=origin.format(port=server.port)) == {403}, origin
+    asks = {"origin": FOREIGN, "access-control-request-method": "POST"}
+    asked = HTTP.options(server.url + "/gradio_api/upload", headers=asks)
+    assert asked.status_code == 403 and "access-control-allow-origin" not in asked.headers
+    picture = {
+        "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "no-cors",
+        "sec-fetch-dest": "image",
+    }
+    frame = picture | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}
+    assert called(server, **picture) == called(server, **frame) == {403}
+
+
+def test_its_own_pages_and_programs_may(server):
+    link = {
+        "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "navigate",
+        "sec-fetch-dest": "document",
+    }
+    own = PAGE.format(port=server.port)
+    for headers in ({}, link, {"origin": own, "sec-fetch-site": "same-origin"}):
+        assert called(server, **headers) == {200}, headers
+    proxied = [
+        {"origin": "https://music.example.com"},  # a proxy that passes on its own address for host
+        {"origin": "https://music.example.com", "host": "music.example.com"},
+        {"origin": "https://music.example.com:8443", "host": "music.example.com"},
+        {"origin": "https://other.example", "x-forwarded-host": "other.example"},
+    ]
+    for headers in proxied:
+        assert called(server, **headers) == {200}, headers
+
+
+def test_a_public_space_is_called_by_other_websites_without_credentials(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    for auth, status, origin in (("", 200, "*"), ("ann:secret", 403, None)):
+        passed = _middleware(Settings(host="0.0.0.0", auth=auth), tmp_path, set())
+        app = Starlette(routes=[Route("/", lambda _: PlainTextResponse("page"))], middleware=passed)
+        answer = TestClient(app).get("/", headers={"origin": FOREIGN})
+        assert answer.status_code == status
+        assert answer.headers.get("access-control-allow-origin") == origin
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+# names that clients choose
+
+
+def test_long_names_are_refused_and_not_kept(server):
+    number, _ = function(server, "status")
+    long = "x" * 4_000
+    api = server.url + "/gradio_api"
+    event = {"data": [], "fn_index": number}
+    ways = [
+        *(
+            (f"/{route}", {"session_hash": long, **event})
+            for route in ("queue/join", "run/predict")
+        ),
+        ("/run/predict", {"session_hash": "s", "event_id": long, **event}),
+        ("/call/generate", {"data": [], "session_hash": long}),
+        ("/queue/join", {"session\\u005fhash": long, "session_hash": long, **event}),
+    ]
+    for path, body in ways:
+        answer = HTTP.post(api + path, content=json.dumps(body).replace("\\\\u", "\\u"))
+        assert answer.status_code == 400, path
+    for path in (f"/heartbeat/{long}", f"/queue/data?session_hash={long}"):
+        assert HTTP.get(api + path).status_code == 400
+    assert HTTP.post(f"{api}/upload?upload_id={long}", files={"files": b"x"}).status_code == 400
+    held = (
+        server.demo.state_holder.session_data,
+        server.demo._queue.pending_messages_per_session,
+        server.demo._queue.pending_event_ids_session,
+        routes.file_upload_statuses._statuses,
+        routes.file_upload_statuses._signals,
+    )
+    assert all(len(name) <= limits.NAME_CHARACTERS for names in held for name in names)
+
+
+def test_what_pages_send_is_not_kept(server):
+    mark = "keep me " * 1000
+    for name in ("checkpoint", "clip_use", "enter", "add_row"):
+        number, inputs = function(server, name)
+        event = {"data": [mark for _ in inputs], "fn_index": number, "session_hash": f"k{number}"}
+        HTTP.post(server.url + "/gradio_api/run/predict", json=event)
+    for session in list(server.demo.state_holder.session_data.values()):
+        values = [c["props"].get("value") for c in session.components if "props" in c]
+        assert "keep me" not in repr([values, session.state_data])
+
+
+def test_many_names_are_forgotten(server, monkeypatch):
+    monkeypatch.setattr(limits, "UNREAD", 3)
+    for number in range(6):
+        upload(server, "a.wav", params={"upload_id": f"u{number}"})
+        server.demo._queue.pending_event_ids_session[f"gone{number}"] = {"event"}
+    limits.forget_names(server.demo)
+    uploads = routes.file_upload_statuses
+    assert len(uploads._statuses) == len(uploads._signals) == 3
+    assert not any(n.startswith("gone") for n in server.demo._queue.pending_event_ids_session)
+
+
 # bodies
 
 
@@ -378,7 +526,7 @@ def test_an_aborted_upload_leaves_nothing(server):
     before = files_of(server)
     body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'
     head = (
-        b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 15000000\r\n"
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15000000\r\n"
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
     )
     for _ in range(5):
@@ -396,7 +544,7 @@ def test_an_upload_that_is_too_large_leaves_nothing(server):
 
 def test_a_body_that_stalls_is_ended(server, monkeypatch):
     monkeypatch.setattr(limits, "STALLED_S", 0.3)
-    head = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += b"Content-Length: 9\r\n\r\n{"
     assert raw(server.port, head).split(b" ")[1] in (b"400", b"408")
 
@@ -412,7 +560,7 @@ def test_uploads_end_where_the_disk_is_nearly_full(server, monkeypatch):
 
 def test_a_request_that_never_gets_to_its_end_is_hung_up_on(server, monkeypatch):
     monkeypatch.setattr(doors, "HEAD_S", 0.3)
-    starts = [b"", b"GET /heal", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-a: b\r\n"]
+    starts = [b"", b"GET /heal", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-a: b\r\n"]
     for start in starts:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
             slow.sendall(start)
@@ -422,12 +570,12 @@ def test_a_request_that_never_gets_to_its_end_is_hung_up_on(server, monkeypatch)
 def test_a_slow_second_request_on_a_connection_is_hung_up_on_too(server, monkeypatch):
     monkeypatch.setattr(doors, "HEAD_S", 0.3)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
-        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = b""
         while not answer.endswith(b"}"):
             answer += slow.recv(4000)
         assert b" 200 " in answer
-        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-")
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-")
         assert slow.recv(1000) == b""
 
 
@@ -445,7 +593,7 @@ def test_connections_are_bounded_and_the_first_ones_served(server, monkeypatch):
         for connection in flood:
             connection.settimeout(0.2)
             with contextlib.suppress(OSError):
-                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 alive += connection.recv(100).startswith(b"HTTP/1.1 200")
         assert 0 < alive <= 30
 
@@ -622,6 +770,55 @@ def test_on_a_public_server_visitors_name_listed_checkpoints_alone(named, hostil
     manager = ModelManager(device="cpu", allow_any=False)
     with pytest.raises(RequestError, match="offers these checkpoints alone"):
         manager.describe(named.format(folder=hostile))
+
+
+@pytest.fixture
+def real(server, tiny_mono) -> Iterator[Any]:
+    """The real engine beside an open server, whose folders hold checkpoints of visitors."""
+    from musicgen_ui.manager import ModelManager
+
+    manager = ModelManager(device="cpu", load=lambda *_: pytest.fail("a visitor's file was loaded"))
+    yield manager
+    manager.close()
+
+
+def places_of_visitors(server: SimpleNamespace) -> Iterator[Path]:
+    (path,) = upload(server, "state_dict.bin", b"x" * 86).json()
+    (config,) = upload(server, "config.json", b'{"model_type": "musicgen"}').json()
+    yield from (Path(path).parent, Path(config).parent, server.folder / "takes" / "inside")
+    yield from (server.folder, server.folder / "shown", server.folder / "takes")
+    yield server.folder.parent / "musicgen-ui-1-abcdef-other" / "shown"  # another server's
+
+
+def test_what_visitors_put_on_the_disk_is_no_checkpoint_and_no_adapter(
+    server, real, tiny_mono, tmp_path, monkeypatch
+):
+    from musicgen_ui import adapters, checkpoints, files
+    from musicgen_ui.request import RequestError
+
+    (own := tmp_path / "own").mkdir()
+    monkeypatch.setattr(files, "TAKES", files.TAKES | {own})
+    for folder in [*places_of_visitors(server), own]:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text((tiny_mono / "config.json").read_text())
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(folder)
+        for named in (str(folder), f"{folder}/.", f"{folder}/../{folder.name}", tmp_path / "link"):
+            with pytest.raises(RequestError, match="no checkpoints"):
+                real.describe(str(named))
+            with pytest.raises(RequestError, match="no checkpoints"):
+                adapters.find(str(named))
+        (folder / "config.json").unlink()
+        if made:
+            folder.rmdir()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    named = {"model_type": "musicgen_decoder", "base_model": str(server.folder)}
+    (alone / "config.json").write_text(json.dumps(named))
+    with pytest.raises(RequestError, match="no checkpoints"):
+        real.describe(str(alone))
+    assert checkpoints.folder_of(str(tiny_mono)) == tiny_mono.resolve()
 
 
 def test_no_module_trusts_remote_code():

@@ -55,7 +55,7 @@ class Adapter:
     name: str
     base: str  # the checkpoint it was trained on, as it says; may be empty
     patches: Mapping[tuple[int, str], list[Patch]]  # by layer and product
-    stamp: int = 0  # of its file
+    stamp: tuple[tuple[str, int, int], ...] = ()  # names, sizes and times of its files
 
     @property
     def nbytes(self) -> int:

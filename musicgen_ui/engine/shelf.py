@@ -1,8 +1,8 @@
 """The adapters of one checkpoint, read from peft's files and kept in memory.
 
-The files are `adapter_config.json` and `adapter_model.safetensors`, for plain LoRA on the decoder's
-linear layers and embeddings and on the projections before it. What else an adapter may hold changes
-what is computed, so it is refused rather than left out.
+The files are `adapter_config.json` and `adapter_model.safetensors`, or `adapter_model.bin` of older
+peft, for plain LoRA on the decoder's linear layers and embeddings and on the projections before it.
+What else an adapter may hold changes what is computed, so it is refused rather than left out.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from musicgen_ui.engine.adapter import OUTSIDE, Adapter, Patch, Place, Worn
 from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.request import GenerationRequest, RequestError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # by older peft, in place of the second
 KEPT = 8  # adapters in memory for a checkpoint; others are read again
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>(?:decoder\.)?(?:model\.decoder\.)?"
     r"(?P<module>layers\.\d+\.\w+(?:\.\w+)?|(?:lm_heads|embed_tokens)\.\d+|"
     r"(?:audio_)?enc_to_dec_proj))\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?"
 )
+_WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # of torch.compile and DDP
+Shapes = Mapping[str, tuple[int, ...]]
 # Of adapter_config.json: what makes another computation of the same matrices.
 _OFF = (
     *("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"),
@@ -128,9 +132,11 @@ def places(config: Any, cross: bool) -> dict[str, Place]:
     return found
 
 
-def _stamp(folder: Path) -> int:
-    file = folder / WEIGHTS
-    return file.stat().st_mtime_ns if file.is_file() else 0
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """By which a change of an adapter's files is noticed: names, sizes and times of change."""
+    found = [folder / name for name in (CONFIG, WEIGHTS, PICKLED) if (folder / name).is_file()]
+    states = [(file.name, file.stat()) for file in found]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in states)
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -160,19 +166,16 @@ def read(name: str, folder: Path, shelf: Shelf) -> Adapter:
     Raises:
         RequestError: as `Shelf.add`.
     """
-    from safetensors import safe_open
-
     stamp, config = _stamp(folder), read_config(name, folder)
     base = str(config.get("base_model_name_or_path") or "")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        with _opened(folder) as (shapes, get):
             pairs = _pairs(name, shapes, shelf, base)
             patches: dict[tuple[int, str], list[Patch]] = {}
             for module, (down_key, up_key, path) in pairs.items():
                 # Copies: a file may be written anew while it is mapped.
-                down = file.get_tensor(down_key).to(torch.float32, copy=True)
-                up = file.get_tensor(up_key).to(torch.float32, copy=True)
+                down = get(down_key).to(torch.float32, copy=True)
+                up = get(up_key).to(torch.float32, copy=True)
                 if not (down.isfinite().all() and up.isfinite().all()):
                     raise ValueError("not a number")
                 place, scale = shelf.places[module], _scale(name, config, path, len(down))
@@ -183,19 +186,32 @@ def read(name: str, folder: Path, shelf: Shelf) -> Adapter:
     except RequestError:
         raise
     except Exception as error:  # whatever a broken file brings about
-        why = f"has no readable {WEIGHTS}: save it again with peft, or fetch it again"
+        held = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
+        why = f"has no readable {held}: save it again with peft, or fetch it again"
         raise _refused(name, why) from error
     return Adapter(name, base, patches, stamp)
 
 
-def _pairs(
-    name: str, shapes: Mapping[str, tuple[int, ...]], shelf: Shelf, base: str
-) -> dict[str, tuple[str, str, str]]:
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Shapes, Callable[[str], Tensor]]]:
+    """The shapes of an adapter's weights, and how to get one of them."""
+    from safetensors import safe_open
+
+    if (folder / WEIGHTS).is_file():
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = file.keys()
+            yield {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor
+    else:
+        held = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+        yield {name: tuple(weight.shape) for name, weight in held.items()}, held.__getitem__
+
+
+def _pairs(name: str, shapes: Shapes, shelf: Shelf, base: str) -> dict[str, tuple[str, str, str]]:
     """A module's two keys and its path, by the module's name; all fit the checkpoint."""
     sides: dict[str, dict[str, str]] = {}
     paths: dict[str, str] = {}
     for key in shapes:
-        found = _KEY.fullmatch(key)
+        found = _KEY.fullmatch(_WRAPPER.sub("", key))
         if not found:
             raise _refused(name, f"changes {key[:80]}, which cannot be put on: {_MERGE}")
         sides.setdefault(found["module"], {})[found["side"]] = key

@@ -1,5 +1,7 @@
 """What outsiders may reach and hold open: routes, files, addresses, connections.
 
+A browser sends requests for every website that it shows, also to servers on its own computer, and
+DNS rebinding gives such a server's address another name. `SameOrigin` refuses both.
 Gradio brings more routes than this page needs, among them one that fetches any address for whoever
 asks and one that runs FFmpeg on a body; `Doors` lets through those that page, API and MCP use. It
 serves files from the cache alone, where Gradio names a file by its content's hash, so nobody finds
@@ -11,18 +13,20 @@ to the end of a request's head is closed.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import ipaddress
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
-from gradio import route_utils
-from starlette.datastructures import FormData
+from gradio import route_utils, routes
+from starlette.datastructures import FormData, Headers
 from starlette.formparsers import MultiPartException
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,99 @@ MAX_OF_AN_ADDRESS = 100  # where it is a public one: behind a proxy, all visitor
 HEAD_S = 20.0  # for a request's head
 MAX_FILES = 8  # in one upload
 SPARE_BYTES = 500_000_000  # of the disk are left to the takes
+USUAL_PORTS = (80, 443)
+WRONG_HOST = (
+    "This server does not answer to that name: open it as localhost, or start it with "
+    "--allowed-hosts and the name."
+)
+WRONG_ORIGIN = (
+    "Pages of other websites may not use this server: open its own page, or start it with "
+    "--allowed-hosts and the website's name."
+)
+# Of a file's part. Gradio adds the headers of the request to them, cookies and passwords included.
+OF_A_PART = {
+    *(b"cache-control", b"content-disposition", b"content-encoding"),
+    *(b"content-length", b"content-range", b"content-type", b"date", b"etag", b"last-modified"),
+    *(b"vary", b"access-control-allow-origin"),
+}
 NOT_FETCHED = "Clips are uploaded, not fetched: download it and hand over the file."
+
+
+class SameOrigin:
+    """Refuses requests that other websites send by way of a visitor's browser (ASGI middleware).
+
+    Args:
+        app: what is behind it.
+        names: of this server, as `fnmatch` patterns in lower case. Pages of these may call it.
+        local: whether it listens on loopback alone: then it has no other names but localhost.
+        open_to_pages: whether pages of every website may call it.
+    """
+
+    def __init__(
+        self, app: Any, names: Collection[str], local: bool, open_to_pages: bool = False
+    ) -> None:
+        self.app = app
+        self.names = names
+        self._local, self._open = local, open_to_pages
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Serves who calls this server by its name, and not from another website."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not self._has_name(headers.getlist("host")):
+            await _answer(scope, send, 403, WRONG_HOST)
+            return
+        if not self._open and self._is_foreign(headers, scope):
+            await _answer(scope, send, 403, WRONG_ORIGIN)
+            return
+        await self.app(scope, receive, send)
+
+    def _has_name(self, hosts: list[str]) -> bool:
+        if not self._local:
+            return True
+        name = _host_and_port(f"//{hosts[0]}")[0] if len(hosts) == 1 else ""
+        return is_loopback(name) or self._knows(name)
+
+    def _knows(self, name: str) -> bool:
+        return bool(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names)
+
+    def _is_foreign(self, headers: Headers, scope: dict) -> bool:
+        """Whether a request comes from a page of another origin, as far as a browser says so."""
+        origin = headers.get("origin")
+        if origin is None:  # pictures, scripts and frames have none
+            asked = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+            followed_link = asked == ("navigate", "document")
+            return headers.get("sec-fetch-site") == "cross-site" and not followed_link
+        name, port = _host_and_port(origin)
+        served_port = (scope.get("server") or ("", None))[1]
+        # No page can set the second of them without asking first, and then it is refused.
+        for host in (headers.get("host"), headers.get("x-forwarded-host")):
+            own_name, own_port = _host_and_port(f"//{host or ''}")
+            # A proxy may leave the port out, a browser only where it is the usual one.
+            by_proxy = own_port == 0 and served_port not in USUAL_PORTS
+            if name and name == own_name and (port == own_port or by_proxy):
+                return False
+        return not self._knows(name)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """An address's host in lower case, and its port; 0 for the usual one. ("", 0) for nonsense."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port or 0
+    except ValueError:
+        return "", 0
+    return (parts.hostname or ""), (0 if port in USUAL_PORTS else port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is one of this computer's own, which no other computer reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class Doors:
@@ -63,6 +159,9 @@ class Doors:
         async def noted(message: dict) -> None:
             nonlocal started
             started = True
+            if message.get("status") == 206:
+                headers = [h for h in message["headers"] if h[0].lower() in OF_A_PART]
+                message = {**message, "headers": [*headers, (b"accept-ranges", b"bytes")]}
             await send(message)
 
         if not self._is_open(scope["path"]):
@@ -103,6 +202,22 @@ async def _answer(scope: dict, send: Callable, status: int, text: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": f"{text}\n".encode()})
+
+
+class NoSharing:
+    """Takes the place of Gradio's middleware, which gives nearly every website credentials."""
+
+    def __init__(self, app: Any, **_: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Passes everything on; see `SameOrigin`."""
+        await self.app(scope, receive, send)
+
+
+def guard_origins() -> None:
+    """Has `SameOrigin` alone decide about other websites. Call it before Gradio's app is made."""
+    routes.CustomCORSMiddleware = NoSharing  # type: ignore[misc, assignment]
 
 
 def guard_files(components: Iterable[Any]) -> None:

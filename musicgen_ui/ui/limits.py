@@ -1,10 +1,12 @@
-"""What a public server must not take or keep: endless bodies, given up uploads, closed pages."""
+"""What a public server must not take or keep: endless bodies and names, given up uploads, closed
+pages."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import itertools
+import json
 import math
 import os
 import sys
@@ -14,7 +16,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
+NAME_CHARACTERS = 64  # Gradio's own names have 36 at most
+NAMES = ("session_hash", "event_id")
+WITH_NAMES = ("queue", "call", "run", "api", "cancel", "reset")  # routes whose body has them
+UNREAD = 1000  # names of uploads and of sessions without a reader that Gradio may keep
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
@@ -75,6 +82,49 @@ class BodyLimit:
                 await refuse(send, 413, f"The request is larger than {limit // 1_000_000} MB.")
 
 
+class NameLimit:
+    """Refuses long names of sessions, events and uploads (ASGI middleware).
+
+    Clients choose them, and Gradio keeps each one, whatever its length, with what belongs to it.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Serves a request whose names are short, else answers 400."""
+        _, api, route = scope["path"].rpartition("/gradio_api/")
+        if scope["type"] != "http" or not api or route.startswith("file="):
+            await self.app(scope, receive, send)
+            return
+        names: list[Any] = route.split("/")
+        names += [value for _, value in parse_qsl(scope["query_string"].decode("latin-1"))]
+        if scope["method"] == "POST" and route.split("/")[0] in WITH_NAMES:
+            body, receive = await _whole(receive)
+            with suppress(ValueError, RecursionError):  # Gradio says what is wrong with those
+                held = json.loads(body)
+                names += [held.get(key) for key in NAMES] if isinstance(held, dict) else []
+        if any(isinstance(name, str) and len(name) > NAME_CHARACTERS for name in names):
+            await refuse(send, 400, f"A name in it is longer than {NAME_CHARACTERS} characters.")
+            return
+        await self.app(scope, receive, send)
+
+
+async def _whole(receive: Callable) -> tuple[bytes, Callable]:
+    """A body, and a `receive` that gives it once more."""
+    messages: list[dict] = []
+    parts: list[bytes] = []
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+        parts.append(messages[-1].get("body", b""))
+    messages.reverse()
+
+    async def again() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return b"".join(parts), again
+
+
 class _TooLargeError(Exception):
     """A body passed its limit."""
 
@@ -117,6 +167,31 @@ class ClosedPages:
             if getattr(holder.session_data.get(oldest), "is_closed", False):
                 holder.session_data.pop(oldest, None)
                 holder.time_last_used.pop(oldest, None)
+
+
+def keep_no_values() -> None:
+    """Has Gradio keep no value that a page sends: it would, for links that this app does not have,
+    megabytes of each field of each page."""
+    from gradio.state_holder import SessionState
+
+    SessionState._update_value_in_config = lambda *_: None  # type: ignore[method-assign]
+
+
+def forget_names(demo: Any) -> None:
+    """Lets Gradio forget names that clients chose and nobody reads from; it keeps them for ever."""
+    from gradio.routes import file_upload_statuses as uploads
+
+    for kept in (uploads._signals, uploads._statuses):
+        for name in list(kept)[:-UNREAD]:
+            kept.pop(name, None)
+    unread = demo._queue.pending_messages_per_session
+    for session in list(demo._queue.pending_event_ids_session):
+        if session not in unread:
+            demo._queue.pending_event_ids_session.pop(session, None)
+    if len(demo.upload_file_set) > UNREAD:  # the paths of uploads, most of which are deleted
+        demo.upload_file_set -= {
+            path for path in list(demo.upload_file_set) if not Path(path).exists()
+        }
 
 
 class Sweeper:
@@ -181,17 +256,18 @@ class Sweeper:
         return count
 
 
-def sweep_while(running: Callable[[], bool], folder: Path, kept_bytes: float) -> None:
+def sweep_while(demo: Any, folder: Path, kept_bytes: float) -> None:
     """Sweeps a server's temporary folder, and its takes apart, for as long as it runs."""
     takes = folder / "takes"
     sweepers = [
         Sweeper(folder, KEPT_S, kept_bytes, skip=takes),
         Sweeper(takes, TAKE_KEPT_S, kept_bytes),
     ]
-    while running():
+    while demo.is_running:
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:
             sweeper.sweep()
+        forget_names(demo)
         _glibc("malloc_trim", 0)  # what is free in the heaps goes back to the system
 
 

@@ -7,6 +7,7 @@ answers on the server's own computer alone, where nothing hints at a proxy in be
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import secrets
 from collections import Counter as Count
@@ -21,6 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from musicgen_ui.engine.events import Engine
+from musicgen_ui.ui import gate
 from musicgen_ui.ui.journal import OUTCOMES, Journal, Record
 
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
@@ -109,14 +111,20 @@ def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
         told |= {"step_age_s": round(health.step_age_s, 1)}
         return JSONResponse(told, 503 if health.trouble else 200, {"cache-control": "no-store"})
 
-    def tell(request: Request) -> Response:
+    attempts = gate.Attempts()
+
+    async def tell(request: Request) -> Response:
         if token:
             scheme, _, brought = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(
-                brought.strip().encode(), token.encode()
-            ):
-                needed = {"www-authenticate": "Bearer"}
-                return PlainTextResponse("Bring the metrics token.\n", 401, needed)
+            with attempts.one(request.scope) as may_try:
+                if not may_try:
+                    return PlainTextResponse(f"{gate.TOO_MANY}\n", 429)
+                if scheme.lower() != "bearer" or not secrets.compare_digest(
+                    brought.strip().encode(), token.encode()
+                ):
+                    await asyncio.sleep(gate.WRONG_S if brought else 0)
+                    needed = {"www-authenticate": "Bearer"}
+                    return PlainTextResponse("Bring the metrics token.\n", 401, needed)
         elif proxied or not local(request):
             text = "Set MUSICGEN_UI_METRICS_TOKEN to read the metrics from afar.\n"
             return PlainTextResponse(text, 403)

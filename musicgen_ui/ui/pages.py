@@ -25,7 +25,8 @@ class Pages:
 
     def enter(self, key: str, request: gr.Request) -> dict[str, Any]:
         """A page was opened: shows again what its tab had before."""
-        tab = self.recall.enter(Visitor.of(request).tab, key)
+        visitor = Visitor.of(request)
+        tab = self.recall.enter(visitor.tab, key, visitor.address)
         if tab is None or not tab.settings:
             return {}
         shown = form.restore(tab.settings) | {"variations": tab.settings["variations"]}

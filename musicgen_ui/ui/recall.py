@@ -4,7 +4,8 @@ Gradio forgets a page whose connection breaks: its job ends, and when the connec
 browser loads a new page that knows nothing. So a tab keeps a key of its own, which nobody can
 guess, in the browser's session storage, and its takes are remembered under that key. A job whose
 page is gone goes on for a while; the page that comes back in time is told of it and shows the take
-when it is done. A page that is closed says so, and its jobs end soon.
+when it is done. A page that is closed says so, and its tab's jobs end soon, unless another page of
+the tab is open: browsers copy the key into a duplicated tab.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -27,15 +28,16 @@ from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 GRACE_S = 60.0  # that a job goes on whose page lost its connection
 LEFT_S = 3.0  # and one whose page was closed: loading it anew takes less
 TABS = 1000  # remembered: the one longest unseen goes first
-KEY = re.compile("[0-9a-f]{32}")
+KEY = re.compile("([0-9a-f]{32})([0-9a-f]{32})?")  # a tab's, and one of the page in it
+SESSIONS_KEPT = 8  # pages of a tab, open or not
 
 ENTER = """() => {
-  if (!/^[0-9a-f]{32}$/.test(sessionStorage.musicgen || '')) {
-    const random = crypto.getRandomValues(new Uint8Array(16));
-    sessionStorage.musicgen = Array.from(random, (b) => b.toString(16).padStart(2, '0')).join('');
-  }
-  addEventListener('pagehide', () => navigator.sendBeacon('left', sessionStorage.musicgen));
-  return [sessionStorage.musicgen];
+  const random = () => Array.from(
+    crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
+  if (!/^[0-9a-f]{32}$/.test(sessionStorage.musicgen || '')) sessionStorage.musicgen = random();
+  const name = sessionStorage.musicgen + random();
+  addEventListener('pagehide', () => navigator.sendBeacon('left', name));
+  return [name];
 }"""
 
 _UNDER_WAY: set[asyncio.Task] = set()
@@ -45,12 +47,19 @@ _UNDER_WAY: set[asyncio.Task] = set()
 class Tab:
     """One tab of a browser, whichever page it shows."""
 
+    address: str = ""  # of its visitor
     sessions: list[str] = field(default_factory=list)  # Gradio's names of its pages, the last last
+    open: dict[str, str] = field(default_factory=dict)  # its open pages' keys, by session
     history: list[Group] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # of the last click
     jobs: int = 0  # under way
     news: bool = False  # a take was finished that no page has shown
     timer: threading.Timer | None = None  # stops its jobs
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether there is anything to find again."""
+        return bool(self.history or self.settings)
 
     def cancel(self) -> None:
         """Lets its jobs go on."""
@@ -72,21 +81,45 @@ class Recall:
         self._tabs: OrderedDict[str, Tab] = OrderedDict()  # by key
         self._keys: dict[str, str] = {}  # by session
 
-    def enter(self, session: str, key: str) -> Tab | None:
-        """A page was opened; the tab that it is in, None for a key that no page makes."""
-        if not KEY.fullmatch(key or ""):
+    def enter(self, session: str, key: str, address: str = "") -> Tab | None:
+        """A page was opened; the tab that it is in, None for a key that no page makes.
+
+        Args:
+            session: Gradio's name of the page.
+            key: the tab's, and the page's after it.
+            address: the visitor's.
+        """
+        keys = KEY.fullmatch(key or "")
+        if not keys:
             return None
-        tab = self._tabs.setdefault(key, Tab())
-        self._tabs.move_to_end(key)
-        self._keys[session] = key
+        self._take_out(session)
+        tab = self._tabs.setdefault(keys[1], Tab(address))
+        self._tabs.move_to_end(keys[1])
+        self._keys[session] = keys[1]
         tab.sessions.append(session)
-        for gone in tab.sessions[:-4]:  # a tab that was loaded anew many times
-            self._keys.pop(gone, None)
-            tab.sessions.remove(gone)
+        tab.open[session] = keys[2] or ""
+        if len(tab.sessions) > SESSIONS_KEPT:  # it was loaded anew many times
+            self._take_out(min(tab.sessions[:-1], key=lambda other: other in tab.open))
         tab.cancel()
-        while len(self._tabs) > TABS:
-            self._forget(next(iter(self._tabs)))
+        self._make_room()
         return tab
+
+    def _take_out(self, session: str) -> None:
+        """Forgets a page."""
+        if tab := self._tabs.get(self._keys.pop(session, "")):
+            tab.sessions.remove(session)
+            tab.open.pop(session, None)
+
+    def _make_room(self) -> None:
+        """Forgets tabs beyond the limit: never one with a job; first those with nothing to find,
+        and those of the visitor who has the most."""
+        while len(self._tabs) > TABS:
+            of = Counter(tab.address for tab in self._tabs.values())
+            idle = [key for key, tab in self._tabs.items() if not tab.jobs][:-1]
+            if not idle:
+                return
+            tabs = self._tabs
+            self._forget(min(idle, key=lambda k: (tabs[k].holds_something, -of[tabs[k].address])))
 
     def of(self, session: str) -> Tab | None:
         """The tab that shows, or showed, a page."""
@@ -97,26 +130,35 @@ class Recall:
         tab = self.of(session)
         if tab is None:
             self._stop(session)
-        elif tab.sessions[-1] == session and tab.timer is None:
+            return
+        tab.open.pop(session, None)
+        if not tab.open and tab.timer is None:
             self._stop_after(tab, GRACE_S if self._grace else 0.0)
 
     def left(self, key: str) -> None:
-        """A tab closed its page: its jobs end soon, unless it opens another."""
-        if tab := self._tabs.get(key):
+        """A page was closed: its tab's jobs end soon, unless the tab shows or opens another."""
+        keys = KEY.fullmatch(key)
+        tab = self._tabs.get(keys[1]) if keys else None
+        if keys is None or tab is None:
+            return
+        for session, page in list(tab.open.items()):
+            if page == (keys[2] or ""):
+                del tab.open[session]
+        if not tab.open:
             tab.cancel()
             self._stop_after(tab, LEFT_S if self._grace else 0.0)
 
     def stop(self, session: str) -> int:
-        """Asks the jobs of a page's tab to stop, those of its earlier pages too; how many."""
+        """Asks the jobs of a page to stop; where it has none, those it shows of its tab's other
+        pages. How many."""
         tab = self.of(session)
-        sessions = tab.sessions if tab else [session]
-        return sum(map(self._stop, sessions))
+        return self._stop(session) or sum(map(self._stop, tab.sessions if tab else ()))
 
     def route(self) -> Route:
         """Where a page says that it is closed."""
 
         async def left(request: Request) -> Response:
-            self.left((await request.body())[:64].decode("ascii", "replace"))
+            self.left((await request.body())[:65].decode("ascii", "replace"))
             return Response(status_code=204)
 
         return Route("/left", left, methods=["POST"])

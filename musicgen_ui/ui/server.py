@@ -18,12 +18,20 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from musicgen_ui import files, logs
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import RequestError
-from musicgen_ui.ui.limits import SESSIONS, BodyLimit, share_heaps, sweep_while
+from musicgen_ui.ui.limits import (
+    SESSIONS,
+    BodyLimit,
+    NameLimit,
+    keep_no_values,
+    share_heaps,
+    sweep_while,
+)
 from musicgen_ui.ui.settings import Settings, settings, variable
 from musicgen_ui.ui.starting import BackgroundEngine
 
@@ -43,7 +51,7 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
             idle_s=chosen.idle_s,
             max_jobs=chosen.jobs,
             allow_any=chosen.any_checkpoint,
-            also=[chosen.checkpoint],
+            also=chosen.listed_checkpoints,
         )
 
     return BackgroundEngine(build, chosen.checkpoint)
@@ -61,16 +69,29 @@ def _set_environment(chosen: Settings, cache: Path) -> None:
     }
 
 
-def _middleware(chosen: Settings, cache: Path) -> list[Any]:
-    """What a request passes before Gradio sees it, in order."""
+def _middleware(chosen: Settings, cache: Path, names: set[str]) -> list[Any]:
+    """What a request passes before Gradio sees it, in order; `names` are this server's."""
     from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
 
     from musicgen_ui.ui import doors, gate
 
-    # The password first, before a byte of a body is read.
-    passed = [Middleware(gate.Gate, *chosen.credentials)] if chosen.auth else []
+    local = doors.is_loopback(chosen.host)
+    # Other websites call a public Space, too; what has a password is for its own page.
+    open_to_pages = bool(os.environ.get("SPACE_ID")) and not chosen.auth
+    passed: list[Any] = [Middleware(doors.SameOrigin, names, local, open_to_pages)]
+    if open_to_pages:  # without credentials
+        every = ["*"]
+        passed.append(
+            Middleware(
+                CORSMiddleware, allow_origins=every, allow_methods=every, allow_headers=every
+            )
+        )
+    if chosen.auth:  # the password before a byte of a body is read
+        passed.append(Middleware(gate.Gate, *chosen.credentials))
     passed.append(Middleware(doors.Doors, cache))
     passed.append(Middleware(BodyLimit, upload_bytes=chosen.max_upload_bytes + 100_000))
+    passed.append(Middleware(NameLimit))
     return passed
 
 
@@ -84,18 +105,22 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
-    from musicgen_ui.ui import doors, metrics, page, take_panel
+    from musicgen_ui.ui import doors, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
+    files.TAKES.add(takes)
     shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     journal = Journal(chosen.log_prompts)
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
     doors.guard_files(demo.blocks.values())
+    doors.guard_origins()
+    keep_no_values()
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
+    names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
     app, _, _ = demo.launch(
         server_name=chosen.host,
         server_port=chosen.port,
@@ -116,17 +141,13 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
         footer_links=["api"],
         theme=page.theme(),
         css_paths=[ASSETS / "style.css"],
-        app_kwargs={"middleware": _middleware(chosen, cache)},
+        app_kwargs={"middleware": _middleware(chosen, cache, names)},
     )
+    if demo.share_url:
+        names.add(urlsplit(demo.share_url).hostname or "")
     doors.bound_connections(demo.server)
-    watched = metrics.Metrics(engine, journal)
     # Gradio's catch-all page route comes first in the list: ours must come before it.
-    app.router.routes[:0] = [
-        demo.recall.route(),
-        *metrics.routes(
-            watched, chosen.metrics_token, proxied=bool(chosen.trusted_proxies) or chosen.share
-        ),
-    ]
+    app.router.routes[:0] = [demo.recall.route(), *_watching(engine, journal, chosen)]
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
         demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
     if engine is background:  # not before: importing torch beside it would delay the page
@@ -135,11 +156,18 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     return demo, temporary
 
 
+def _watching(engine: Engine, journal: Any, chosen: Settings) -> list[Any]:
+    from musicgen_ui.ui import metrics
+
+    proxied = bool(chosen.trusted_proxies) or chosen.share
+    return metrics.routes(metrics.Metrics(engine, journal), chosen.metrics_token, proxied)
+
+
 def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
     from musicgen_ui.ui import take_panel
 
     running = lambda: demo.is_running  # noqa: E731
-    works = [lambda: sweep_while(running, temporary, kept_bytes), take_panel.warm_up]
+    works = [lambda: sweep_while(demo, temporary, kept_bytes), take_panel.warm_up]
     if isinstance(engine, BackgroundEngine):
         works.append(lambda: restart_when_lost(engine, running))
     for work in works:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from musicgen_ui.request import MAX_DURATION_S, RequestError
 
@@ -51,7 +52,12 @@ class Settings:
     )
     checkpoint: str = _setting("auto", "checkpoint chosen when the page opens")
     any_checkpoint: bool = _setting(
-        True, "visitors may name any Hub id or folder; off, as on Spaces, only the listed ones"
+        True,
+        "visitors may name any Hub id or folder; off, as on Spaces, only those that are on this "
+        "computer or listed in --checkpoints",
+    )
+    checkpoints: str = _setting(
+        "", "checkpoints that are offered in any case, with commas between them: small,melody"
     )
     device: str = _setting("auto", "auto, cuda, mps or cpu")
     precision: str = _setting("auto", "auto, float32, bfloat16, float16 or int8")
@@ -69,6 +75,11 @@ class Settings:
         "",
         "networks of proxies in front that say who visits: 127.0.0.1,10.0.0.0/8; on Spaces its own",
         "FORWARDED_ALLOW_IPS",
+    )
+    allowed_hosts: str = _setting(
+        "",
+        "names of this server beside localhost, with commas between them: music.example.com, or * "
+        "for any; needed where a proxy shows a server that listens on this computer alone",
     )
     metrics_token: str = _secret(
         "what /metrics wants as a bearer token; empty is for this computer alone"
@@ -103,10 +114,26 @@ class Settings:
         return round(self.max_upload_mb * 1e6)
 
     @property
+    def listed_checkpoints(self) -> list[str]:
+        """The checkpoints that the host offers by name, the chosen one first."""
+        return [self.checkpoint, *_items(self.checkpoints)]
+
+    @property
+    def host_names(self) -> list[str]:
+        """The names of `allowed_hosts`, and that of a whole `root_path`, in lower case."""
+        names = _items(self.allowed_hosts.lower())
+        whole = urlsplit(self.root_path).hostname
+        return [*names, whole] if whole else names
+
+    @property
     def credentials(self) -> tuple[str, str]:
         """The user's name and the password of `auth`."""
         user, _, password = self.auth.partition(":")
         return user, password
+
+
+def _items(text: str) -> list[str]:
+    return [item for part in text.split(",") if (item := part.strip())]
 
 
 def variable(name: str) -> str:

@@ -97,7 +97,7 @@ class Soak:
 
     def gives_up_an_upload(self, draw: random.Random) -> None:
         host, port = self.server.url.removeprefix("http://").split(":")
-        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n"
+        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n"
         head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
         head += 'Content-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n'
         with socket.create_connection((host, int(port))) as connection:
