@@ -54,18 +54,19 @@ class Store:
                 tempfile.TemporaryFile(dir=home).close()
                 os.utime(home)
             except OSError as error:
-                self.failed(error)
+                self.failed(base, error)
                 continue
             _remove_unused(base)
             self.trouble = ""
             return home
         return None
 
-    def failed(self, error: BaseException) -> None:
-        """Remembers, for `trouble`, what keeps machine code from being kept."""
+    def failed(self, folder: Path, error: Exception) -> None:
+        """Remembers, for `trouble`, why machine code is not kept in a folder."""
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
         self.trouble = (
-            f"Compiled kernels cannot be kept, so every start compiles them again: {error}. Free "
-            "space there, or set NUMBA_CACHE_DIR to a folder that can be written to."
+            f"Compiled kernels cannot be kept in {folder} ({why}), so every start compiles them "
+            "again: free space there, or set NUMBA_CACHE_DIR to a folder that can be written to."
         )
         log.warning(self.trouble)
 

@@ -129,7 +129,7 @@ class Kernel:
                 Path(new).replace(kept)
         except Exception as error:  # the disk is full, numba cannot write there, …
             if not is_whole(kept):  # otherwise another process was faster
-                self._store.failed(error)
+                self._store.failed(kept.parent, error)
         return made if made and types in made.signatures else None
 
     def _cached(self, folder: Path) -> Any:
