@@ -26,6 +26,7 @@ from musicgen_ui.engine import worker
 from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.events import Description, Event, Health, Progress
+from musicgen_ui.engine.machine_code import STORE
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.residents import Resident, Residents, Say
 
@@ -151,6 +152,7 @@ class ModelManager:
             jobs=sum(len(batch.jobs) for batch in batches),
             waiting=sum(len(batch.line) for batch in batches),
             step_age_s=age_s,
+            warnings=tuple(filter(None, [STORE.trouble])),
         )
 
     async def stream(

@@ -220,7 +220,7 @@ class Residents:
                 self._forget(resident)
             self._note(error)
             resident.ready.set_exception(
-                RequestError(faults.LOST) if faults.of_the_device(error) else error
+                RequestError(faults.LOST) if faults.of_the_device(error) else faults.told(error)
             )
             return
         self._note(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -169,16 +170,60 @@ def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(
     assert error < 0.1 * (first_logits(plain) - wanted).abs().mean()
 
 
-@pytest.mark.parametrize("melody", [False, True])
-def test_projections_wear_one_beside_a_decoder_in_half_precision(tmp_path, melody):
-    """The projections stay in float32, so the adapter's part of them does too."""
-    base = tiny.build(tmp_path / "base", melody=melody, text_hidden=24)
-    folder = write(base, tmp_path / "adapter", target_modules=EVERYTHING[-1 - (not melody) :])
-    batch = (test_melody.melody_batch if melody else make_batch)(base, precision="bfloat16")
-    batch.adapters.add("one", folder)
-    told = {"melody": test_melody.SCALE} if melody else {}
-    worn, plain = codes(batch, **told), codes(batch, "", **told)
-    assert not torch.equal(worn, plain)
+# What an adapter may change, where the checkpoint has it.
+TARGETS = {
+    "self-attention": ["self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj"],
+    "cross-attention": ["encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.out_proj"],
+    "feed-forward": ["fc1", "fc2"],
+    "heads": ["lm_heads.0", "lm_heads.3"],
+    "embeddings": ["embed_tokens.0", "embed_tokens.2"],
+    "text projection": ["enc_to_dec_proj"],
+    "melody projection": ["audio_enc_to_dec_proj"],
+}
+# Of what an adapter changes in float32: how far a precision may be from it.
+NEAR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02, "int8": 0.1}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["text", "melody"])
+def targeted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A checkpoint with all projections, and an adapter for each target that it has."""
+    folder = tmp_path_factory.mktemp("targets")
+    base = tiny.build(folder / "base", melody=request.param, text_hidden=24)
+    lacking = "cross-attention" if request.param else "melody projection"
+    found = {
+        name: write(base, folder / name, target_modules=modules)
+        for name, modules in TARGETS.items()
+        if name != lacking
+    }
+    make = test_melody.melody_batch if request.param else make_batch
+    return lambda precision: make(base, precision=precision), found, request.param
+
+
+def test_every_target_changes_in_every_precision_what_it_does_in_float32(targeted):
+    """The projections stay in float32 beside a decoder in half precision, and so do their parts
+    of an adapter; it is the dtype of a GPU's default."""
+    make, found, melody = targeted
+    told = {**GREEDY, **({"melody": test_melody.SCALE} if melody else {})}
+
+    def logits(batch: Batch, name: str) -> torch.Tensor:
+        request = GenerationRequest(**told, adapter=name)
+        worn, states = batch.adapters.worn(request), batch.conditioner.conditions(request)
+        sequence = batch.decoder.sequence(states, 4, worn=worn)
+        start = torch.full((1, batch.decoder.codebooks), batch.decoder.start_token)
+        while sequence.length < 0:
+            batch.decoder.prefill(sequence, start.T, 500)
+        return torch.stack([batch.decoder.step(start, [sequence]) for _ in range(2)])
+
+    exact: dict[str, torch.Tensor] = {}
+    for precision, near in NEAR.items():
+        batch = make(precision)
+        for name, folder in found.items():
+            batch.adapters.add(name, folder)
+            change = logits(batch, name) - logits(batch, "")
+            expected = exact.setdefault(name, change)
+            assert expected.norm() > 0.1, name
+            assert (change - expected).norm() <= near * expected.norm(), (name, precision)
+        assert run_job(batch, GenerationRequest(**told, adapter=name))[2].clip.samples.size
 
 
 def test_a_request_names_a_folder_and_its_take_says_what_it_wore(base, adapter):
@@ -283,8 +328,9 @@ def test_damaged_files_are_refused(changeable, assert_refused, tmp_path):
     (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     assert_refused(changeable, "no readable adapter_model")
     key = next(iter(weights))
-    save_file({**weights, key: weights[key] * float("nan")}, changeable / WEIGHTS)
-    assert_refused(changeable, "no readable adapter_model")
+    for value in (float("nan"), float("inf")):
+        save_file({**weights, key: weights[key] * value}, changeable / WEIGHTS)
+        assert_refused(changeable, re.escape(key))
     save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS)
     assert_refused(changeable, "does not fit|no readable")
     (changeable / CONFIG).write_text("{")

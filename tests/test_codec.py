@@ -251,6 +251,48 @@ def test_other_kinds_of_codec_are_refused(changes):
         Codec(EncodecModel(EncodecConfig(**{**SETTINGS, **changes})))
 
 
+def unknown(decoder: torch.nn.Module) -> None:
+    decoder.layers.insert(2, torch.nn.Conv1d(8, 8, 1))
+
+
+def without_activation(decoder: torch.nn.Module) -> None:
+    del decoder.layers[2]
+
+
+def activated_twice(decoder: torch.nn.Module) -> None:
+    decoder.layers.insert(2, torch.nn.ELU())
+
+
+def activated_in_the_end(decoder: torch.nn.Module) -> None:
+    decoder.layers.append(torch.nn.ELU())
+
+
+def activated_otherwise(decoder: torch.nn.Module) -> None:
+    decoder.layers[2] = torch.nn.ELU(alpha=0.5)
+
+
+def longer_residual(decoder: torch.nn.Module) -> None:
+    block = next(each for each in decoder.layers if hasattr(each, "block"))
+    block.block.append(torch.nn.ELU())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(unknown, without_activation, activated_twice),
+        *(activated_in_the_end, activated_otherwise, longer_residual),
+    ],
+)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_codec_with_a_layer_that_is_not_computed_is_refused(change, part):
+    small = {"num_filters": 2, "hidden_size": 16, "codebook_dim": 16}
+    changed = getattr(EncodecModel(EncodecConfig(**{**SETTINGS, **small})), part)
+    stages.assemble(changed.layers, "float32")
+    change(changed)
+    with pytest.raises(RequestError, match="codec"):
+        stages.assemble(changed.layers, "float32")
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_lstm_in_int8_is_near_torchs_in_any_pieces_on_any_number_of_threads(batch):
     torch.manual_seed(0)

@@ -427,6 +427,114 @@ def test_one_broken_variation_leaves_the_others(
         assert np.abs(ends[variation].clip.samples - samples).max() < 1e-4
 
 
+class Panic(BaseException):
+    """What a library in Rust raises where it is wrong: pyo3's PanicException is no Exception."""
+
+
+def panics(of: Callable) -> Callable:
+    """The same, but for what has to do with a panic."""
+
+    def call(asked: Any, *args: Any, **options: Any) -> Any:
+        request = getattr(asked, "request", asked)
+        if "panic" in getattr(request, "prompt", request):
+            raise Panic("index out of bounds")
+        return of(asked, *args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "states", "followed", "encode_piece", "section"])
+def test_a_panic_ends_the_job_that_it_came_up_in_and_no_other(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    expected = [whole(batch, seed) for seed in (0, 2)]
+    ill: dict[str, Any] = {"prompt": "panic"}
+    if place == "section":
+        ill = {"prompt": "calm", "sections": ((0.6, "panic"),)}
+        monkeypatch.setattr(batch.conditioner, "states", panics(batch.conditioner.states))
+    elif place == "encode_piece":
+        ill["audio_prompt"] = Clip(np.zeros((1, 32_000), np.float32), 32_000)
+        monkeypatch.setattr(Job, place, panics(Job.encode_piece))
+    else:
+        kept = getattr(batch.conditioner, place)
+        monkeypatch.setattr(batch.conditioner, place, panics(kept))
+    first, broken, last = Caller(batch, 0), Caller(batch, 1, **ill), Caller(batch, 2)
+    run(batch)
+    assert same(first, expected[0]) and same(last, expected[1])
+    if place == "section":  # what was heard before is kept
+        assert broken.end.fault and broken.end.clip.samples.size
+    else:
+        assert isinstance(broken.events[-1], RequestError)
+
+
+def test_the_words_that_a_tokenizer_cannot_read_are_what_is_told(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch.conditioner, "tokenizer", raiser(Panic()))
+    caller = Caller(batch, 1, prompt="these words")
+    run(batch)
+    (error,) = caller.events
+    assert isinstance(error, RequestError) and error.field == "prompt"
+    assert isinstance(error.__cause__, Panic)
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused_before_a_gpu_fails(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = SimpleNamespace(input_ids=[5, 100_000])
+    monkeypatch.setattr(batch.conditioner, "tokenizer", lambda *_, **options: more)
+    caller = Caller(batch, 1, prompt="words of another model")
+    run(batch)
+    (error,) = caller.events
+    assert isinstance(error, RequestError) and error.field == "checkpoint"
+
+
+def test_a_take_that_cannot_be_joined_leaves_its_caller_an_answer_and_the_others_their_takes(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(batch, 0)
+    finished = Job.finished
+
+    def broken(job: Job, *args: Any) -> Finished:
+        if job.request.seed == 1:
+            raise MemoryError
+        return finished(job, *args)
+
+    monkeypatch.setattr(Job, "finished", broken)
+    callers = [Caller(batch, seed) for seed in range(2)]
+    run(batch)
+    assert same(callers[0], expected)
+    assert callers[1].end.fault == faults.MEMORY
+
+
+@pytest.mark.parametrize(("error", "again"), [(RuntimeError(DEVICE), True), (SystemExit(), False)])
+def test_what_ends_everybody_while_a_job_is_admitted_leaves_it_an_answer(
+    tiny_mono: Path, error: BaseException, again: bool
+) -> None:
+    """A device that fails is loaded anew and the job begins again; twice ends it."""
+    for times in (1, 2):
+        batches, left = [make_batch(tiny_mono)], [error] * times
+
+        def admit(job: Job, conditions: list, left=left, batches=batches) -> None:
+            if left:
+                raise left.pop()
+            type(batches[-1].stepper).admit(batches[-1].stepper, job, conditions)
+
+        def reload(batches=batches, admit=admit) -> Batch:
+            batches.append(make_batch(tiny_mono))
+            batches[-1].stepper.admit = admit  # type: ignore[method-assign]
+            return batches[-1]
+
+        batches[0].stepper.admit = admit  # type: ignore[method-assign]
+        worker = Worker(batches[0], reload)
+        (end,) = asyncio.run(asyncio.wait_for(listen(worker, asked(1)), 60))[-1:]
+        worker.close()
+        if again and times == 1:
+            assert isinstance(end, Finished) and not end.fault
+        else:
+            assert isinstance(end, RequestError)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("heard", [False, True])
 def test_logits_that_are_no_numbers_end_their_job_with_a_sentence_and_without_noise(

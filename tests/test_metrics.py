@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from musicgen_ui.engine.events import Chunk, Finished, Progress
+from musicgen_ui.engine.events import Chunk, Finished, Health, Progress
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
 from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.metrics import Metrics, routes
@@ -61,6 +61,15 @@ def test_health_is_the_engines() -> None:
     assert ill.status_code == 503 and ill.json()["status"] == "failed"
     assert ill.json()["trouble"] == watched.engine.trouble
     assert watched.values()["musicgen_up"] == 0
+
+
+def test_what_works_less_well_is_a_warning_and_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched()
+    assert "warnings" not in watched.get("/healthz").json()
+    health = Health(warnings=("compiled kernels cannot be kept",))
+    monkeypatch.setattr(watched.engine, "health", lambda: health)
+    told = watched.get("/healthz")
+    assert told.status_code == 200 and told.json()["warnings"] == list(health.warnings)
 
 
 def test_jobs_are_counted_and_timed() -> None:

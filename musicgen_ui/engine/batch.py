@@ -194,7 +194,7 @@ class Batch:
         if len(self.jobs) < places and (entry := self.line.pop()):
             try:
                 self.jobs[self._start(*entry)] = entry[0]
-            except Exception as error:
+            except BaseException as error:
                 self.losses.lose(entry, error)
         left = [job.steps_left for job in self.jobs]
         self.line.tell(set(self.jobs.values()), left + [0] * (places - len(left)))
@@ -204,6 +204,8 @@ class Batch:
         decoder = self.decoder
         job = Job(request, index, self.codec, decoder.codebooks, decoder.start_token, self.device)
         job.worn = self.adapters.worn(request)
+        # Now, not in the end: a take that is made should not be lost to what its words bring about.
+        job.notes, job.melody = self._notes(request), self.conditioner.followed(request)
         self.stepper.admit(job, self._conditions(job))
         ticket.deliver(job.progress())
         return job
@@ -247,8 +249,8 @@ class Batch:
             return
         try:
             self.stepper.step(jobs)
-        except Exception as error:
-            if faults.of_the_device(error):
+        except BaseException as error:
+            if faults.of_everybody(error):
                 raise
             self._advance_one_by_one(jobs)
             return
@@ -320,16 +322,16 @@ class Batch:
         ticket = self.jobs[job]
         for chunk in job.rest():
             self._hand_over(job, chunk)
+        take = self._take(job)
         self._leave(job)
-        self._close(ticket, self._take(job))
+        self._close(ticket, take)
 
     def _leave(self, job: Job) -> Ticket:
         self.stepper.release(job)
         return self.jobs.pop(job)
 
     def _take(self, job: Job) -> Finished:
-        melody = self.conditioner.followed(job.request)
-        return job.finished(self._notes(job.request), melody)
+        return job.finished(job.notes, job.melody)
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
         words = next(filter(None, map(self.conditioner.cut_after, request.texts)), None)

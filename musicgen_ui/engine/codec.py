@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
+from musicgen_ui.engine.finite import require_finite, require_finite_weight
 from musicgen_ui.engine.stages import Past, Precision, assemble, through
 from musicgen_ui.request import RequestError
 
@@ -34,7 +35,7 @@ class Codec:
     bundled codec's music. The encoder is float32, and all of it on other devices.
 
     Raises:
-        RequestError: a codec of a kind that MusicGen does not use.
+        RequestError: a codec of a kind that MusicGen does not use, or a weight is no number.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class Codec:
         self.frame_rate: int = config.frame_rate  # frames a second
         self.codebooks: int = config.num_quantizers  # a channel
         self.codebook_size: int = config.codebook_size
+        require_finite(module, "audio_encoder")
         books = [layer.codebook.embed for layer in module.quantizer.layers[: self.codebooks]]
+        for k, book in enumerate(books):  # no parameter
+            require_finite_weight(book, f"audio_encoder.quantizer.layers.{k}.codebook.embed")
         self.tables = torch.stack(books).to(self.device, torch.float32)  # [codebooks, size, dim]
         numbers = self.tables.numel() + sum(weight.numel() for weight in module.parameters())
         self.nbytes = 4 * numbers  # of the weights, at most

@@ -9,8 +9,8 @@ inputs 12 bits on a scale a row, keys and values a scale a head and position.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +69,8 @@ class Space(NamedTuple):
         return cls(empty((rows, outputs)), empty((rows, hidden)), codes, empty(rows))
 
 
+log = logging.getLogger(__name__)
+
 _CALLS: SimpleQueue[list] = SimpleQueue()  # what helpers wait for
 
 
@@ -81,10 +83,15 @@ def _start(number: int) -> None:
 def _help() -> None:
     while True:
         call = _CALLS.get()
-        with contextlib.suppress(IndexError):  # it is done already
+        try:
             kernel, args = call.pop()
+        except IndexError:  # it is done already
+            continue
+        try:
             kernel(*args)
-            del kernel, args
+        except Exception as error:  # before its first piece, so the others do the work
+            log.warning("A thread could not help", exc_info=error)
+        del kernel, args
 
 
 def run(kernel: Callable[..., None], stages: int, *args: Any) -> None:
@@ -99,8 +106,10 @@ def run(kernel: Callable[..., None], stages: int, *args: Any) -> None:
     for number in range(helpers):
         _start(number)
         _CALLS.put(call)
-    kernel(*args)
-    call.clear()
+    try:
+        kernel(*args)
+    finally:
+        call.clear()
 
 
 class Product:

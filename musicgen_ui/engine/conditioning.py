@@ -13,7 +13,8 @@ longer of its two prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -21,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musicgen_ui.engine import faults
 from musicgen_ui.engine.adapter import OUTSIDE, Rows, Worn
 from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
 from musicgen_ui.engine.device import own
 from musicgen_ui.engine.events import Chroma
+from musicgen_ui.engine.finite import require_finite
 from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.request import GenerationRequest, RequestError
 
@@ -42,6 +45,8 @@ class Conditioner:
         melody: MelodyEncoder | None = None,
     ) -> None:
         self.text_encoder = text_encoder
+        encoder: Any = text_encoder
+        self._known: int = encoder.get_input_embeddings().num_embeddings  # tokens
         self.projection = projection  # None where the widths agree already
         self.tokenizer = tokenizer
         self.melody = melody  # None where the checkpoint cannot follow one
@@ -59,10 +64,14 @@ class Conditioner:
             tokenizer: of the checkpoint.
             device: where to run.
             extractor: the feature extractor's configuration, of a melody checkpoint.
+
+        Raises:
+            RequestError: a weight is no number.
         """
 
         def taken(name: str) -> Any:
             module = getattr(model, name, None)  # a projection is only there where widths differ
+            require_finite(module, name)
             own(module)
             return None if module is None else module.to(device)
 
@@ -143,20 +152,59 @@ class Conditioner:
         """The states of `prompt`, [tokens, hidden]; None for the null condition of ""."""
         if not prompt:
             return None
-        tokens = self.tokenizer(
-            prompt, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).input_ids
-        states = self.text_encoder(input_ids=tokens.to(self.text_encoder.device))[0][0]
+        numbers = self._tokens(prompt)
+        if not numbers:
+            return None
+        device: Any = self.text_encoder.device
+        states = self.text_encoder(input_ids=torch.tensor([numbers], device=device))[0][0]
         if self.projection is None:
             return states
         rows = Rows.of([(worn, len(states))])
         return rows.product(OUTSIDE, "enc_to_dec_proj", self.projection, states)
 
     def cut_after(self, prompt: str) -> str | None:
-        """The last words that are heard of a prompt that is too long; None if all of it is."""
-        tokens = self.tokenizer(prompt, truncation=False).input_ids
-        if len(tokens) <= MAX_TOKENS:
+        """The last words that are heard of a prompt that is too long; None if all of it is.
+
+        Raises:
+            RequestError: as `_tokens`.
+        """
+        if len(self._tokens(prompt, whole=True)) <= MAX_TOKENS:
             return None
-        heard = self.tokenizer(prompt, truncation=True, max_length=MAX_TOKENS).input_ids
-        words = self.tokenizer.decode(heard, skip_special_tokens=True).split()
+        with _of_the_tokenizer():
+            words = self.tokenizer.decode(self._tokens(prompt), skip_special_tokens=True).split()
         return " ".join(words[-3:])
+
+    def _tokens(self, prompt: str, whole: bool = False) -> list[int]:
+        """The tokens of a prompt's beginning that is heard, or of the whole of it.
+
+        Raises:
+            RequestError: the tokenizer cannot read it, or is not that of the text encoder.
+        """
+        cut = {} if whole else {"max_length": MAX_TOKENS}
+        with _of_the_tokenizer():
+            tokens = self.tokenizer(prompt, truncation=not whole, **cut).input_ids
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._known:  # a GPU would fail
+            raise RequestError(
+                f"The tokenizer of this checkpoint is not its text encoder's, which knows "
+                f"{self._known} tokens: choose another checkpoint, or save it again with its own "
+                "tokenizer.",
+                "checkpoint",
+            )
+        return tokens
+
+
+@contextmanager
+def _of_the_tokenizer() -> Iterator[None]:
+    """Tells what a tokenizer makes of words that it cannot read, a panic in Rust included."""
+    try:
+        yield
+    except faults.EXITS:
+        raise
+    except BaseException as error:
+        if faults.out_of_memory(error):
+            raise
+        raise RequestError(
+            "The tokenizer of this checkpoint cannot read these words: change them, or choose "
+            "another checkpoint.",
+            "prompt",
+        ) from error

@@ -20,13 +20,14 @@ from musicgen_ui.engine.tiles import (
     TILE,
     add,
     compiled,
+    kernel,
     near_tile_1,
     near_tile_1_of_16,
     near_tile_4,
     near_tile_4_of_16,
     wait,
 )
-from musicgen_ui.engine.vectors import exp, quantise
+from musicgen_ui.engine.vectors import at_least, at_most, exp, quantise
 
 AT_ONCE = 4  # outputs in time that meet a weight while it is in a register
 STEPS = 64  # in time, of a piece
@@ -95,11 +96,11 @@ class Convolution16:
 @compiled
 def _activated(x: Any, out: Any) -> None:
     for i in range(len(x)):
-        below = min(x[i], np.float32(0))
-        out[i] = max(x[i], np.float32(0)) + (exp(below) - np.float32(1))
+        below = at_most(x[i], np.float32(0))
+        out[i] = at_least(x[i], np.float32(0)) + (exp(below) - np.float32(1))
 
 
-@compiled
+@kernel
 def _convolve(
     x: Any, at: Any, columns: Any, bias: Any, shape: Any, codes: Any, scales: Any, out: Any,
     counters: Any,

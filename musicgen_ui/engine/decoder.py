@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 
 from musicgen_ui.engine.adapter import BARE, OUTSIDE, Rows, Worn
 from musicgen_ui.engine.attention import FloatCache
+from musicgen_ui.engine.finite import require_finite
 from musicgen_ui.engine.layers import Layer, Memory
 from musicgen_ui.engine.linear import Linear, computing_dtype
 
@@ -71,6 +72,9 @@ class Decoder:
         lm: transformers' decoder; its layers' weights may be released as they are packed.
         device: where to run.
         precision: see `linear.PRECISIONS`.
+
+    Raises:
+        RequestError: a weight is no number.
     """
 
     def __init__(self, lm: Any, device: torch.device, precision: str) -> None:
@@ -88,12 +92,17 @@ class Decoder:
         self.gelu = config.activation_function == "gelu"
         inner = lm.model.decoder
         self.positions_of = inner.embed_positions.get_embedding
+        for name in ("model.decoder.embed_tokens", "model.decoder.layer_norm", "lm_heads"):
+            require_finite(lm.get_submodule(name), f"decoder.{name}", self.dtype)
         with torch.inference_mode():
             tables = torch.stack([e.weight for e in inner.embed_tokens])
             self.embeddings = tables.flatten(0, 1).to(device, self.dtype)  # [K·(size+1), hidden]
             self.offsets = torch.arange(self.codebooks, device=device) * tables.shape[1]
             self.positions = self._sinusoids(2048)
-            self.layers = [Layer.of(layer, precision, device) for layer in inner.layers]
+            self.layers = []
+            for index, layer in enumerate(inner.layers):
+                require_finite(layer, f"decoder.model.decoder.layers.{index}", self.dtype)
+                self.layers.append(Layer.of(layer, precision, device))
             self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)

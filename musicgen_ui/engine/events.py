@@ -88,6 +88,7 @@ class Health:
     jobs: int = 0  # variations that are being made
     waiting: int = 0  # variations in line
     step_age_s: float = 0.0  # since the last step where there is something to do
+    warnings: tuple[str, ...] = ()  # what works less well than it could, a sentence each
 
 
 class Engine(Protocol):

@@ -8,6 +8,7 @@ they came up in. What was heard of a job before is kept as its take.
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from musicgen_ui.request import RequestError
@@ -24,6 +25,9 @@ NUMBERS = (
     "lower guidance or another precision."
 )
 OTHER = "Something broke on the server while this was made: try once more."
+# What ends a thread or a task. Everything else ends what it came up in: also what is no Exception,
+# as the panics of libraries in Rust (tokenizers, safetensors).
+EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 _DEVICE = re.compile(
     r"(CUDA|HIP|cuDNN|cuBLAS|NCCL) error|device-side assert|CU(DNN|BLAS)_STATUS|MPS backend"
 )
@@ -59,6 +63,11 @@ def of_the_device(error: BaseException) -> bool:
     return "AcceleratorError" in names or bool(_DEVICE.search(str(error)))
 
 
+def of_everybody(error: BaseException) -> bool:
+    """Whether `error` concerns every job: the device failed, or the thread is to end."""
+    return isinstance(error, EXITS) or of_the_device(error)
+
+
 def sentence(error: BaseException) -> str:
     """What the user reads about `error`."""
     if isinstance(error, RequestError):
@@ -68,10 +77,10 @@ def sentence(error: BaseException) -> str:
     return DEVICE if of_the_device(error) else OTHER
 
 
-def told(error: Exception) -> Exception:
+def told(error: BaseException) -> Exception:
     """The error as its caller should hear it: what is nobody's fault but a bug's stays itself."""
     said = sentence(error)
-    if isinstance(error, RequestError) or said == OTHER:
+    if isinstance(error, RequestError) or (said == OTHER and isinstance(error, Exception)):
         return error
     told = RequestError(said)
     told.__cause__ = error

@@ -67,6 +67,8 @@ class Job:
 
     sequence: Sequence  # given by the batch, which knows the decoder
     worn: Worn | None = None  # the adapter, given by the batch too
+    notes: tuple[str, ...] = ()  # of the take, and what it follows: by the batch as well
+    melody: Chroma | None = None
 
     def __init__(
         self,

@@ -21,8 +21,26 @@ import numba
 import numpy as np
 
 from musicgen_ui.engine.products import ROWS, multiply, pairs_of
-from musicgen_ui.engine.tiles import BLOCK, add, ask, compiled, pointer, tile_1_of_64, wait
-from musicgen_ui.engine.vectors import ALL, SIZE, exp, floats, largest, normalise, quantise
+from musicgen_ui.engine.tiles import (
+    BLOCK,
+    add,
+    ask,
+    compiled,
+    kernel,
+    pointer,
+    tile_1_of_64,
+    wait,
+)
+from musicgen_ui.engine.vectors import (
+    ALL,
+    SIZE,
+    at_least,
+    exp,
+    floats,
+    largest,
+    normalise,
+    quantise,
+)
 
 MOST = 2047  # of a quantised input: 127 · 2047 · 8192 inputs still fit into an int32
 
@@ -71,7 +89,7 @@ def _attend(
         total += weights[t]
     for t in range(filled):
         weights[t] *= value_scales[t]
-    peak = max(np.float32(1e-30), largest(weights, filled, SIZE))
+    peak = at_least(largest(weights, filled, SIZE), np.float32(1e-30))
     most = np.float32(min(8191, 8191 * 2048 // filled))  # 127 · 8191 · 2048 fit into an int32
     for t in range(filled):
         codes[t] = np.int16(np.rint(weights[t] * (most / peak)))
@@ -187,7 +205,7 @@ def _work(
         space.scales[piece] = quantise(of, space.codes[piece], MOST)
 
 
-@compiled
+@kernel
 def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
     """All layers: what one of the threads does; counters int64 [layers · STAGES, 2] are 0."""
     sums = np.empty(ROWS * BLOCK, np.int32)
@@ -205,7 +223,7 @@ def layers(model: Any, rows: Any, space: Any, counters: Any) -> None:
         wait(taken + 8, pieces)
 
 
-@compiled
+@kernel
 def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: Any) -> None:
     """float32 [rows, inputs] to `out` [rows, outputs]: what one of the threads does."""
     sums = np.empty(ROWS * BLOCK, np.int32)
@@ -228,7 +246,7 @@ def product(x: Any, weights: Any, columns: Any, space: Any, out: Any, counters: 
         wait(taken + 8, pieces)
 
 
-@compiled
+@kernel
 def attention(rows: Any, heads: Any, layer: Any, qkv: Any, out: Any, counters: Any) -> None:
     """The columns of `qkv`, [rows · columns, 3 · hidden], in a layer: one of the threads."""
     sums = np.empty(ROWS * BLOCK, np.int32)

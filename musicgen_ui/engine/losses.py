@@ -56,19 +56,25 @@ class Losses:
 
     @contextlib.contextmanager
     def alone(self, job: Job) -> Iterator[None]:
-        """What breaks inside is this job's loss alone, unless it is the device."""
+        """What breaks inside is this job's loss alone, unless it is everybody's."""
+        entry = self._jobs[job], job.variation
         try:
             yield
-        except Exception as error:
-            self.lose((self._jobs[job], job.variation), error, job)
+        except BaseException as error:
+            self.lose(entry, error, job)
 
-    def lose(self, entry: Entry, error: Exception, job: Job | None = None) -> None:
-        """Lets a job that found no memory wait until there are fewer, or ends it."""
-        if faults.of_the_device(error):
-            raise error
-        if job:
-            self._leave(job)
+    def lose(self, entry: Entry, error: BaseException, job: Job | None = None) -> None:
+        """Lets a job that found no memory wait until there are fewer, or ends it.
+
+        Raises what is everybody's loss; `end_all` then ends this job too, or carries it on.
+        """
         ticket, index = entry
+        if faults.of_everybody(error):
+            if job is None:  # on its way to a place: `end_all` would know nothing of it
+                self._begin_again(entry)
+            raise error
+        if job in self._jobs:
+            self._leave(job)
         if faults.out_of_memory(error) and self._jobs and index not in ticket.heard:
             self._places = len(self._jobs)
             self._line.put_back(entry)
@@ -76,7 +82,15 @@ class Losses:
             self._end(entry, error, job)
         traceback.clear_frames(error.__traceback__)  # they hold on to the memory
 
-    def _end(self, entry: Entry, error: Exception, job: Job | None = None) -> None:
+    def _begin_again(self, entry: Entry) -> None:
+        """Lets a job that was not heard yet begin again on the next batch, once."""
+        if entry[0].carried:
+            self._end(entry, RequestError(faults.DEVICE))
+            return
+        self._line.put_back(entry)
+        entry[0].carried = True
+
+    def _end(self, entry: Entry, error: BaseException, job: Job | None = None) -> None:
         """Ends a job with what was heard of it; tells the error where that was nothing."""
         ticket, index = entry
         if not ticket.open:
@@ -87,7 +101,11 @@ class Losses:
             ticket.close()
             ticket.deliver(faults.told(error))
             return
-        take = self._heard(entry, job if index in ticket.heard else None)
+        try:
+            take = self._heard(entry, job if index in ticket.heard else None)
+        except Exception as failure:  # such as no memory for it
+            log.error("What was heard of a job is lost", exc_info=failure)
+            take = self._heard(entry, None)
         fault = faults.sentence(error)
         notes = (*take.notes, f"It broke off: {fault}")
         ticket.open -= 1

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from musicgen_ui.engine.compiled import Product, Space, run
 from musicgen_ui.engine.products import ROWS, multiply
-from musicgen_ui.engine.tiles import BLOCK, add, compiled, wait
-from musicgen_ui.engine.vectors import exp, floats, quantise
+from musicgen_ui.engine.tiles import BLOCK, add, compiled, kernel, wait
+from musicgen_ui.engine.vectors import at_most, exp, floats, quantise
 
 State = tuple[Tensor, Tensor]
 
@@ -53,12 +53,12 @@ class Lstm:
 
 @compiled
 def _sigmoid(x: Any) -> Any:
-    return np.float32(1) / (np.float32(1) + exp(min(-x, np.float32(87))))
+    return np.float32(1) / (np.float32(1) + exp(at_most(-x, np.float32(87))))
 
 
 @compiled
 def _tanh(x: Any) -> Any:
-    e = exp(min(np.float32(2) * x, np.float32(87)))
+    e = exp(at_most(np.float32(2) * x, np.float32(87)))
     return np.float32(1) - np.float32(2) / (np.float32(1) + e)
 
 
@@ -103,7 +103,7 @@ def _units(
         )
 
 
-@compiled
+@kernel
 def _lstm(
     x: Any, at: Any, bias: Any, h: Any, c: Any, space: Any, parts: Any, most: Any, out: Any,
     counters: Any,

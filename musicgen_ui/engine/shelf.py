@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from musicgen_ui.engine.adapter import OUTSIDE, Adapter, Patch, Place, Worn
 from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.engine.faults import EXITS
 from musicgen_ui.request import GenerationRequest, RequestError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -176,16 +177,16 @@ def read(name: str, folder: Path, shelf: Shelf) -> Adapter:
                 # Copies: a file may be written anew while it is mapped.
                 down = get(down_key).to(torch.float32, copy=True)
                 up = get(up_key).to(torch.float32, copy=True)
-                if not (down.isfinite().all() and up.isfinite().all()):
-                    raise ValueError("not a number")
                 place, scale = shelf.places[module], _scale(name, config, path, len(down))
                 there = shelf.device, shelf.dtypes[module]
+                for key, weight in ((down_key, down), (up_key, scale * up)):
+                    _require_finite(name, key, weight, there[1])
                 patches.setdefault((place.layer, place.product), []).append(
                     Patch(place.start, *(w.to(*there) for w in (down, scale * up)))
                 )
-    except RequestError:
+    except (RequestError, *EXITS):
         raise
-    except Exception as error:  # whatever a broken file brings about
+    except BaseException as error:  # whatever a broken file brings about, a panic in Rust too
         held = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLED
         why = f"has no readable {held}: save it again with peft, or fetch it again"
         raise _refused(name, why) from error
@@ -243,6 +244,12 @@ def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale {scale}")
     return scale
+
+
+def _require_finite(name: str, key: str, weight: Tensor, dtype: torch.dtype) -> None:
+    if not weight.to(dtype).isfinite().all():
+        why = f"holds NaN, infinity or more than {str(dtype).removeprefix('torch.')} can in {key}"
+        raise _refused(name, f"{why}: choose another, or an earlier state of its training")
 
 
 def _refused(name: str, why: str) -> RequestError:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from musicgen_ui.request import RequestError
+
 Precision = Literal["float32", "int16"]
 State = tuple[Tensor, Tensor]  # of an LSTM: h and c, each [layers, batch, hidden]
 # Of a convolution in whole numbers. Among narrower ones some must stay in float32, and a rounding
@@ -194,19 +196,48 @@ def assemble(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
 
     They share with `layers` an LSTM that runs in float32, nothing else. `precision` is that of
     products on a CPU; the LSTM's weights are int8 where it is int16.
+
+    Raises:
+        RequestError: a layer is of another kind, or in a place where no stage would compute it.
     """
     stages: list[Stage] = []
+    elu = False  # an activation that the next layer has to compute
     for layer in layers:
         match type(layer).__name__:
-            case "EncodecConv1d":
-                stages.append(Convolution(layer, precision, elu=bool(stages)))
-            case "EncodecResnetBlock":
-                stages.append(Residual(layer, precision))
-            case "EncodecConvTranspose1d":
+            case "ELU" if not elu and layer.alpha == 1:
+                elu = True
+                continue
+            case "EncodecConv1d" if elu or not stages:
+                stages.append(Convolution(layer, precision, elu))
+            case "EncodecConvTranspose1d" if elu:
                 stages.append(Upsampling(layer, precision))
-            case "EncodecLSTM":
+            case "EncodecResnetBlock" if not elu and _is_residual(layer):
+                stages.append(Residual(layer, precision))
+            case "EncodecLSTM" if not elu:
                 stages.append(Recurrence(layer, precision))
+            case kind:
+                raise _unsupported(kind)
+        elu = False
+    if elu:
+        raise _unsupported("ELU")
     return stages
+
+
+def _is_residual(block: Any) -> bool:
+    """Whether the layers of a residual block are those that `Residual` computes."""
+    kinds = [type(layer).__name__ for layer in block.block]
+    shortcut = type(block.shortcut).__name__
+    plain = all(layer.alpha == 1 for layer in block.block if isinstance(layer, nn.ELU))
+    known = shortcut in ("Identity", "EncodecConv1d") and kinds == ["ELU", "EncodecConv1d"] * 2
+    return known and plain
+
+
+def _unsupported(kind: str) -> RequestError:
+    return RequestError(
+        f"This checkpoint's codec is not supported: MusicGen's codecs have no layer {kind} in that "
+        "place. Choose another checkpoint.",
+        "checkpoint",
+    )
 
 
 def through(stages: list[Stage], pasts: list[Past], x: Tensor, last: bool) -> Tensor:

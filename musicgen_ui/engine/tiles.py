@@ -4,16 +4,22 @@ All products, and both sides of attention, are one small kernel: int8 numbers la
 some outputs, pairs of inputs, outputs of a tile, 2] and read in that order, times int16, exact in
 int32. Beside it is what the threads of a call need to share its work.
 
-Compiled code is kept on the disk beside `kernels`, `convolution` and `recurrence`, with this one's,
-`products`' and `vectors`' inside: numba compiles it anew when those change, not when these do, so
-touch them too.
+A `Kernel` is what Python calls, and all that is `compiled` is inlined into it: one piece of machine
+code, kept on the disk as a whole. A function that stayed outside would exist twice, optimised alone
+and optimised within the kernel, and round differently. The linker takes the first where this
+process compiled it and the second where the kernel was loaded, so the first start of a version
+would make other music than all later ones.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -21,6 +27,10 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from musicgen_ui.engine.machine_code import STORE, Store, is_whole, name_of, seal
+
+log = logging.getLogger(__name__)
 
 _intrinsic: Any = intrinsic  # its stubs want an argument that callers do not give
 BLOCK = 64  # outputs of a piece of work; positions of keys that lie together
@@ -32,13 +42,107 @@ TILE = 64 if FEATURES.get("avx512bw") else 16
 TURN = 4  # inputs that a turn of the kernel's loop takes at most: products have a multiple of it
 
 
+# All of fastmath except the promise that there is neither NaN nor infinity.
+_FASTMATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
+_OPTIONS: Any = {"fastmath": _FASTMATH, "nogil": True, "error_model": "numpy"}
+_COMPILING = threading.Lock()
+
+
 def compiled(function: Callable) -> Any:
-    """Leaves the compilation to the first call, and its outcome on the disk."""
-    options: Any = {"fastmath": True, "nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # there is nowhere to keep it
-        return numba.njit(**options)(function)
+    """A function for kernels, which it is compiled into; Python cannot call it."""
+    within: Any = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(**within, **_OPTIONS)(function)
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """A function that Python calls, as machine code."""
+    return Kernel(function)
+
+
+class Kernel:
+    """Compiles a function when it is first called with some types, or loads it from the disk.
+
+    Args:
+        function: what the machine code does. It raises no TypeError.
+        store: where the machine code is kept.
+    """
+
+    def __init__(self, function: Callable[..., None], store: Store = STORE) -> None:
+        self._function = function
+        self._store = store
+        self._of_types: dict[tuple, Any] = {}  # numba's dispatchers, with one signature each
+        self._latest: Any = None  # the one that was called last
+
+    @property
+    def signatures(self) -> list[tuple]:
+        """The types that it was called with."""
+        return list(self._of_types)
+
+    def __call__(self, *args: Any) -> None:
+        """Runs the machine code; on any number of threads at once."""
+        if self._latest:
+            try:
+                self._latest(*args)
+                return
+            except TypeError:  # it is for other types
+                pass
+        types = tuple(map(numba.typeof, args))
+        with _COMPILING:
+            if types not in self._of_types:
+                self._of_types[types] = self._machine_code(types)
+                self._of_types[types].disable_compile()
+        made = self._latest = self._of_types[types]
+        made(*args)
+
+    def _machine_code(self, types: tuple) -> Any:
+        home = self._store.folder
+        if home:
+            kept = home / f"{self._function.__name__}-{name_of(types)}"
+            made = self._load(types, kept) or self._compile(types, kept)
+            if made:
+                return made
+        made = numba.njit(**_OPTIONS)(self._function)
+        made.compile(types)
+        return made
+
+    def _load(self, types: tuple, kept: Path) -> Any:
+        """What is kept of these types; None if that is nothing, or cannot be used."""
+        if is_whole(kept):
+            try:
+                made = self._cached(kept)
+                made.compile(types)
+                if made.stats.cache_hits:
+                    return made
+            except Exception as error:  # whatever reading it brings about
+                log.warning("A compiled kernel could not be read: %s", kept, exc_info=error)
+        self._store.discard(kept)
+        return None
+
+    def _compile(self, types: tuple, kept: Path) -> Any:
+        """Compiles and keeps it; None if it could not be compiled."""
+        made = None
+        try:
+            with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as new:
+                made = self._cached(Path(new))
+                made.compile(types)
+                seal(Path(new))
+                Path(new).replace(kept)
+        except Exception as error:  # the disk is full, numba cannot write there, …
+            if not is_whole(kept):  # otherwise another process was faster
+                self._store.failed(kept.parent, error)
+        return made if made and types in made.signatures else None
+
+    def _cached(self, folder: Path) -> Any:
+        """The function with numba's cache in a folder."""
+        config: Any = numba.config  # read when a function is decorated
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+        try:
+            made = numba.njit(cache=True, **_OPTIONS)(self._function)
+        finally:
+            config.CACHE_DIR = before
+        if not Path(made.stats.cache_path).is_relative_to(folder):
+            raise PermissionError(f"numba cannot write to {folder}")
+        return made
 
 
 @_intrinsic

@@ -1,4 +1,7 @@
-"""Arithmetic on rows of float32, compiled by numba, in a form that LLVM makes vectors of."""
+"""Arithmetic on rows of float32, compiled by numba, in a form that LLVM makes vectors of.
+
+What is no number stays none throughout, so that music that has overflowed is seen by its logits.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,21 @@ ALL, SIZE = np.int32(-1), np.int32(2**31 - 1)  # the bits of a float32; all but 
 
 
 @compiled
+def at_most(x: Any, limit: Any) -> Any:
+    """The lesser of the two; NaN for NaN, which `min` does not promise."""
+    return limit if x > limit else x
+
+
+@compiled
+def at_least(x: Any, limit: Any) -> Any:
+    """The greater of the two; NaN for NaN."""
+    return limit if x < limit else x
+
+
+@compiled
 def exp(x: Any) -> Any:
     """e to the x for x up to 0, within 2e-6 of it down to x = -40, so that loops become vectors."""
-    y = max(x * np.float32(1.44269504), np.float32(-125))
+    y = at_least(x * np.float32(1.44269504), np.float32(-125))
     whole = np.floor(y + np.float32(0.5))
     f = (y - whole) * np.float32(0.69314718)
     p = np.float32(1 / 720)  # Taylor's polynomial, for f up to 0.35 either way
@@ -54,7 +69,7 @@ def largest(x: Any, count: Any, kept: Any) -> Any:
     """Of the first numbers, with the bits `kept` of each.
 
     They are compared as integers in the same order: of these LLVM makes vectors (a tenth of the
-    time).
+    time). NaN is the largest of all where the sign is dropped.
     """
     numbers, best = numba.carray(pointer(x.ctypes.data), count, np.int32), np.int32(-(2**31))
     for i in range(count):
@@ -66,7 +81,7 @@ def largest(x: Any, count: Any, kept: Any) -> Any:
 @compiled
 def quantise(x: Any, codes: Any, most: Any) -> Any:
     """float32 [n] to the first n int16 of `codes`; gives their scale."""
-    peak = max(np.float32(1e-12), largest(x, len(x), SIZE))
+    peak = at_least(largest(x, len(x), SIZE), np.float32(1e-12))
     inverse = np.float32(most) / peak
     for i in range(len(x)):
         codes[i] = np.int16(np.rint(x[i] * inverse))

@@ -107,6 +107,7 @@ def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
             "engine": metrics.engine.status(),
         }
         told |= {"trouble": health.trouble} if health.trouble else {}
+        told |= {"warnings": health.warnings} if health.warnings else {}
         told |= {"jobs": health.jobs, "waiting": health.waiting}
         told |= {"step_age_s": round(health.step_age_s, 1)}
         return JSONResponse(told, 503 if health.trouble else 200, {"cache-control": "no-store"})
