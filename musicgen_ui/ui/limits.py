@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import itertools
 import math
 import os
@@ -15,6 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows, since it was last handed out
@@ -23,6 +29,7 @@ SWEEP_EVERY_S = 60.0
 SESSIONS = 800  # pages that Gradio remembers, 0.2 MB each; it would remember 10,000
 CLOSED_SESSIONS = 50  # among them that are closed
 M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
+FILES = 4096  # open ones that are wished for
 STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
@@ -192,6 +199,7 @@ def sweep_while(running: Callable[[], bool], folder: Path, kept_bytes: float) ->
         time.sleep(SWEEP_EVERY_S)
         for sweeper in sweepers:
             sweeper.sweep()
+        gc.collect()
         _glibc("malloc_trim", 0)  # what is free in the heaps goes back to the system
 
 
@@ -203,6 +211,28 @@ def share_heaps() -> None:
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         _glibc("mallopt", M_ARENA_MAX, HEAPS)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have more open files, as far as the system permits: macOS begins with 256.
+
+    Each connection is one.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def file_limit() -> int:
+    """How many files this process may have open."""
+    if resource is None:
+        return FILES
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _glibc(name: str, *arguments: int) -> None:

@@ -64,7 +64,7 @@ def build(
                 take(parts)
         api(parts)
         connect(parts, handlers, engine, page)
-    page.recall = handlers.recall
+    page.recall, page.desk, page.engine = handlers.recall, desk, engine
     return page
 
 

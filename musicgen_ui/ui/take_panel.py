@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from musicgen_ui import audio, spectrogram, takes
 from musicgen_ui.engine.events import Chroma
-from musicgen_ui.request import Clip
 from musicgen_ui.ui.live_player import ASSETS
 
 log = logging.getLogger(__name__)
@@ -188,9 +186,3 @@ def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
 def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:
     """The take on show: the example before the first one is made."""
     return history[chosen[0]][chosen[1]] if history else example()
-
-
-def warm_up() -> None:
-    """Imports what draws pictures, so that the first take need not wait for it."""
-    silence = Clip(np.zeros((1, 1600), np.float32), 16_000)
-    spectrogram.png(silence)
