@@ -41,6 +41,7 @@ from musicgen_ui.ui.starting import BackgroundEngine
 FAILED, WRONG = 1, 2  # exit codes
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 JOBS_END_S = 5.0  # that stopped jobs have to save what they made
+TOLD_S = 0.3  # until their pages are told, as far as the connection allows
 ENVIRONMENT = dict(os.environ)  # as the process was given it, for one that takes its place
 OF_GRADIO = ("GRADIO_SHARE_SERVER_ADDRESS",)  # its variables that are left to it
 
@@ -204,11 +205,15 @@ def close(demo: Any, temporary: Path) -> None:
 
     What the jobs made so far is kept as takes.
     """
+    from musicgen_ui.ui import doors
+
+    jobs = len(demo.desk)
     demo.desk.close()
     end_s = time.monotonic() + JOBS_END_S
     while len(demo.desk) and time.monotonic() < end_s:
         time.sleep(0.02)
-    from musicgen_ui.ui import doors
+    if jobs:
+        time.sleep(TOLD_S)
 
     doors.hang_up(demo.server)
     demo.close(verbose=False)

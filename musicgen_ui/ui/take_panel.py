@@ -72,6 +72,8 @@ def draw(take: ShownTake) -> None:
         take.alt = spectrogram.alt_text(clip, *about)
         take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), *about)
     except Exception:  # the music is what matters: it is never lost for its picture
+        if not take.wav.exists():  # the server is being stopped, and deletes what was temporary
+            return
         log.exception("The spectrogram of %s could not be drawn", take.wav.name)
         take.notes.append("The spectrogram could not be drawn.")
 
