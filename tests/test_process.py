@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import soundfile
 from fakes import FakeEngine
@@ -181,7 +181,7 @@ class Page:
     """A page that makes a take, as the server sees it."""
 
     def __init__(self, url: str, config: dict) -> None:
-        self.url, self.told, self.lost = url + "/gradio_api", "", False
+        self.url, self.told, self.lost = url + "/gradio_api", "", ""
         self.events = {event["api_name"]: event for event in config["dependencies"]}
         self.defaults = {each["id"]: each["props"] for each in config["components"]}
         self.thread = threading.Thread(target=self.make)
@@ -200,8 +200,8 @@ class Page:
                 with http.stream("GET", "/queue/data", params=query) as stream:
                     for line in stream.iter_lines():
                         self.told += line
-        except httpx.HTTPError:
-            self.lost = True
+        except httpx.HTTPError as error:
+            self.lost = repr(error)
 
 
 @pytest.fixture(scope="module")
@@ -216,17 +216,17 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
     url = f"http://[::1]:{port}"
 
-    def config() -> dict:
+    def is_up() -> bool:
         assert process.poll() is None, (folder / "log").read_text()
-        try:
-            return httpx.get(url + "/config", trust_env=False).json()
-        except (httpx.HTTPError, json.JSONDecodeError):
-            return {}
+        return "MusicGen UI is at" in (folder / "log").read_text()
 
-    wait_for(config, 60)
-    pages = [Page(url, config()) for _ in range(3)]
+    wait_for(is_up, 60)
+    config = httpx.get(url + "/config", trust_env=False).json()
+    pages = [Page(url, config) for _ in range(3)]
     try:
-        wait_for(lambda: all('"channels"' in page.told for page in pages), 30)  # all are heard
+        for page in pages:
+            wait_for(lambda page=page: '"channels"' in page.told or page.lost, 60)
+            assert not page.lost, page.lost
         process.send_signal(signal.SIGTERM)
         code = process.wait(30)
     finally:
@@ -255,6 +255,17 @@ def test_its_pages_are_told_of_a_stop_and_of_no_failure(ended: SimpleNamespace) 
 
 
 # How it ends
+
+
+def test_a_process_that_ends_takes_along_what_it_started() -> None:
+    code = (
+        "import subprocess, sys; from musicgen_ui.ui import server\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE).pid)\n"
+        "server.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 3, done.stderr
+    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
 
 
 class Dying:

@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from musicgen_ui import files, logs, proxies
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
@@ -366,11 +368,14 @@ def run(chosen: Settings) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process now.
+    """Ends the process now, and those that it started, such as the tunnel of a public link.
 
     Some threads cannot be ended, such as one that imports a library or asks a silent Hub. An
     interpreter that shuts down beside them waits for them, or is aborted by one in native code.
     """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
