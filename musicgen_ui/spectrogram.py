@@ -54,9 +54,9 @@ def png(clip: Clip, prompt_s: float = 0.0, melody: Chroma | None = None) -> byte
     the audio prompt. The melody that the rest followed is drawn below, on the same seconds.
     """
     drawn = _drawn(clip, prompt_s, melody)
-    # A figure and its parts refer to each other, and hold 4 MB that Python would not count: they
-    # go while they are young, which takes milliseconds.
-    gc.collect(1)
+    # A figure and its parts refer to each other, and hold 4 MB that Python does not count. It looks
+    # at the young objects alone where it would have to look through all libraries, too.
+    gc.collect(2 if gc.get_freeze_count() else 1)
     return drawn
 
 
