@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from musicgen_ui import files, logs
+from musicgen_ui import files, proxies
 from musicgen_ui.request import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     files.give_caches_a_home()
     try:
         command = COMMANDS[parser.parse_args(arguments[:1]).command]
+        proxies.prepare()
         return command(arguments[1:])
     except RequestError as error:
         print(error, file=sys.stderr)
@@ -53,9 +54,7 @@ def serve(arguments: list[str]) -> int:
     chosen = settings.settings(vars(parser.parse_args(arguments)))
     from musicgen_ui.ui import server
 
-    logs.set_up()
-    server.serve(chosen)
-    return DONE
+    return server.run(chosen)
 
 
 def generate(arguments: list[str]) -> int:

@@ -1,9 +1,9 @@
 """Files that appear whole or not at all, and what a killed process leaves behind.
 
 A file is written under a hidden name, brought to the disk and then renamed, so whoever looks sees
-nothing or all of it, also after the process was killed or the power went. Hidden names and private
-folders hold the number of the process that made them: the next start deletes those of processes
-that are no more.
+nothing or all of it, also after the process was killed or the power went. Who made a hidden file or
+a private folder holds a lock on it, which ends with the process: the next start deletes those that
+nobody holds. Process numbers would not tell: containers that share a folder count each their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing that was left is deleted
+    fcntl = None  # type: ignore[assignment]
 
 PRIVATE = "musicgen-ui-"  # then the process's number and token, and something random
 PART = ".part"
@@ -27,6 +30,7 @@ PART = ".part"
 TAKES: set[Path] = set()
 _TOKEN = secrets.token_hex(3)  # a container gives every process the same number
 _NAMING = threading.Lock()
+_LOCKS: dict[Path, int] = {}  # open files that hold this process's locks
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -38,25 +42,34 @@ def replace(path: Path, content: bytes) -> None:
     part = write_part(path.parent, content)
     try:
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        drop(part)
 
 
 def write_part(folder: Path, content: bytes) -> Path:
-    """Writes `content` to the disk under a hidden name in `folder`, to be renamed by the caller."""
+    """Writes `content` to the disk under a hidden name in `folder`.
+
+    The caller renames it, and calls `drop` in any case.
+    """
     handle, name = tempfile.mkstemp(dir=folder, prefix=_mine("."), suffix=PART)
     part = Path(name)
     try:
+        _hold(part)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.chmod(0o644)
     except BaseException:
-        part.unlink(missing_ok=True)
+        drop(part)
         raise
     return part
+
+
+def drop(part: Path) -> None:
+    """Deletes a part, unless it has its name by now, and gives its lock back."""
+    part.unlink(missing_ok=True)
+    _let_go(part)
 
 
 def claim(part: Path, path: Path) -> bool:
@@ -74,8 +87,13 @@ def claim(part: Path, path: Path) -> bool:
 
 
 def private_folder() -> Path:
-    """A new temporary folder that only this process's user can read."""
-    return Path(tempfile.mkdtemp(prefix=_mine(PRIVATE)))
+    """A new temporary folder that only this process's user can read; `delete` it in the end."""
+    unnamed = Path(tempfile.mkdtemp(prefix="."))  # no other start takes it for a leftover
+    folder = unnamed.with_name(_mine(PRIVATE) + secrets.token_hex(4))
+    _hold(unnamed)
+    unnamed.rename(folder)
+    _LOCKS[folder] = _LOCKS.pop(unnamed, -1)
+    return folder
 
 
 def is_visitors(folder: Path) -> bool:
@@ -106,7 +124,15 @@ def delete(folder: Path, patience_s: float = 5.0) -> bool:
         if time.monotonic() > end_s:
             return not folder.exists()
         time.sleep(0.01)
+    _let_go(folder)
     return True
+
+
+def delete_private() -> None:
+    """Deletes the private folders of this process."""
+    for path in list(_LOCKS):
+        if path.name.startswith(PRIVATE):
+            delete(path)
 
 
 def give_caches_a_home() -> None:
@@ -126,21 +152,42 @@ def give_caches_a_home() -> None:
 
 def delete_leftovers(takes: Path | None) -> None:
     """Deletes what killed processes left: their private folders, and parts in a folder of takes."""
-    for part in takes.glob(f".*{PART}") if takes else ():
-        if _is_of_the_dead(part.name, "."):
+    parts = takes.glob(f".*{PART}") if takes else ()
+    folders = Path(tempfile.gettempdir()).glob(f"{PRIVATE}*")
+    for path, prefix in [*((part, ".") for part in parts), *((each, PRIVATE) for each in folders)]:
+        named_here = re.match(rf"{re.escape(prefix)}\d+-[0-9a-f]+-", path.name)
+        if named_here and (lock := _lock(path)) is not None:
             with suppress(OSError):
-                part.unlink()
-    for folder in Path(tempfile.gettempdir()).glob(f"{PRIVATE}*-*"):
-        if _is_of_the_dead(folder.name, PRIVATE):
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            os.close(lock)
 
 
 def _mine(prefix: str) -> str:
     return f"{prefix}{os.getpid()}-{_TOKEN}-"
 
 
-def _is_of_the_dead(name: str, prefix: str) -> bool:
-    number = re.match(rf"{re.escape(prefix)}(\d+)-", name)
-    if not number or name.startswith(_mine(prefix)):
-        return False
-    return int(number[1]) == os.getpid() or not psutil.pid_exists(int(number[1]))
+def _hold(path: Path) -> None:
+    """Locks a file or folder of this process until `_let_go`, or until the process ends."""
+    if (lock := _lock(path)) is not None:
+        _LOCKS[path] = lock
+
+
+def _let_go(path: Path) -> None:
+    if (lock := _LOCKS.pop(path, -1)) >= 0:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that holds the lock of `path`; None where another one does, or none can."""
+    if fcntl is None:
+        return None
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 
 SECRET_VARIABLES = re.compile(r"TOKEN$|SECRET|PASSWORD|_AUTH$|API_KEY")
 SHORTEST = 6  # characters of a secret that can be told from a word
@@ -22,7 +23,37 @@ def set_up() -> None:
     """Writes what is worth knowing to stderr, a line an event."""
     handler = logging.StreamHandler()
     handler.setFormatter(Cleaned("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(Repeats())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class Repeats(logging.Filter):
+    """Drops warnings and errors that come again and again.
+
+    A server without a file to open for the next connection tells so 2,000 times a second.
+    """
+
+    def __init__(self, most: int = 20, within_s: float = 10.0) -> None:
+        super().__init__()
+        self._most, self._within_s = most, within_s
+        self._seen: dict[tuple, tuple[float, int]] = {}  # since when and how often, by what it says
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is among the first of its kind within some seconds."""
+        if record.levelno < logging.WARNING:
+            return True
+        kind = record.exc_info[0] if record.exc_info else None
+        key = (record.name, record.lineno, str(record.msg)[:80], kind)
+        now_s = time.monotonic()
+        since_s, count = self._seen.get(key, (now_s, 0))
+        if now_s - since_s > self._within_s:
+            if count > self._most:
+                record.msg = f"{record.msg} (and {count - self._most} times more before)"
+            since_s, count = now_s, 0
+        if len(self._seen) > 1000:
+            self._seen.clear()
+        self._seen[key] = (since_s, count + 1)
+        return count < self._most
 
 
 class Cleaned(logging.Formatter):

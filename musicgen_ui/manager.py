@@ -100,6 +100,8 @@ class ModelManager:
             self.budget_bytes,
             idle_s,
             fetch=checkpoints.fetch if load is load_batch else None,
+            # A GPU tells in time that it is full; a process that takes too much of this is killed.
+            free_bytes=None if self.place.device.startswith("cuda") else devices.free_bytes,
         )
 
     def checkpoints(self) -> list[str]:

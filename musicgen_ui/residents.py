@@ -76,6 +76,7 @@ class Residents:
         budget_bytes: what all may hold together.
         idle_s: seconds after which an unused model is unloaded; 0 is never.
         fetch: downloads what a checkpoint lacks here; told as `load` is.
+        free_bytes: memory that can be had now; None where a load that finds too little fails.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Residents:
         budget_bytes: int,
         idle_s: float,
         fetch: Callable[[Source, Say], object] | None = None,
+        free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self._load = load
+        self._free_bytes = free_bytes
         self._fetch = fetch
         self.trouble = ""  # what keeps models from being loaded, in words
         self._needs = needs
@@ -252,7 +255,7 @@ class Residents:
 
     def _load_in_room(self, source: Source, needed: int, say: Say) -> Batch:
         """Loads, and once more without the idle models if the memory does not suffice."""
-        self._make_room(needed, say)
+        self._make_room(source, needed, say)
         try:
             return self._load(source, say)
         except Exception as error:
@@ -267,19 +270,24 @@ class Residents:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise RequestError(
-                f"There is not enough free memory for {source.name}: choose a smaller "
-                "checkpoint, or end other programs that use the memory.",
-                "checkpoint",
-            ) from error
+            raise _no_memory(source) from error
 
-    def _make_room(self, needed: int, say: Say) -> None:
-        """Evicts idle models until `needed` bytes fit the budget; waits for those in use."""
+    def _make_room(self, source: Source, needed: int, say: Say) -> None:
+        """Evicts idle models until `needed` bytes fit the budget and the memory; waits for those
+        in use.
+
+        Raises:
+            RequestError: no model is left, and there still is too little free memory.
+        """
         while True:
             with self._changed:
                 held = sum(resident.nbytes for resident in self._residents.values())
-                if not held or held + needed <= self._budget_bytes:
+                fits = not held or held + needed <= self._budget_bytes
+                is_free = self._free_bytes is None or needed <= self._free_bytes()
+                if fits and is_free:
                     return
+                if not held:
+                    raise _no_memory(source)
                 idle = self._idle()[:1]
                 if idle:
                     self._forget(idle[0])
@@ -287,6 +295,14 @@ class Residents:
                     say("waiting for room: another checkpoint is in use")
                     self._changed.wait(1.0)
             _release(idle)
+
+
+def _no_memory(source: Source) -> RequestError:
+    return RequestError(
+        f"There is not enough free memory for {source.name}: choose a smaller checkpoint, or end "
+        "other programs that use the memory.",
+        "checkpoint",
+    )
 
 
 def _release_apart(residents: list[Resident]) -> None:

@@ -206,7 +206,7 @@ def _write_both(
         parts[1].replace(flac)
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            files.drop(part)
     return wav, flac
 
 

@@ -102,6 +102,9 @@ class ZeroEngine:
     def unload(self) -> None:
         """Does nothing: the GPU is given back after each call."""
 
+    def close(self) -> None:
+        """Does nothing: the calls end with their jobs, the workers with this process."""
+
     def _source(self, checkpoint: str, stereo: bool) -> Source:
         source = self._sources.get((checkpoint, stereo))
         if source is None and stereo and (checkpoint, False) in self._sources:

@@ -44,6 +44,7 @@ class FakeEngine:
     running: int = 0
     unloads: int = 0
     trouble: str = ""  # of its health
+    ended: bool = False
 
     async def stream(
         self,
@@ -142,3 +143,6 @@ class FakeEngine:
 
     def unload(self) -> None:
         self.unloads += 1
+
+    def close(self) -> None:
+        self.ended = True

@@ -166,7 +166,44 @@ def test_a_process_killed_while_it_saves_leaves_whole_takes_and_the_next_one_cle
     files.delete_leftovers(tmp_path)
     assert not any(folder.exists() for folder in private)
     assert list(tmp_path.glob(".*")) == [part] and mine.is_dir()
-    mine.rmdir()
+    files.drop(part)
+    assert files.delete(mine) and not part.exists()
+
+
+ELSEWHERE = """
+import os, sys, time
+from pathlib import Path
+os.getpid = lambda: 2**22 + 1  # as in another container: no process here has that number
+from musicgen_ui import files
+print(files.private_folder(), files.write_part(Path(sys.argv[1]), b"a take"), flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_live_process_of_another_container_holds_is_left_to_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        folder, part = map(Path, process.stdout.readline().split())
+        files.delete_leftovers(tmp_path)
+        assert folder.is_dir() and part.read_bytes() == b"a take"
+        process.send_signal(signal.SIGKILL)
+    files.delete_leftovers(tmp_path)
+    assert not folder.exists() and not part.exists()
+
+
+def test_folders_that_others_named_alike_are_no_leftovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = files.private_folder()
+    alike = tmp_path / f"{files.PRIVATE}backup-of-takes"
+    alike.mkdir()
+    os.mkfifo(tmp_path / f"{files.PRIVATE}1-abc-pipe")
+    files.delete_leftovers(None)
+    assert mine.is_dir() and alike.is_dir()
+    files.delete_private()
+    assert not mine.exists() and alike.is_dir()
 
 
 @pytest.mark.parametrize(("late", "goes"), [(2, True), (10**9, False)])

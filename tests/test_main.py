@@ -237,7 +237,7 @@ def test_serve_takes_the_settings_from_its_flags(monkeypatch):
     from musicgen_ui.ui import server
 
     served = []
-    monkeypatch.setattr(server, "serve", lambda chosen, *rest: served.append(chosen))
+    monkeypatch.setattr(server, "run", lambda chosen: served.append(chosen) or 0)
     assert cli.main(["serve", "--port", "18401", "--no-any-checkpoint"]) == 0
     assert served[0].port == 18401 and served[0].any_checkpoint is False
 

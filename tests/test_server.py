@@ -18,7 +18,6 @@ from fakes import FakeEngine
 from musicgen_ui.engine.events import Progress
 from musicgen_ui.request import GenerationRequest, RequestError
 from musicgen_ui.ui.limits import YOUNG_S, BodyLimit, Sweeper
-from musicgen_ui.ui.server import main
 from musicgen_ui.ui.settings import Settings, settings, table, variable
 from musicgen_ui.ui.starting import BackgroundEngine
 
@@ -50,15 +49,6 @@ def test_every_setting_is_explained() -> None:
     assert len(rows) == len(Settings.__dataclass_fields__)
     assert all(help for *_, help in rows)
     assert "--queue-length" in [row[1] for row in rows]
-
-
-@pytest.mark.parametrize("wrong", [["--port", "many"], ["--jobs", "1.5"]])
-def test_a_wrong_setting_is_one_sentence_and_exit_code_2(
-    wrong: list[str], capsys: pytest.CaptureFixture
-) -> None:
-    assert main(wrong) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and wrong[0] in said
 
 
 def test_the_page_and_the_server_load_without_torch() -> None:

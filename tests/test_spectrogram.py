@@ -1,3 +1,4 @@
+import gc
 import re
 import threading
 import warnings
@@ -97,6 +98,20 @@ def test_any_thread_may_draw(tmp_path):
         thread.join()
     for path in paths:
         assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), expected)
+
+
+def test_pictures_leave_nothing_behind():
+    """What a figure holds is large, and only cycles of references hold it."""
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    gc.disable()  # as where Python sees no reason to look
+    try:
+        for _ in range(3):
+            spectrogram.png(tone(440, seconds=0.1))
+        assert not [each for each in gc.get_objects() if type(each) is Figure]
+    finally:
+        gc.enable()
 
 
 def test_low_ticks_do_not_touch():

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ BYTES_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundred
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.5}
 _CUDA_SHARE = 0.85  # of the card's memory; the rest is for activations and other programs
 _RAM_SHARE = 0.6  # of the computer's memory, where the system and the browser live too
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux's control groups
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,86 @@ def budget_bytes(place: Place) -> int:
 
 
 def _ram_bytes() -> int:
-    """The computer's memory, or the container's limit where that is less."""
-    total = psutil.virtual_memory().total
+    """The computer's memory, or the least limit of this process's control groups."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_memory())])
+
+
+def free_bytes() -> int:
+    """Memory that can be had now without being killed for it, beside a GPU's."""
+    here = psutil.virtual_memory().available + psutil.swap_memory().free
+    return max(0, min([here, *(limit - used for limit, used in _group_memory())]))
+
+
+def _group_memory() -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of every control group that holds this process.
+
+    What limits a group limits the groups inside it, so the ones above count too.
+    """
+    for folder, names in _groups():
+        held = _numbers(folder / names.stat)
+        cached = sum(held.get(name, 0) for name in names.cached)
+        used = max(0, _number(folder / names.usage) - cached)
+        for name in names.limits:
+            if limit := _number(folder / name):
+                yield limit, used
+
+
+@dataclass(frozen=True)
+class _Names:
+    """A control group's files, and the figures of its file cache, which gives way to others."""
+
+    limits: tuple[str, ...]
+    usage: str
+    cached: tuple[str, ...]
+    stat: str = "memory.stat"
+
+
+_V1 = _Names(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+_V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+
+
+def _groups() -> Iterator[tuple[Path, _Names]]:
+    """The folders of this process's control groups and of those above them.
+
+    A container may be told its path on the host, of which it sees the last folder alone, as the
+    root: folders that are not there hold no limit.
+    """
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        return min(total, int(limit))
-    except (OSError, ValueError):  # no such file, or "max"
-        return total
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:  # "0::/path" in version 2, "4:memory:/path" in version 1
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounts, names = [GROUPS / "memory", GROUPS / controllers], _V1
+        if not controllers:
+            mounts, names = [GROUPS, GROUPS / "unified"], _V2
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for mount in dict.fromkeys(mounts):
+            for count in range(len(parts), -1, -1):
+                yield mount.joinpath(*parts[:count]), names
+
+
+def _number(file: Path) -> int:
+    """The number in a file; 0 where there is none, as in "max"."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The numbers in a file of lines with a name and a number."""
+    try:
+        rows = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
+        return {name: int(number) for name, number in rows}
+    except (OSError, ValueError):
+        return {}
 
 
 def own(module: torch.nn.Module | None) -> None:

@@ -132,3 +132,10 @@ class Engine(Protocol):
     def unload(self) -> None:
         """Gives the memory of every idle model back."""
         ...
+
+    def close(self) -> None:
+        """Ends the engine for good and waits for its threads, though not for ever.
+
+        Jobs should have been stopped before. Requests are refused from then on.
+        """
+        ...

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from gradio import route_utils, routes
 from starlette.datastructures import FormData, Headers
 from starlette.formparsers import MultiPartException
 
+from musicgen_ui.ui.limits import file_limit
+
 log = logging.getLogger(__name__)
 
 # Gradio's routes, by what follows /gradio_api/: page, clients, sign-in, MCP.
@@ -37,7 +40,8 @@ OPEN = {
     *("queue", "run", "call", "cancel", "reset", "heartbeat", "upload", "upload_progress"),
     *("token", "user", "login_check", "mcp"),
 }
-MAX_CONNECTIONS = 800  # a process may have 1,024 files open, and a job needs some beside
+MAX_CONNECTIONS = 800  # fewer where a process may have fewer files open
+SPARE_FILES = 100  # for models, takes, uploads and the libraries' own
 MAX_OF_AN_ADDRESS = 100  # where it is a public one: behind a proxy, all visitors share the proxy's
 HEAD_S = 20.0  # for a request's head
 MAX_FILES = 8  # in one upload
@@ -57,6 +61,11 @@ OF_A_PART = {
     *(b"content-length", b"content-range", b"content-type", b"date", b"etag", b"last-modified"),
     *(b"vary", b"access-control-allow-origin"),
 }
+TOO_MANY = b"There are too many connections to this server: try again in a minute.\n"
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Retry-After: 60\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(TOO_MANY)
+)
 NOT_FETCHED = "Clips are uploaded, not fetched: download it and hand over the file."
 
 
@@ -283,7 +292,8 @@ def bound_connections(server: Any) -> None:
             self._unfinished: Any = None  # the request that was over when it was last looked at
             self._look_again = self.loop.call_later(HEAD_S, self._look)
             if is_too_many(self.connections, self.client):
-                transport.abort()
+                transport.write(FULL + TOO_MANY)
+                transport.close()
 
         def connection_lost(self, error: Exception | None) -> None:
             self._look_again.cancel()
@@ -300,10 +310,30 @@ def bound_connections(server: Any) -> None:
     server.config.http_protocol_class = Bounded
 
 
+def hang_up(server: Any, within_s: float = 5.0) -> None:
+    """Ends a running uvicorn server and breaks its connections off.
+
+    A page takes that for a lost connection, and loads itself anew when the server is back. Gradio's
+    own end would tell it that its job failed, or wait for pages that stay open.
+    """
+    server.should_exit = True
+    end_s = time.monotonic() + within_s
+    while server.thread.is_alive() and time.monotonic() < end_s:
+        for connection in tuple(server.server_state.connections):
+            with contextlib.suppress(RuntimeError):  # its loop has ended by now
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
+        server.thread.join(0.05)
+
+
+def most_connections() -> int:
+    """How many connections there may be at once."""
+    return min(MAX_CONNECTIONS, max(SPARE_FILES // 10, file_limit() - SPARE_FILES))
+
+
 def is_too_many(connections: Iterable[Any], client: tuple[str, int] | None) -> bool:
     """Whether the newest of `connections`, `client`'s, is one more than there may be."""
     connections = list(connections)
-    if len(connections) > MAX_CONNECTIONS:
+    if len(connections) > most_connections():
         return True
     host = client[0] if client else ""
     same = [connection for connection in connections if (connection.client or [""])[0] == host]

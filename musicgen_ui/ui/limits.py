@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import itertools
 import json
 import math
@@ -18,6 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 NAME_CHARACTERS = 64  # Gradio's own names have 36 at most
 NAMES = ("session_hash", "event_id")
 WITH_NAMES = ("queue", "call", "run", "api", "cancel", "reset")  # routes whose body has them
@@ -30,6 +36,7 @@ SWEEP_EVERY_S = 60.0
 SESSIONS = 800  # pages that Gradio remembers, 0.2 MB each; it would remember 10,000
 CLOSED_SESSIONS = 50  # among them that are closed
 M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
+FILES = 4096  # open ones that are wished for
 STALLED_S, SLOW_BYTES_S = 30.0, 5_000  # a body's pause, and its pace from then on
 
 
@@ -268,6 +275,7 @@ def sweep_while(demo: Any, folder: Path, kept_bytes: float) -> None:
         for sweeper in sweepers:
             sweeper.sweep()
         forget_names(demo)
+        gc.collect()
         _glibc("malloc_trim", 0)  # what is free in the heaps goes back to the system
 
 
@@ -279,6 +287,28 @@ def share_heaps() -> None:
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         _glibc("mallopt", M_ARENA_MAX, HEAPS)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have more open files, as far as the system permits: macOS begins with 256.
+
+    Each connection is one.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def file_limit() -> int:
+    """How many files this process may have open."""
+    if resource is None:
+        return FILES
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _glibc(name: str, *arguments: int) -> None:

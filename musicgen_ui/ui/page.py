@@ -64,7 +64,7 @@ def build(
                 take(parts)
         api(parts)
         connect(parts, handlers, engine, page)
-    page.recall = handlers.recall
+    page.recall, page.desk, page.engine = handlers.recall, desk, engine
     return page
 
 
@@ -266,7 +266,8 @@ def take(parts: Parts) -> None:
     parts["clip"] = gr.State({})
     parts["offered"] = gr.State({})
     parts["facts"] = gr.State({})  # of the chosen checkpoint
-    parts["own"] = gr.State({name: DEFAULTS[name] for name in CHECKPOINT_FIELDS})
+    # Not a State: the browser keeps it with the form.
+    parts["own"] = gr.JSON({name: DEFAULTS[name] for name in CHECKPOINT_FIELDS}, visible=False)
     sliders = {n: parts[n] for n in CHECKPOINT_FIELDS if isinstance(parts[n], gr.Slider)}
     parts["limits"] = gr.State({n: (s.minimum, s.maximum) for n, s in sliders.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gradio as gr
@@ -9,12 +10,18 @@ import gradio as gr
 from musicgen_ui.ui import form, take_panel
 from musicgen_ui.ui.handlers import busy
 from musicgen_ui.ui.live_player import LiveStream
-from musicgen_ui.ui.recall import Recall
+from musicgen_ui.ui.recall import BACK, Recall
 from musicgen_ui.ui.visitors import Visitor
 
 UNDER_WAY = "Your take is still being made: it comes here when it is done."
 DONE = "Finished while the page was away: here is your take."
 BROKEN = "Your take could not be finished: press Generate to try again."
+
+
+def back() -> str:
+    """The script that gives a page the form as it was, and says so of a take that is lost."""
+    message = LiveStream(1.0).message("failed", BROKEN)
+    return BACK.replace("CUT_OFF", json.dumps(message))
 
 
 class Pages:

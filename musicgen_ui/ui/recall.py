@@ -40,6 +40,23 @@ ENTER = """() => {
   return [name];
 }"""
 
+# The form lies in the browser, too: a server that begins anew knows nothing of it. Nothing is kept
+# before what was kept is read, since the page fills its fields in while it opens.
+KEEP = """(...form) => {
+  if (window.musicgenForm) sessionStorage.musicgenForm = JSON.stringify(form);
+  return [];
+}"""
+BACK = """(live, ...form) => {
+  const kept = JSON.parse(sessionStorage.musicgenForm || '[]');
+  const cut_off = sessionStorage.musicgenBusy && !live;
+  window.musicgenForm = true;
+  addEventListener('pagehide', () => {
+    const message = window.musicgenLive?.message;
+    sessionStorage.musicgenBusy = message && !message.last ? 'yes' : '';
+  });
+  return [cut_off ? CUT_OFF : live, ...(kept.length === form.length ? kept : form)];
+}"""
+
 _UNDER_WAY: set[asyncio.Task] = set()
 
 

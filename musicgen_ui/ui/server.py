@@ -8,19 +8,26 @@ and bodies, a private temporary folder that is swept, nothing served but what th
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gc
 import logging
 import os
+import queue
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from musicgen_ui import files, logs
+import psutil
+
+from musicgen_ui import files, logs, proxies
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import RequestError
@@ -29,11 +36,19 @@ from musicgen_ui.ui.limits import (
     BodyLimit,
     NameLimit,
     keep_no_values,
+    raise_file_limit,
     share_heaps,
     sweep_while,
 )
-from musicgen_ui.ui.settings import Settings, settings, variable
+from musicgen_ui.ui.settings import Settings, flag, variable
 from musicgen_ui.ui.starting import BackgroundEngine
+
+FAILED, WRONG = 1, 2  # exit codes
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+JOBS_END_S = 5.0  # that stopped jobs have to save what they made
+TOLD_S = 0.3  # until their pages are told, as far as the connection allows
+ENVIRONMENT = dict(os.environ)  # as the process was given it, for one that takes its place
+OF_GRADIO = ("GRADIO_SHARE_SERVER_ADDRESS",)  # its variables that are left to it
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +59,10 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
     def build() -> Engine:
         from musicgen_ui.manager import ModelManager
 
+        # The libraries and the page stay until the end: the garbage collector need not look through
+        # them, which held all threads up for a third of a second each time.
+        gc.collect()
+        gc.freeze()
         return ModelManager(
             device=chosen.device,
             precision=chosen.precision,
@@ -59,7 +78,13 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
 
 def _set_environment(chosen: Settings, cache: Path) -> None:
     """What libraries read when they are imported."""
+    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in OF_GRADIO]:
+        # What they set is in `Settings`. Of the others one starts servers that no middleware
+        # guards (GRADIO_NUM_WORKERS), and one keeps `launch` from coming back (GRADIO_DEBUG).
+        del os.environ[name]
     os.environ |= {
+        # Gradio tries here whether the port is free, and knows only addresses of version 4.
+        "GRADIO_SERVER_NAME": "127.0.0.1" if ":" in chosen.host else chosen.host,
         "GRADIO_TEMP_DIR": str(cache),
         "GRADIO_ANALYTICS_ENABLED": "False",
         # Else a table of the last 10,000 events is made after each, for a page that is off here.
@@ -122,7 +147,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
     app, _, _ = demo.launch(
-        server_name=chosen.host,
+        server_name=f"[{chosen.host}]" if ":" in chosen.host else chosen.host,  # an address of IPv6
         server_port=chosen.port,
         prevent_thread_lock=True,
         quiet=True,
@@ -164,10 +189,8 @@ def _watching(engine: Engine, journal: Any, chosen: Settings) -> list[Any]:
 
 
 def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
-    from musicgen_ui.ui import take_panel
-
     running = lambda: demo.is_running  # noqa: E731
-    works = [lambda: sweep_while(demo, temporary, kept_bytes), take_panel.warm_up]
+    works = [lambda: sweep_while(demo, temporary, kept_bytes)]
     if isinstance(engine, BackgroundEngine):
         works.append(lambda: restart_when_lost(engine, running))
     for work in works:
@@ -199,51 +222,185 @@ def restart_when_lost(
         lost = engine.health().trouble == faults.LOST
         if lost and time.monotonic() - began_s >= not_before_s:  # else it would turn for ever
             log.critical("The device is lost: the app starts again")
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT)
 
 
 def close(demo: Any, temporary: Path) -> None:
-    """Ends a launched server and deletes what was temporary."""
-    demo.close()
+    """Ends a launched server with its jobs, connections and engine; deletes what was temporary.
+
+    What the jobs made so far is kept as takes.
+    """
+    from musicgen_ui.ui import doors
+
+    jobs = len(demo.desk)
+    demo.desk.close()
+    end_s = time.monotonic() + JOBS_END_S
+    while len(demo.desk) and time.monotonic() < end_s:
+        time.sleep(0.02)
+    if jobs:
+        time.sleep(TOLD_S)
+
+    doors.hang_up(demo.server)
+    demo.close(verbose=False)
+    demo.engine.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
 
 
-def serve(chosen: Settings, engine: Engine | None = None) -> None:
-    """Serves the page until it is interrupted.
+def check_folder(chosen: Settings) -> None:
+    """Makes the folder of takes.
 
     Raises:
-        RequestError: what was asked for is not installed, or a checkpoint cannot be had.
+        RequestError: it cannot be made or written to.
+    """
+    if not chosen.output_folder:
+        return
+    folder = Path(chosen.output_folder)
+    named = f"{variable('output_folder')} ({flag('output_folder')}) cannot be {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{named}: {error.strerror}. Name a folder.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"{named}, which cannot be written to: name another folder.")
+
+
+def check_address(chosen: Settings) -> None:
+    """Sees whether the address can be listened on.
+
+    Raises:
+        RequestError: it is no address of this computer, or not for this user.
+        OSError: another program listens there.
+    """
+    host = f"{variable('host')} ({flag('host')})"
+    try:
+        found = socket.getaddrinfo(chosen.host, chosen.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise RequestError(
+            f"{host} cannot be {chosen.host!r}: there is no such address."
+        ) from error
+    refused: list[OSError] = []
+    for family, _, _, _, address in found:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as tried:
+                if os.name == "posix":  # as the server will do
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(address)
+                tried.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            refused.append(error)
+    if len(refused) < len(found):  # a name may have addresses of both versions
+        return
+    if refused[0].errno == errno.EACCES:
+        raise RequestError(
+            f"This user may not listen on port {chosen.port}: choose one from 1024 on with "
+            f"{flag('port')}."
+        ) from refused[0]
+    raise RequestError(
+        f"{host} cannot be {chosen.host}, which is no address of this computer: name one that is, "
+        "or 0.0.0.0 for every one."
+    ) from refused[0]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """The numbers of the signals that ask this process to end, as they come.
+
+    Nothing is raised where a signal happens to arrive: in a destructor it would be lost. What the
+    process was started to ignore, as by nohup, is ignored.
+    """
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may call its `put`
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = [number for number in STOPS if before[number] != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, lambda number, _: asked.put(number))
+    try:
+        yield asked
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+def serve(chosen: Settings, engine: Engine | None = None) -> int:
+    """Serves the page until a signal asks to stop; returns the exit code.
+
+    Raises:
+        RequestError: what was asked for is not installed or wrong here.
+        OSError: another program listens on the port.
     """
     share_heaps()
+    raise_file_limit()
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
-    if engine is None and os.environ.get("SPACES_ZERO_GPU"):
-        from musicgen_ui.zero import ZeroEngine
+    check_folder(chosen)
+    check_address(chosen)
+    proxies.prepare(chosen.host)
+    with stop_signals() as asked:
+        try:
+            if engine is None and os.environ.get("SPACES_ZERO_GPU"):
+                from musicgen_ui.zero import ZeroEngine
 
-        engine = ZeroEngine(chosen.checkpoint)
-    demo, temporary = launch(chosen, engine)
-    print(f"MusicGen UI is at {demo.local_url}", flush=True)
-    if chosen.share:
-        print(f"For others: {demo.share_url or 'no link, Gradio has no way out'}", flush=True)
-    try:
-        demo.block_thread()
-    finally:
-        close(demo, temporary)
+                engine = ZeroEngine(chosen.checkpoint)
+            demo, temporary = launch(chosen, engine)
+            try:
+                print(f"MusicGen UI is at {demo.local_url.replace('[::]', '[::1]')}", flush=True)
+                if chosen.share:
+                    link = demo.share_url or "no link, Gradio has no way out"
+                    print(f"For others: {link}", flush=True)
+                return _wait(demo, asked)
+            finally:
+                close(demo, temporary)
+        finally:
+            files.delete_private()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python app.py` and `python -m musicgen_ui serve`: 2 for a wrong setting."""
+def _wait(demo: Any, asked: queue.SimpleQueue[int]) -> int:
+    """Until a signal comes, or the server cannot go on; the exit code."""
+    while demo.server.thread.is_alive():
+        with contextlib.suppress(queue.Empty):
+            return 128 + asked.get(timeout=0.5)
+        if refusal := getattr(demo.engine, "refusal", None):
+            print(refusal, file=sys.stderr)
+            return WRONG
+    log.critical("The server has ended by itself")
+    return FAILED
+
+
+def run(chosen: Settings) -> int:
+    """Serves the page, which ends the process; returns the exit code where nothing was served.
+
+    Raises:
+        RequestError: what was asked for is not installed or wrong here.
+    """
     logs.set_up()
-    files.give_caches_a_home()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of `close`
     try:
-        chosen = settings(sys.argv[1:] if arguments is None else arguments)
-        serve(chosen)
-    except RequestError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:  # the port is taken, the address is not ours
-        print(f"Cannot listen on {chosen.host}:{chosen.port}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        leave(serve(chosen))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE and "empty port" not in str(error):  # Gradio's words
+            raise
+        print(
+            f"Cannot listen on {chosen.host}, port {chosen.port}: another program does. End it, or "
+            f"choose another port with {flag('port')}.",
+            file=sys.stderr,
+        )
+        return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now, and those that it started, such as the tunnel of a public link.
+
+    Some threads cannot be ended, such as one that imports a library or asks a silent Hub. An
+    interpreter that shuts down beside them waits for them, or is aborted by one in native code.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from musicgen_ui.request import MAX_DURATION_S, RequestError
+from musicgen_ui.request import FIELDS, MAX_DURATION_S, RequestError
 
 PREFIX = "MUSICGEN_UI_"
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+YEAR_S = 366 * 24 * 3600.0  # timers take no more than some of them
 # Spaces are public, and their own proxies have private addresses.
 ON_SPACES = {
     "host": "0.0.0.0",
@@ -24,8 +28,17 @@ ON_SPACES = {
 }
 
 
-def _setting(default: Any, help: str, env: str | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "env": env})
+def _setting(
+    default: Any,
+    help: str,
+    env: str | None = None,
+    *,
+    least: float = 0,
+    most: float = 1e6,
+    choices: Sequence[str] = (),
+) -> Any:
+    about = {"help": help, "env": env, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def _secret(help: str) -> Any:
@@ -39,7 +52,7 @@ class Settings:
     host: str = _setting(
         "127.0.0.1", "address to listen on; 0.0.0.0 is every one", "GRADIO_SERVER_NAME"
     )
-    port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT")
+    port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT", least=1, most=65535)
     auth: str = _secret("USER:PASSWORD that visitors sign in with; empty is no sign-in")
     root_path: str = _setting(
         "", "path under which a reverse proxy shows the app, such as /music", "GRADIO_ROOT_PATH"
@@ -59,12 +72,16 @@ class Settings:
     checkpoints: str = _setting(
         "", "checkpoints that are offered in any case, with commas between them: small,melody"
     )
-    device: str = _setting("auto", "auto, cuda, mps or cpu")
-    precision: str = _setting("auto", "auto, float32, bfloat16, float16 or int8")
+    device: str = _setting("auto", "auto, cuda, mps or cpu", choices=DEVICES)
+    precision: str = _setting(
+        "auto", "auto, float32, bfloat16, float16 or int8", choices=PRECISIONS
+    )
     memory_gb: float = _setting(0.0, "memory for loaded models in GB; 0 is by the device")
-    idle_s: float = _setting(900.0, "seconds until an idle model is unloaded; 0 is never")
-    jobs: int = _setting(8, "takes made at the same time")
-    queue_length: int = _setting(32, "takes being made or waiting; more are turned away")
+    idle_s: float = _setting(
+        900.0, "seconds until an idle model is unloaded; 0 is never", most=YEAR_S
+    )
+    jobs: int = _setting(8, "takes made at the same time", least=1)
+    queue_length: int = _setting(32, "takes being made or waiting; more are turned away", least=1)
     visitor_jobs: int = _setting(
         0, "takes of one visitor being made or waiting; 0 is any number, 8 on Spaces"
     )
@@ -86,19 +103,31 @@ class Settings:
     )
     log_prompts: bool = _setting(False, "the log's line of each job tells its prompt")
     max_duration_s: float = _setting(
-        MAX_DURATION_S, "longest take, in seconds of new music; 60 on Spaces, where others wait"
+        MAX_DURATION_S,
+        "longest take, in seconds of new music; 60 on Spaces, where others wait",
+        least=FIELDS["duration_s"].metadata["min"],
+        most=MAX_DURATION_S,
     )
-    max_upload_mb: float = _setting(100.0, "largest upload in MB")
+    max_upload_mb: float = _setting(100.0, "largest upload in MB", least=0.1)
     output_folder: str = _setting(
         "", "where takes are kept; empty is a temporary folder, cleared after a day"
     )
     temporary_gb: float = _setting(
-        5.0, "temporary takes that are kept, in GB, and as much of uploads; the oldest go first"
+        5.0,
+        "temporary takes that are kept, in GB, and as much of uploads; the oldest go first",
     )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            object.__setattr__(self, spec.name, _coerce(spec, getattr(self, spec.name)))
+            value = _coerce(spec, getattr(self, spec.name))
+            _check(spec, value)
+            object.__setattr__(self, spec.name, value)
+        object.__setattr__(self, "host", self.host.strip(" []"))  # "[::1]" is for addresses
+        folder = os.path.expanduser(self.output_folder)  # noqa: PTH111 - raises nothing
+        object.__setattr__(self, "output_folder", folder)
+        if not self.host:
+            raise RequestError(f"{variable('host')} ({flag('host')}) is empty: name an address.")
+        _check_networks(self.trusted_proxies)
         if self.auth and not all(self.credentials):
             raise RequestError(
                 f"{variable('auth')} ({flag('auth')}) must be a name and a password with a colon "
@@ -171,10 +200,10 @@ def settings(
     """The settings from the environment, overridden by flags or by their parsed values.
 
     Raises:
-        RequestError: a value that cannot be understood; names the variable.
+        RequestError: a value that cannot be understood or had; names the variable.
     """
     if not isinstance(arguments, Mapping):
-        parser = argparse.ArgumentParser(prog="app.py", description="Serves MusicGen UI.")
+        parser = argparse.ArgumentParser()
         add_flags(parser)
         arguments = vars(parser.parse_args(list(arguments)))
     names = [spec.name for spec in dataclasses.fields(Settings)]
@@ -183,6 +212,32 @@ def settings(
     told |= {n: arguments[n] for n in names if arguments.get(n) is not None}
     values |= {"any_checkpoint": False} if _on(told.get("share")) else {}  # public too
     return Settings(**values | told)
+
+
+def _check(spec: dataclasses.Field, value: Any) -> None:
+    about = spec.metadata
+    name = f"{variable(spec.name)} ({flag(spec.name)})"
+    if choices := about.get("choices"):
+        kind, _, index = value.partition(":")
+        numbered = kind == "cuda" and index.isdecimal() and kind in choices
+        if value not in choices and not numbered:
+            raise RequestError(f"{name} cannot be {value!r}: choose {', '.join(choices)}.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        least, most = about["least"], about["most"]
+        if not least <= value <= most:  # nan too
+            limits = f"{least:.15g} to {most:.15g}"
+            raise RequestError(f"{name} cannot be {value}: give a number from {limits}.")
+
+
+def _check_networks(text: str) -> None:
+    for network in filter(None, (item.strip() for item in text.split(","))):
+        try:
+            _ = network == "*" or ipaddress.ip_network(network)
+        except ValueError as error:
+            raise RequestError(
+                f"{variable('trusted_proxies')} ({flag('trusted_proxies')}) holds {network!r}, "
+                f"which is no network: {error}."
+            ) from error
 
 
 def _on(value: Any) -> bool:

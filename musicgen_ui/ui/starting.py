@@ -14,6 +14,8 @@ from musicgen_ui.request import GenerationRequest, RequestError
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 2.0  # that is waited for an engine which is being built: an import cannot be broken off
+
 
 class BackgroundEngine:
     """An engine that is still being built: what needs it waits, what need not says so."""
@@ -23,26 +25,45 @@ class BackgroundEngine:
         self._ready = threading.Event()
         self._engine: Engine | None = None
         self._error: Exception | None = None
+        self._closed = False
         self._build = build
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
         """Begins to build the engine and to load the first checkpoint, in a thread."""
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread.start()
 
     def _run(self) -> None:
         try:
             self._engine = self._build()
+        except RequestError as error:  # a setting that only the engine knows to be wrong
+            self._error = error
         except Exception as error:
             log.exception("The engine could not be started")
             self._error = error
         finally:
             self._ready.set()
         preload = getattr(self._engine, "preload", None)
-        if preload:
+        if preload and not self._closed:
             try:
                 preload(self._checkpoint)
-            except Exception:  # a click loads again and shows the reason
+            except RequestError as error:  # a click loads again and shows the reason
+                log.error("The first checkpoint could not be loaded ahead: %s", error)
+            except Exception:
                 log.exception("The first checkpoint could not be loaded ahead")
+
+    @property
+    def refusal(self) -> RequestError | None:
+        """Why there is no engine, where a setting is wrong."""
+        return self._error if isinstance(self._error, RequestError) else None
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._closed = True
+        if self._engine is not None:
+            self._engine.close()  # ends a load, too
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_S)
 
     def _get(self) -> Engine:
         self._ready.wait()

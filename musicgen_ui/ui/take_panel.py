@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from musicgen_ui import audio, spectrogram, takes
 from musicgen_ui.engine.events import Chroma
-from musicgen_ui.request import Clip
 from musicgen_ui.ui.live_player import ASSETS
 
 log = logging.getLogger(__name__)
@@ -74,6 +72,8 @@ def draw(take: ShownTake) -> None:
         take.alt = spectrogram.alt_text(clip, *about)
         take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), *about)
     except Exception:  # the music is what matters: it is never lost for its picture
+        if not take.wav.exists():  # the server is being stopped, and deletes what was temporary
+            return
         log.exception("The spectrogram of %s could not be drawn", take.wav.name)
         take.notes.append("The spectrogram could not be drawn.")
 
@@ -188,9 +188,3 @@ def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
 def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:
     """The take on show: the example before the first one is made."""
     return history[chosen[0]][chosen[1]] if history else example()
-
-
-def warm_up() -> None:
-    """Imports what draws pictures, so that the first take need not wait for it."""
-    silence = Clip(np.zeros((1, 1600), np.float32), 16_000)
-    spectrogram.png(silence)

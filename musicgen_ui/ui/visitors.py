@@ -168,6 +168,7 @@ class Desk:
         self.each = each
         self.ledger = Ledger(0) if ledger is None else ledger
         self._jobs: dict[threading.Event, tuple[Visitor, int]] = {}  # takes by stop event
+        self._closed = False
 
     def __len__(self) -> int:
         return sum(takes for _, takes in self._jobs.values())
@@ -195,7 +196,15 @@ class Desk:
             stop.set()
         return len(stops)
 
+    def close(self) -> None:
+        """Asks every job to stop, and takes no more."""
+        self._closed = True
+        for stop in list(self._jobs):
+            stop.set()
+
     def _check(self, visitor: Visitor, takes: int) -> None:
+        if self._closed:
+            raise RequestError("The server is being stopped: try again when it is back.")
         most = min(self.limit, self.each or self.limit)
         if takes > most:
             raise RequestError(

@@ -15,7 +15,7 @@ from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import clip_panel, form, recall, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.limits import ClosedPages
-from musicgen_ui.ui.pages import Pages
+from musicgen_ui.ui.pages import Pages, back
 
 Parts = dict[str, Any]  # components by name
 
@@ -51,11 +51,19 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
     pages = Pages(handlers.recall)
     told = [*form.SETTINGS, "own", "offer", "offered"]
     told += ["live", "generate", "stop", "watch", *TAKE]
-    page.load(
+    entered = page.load(
         named(pages.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
         api_name="enter", **QUIET,
     )  # fmt: skip
+    in_the_browser(parts, entered)
     on(parts, parts["watch"].tick, pages.news, [], told, "news")
+
+
+def in_the_browser(parts: Parts, entered: Any) -> None:
+    """Keeps the form there, and fills it in again once a page has `entered`."""
+    form_of = [parts[name] for name in ("own", *form.SETTINGS)]
+    entered.then(None, [parts["live"], *form_of], [parts["live"], *form_of], js=back())
+    gr.on([each.change for each in form_of], None, form_of, None, js=recall.KEEP)
 
 
 def jobs(parts: Parts, handlers: Handlers) -> Any:
