@@ -16,7 +16,7 @@ import soundfile
 import soxr
 
 from musicgen_ui import files
-from musicgen_ui.reading import Reading, read
+from musicgen_ui.reading import Reading, cancels, read
 from musicgen_ui.request import Clip
 
 __all__ = [
@@ -39,10 +39,14 @@ LOUDNESS_BLOCK_S = 0.4  # BS.1770's gating block: nothing shorter can be measure
 def convert(clip: Clip, sampling_rate: int, channels: int) -> Clip:
     """The clip at another sampling rate and channel count: round(samples · new / old) samples.
 
-    Mono becomes stereo as two equal channels, stereo becomes mono as their mean.
+    Mono becomes stereo as two equal channels, stereo becomes mono as their mean, or as the louder
+    channel where the two cancel each other out.
     """
     samples = clip.samples
-    if channels < clip.channels:
+    if channels < clip.channels and cancels(samples):
+        louder = int(np.square(samples).sum(axis=1).argmax())
+        samples = samples[louder : louder + 1]
+    elif channels < clip.channels:
         samples = samples.mean(axis=0, keepdims=True, dtype=np.float32)
     if sampling_rate != clip.sampling_rate and samples.shape[1]:
         samples = _resampled(samples, clip.sampling_rate, sampling_rate)
