@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from musicgen_ui import completion, configuration, convert, defaults, exported, hub
+from musicgen_ui import completion, configuration, convert, defaults, exported, files, hub
 from musicgen_ui.engine.events import Description
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.request import RequestError
@@ -119,15 +119,15 @@ def _find(checkpoint: str) -> Source:
 def folder_of(checkpoint: str) -> Path | None:
     """The folder that a name is the path of, if there is one."""
     try:
-        folder = Path(checkpoint).expanduser()
+        folder = files.expanded(checkpoint)
         return folder.resolve() if folder.is_dir() else None
-    except (OSError, RuntimeError):  # too long, not permitted, "~" of nobody
+    except (OSError, RuntimeError):  # too long, not permitted, a loop of links
         return None
 
 
 def shown(folder: Path) -> str:
     """A folder as its owner writes it: takes name it, and need not tell who that is."""
-    home = Path.home()
+    home = files.expanded("~")  # "~" itself where nobody knows it
     return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 

@@ -43,18 +43,25 @@ def replace(path: Path, content: bytes) -> None:
 
 def write_part(folder: Path, content: bytes) -> Path:
     """Writes `content` to the disk under a hidden name in `folder`, to be renamed by the caller."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=_mine("."), suffix=PART)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    part = folder / f"{_mine('.')}{secrets.token_hex(8)}{PART}"
+    with part.open("xb") as file:  # with the permissions that the user's umask leaves
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o644)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     return part
+
+
+def expanded(text: str) -> Path:
+    """`text` as a path, with a home folder in place of "~".
+
+    "~" stays as it is where that home is unknown: in a container, a user may have neither HOME nor
+    a name.
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises there)
 
 
 def claim(part: Path, path: Path) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from musicgen_ui import files
 from musicgen_ui.engine.events import Event, Finished, Progress
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
@@ -139,7 +140,7 @@ def output_path(text: str) -> Path:
     Raises:
         RequestError: it cannot be written to, or asks for another kind of file.
     """
-    path = Path(text).expanduser()
+    path = files.expanded(text)
     if path.is_dir() or not path.suffix or text.endswith("/"):
         folder = path
     elif path.suffix.lower() in ENDINGS:
@@ -180,7 +181,7 @@ def sections_in(value: Any, folder: Path) -> Any:
     """
     if not isinstance(value, str) or not value or value.lstrip().startswith("["):
         return value
-    path = folder / Path(value).expanduser()
+    path = folder / files.expanded(value)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import hub
+from musicgen_ui import files, hub
 from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read_config(name: str, advice: str) -> dict[str, Any]:
     Raises:
         RequestError: it cannot be had, with `advice`, what to do then.
     """
-    folder = Path(name).expanduser()
+    folder = files.expanded(name)
     file = folder / "config.json" if folder.is_dir() else _asked(name, advice, hub.config_file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def fetched(name: str, advice: str, say: Callable[[str], None]) -> Path:
     Raises:
         RequestError: it cannot be had, with `advice`, what to do then.
     """
-    folder = Path(name).expanduser()
+    folder = files.expanded(name)
     if folder.is_dir():
         return folder
     return _asked(name, advice, lambda repo_id: hub.download(repo_id, say))
