@@ -193,7 +193,10 @@ def _with_soundfile(path: Path) -> Iterator[_Source]:
             yield block
 
     # Without a name, libsndfile cannot take a text called .au for headerless audio.
-    with path.open("rb", buffering=0) as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+    with (
+        path.open("rb", buffering=0) as raw,
+        soundfile.SoundFile(raw.fileno(), closefd=False) as file,
+    ):
         rate = file.samplerate
         claimed_s = file.frames * _cut_share(file.extra_info) / max(rate, 1)
         header = Header(file.format, rate, file.channels, claimed_s)
@@ -211,8 +214,8 @@ def _goes_on(raw: BinaryIO, kind: str) -> bool:
     if kind == "OGG":  # it reads ahead, so the place says little
         return _ogg_streams(raw, size) > 1
     name = _bytes_at(raw, at + at % 2, 4)
-    is_chunk = name.isascii() and name.isalnum() or name[3:] == b" "
-    return size - at > SLACK_BYTES and not (kind in CHUNKED and is_chunk)
+    is_chunk = kind in CHUNKED and re.fullmatch(rb"[\w ]{4}", name)
+    return size - at > SLACK_BYTES and not is_chunk
 
 
 def _ogg_streams(raw: BinaryIO, size: int) -> int:
