@@ -59,8 +59,12 @@ def expanded(text: str) -> Path:
     """`text` as a path, with a home folder in place of "~".
 
     "~" stays as it is where that home is unknown: in a container, a user may have neither HOME nor
-    a name.
+    a name. Where the locale cannot write a name, it is taken as UTF-8.
     """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = os.fsdecode(text.encode("utf-8", "surrogatepass"))
     return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises there)
 
 
@@ -102,11 +106,12 @@ def give_caches_a_home() -> None:
 
     They compile, measure fonts and download into it, so call this before they are imported.
     """
-    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    own = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     with suppress(OSError):
-        own.mkdir(parents=True, exist_ok=True)
-        if os.access(own, os.W_OK | os.X_OK):
-            return
+        if own.is_absolute():
+            own.mkdir(parents=True, exist_ok=True)
+            if os.access(own, os.W_OK | os.X_OK):
+                return
     folder = private_folder()
     os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
     atexit.register(delete, folder)
