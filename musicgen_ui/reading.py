@@ -44,15 +44,19 @@ def read(path: Path | str, keep_s: float = 120.0) -> Reading:
     down to stereo.
 
     Raises:
-        RequestError: there is no such file; it is not audio; it is empty, has NaN or Inf, a
-            sampling rate outside 4 to 400 kHz, more than 8 channels or too much to decode.
+        RequestError: there is no such file; it cannot be read; it is not audio; it is empty, has
+            NaN or Inf, a sampling rate outside 4 to 400 kHz, more than 8 channels or too much to
+            decode.
     """
     path = Path(path)
     if not is_file(path):
         raise RequestError(f"There is no file “{path.name[:80]}”: choose another.")
-    if not path.stat().st_size:
-        raise RequestError("The file is empty: choose another.")
-    end = decode_end(path, keep_s)
+    try:
+        if not path.stat().st_size:
+            raise RequestError("The file is empty: choose another.")
+        end = decode_end(path, keep_s)
+    except OSError as error:
+        raise RequestError(f"The file cannot be read: {error.strerror}.") from error
     if not end.samples.shape[1]:
         raise RequestError("The file holds no audio: choose another.")
     if not np.isfinite(end.samples).all():
