@@ -2,7 +2,7 @@
 
 Each command's flags and work are in a module of its own, imported when it is asked for: gradio for
 `serve`, torch for the others, and not before a wrong request has been refused. Exit codes: 0 done,
-1 failed, 2 a request that cannot be run, 130 interrupted.
+1 failed, 2 a request that cannot be run, 130 interrupted, 141 the output's reader has gone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from musicgen_ui import files, proxies
+from musicgen_ui import console, files, proxies
 from musicgen_ui.request import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
@@ -28,12 +28,22 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with console.guarded() as out:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        return out.exit_code(code)
+
+
+def _run(arguments: list[str]) -> int:
     parser = Parser(prog="python -m musicgen_ui", description="Music from words, on this computer.")
     about = "; ".join(f"{name} {command.__doc__}" for name, command in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=about)
-    files.give_caches_a_home()
     try:
+        if sys.flags.optimize > 1:
+            raise RequestError(
+                "PYTHONOPTIMIZE=2 and -OO take away docstrings, which transformers needs: leave "
+                "them out, or use PYTHONOPTIMIZE=1."
+            )
+        files.give_caches_a_home()
         command = COMMANDS[parser.parse_args(arguments[:1]).command]
         proxies.prepare()
         return command(arguments[1:])

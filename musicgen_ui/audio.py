@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
 from musicgen_ui import files
-from musicgen_ui.reading import Reading, read
+from musicgen_ui.reading import Reading, cancels, read
 from musicgen_ui.request import Clip
 
 __all__ = [
@@ -32,6 +33,13 @@ __all__ = [
     "write",
 ]
 
+# Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3) and 230 (Ogg) in stereo at
+# 32 kHz, where neither can be told from the WAV.
+LOSSY: dict[str, dict[str, Any]] = {
+    ".mp3": {"compression_level": 0.2},
+    ".ogg": {"compression_level": 0.2, "subtype": "VORBIS"},
+}
+ENCODED_AT_ONCE = 65_536  # samples
 JOIN_FADE_S = 0.020
 LOUDNESS_BLOCK_S = 0.4  # BS.1770's gating block: nothing shorter can be measured
 
@@ -39,10 +47,14 @@ LOUDNESS_BLOCK_S = 0.4  # BS.1770's gating block: nothing shorter can be measure
 def convert(clip: Clip, sampling_rate: int, channels: int) -> Clip:
     """The clip at another sampling rate and channel count: round(samples · new / old) samples.
 
-    Mono becomes stereo as two equal channels, stereo becomes mono as their mean.
+    Mono becomes stereo as two equal channels, stereo becomes mono as their mean, or as the louder
+    channel where the two cancel each other out.
     """
     samples = clip.samples
-    if channels < clip.channels:
+    if channels < clip.channels and cancels(samples):
+        louder = int(np.square(samples).sum(axis=1).argmax())
+        samples = samples[louder : louder + 1]
+    elif channels < clip.channels:
         samples = samples.mean(axis=0, keepdims=True, dtype=np.float32)
     if sampling_rate != clip.sampling_rate and samples.shape[1]:
         samples = _resampled(samples, clip.sampling_rate, sampling_rate)
@@ -128,26 +140,34 @@ def normalize(
 
 
 def encode(clip: Clip, ending: str, tags: Mapping[str, str] | None = None) -> bytes:
-    """The clip as a file, ".wav" or ".flac", with 16-bit samples.
+    """The clip as a file: ".wav" or ".flac" with 16-bit samples, ".mp3" or ".ogg" (Vorbis).
 
-    `tags` are soundfile's names: title, artist, comment, date … Samples are rounded to the
-    nearest of 65,536 levels without dither: a codec's own noise lies far above the last bit, a
-    16-bit clip comes back bit for bit, silence stays silent, and a seed gives the same file.
+    `tags` are soundfile's names: title, artist, comment, date … In WAV and FLAC, samples are
+    rounded to the nearest of 65,536 levels without dither: a codec's own noise lies far above the
+    last bit, a 16-bit clip comes back bit for bit, silence stays silent, and a seed gives the same
+    file.
+
+    Raises:
+        soundfile.SoundFileError: MP3 or Vorbis cannot have this sampling rate.
     """
-    levels = np.clip(np.rint(clip.samples.T * 32768.0), -32768, 32767).astype(np.int16)
+    samples, options = clip.samples.T, LOSSY.get(ending)
+    if options is None:
+        samples = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+        options = {"subtype": "PCM_16"}
     encoded = io.BytesIO()
     with soundfile.SoundFile(
-        encoded, "w", clip.sampling_rate, clip.channels, "PCM_16", format=ending[1:].upper()
+        encoded, "w", clip.sampling_rate, clip.channels, format=ending[1:].upper(), **options
     ) as file:
         for name, text in (tags or {}).items():
             if text:  # libsndfile refuses an empty tag
                 setattr(file, name, text)
-        file.write(levels)
+        for start in range(0, len(samples), ENCODED_AT_ONCE):  # Vorbis crashes on minutes
+            file.write(samples[start : start + ENCODED_AT_ONCE])
     return encoded.getvalue()
 
 
 def write(clip: Clip, path: Path, tags: Mapping[str, str] | None = None) -> None:
-    """Writes WAV or FLAC (by the name's end) as `encode` makes it; complete or not at all.
+    """Writes a file as `encode` makes it, by the name's ending; complete or not at all.
 
     Raises:
         OSError: the folder cannot be written to, or is full.

@@ -24,8 +24,8 @@ from typing import Any
 
 from musicgen_ui import audio, generate, rows, takes
 from musicgen_ui.engine.events import Engine, Finished, Progress
-from musicgen_ui.generate import DONE, ENDINGS, FAILED, INTERRUPTED, Bar
-from musicgen_ui.request import FIELDS, GenerationRequest, RequestError, completed
+from musicgen_ui.generate import DONE, ENDINGS, FAILED, INTERRUPTED, STDOUT, Bar
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError, completed
 from musicgen_ui.rows import Piece
 
 MAX_JOBS = 512
@@ -38,7 +38,7 @@ def run(flags: argparse.Namespace) -> int:
     Raises:
         RequestError: the file cannot be read, or the output is not a folder.
     """
-    if Path(flags.output).suffix.lower() in ENDINGS:
+    if flags.output == STDOUT or Path(flags.output).suffix.lower() in ENDINGS:
         raise RequestError("A batch is many takes: name a folder after -o.")
     jobs, tally = _jobs(flags.jobs), Tally(flags.quiet)
     pieces = _pieces(vars(flags), tally)
@@ -70,21 +70,30 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
     for row in rows.read(file):
         try:
             found = of_rows.of(row)
-            if said := refusal(*_model(found[0])):
+            if said := refusal(*_model(found[0]), "melody" in found[0].clips):
                 raise RequestError(said)
             pieces += found
-        except RequestError as error:
-            tally.fail(row.line, str(error))
+        except Exception as error:
+            tally.fail(row.line, _why(error))
     return sorted(pieces, key=_model)
+
+
+def _why(error: Exception) -> str:
+    """What is told of a row that failed: none stops the others."""
+    if isinstance(error, RequestError):
+        return str(error)
+    return f"It failed ({type(error).__name__}: {error})."
 
 
 def _model(piece: Piece) -> tuple[str, bool]:
     return piece.request.checkpoint, piece.request.stereo
 
 
-def _refusal(checkpoint: str, stereo: bool) -> str:
+def _refusal(checkpoint: str, stereo: bool, melody: bool) -> str:
+    clip = rows.STAND_IN if melody else None
+    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip)
     try:
-        generate.check_checkpoint(GenerationRequest(checkpoint=checkpoint, stereo=stereo))
+        generate.check_checkpoint(asked)
     except RequestError as error:
         return str(error)
     return ""
@@ -182,20 +191,18 @@ class Batch:
             if self.stop.is_set():
                 return
             try:
-                finished = await self._finished(engine, piece)
-            except RequestError as error:
-                self.tally.fail(piece.line, str(error))
+                await self._save(piece, await self._finished(engine, piece))
+            except _CannotSaveError:
+                raise
             except Exception as error:
-                self.tally.fail(piece.line, f"It failed ({type(error).__name__}: {error}).")
-            else:
-                await self._save(piece, finished)
+                self.tally.fail(piece.line, _why(error))
 
     async def _finished(self, engine: Engine, piece: Piece) -> Finished:
         """The take, or what was made of it when it was stopped."""
         notes: list[str] = []
         clips = {}
         for name, path in piece.clips.items():
-            reading = await asyncio.to_thread(audio.read, path)
+            reading = await asyncio.to_thread(audio.read, path, CLIP_FIELDS[name])
             clips[name] = reading.clip
             notes += reading.notes
         defaults_of = lambda name: engine.describe(name).defaults  # noqa: E731
@@ -221,7 +228,7 @@ class Batch:
             return
         try:
             take = await asyncio.to_thread(takes.save, finished, self.folder, piece.name)
-        except RequestError as error:
+        except takes.UnsavedError as error:
             self.tally.fail(piece.line, str(error))
             raise _CannotSaveError from error
         new_s = finished.clip.duration_s - finished.prompt_s

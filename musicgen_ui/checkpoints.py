@@ -141,12 +141,12 @@ def folder_of(name: str) -> Path | None:
             that its folder stands for.
     """
     try:
-        path = Path(name).expanduser()
+        path = files.expanded(name)
         file = path if path.is_file() and path.suffix in _SUFFIXES else None
         folder = (path.parent if file else path).resolve()
         visitors = files.is_visitors(folder)
         there = folder.is_dir()
-    except (OSError, ValueError, RuntimeError):  # too long, not permitted, "~" of nobody
+    except (OSError, ValueError, RuntimeError):  # too long, not permitted, a loop of links
         return None
     if visitors:
         raise RequestError(
@@ -179,7 +179,7 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def shown(folder: Path) -> str:
     """A folder as its owner writes it: takes name it, and need not tell who that is."""
-    home = Path.home()
+    home = files.expanded("~")  # "~" itself where nobody knows it
     return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import audiocraft, configuration, exported, hub, parts
+from musicgen_ui import audiocraft, configuration, exported, files, hub, parts
 from musicgen_ui.exported import CODEC, LANGUAGE_MODEL, Exported
 from musicgen_ui.request import RequestError
 from musicgen_ui.unusable import Unusable
@@ -67,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Converts as the flags say; raises as `convert`."""
-    source, destination = Path(flags.source).expanduser(), Path(flags.destination).expanduser()
+    source, destination = files.expanded(flags.source), files.expanded(flags.destination)
     convert(source, destination, flags.text_encoder, lambda text: print(text, file=sys.stderr))
     print(destination)
 

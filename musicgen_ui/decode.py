@@ -10,6 +10,7 @@ to skip ahead; where that fails, the file is read from its start until it ends o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,9 +18,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -33,6 +34,12 @@ MAX_WORK = 2_000_000_000  # decoded samples of all channels: three to five hours
 BLOCK_WORK = 1_024  # a block costs about as much as this many samples, however small it is
 BLOCK = 16_384  # samples
 SKIP_MARGIN_S = 2.0  # compressed formats need a run-up after a seek
+SKIP_ERROR_S = 0.5  # how far the length in a header may be off and still be believed
+OGG_PAGE_BYTES = 65_307  # the longest
+SLACK_BYTES = 1_000  # after the audio: an ID3v1 tag, padding; too little to be heard
+CHUNKED = ("WAV", "WAVEX", "RF64", "AIFF")  # libsndfile's names
+GUESSED = ("MP3", "AAC", "OGG")  # here FFmpeg's length is a guess, where files were joined
+MAX_PARTS = 100_000  # of an MP4 in fragments
 FENCE_BYTES, FENCE_S = 250_000_000, 120  # what FFmpeg's process may take
 # FFmpeg also reads playlists, which name other files and addresses: these formats cannot.
 FFMPEG_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,mp3,aac,flac,wav,aiff,caf,amr,asf"
@@ -69,6 +76,7 @@ class End:
     sampling_rate: int  # Hz, at most KEPT_RATE_HZ
     full_s: float  # the whole file's length
     broken: bool  # the decoder gave up at the end
+    goes_on: bool  # the file holds more than was read, such as a second one joined to it
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class _Source:
     header: Header
     seek: Callable[[float], object]  # to seconds from the start
     blocks: Callable[[], Iterator[np.ndarray]]  # float32 [samples, channels]
+    goes_on: Callable[[], bool]  # after the last block: whether there is more in the file
 
 
 Reader = Callable[[Path], AbstractContextManager[_Source]]
@@ -89,9 +98,25 @@ def decode_end(path: Path, keep_s: float) -> End:
             takes too much work.
     """
     try:
-        return _read_end(_with_soundfile, path, keep_s)
+        end = _read_end(_with_soundfile, path, keep_s)
     except _undecodable():
         return _read_end_fenced(path, keep_s)
+    return _read_on(end, path, keep_s) if end.goes_on else end
+
+
+def _read_on(end: End, path: Path, keep_s: float) -> End:
+    """The end by FFmpeg, if it finds more than libsndfile did, which ends where a header says so.
+
+    Headers are wrong in files that were joined, and in those of a recorder that lost its power.
+    """
+    try:
+        further = _read_end_fenced(path, keep_s, whole=True)
+    except RequestError:
+        return end
+    if further.full_s > end.full_s + 0.1:
+        return further
+    # After other formats, FFmpeg would have found audio: it is a tag.
+    return replace(end, goes_on=end.header.kind in (*CHUNKED, "OGG"))
 
 
 def _read_end(reader: Reader, path: Path, keep_s: float) -> End:
@@ -104,9 +129,10 @@ def _read_end(reader: Reader, path: Path, keep_s: float) -> End:
                 end = _collect(source, keep_s)
             except _undecodable():
                 end = None
-            whole = end and end.full_s > keep_s + SKIP_MARGIN_S - 0.5
-            if end and whole and not end.broken:
-                return End(end.header, end.samples, end.sampling_rate, end.header.claimed_s, False)
+            if end and not end.broken:
+                off_s = end.full_s - keep_s - SKIP_MARGIN_S  # were the claim true, about nothing
+                if abs(off_s) < SKIP_ERROR_S:
+                    return replace(end, full_s=end.header.claimed_s)
     with reader(path) as source:
         return _collect(source, keep_s)
 
@@ -151,7 +177,7 @@ def _collect(source: _Source, keep_s: float) -> End:
     if rate != full_rate:
         push(resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True))
     samples = np.roll(ring, -written, axis=1) if written > keep else ring[:, :written]
-    return End(source.header, samples, rate, decoded / full_rate, broken)
+    return End(source.header, samples, rate, decoded / full_rate, broken, source.goes_on())
 
 
 def _mixed(block: np.ndarray) -> np.ndarray:
@@ -167,21 +193,53 @@ def _with_soundfile(path: Path) -> Iterator[_Source]:
             yield block
 
     # Without a name, libsndfile cannot take a text called .au for headerless audio.
-    with path.open("rb") as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+    with (
+        path.open("rb", buffering=0) as raw,
+        soundfile.SoundFile(raw.fileno(), closefd=False) as file,
+    ):
         rate = file.samplerate
         claimed_s = file.frames * _cut_share(file.extra_info) / max(rate, 1)
         header = Header(file.format, rate, file.channels, claimed_s)
-        yield _Source(header, lambda seconds: file.seek(round(seconds * rate)), blocks)
+        yield _Source(
+            header,
+            lambda seconds: file.seek(round(seconds * rate)),
+            blocks,
+            lambda: _goes_on(raw, file.format),
+        )
+
+
+def _goes_on(raw: BinaryIO, kind: str) -> bool:
+    """Whether more than tags follows what libsndfile has read, which ends at `raw`'s place."""
+    size, at = os.fstat(raw.fileno()).st_size, os.lseek(raw.fileno(), 0, os.SEEK_CUR)
+    if kind == "OGG":  # it reads ahead, so the place says little
+        return _ogg_streams(raw, size) > 1
+    name = _bytes_at(raw, at + at % 2, 4)
+    is_chunk = kind in CHUNKED and re.fullmatch(rb"[\w ]{4}", name)
+    return size - at > SLACK_BYTES and not is_chunk
+
+
+def _ogg_streams(raw: BinaryIO, size: int) -> int:
+    """How many streams the first and the last page of a file belong to: 1 or 2."""
+    head = _bytes_at(raw, 0, OGG_PAGE_BYTES)
+    tail = _bytes_at(raw, max(0, size - OGG_PAGE_BYTES), OGG_PAGE_BYTES)
+    pages = head[head.find(b"OggS") :], tail[tail.rfind(b"OggS") :]
+    return len({page[14:18] for page in pages})  # the stream's number
+
+
+def _bytes_at(raw: BinaryIO, at: int, count: int) -> bytes:
+    raw.seek(at)
+    return raw.read(count)
 
 
 def _cut_share(log: str) -> float:
     """How much longer a cut file was, from libsndfile's log: "data : 64000 (should be 32000)".
 
-    Sizes near 2³² mean that the writer, a pipe, did not know them.
+    Sizes near 2³¹ and 2³² mean that the writer, into a pipe, did not know them.
     """
     sizes = re.search(r": (\d+) \(should be (\d+)\)", log)
     claimed, found = map(int, sizes.groups()) if sizes else (1, 1)
-    return claimed / found if 0 < found < claimed < 0xFFFF_0000 else 1
+    unknown = any(abs(claimed - limit) <= 0x1_0000 for limit in (2**31, 2**32))
+    return claimed / found if 0 < found < claimed and not unknown else 1
 
 
 def _undecodable() -> tuple[type[Exception], ...]:
@@ -191,7 +249,8 @@ def _undecodable() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _with_av(path: Path) -> Iterator[_Source]:
+def _with_av(path: Path, whole: bool = False) -> Iterator[_Source]:
+    """FFmpeg; `whole` reads a WAV to the end of the file, wherever its header says that it ends."""
     import av
 
     sought_s = 0.0
@@ -202,16 +261,29 @@ def _with_av(path: Path) -> Iterator[_Source]:
         file.seek(round(seconds * av.time_base))
 
     def blocks() -> Iterator[np.ndarray]:
-        resampler = av.AudioResampler(format="flt")
+        nonlocal sought_s
+        resampler, known = av.AudioResampler("flt", rate=rate), None
         for frame in file.decode(stream):
             if frame.time is not None and frame.time < sought_s:
                 continue  # a file without an index is sought from its start
-            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
-                raise av.InvalidDataError(0, "the format changes on the way")
-            for part in resampler.resample(frame):
-                yield part.to_ndarray().reshape(-1, channels)
+            sought_s = 0.0  # in joined files, time begins anew
+            found = (frame.sample_rate, frame.layout.name, frame.format.name)
+            if known not in (None, found):  # such files may go on in another format
+                yield from map(with_channels, resampler.resample(None))
+                resampler = av.AudioResampler("flt", rate=rate)
+            known = found
+            yield from map(with_channels, resampler.resample(frame))
+        yield from map(with_channels, resampler.resample(None) if known else ())
+
+    def with_channels(frame: av.AudioFrame) -> np.ndarray:
+        block = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+        if block.shape[1] == channels:
+            return block
+        return np.repeat(block.mean(axis=1, keepdims=True), channels, axis=1)
 
     options = {"format_whitelist": FFMPEG_FORMATS}
+    if whole:
+        options["ignore_length"] = "1"
     with path.open("rb") as raw, av.open(raw, "r", options=options) as file:
         if not file.streams.audio:
             raise RequestError("The file holds no audio: choose another.")
@@ -219,17 +291,38 @@ def _with_av(path: Path) -> Iterator[_Source]:
         rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
         names = file.format.name
         kind = next((kind for kind in ("webm", "mp4") if kind in names), names).upper()
-        header = Header(kind, rate, channels, (file.duration or 0) / av.time_base)
-        yield _Source(header, seek, blocks)
+        claimed_s = 0 if kind in GUESSED else (file.duration or 0) / av.time_base
+        yield _Source(Header(kind, rate, channels, claimed_s), seek, blocks, lambda: _joined(raw))
 
 
-def _read_end_fenced(path: Path, keep_s: float) -> End:
+def _joined(raw: BinaryIO) -> bool:
+    """Whether another file follows the first one where FFmpeg does not look for it.
+
+    That is in WAV, AIFF and MP4, whose lengths are in the names of their parts.
+    """
+    at = 0
+    for _ in range(MAX_PARTS):
+        head = _bytes_at(raw, at, 8)
+        name, length = head[4:], int.from_bytes(head[:4], "big")
+        if (riff := head[:4]) in (b"RIFF", b"FORM"):
+            order: Literal["little", "big"] = "little" if riff == b"RIFF" else "big"
+            name, length = riff, 8 + int.from_bytes(head[4:], order)
+        if at and name in (b"RIFF", b"FORM", b"ftyp"):
+            return True
+        if length < 8:  # the end, or what is longer than 4 GB
+            return False
+        at += length
+    return False
+
+
+def _read_end_fenced(path: Path, keep_s: float, whole: bool = False) -> End:
     """`_read_end` with PyAV in a process that may take FENCE_BYTES and FENCE_S."""
     package = str(Path(__file__).parent.parent)
     search = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "musicgen_ui.decode", str(path.resolve()), str(keep_s)],
+            [sys.executable, "-m", "musicgen_ui.decode", str(path.resolve()), str(keep_s)]
+            + ["whole"] * whole,
             capture_output=True,
             timeout=FENCE_S,
             env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
@@ -247,14 +340,15 @@ def _read_end_fenced(path: Path, keep_s: float) -> End:
     return End(header, samples.reshape(shape), **answer)
 
 
-def _main(path: str, keep_s: str) -> None:
+def _main(path: str, keep_s: str, whole: str = "") -> None:
     import av  # noqa: F401 - before the fence, which has no room for it
 
     _fence()
     samples = np.zeros(0, np.float32)
     answer: dict[str, Any]
     try:
-        end = _read_end(_with_av, Path(path), float(keep_s))
+        reader = functools.partial(_with_av, whole=bool(whole))
+        end = _read_end(reader, Path(path), float(keep_s))
     except _undecodable():
         answer = {"refused": NOT_AUDIO}
     except RequestError as error:
@@ -267,6 +361,7 @@ def _main(path: str, keep_s: str) -> None:
             "sampling_rate": end.sampling_rate,
             "full_s": end.full_s,
             "broken": end.broken,
+            "goes_on": end.goes_on,
         }
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
     sys.stdout.buffer.write(np.ascontiguousarray(samples).data)

@@ -51,18 +51,16 @@ def write_part(folder: Path, content: bytes) -> Path:
 
     The caller renames it, and calls `drop` in any case.
     """
-    handle, name = tempfile.mkstemp(dir=folder, prefix=_mine("."), suffix=PART)
-    part = Path(name)
-    try:
-        _hold(part)
-        with os.fdopen(handle, "wb") as file:
+    part = folder / f"{_mine('.')}{secrets.token_hex(8)}{PART}"
+    with part.open("xb") as file:  # with the permissions that the user's umask leaves
+        try:
+            _hold(part)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o644)
-    except BaseException:
-        drop(part)
-        raise
+        except BaseException:
+            drop(part)
+            raise
     return part
 
 
@@ -70,6 +68,19 @@ def drop(part: Path) -> None:
     """Deletes a part, unless it has its name by now, and gives its lock back."""
     part.unlink(missing_ok=True)
     _let_go(part)
+
+
+def expanded(text: str) -> Path:
+    """`text` as a path, with a home folder in place of "~".
+
+    "~" stays as it is where that home is unknown: in a container, a user may have neither HOME nor
+    a name. Where the locale cannot write a name, it is taken as UTF-8.
+    """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = os.fsdecode(text.encode("utf-8", "surrogatepass"))
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises there)
 
 
 def claim(part: Path, path: Path) -> bool:
@@ -140,11 +151,12 @@ def give_caches_a_home() -> None:
 
     They compile, measure fonts and download into it, so call this before they are imported.
     """
-    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    own = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     with suppress(OSError):
-        own.mkdir(parents=True, exist_ok=True)
-        if os.access(own, os.W_OK | os.X_OK):
-            return
+        if own.is_absolute():
+            own.mkdir(parents=True, exist_ok=True)
+            if os.access(own, os.W_OK | os.X_OK):
+                return
     folder = private_folder()
     os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
     atexit.register(delete, folder)

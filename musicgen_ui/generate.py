@@ -14,14 +14,14 @@ import dataclasses
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
+from musicgen_ui import console, files
 from musicgen_ui.engine.events import Event, Finished, Progress
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
@@ -33,7 +33,8 @@ from musicgen_ui.request import (
 )
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
-ENDINGS = (".wav", ".flac")
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
+STDOUT = "-"
 NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
 
 
@@ -51,8 +52,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         default="takes",
-        help="out.wav or out.flac (out-1.wav … for variations), or a folder where every take gets "
-        "a name of its own, as WAV and FLAC (default takes)",
+        help="out.wav, .flac, .mp3 or .ogg (out-1.wav … for variations), - for a WAV to standard "
+        "output, or a folder where every take gets a name of its own, as WAV and FLAC (default "
+        "takes)",
     )
     parser.add_argument(
         "--batch",
@@ -83,7 +85,9 @@ def run(flags: argparse.Namespace) -> int:
     """
     values, notes = _read(vars(flags))
     check_checkpoint(GenerationRequest(**values))
-    output = output_path(flags.output)
+    output = None if flags.output == STDOUT else output_path(flags.output)
+    if not output:
+        _check_stdout(values)
     from musicgen_ui.manager import ModelManager  # torch: seconds
 
     manager = ModelManager(device=flags.device, precision=flags.precision)
@@ -91,8 +95,10 @@ def run(flags: argparse.Namespace) -> int:
         try:
             own = completed(values, lambda name: manager.describe(name).defaults)
             request = GenerationRequest(**own)
-            events = manager.stream_sync(request, stop)
-            saved, broken = _save_all(events, request, output, notes, flags.quiet)
+            # Closed whatever happens: a lease that ends while Python shuts down may hang there.
+            events: Any = manager.stream_sync(request, stop)
+            with contextlib.closing(events):
+                saved, broken = _save_all(events, request, output, notes, flags.quiet)
         except RequestError as error:
             if error.field:
                 raise
@@ -103,6 +109,15 @@ def run(flags: argparse.Namespace) -> int:
         kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
         print(f"Stopped: {kept}.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_stdout(values: dict[str, Any]) -> None:
+    if GenerationRequest(**values).variations > 1:
+        raise RequestError(
+            "Standard output takes one WAV: leave out --variations, or name a folder after -o."
+        )
+    if sys.stdout.isatty():
+        raise RequestError("-o - writes a WAV to standard output: send it to a program or a file.")
 
 
 def flag(name: str) -> str:
@@ -139,14 +154,15 @@ def output_path(text: str) -> Path:
     Raises:
         RequestError: it cannot be written to, or asks for another kind of file.
     """
-    path = Path(text).expanduser()
+    path = files.expanded(text)
     if path.is_dir() or not path.suffix or text.endswith("/"):
         folder = path
     elif path.suffix.lower() in ENDINGS:
         folder = path.parent
     else:
         raise RequestError(
-            f"Takes are WAV or FLAC: end {path.name} in .wav or .flac, or name a folder."
+            f"{path.name} is no kind of file that is written here: end it in "
+            f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, or name a folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,17 +175,28 @@ def output_path(text: str) -> Path:
 
 def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A request's values with the clips read, and what is to be said about them."""
-    values = {name: flags[name] for name in FIELDS}
+    values = {name: _as_typed(flags[name]) for name in FIELDS}
     notes: list[str] = []
     for name, keep_s in CLIP_FIELDS.items():
         if values[name] is not None:
             from musicgen_ui import audio
 
-            reading = audio.read(values[name], keep_s)
+            reading = audio.read(files.expanded(flags[name]), keep_s)
             values[name] = reading.clip
             notes += reading.notes
     values["sections"] = sections_in(values["sections"], Path())
     return values, tuple(notes)
+
+
+def _as_typed(value: Any) -> Any:
+    """An argument's text: where the locale is not UTF-8, Python keeps what it lacks as bytes."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return os.fsencode(value).decode("utf-8", "replace") if _has_bytes(value) else value
+
+
+def _has_bytes(text: str) -> bool:
+    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def sections_in(value: Any, folder: Path) -> Any:
@@ -180,7 +207,7 @@ def sections_in(value: Any, folder: Path) -> Any:
     """
     if not isinstance(value, str) or not value or value.lstrip().startswith("["):
         return value
-    path = folder / Path(value).expanduser()
+    path = folder / files.expanded(value)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -223,46 +250,53 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 def _save_all(
     events: Iterable[Event],
     request: GenerationRequest,
-    output: Path,
+    output: Path | None,
     notes: tuple[str, ...],
     quiet: bool,
 ) -> tuple[int, int]:
-    """Saves and tells every take with new music in it; how many there were, how many broke off."""
-    saved = broken = 0
+    """Saves and tells every take with new music in it; how many there were, how many failed."""
+    saved = failed = 0
     with Bar(request.duration_s * request.variations, quiet) as bar:
         for event in events:
             if isinstance(event, Progress):
                 bar.show(event, event.variation)
             elif isinstance(event, Finished):
-                broken += bool(event.fault)
+                failed += bool(event.fault)
                 new_s = event.clip.duration_s - event.prompt_s
                 if new_s < NEW_AT_LEAST_S:
                     continue
                 made = Progress("composing", done_s=new_s, speed=event.speed)
                 bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
-                lines, told = _save(finished, output, request.variations)
+                try:
+                    lines, told = _save(finished, output, request.variations)
+                except RequestError as error:  # the other variations may still be saved
+                    failed += 1
+                    bar.say([f"Seed {event.request.seed}: {error}"], sys.stderr)
+                    continue
                 saved += 1
-                bar.say(lines, sys.stdout)
+                bar.say(lines, sys.stdout if output else sys.stderr)
                 bar.say([] if quiet else told, sys.stderr)
-    return saved, broken
+    return saved, failed
 
 
-def _save(finished: Finished, output: Path, count: int) -> tuple[list[str], tuple[str, ...]]:
+def _save(finished: Finished, output: Path | None, count: int) -> tuple[list[str], tuple[str, ...]]:
     """Writes a take; a line for each file, and the take's notes."""
     from musicgen_ui import takes
 
-    if output.is_dir():
+    made: list[Any] = []
+    if output is None:
+        content, notes = takes.encode(finished, ".wav")
+        cast(console.Stream, sys.stdout).write_bytes(content)
+    elif output.is_dir():
         take = takes.save(finished, output)
-        files = [take.wav, take.flac]
+        made, notes = [take.wav, take.flac], take.notes
     else:
         number = f"-{finished.variation + 1}" if count > 1 else ""
-        files = [output.with_stem(output.stem + number)]
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
-            take = takes.save(finished, Path(scratch))
-            (take.wav if output.suffix.lower() == ".wav" else take.flac).replace(files[0])
+        made = [output.with_stem(output.stem + number)]
+        notes = takes.write(finished, made[0])
     facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
-    return [f"{file}  {facts}" for file in files], take.notes
+    return [f"{file}  {facts}" for file in made], notes
 
 
 class Bar:

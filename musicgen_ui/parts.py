@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui import bounded, configuration, hub
+from musicgen_ui import bounded, configuration, files, hub
 from musicgen_ui.hub_errors import HubError
 from musicgen_ui.request import RequestError
 from musicgen_ui.unusable import Unusable, check_files
@@ -40,7 +40,7 @@ def place(name: str) -> Path | str:
     What a checkpoint names is never a folder: one that only happens to have that name would
     stand in for the Hub's.
     """
-    folder = Path(name).expanduser()
+    folder = files.expanded(name)
     return folder if (folder / "config.json").is_file() or not _is_id(name) else name
 
 

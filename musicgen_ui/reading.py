@@ -12,6 +12,7 @@ from musicgen_ui.decode import End, decode_end
 from musicgen_ui.request import Clip, RequestError
 
 SILENCE = 1e-4  # -80 dBFS
+CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
 KINDS = {
     "WAV": "wav wave",
     "WAVEX": "wav wave",
@@ -43,15 +44,19 @@ def read(path: Path | str, keep_s: float = 120.0) -> Reading:
     down to stereo.
 
     Raises:
-        RequestError: there is no such file; it is not audio; it is empty, has NaN or Inf, a
-            sampling rate outside 4 to 400 kHz, more than 8 channels or too much to decode.
+        RequestError: there is no such file; it cannot be read; it is not audio; it is empty, has
+            NaN or Inf, a sampling rate outside 4 to 400 kHz, more than 8 channels or too much to
+            decode.
     """
     path = Path(path)
     if not is_file(path):
         raise RequestError(f"There is no file “{path.name[:80]}”: choose another.")
-    if not path.stat().st_size:
-        raise RequestError("The file is empty: choose another.")
-    end = decode_end(path, keep_s)
+    try:
+        if not path.stat().st_size:
+            raise RequestError("The file is empty: choose another.")
+        end = decode_end(path, keep_s)
+    except OSError as error:
+        raise RequestError(f"The file cannot be read: {error.strerror}.") from error
     if not end.samples.shape[1]:
         raise RequestError("The file holds no audio: choose another.")
     if not np.isfinite(end.samples).all():
@@ -67,6 +72,16 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # too long, not text of this system
         return False
+
+
+def cancels(samples: np.ndarray) -> bool:
+    """Whether channels, float32 [channels, samples], are of opposite phase: their mean is next to
+    nothing although they sound.
+    """
+    mean = samples.mean(axis=0)
+    return len(samples) > 1 and float(np.vdot(mean, mean)) < CANCELLED * float(
+        np.vdot(samples, samples) / len(samples)
+    )
 
 
 def _level(samples: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -90,8 +105,15 @@ def _notes(path: Path, end: End, keep_s: float) -> Iterator[str]:
         )
     elif end.broken:
         yield f"The file is damaged after {_length(end.full_s)}: what comes before was taken."
+    elif end.goes_on:
+        yield (
+            f"Only the first {_length(end.full_s)} of the file can be read. If it was joined from "
+            "several, join them in an audio program instead."
+        )
     if end.header.channels > 2:
         yield f"The file's {end.header.channels} channels were mixed down to stereo."
+    if cancels(end.samples):
+        yield "The channels are of opposite phase: in mono, the louder one alone is heard."
     ending = path.suffix[1:].lower()
     known = {known for endings in KINDS.values() for known in endings.split()}
     if ending in known and ending not in KINDS.get(kind, ending).split():

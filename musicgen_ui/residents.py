@@ -173,7 +173,7 @@ class Residents:
 
     def _count_idle_time(self, resident: Resident) -> None:
         resident.used_s = time.monotonic()
-        if self._idle_s and resident in self._idle():
+        if self._idle_s and not self._closed and resident in self._idle():
             resident.timer = threading.Timer(self._idle_s, self._expire, (resident,))
             resident.timer.daemon = True
             resident.timer.start()

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from musicgen_ui import reading, takes
+from musicgen_ui import files, reading, takes
 from musicgen_ui.generate import sections_in
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-STAND_IN = Clip(np.zeros((1, 32_000), np.float32), 32_000)  # for a clip that is not read yet
+# For a clip that is not read yet: neither short nor silent, whatever that one may turn out to be.
+STAND_IN = Clip(np.ones((1, 32_000), np.float32), 32_000)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Pieces:
                 continue
             if not isinstance(text, str) or "\0" in text:
                 raise RequestError(f"{FIELDS[name].metadata['label']} must be a file's path.", name)
-            path = self.folder / text if name in row.values else Path(text)
+            folder = self.folder if name in row.values else Path()
+            path = folder / files.expanded(text)
             if not reading.is_file(path):
                 raise RequestError(f"There is no file {text[:80]!r}: choose another.", name)
             yield name, path
@@ -173,5 +175,8 @@ class Pieces:
 
 @functools.cache
 def _content(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RequestError(f"{path.name} cannot be read: {error.strerror}.") from error

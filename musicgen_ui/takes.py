@@ -1,6 +1,7 @@
-"""What was made: a finished take as a WAV and a FLAC that carry the settings which made them.
+"""What was made: a finished take as files that carry the settings which made them.
 
-The settings are JSON in each file's comment (WAV: INFO/ICMT, FLAC: a Vorbis comment), so a file
+The settings are JSON in each file's comment (WAV: INFO/ICMT, FLAC and Ogg: a Vorbis comment, MP3:
+ID3), so a file
 that went through a mail or a hard disk's crash can still fill the form again.
 """
 
@@ -11,6 +12,8 @@ import io
 import itertools
 import json
 import math
+import os
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,12 +74,7 @@ def save(finished: Finished, folder: Path, name: str = "", spare: Path | None = 
     """
     clip, notes = _mastered(finished)
     settings = _settings(finished, clip)
-    tags = {
-        "title": " ".join(finished.request.prompt.split())[:TITLE_CHARACTERS] or "Untitled",
-        "artist": "MusicGen",
-        "software": "MusicGen UI",
-        "comment": json.dumps({MARK: settings}, ensure_ascii=False),
-    }
+    tags = _tags(settings)
     stem = _stem(finished.request)
     try:
         wav, flac = _write_both(clip, folder, name, stem, tags)
@@ -92,8 +90,51 @@ def save(finished: Finished, folder: Path, name: str = "", spare: Path | None = 
     return Take(wav, flac, settings, tuple(notes), clip, finished.prompt_s, finished.melody)
 
 
+def encode(finished: Finished, ending: str) -> tuple[bytes, tuple[str, ...]]:
+    """A take as a single file, ".wav", ".flac", ".mp3" or ".ogg", and its notes.
+
+    Raises:
+        UnsavedError: this kind of file cannot have the take's sampling rate.
+    """
+    clip, notes = _mastered(finished)
+    settings = _settings(finished, clip)
+    try:
+        content = audio.encode(clip, ending, _tags(settings, plain=ending == ".mp3"))
+    except soundfile.SoundFileError as error:
+        message = f"The take cannot be a {ending[1:].upper()} file: choose WAV or FLAC."
+        raise UnsavedError(message, settings) from error
+    return content, (*finished.notes, *notes)
+
+
+def write(finished: Finished, path: Path) -> tuple[str, ...]:
+    """Writes a take as the single file `path`, of the kind that its ending says; gives its notes.
+
+    Raises:
+        UnsavedError: the folder cannot be written to, the disk is full, or see `encode`.
+    """
+    content, notes = encode(finished, path.suffix.lower())
+    try:
+        files.replace(path, content)
+    except OSError as error:
+        raise UnsavedError(_complaint(error), finished.request.settings()) from error
+    return notes
+
+
+def _tags(settings: dict[str, Any], plain: bool = False) -> dict[str, str]:
+    """soundfile's tags. In `plain` ones all is ASCII: libsndfile says that MP3's are Latin-1."""
+    title = " ".join(settings["prompt"].split())
+    if plain:
+        title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().strip()
+    return {
+        "title": title[:TITLE_CHARACTERS] or "Untitled",
+        "artist": "MusicGen",
+        "software": "MusicGen UI",
+        "comment": json.dumps({MARK: settings}, ensure_ascii=plain),
+    }
+
+
 def read_settings(path: Path | str) -> dict[str, Any] | None:
-    """The settings in a WAV or FLAC made here; None for any other file, and for nonsense.
+    """The settings in a file made here; None for any other file, and for nonsense.
 
     The request's fields are checked as a request's; unknown keys are dropped.
     """
@@ -187,6 +228,12 @@ def slug(text: str) -> str:
     normal = unicodedata.normalize("NFKC", text).lower()
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in normal)
     whole = "-".join(spaced.split())
+    try:
+        os.fsencode(whole)
+    except UnicodeEncodeError:  # the locale's names are not Unicode
+        system = sys.getfilesystemencoding()
+        whole = unicodedata.normalize("NFKD", whole).encode(system, "ignore").decode(system)
+        whole = "-".join(filter(None, whole.split("-")))
     if len(whole) <= NAME_CHARACTERS:
         return whole
     return whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]

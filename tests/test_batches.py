@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shlex
 import signal
@@ -18,7 +19,7 @@ from fakes import FakeEngine
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui import batches, rows, takes
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +68,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     noise = np.random.default_rng(0).normal(0, 0.1, 8000)
     soundfile.write(tmp_path / "sub" / "clip.wav", noise, 16_000)
+    soundfile.write(tmp_path / "sub" / "silence.wav", np.zeros(16_000), 16_000)
     return tmp_path
 
 
@@ -125,6 +127,14 @@ def test_a_flags_clip_is_for_every_row_and_starts_at_the_present_folder(manager,
     assert sorted(bool(r.audio_prompt) for r in manager.made.requests) == [False, True]
 
 
+def test_a_melody_is_followed_as_far_as_a_single_run_follows_it(manager, folder):
+    soundfile.write("sub/tune.wav", np.sin(np.arange(200 * 4_000) / 9) / 5, 4_000)
+    row = '{"melody": "tune.wav", "audio_prompt": "tune.wav", "duration_s": 0.5}'
+    assert batch("sub/rows.jsonl", row) == 0
+    (asked,) = manager.made.requests
+    assert (asked.melody.duration_s, asked.audio_prompt.duration_s) == (200, 120)
+
+
 def test_sections_may_be_a_file_beside_the_batch(manager, folder):
     Path("sub/parts.json").write_text('[[0, "piano"]]')
     assert batch("sub/rows.jsonl", '{"sections": "parts.json", "duration_s": 1}') == 0
@@ -141,6 +151,8 @@ BAD_ROWS = {
     "no such clip": '{"audio_prompt": "nowhere.wav"}',
     "a clip that is no audio": '{"audio_prompt": "rows.jsonl"}',
     "a clip that is no path": '{"audio_prompt": {"path": "clip.wav"}}',
+    "a silent melody": '{"melody": "silence.wav"}',
+    "a melody that is not followed": '{"melody": "clip.wav", "checkpoint": "bundled"}',
     "a null byte": '{"audio_prompt": "clip\\u0000.wav"}',
     "an unknown checkpoint": '{"checkpoint": "nonesuch"}',
     "what fails on the way": '{"prompt": "broken"}',
@@ -176,7 +188,9 @@ def test_a_file_that_cannot_be_understood_is_refused_as_a_whole(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["-o", "a.wav"], ["--jobs", "0"], ["--jobs", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [["-o", "a.wav"], ["-o", "-"], ["--jobs", "0"], ["--jobs", "many"]]
+)
 def test_wrong_arguments_are_refused_before_anything_is_made(arguments, manager, folder):
     assert batch("a.txt", "rock", *arguments) == 2
 
@@ -238,11 +252,38 @@ def test_interrupted_it_keeps_whole_takes_alone_and_the_next_run_makes_the_rest(
 
 def test_a_full_disk_ends_the_batch(manager, folder, monkeypatch, capsys):
     def full(*_):
-        raise RequestError("The take could not be saved because the disk is full.")
+        message = "The take could not be saved because the disk is full."
+        raise takes.UnsavedError(message, {}) from OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(takes, "save", full)
     assert batch("a.txt", "\n".join(["rock"] * 50), "--jobs", "2") == 1
     assert len(manager.made.requests) <= 4 and "disk is full" in capsys.readouterr().err
+
+
+def test_a_take_that_fails_to_be_saved_is_that_rows_alone(manager, folder, monkeypatch, capsys):
+    def save(finished, *rest, keep=takes.save):
+        if finished.request.prompt == "second":
+            raise RuntimeError("an encoder's fault")
+        return keep(finished, *rest)
+
+    monkeypatch.setattr(takes, "save", save)
+    assert batch("a.txt", "first\nsecond\nthird\nfourth", "--jobs", "1", "--quiet") == 1
+    assert made(folder) == ["0001-first", "0003-third", "0004-fourth"]
+    assert capsys.readouterr().err.startswith("Line 2: ")
+
+
+def test_a_clip_that_may_not_be_read_is_that_rows_fault(manager, folder, monkeypatch, capsys):
+    def open_(path, *rest, keep=Path.open, **named):
+        if path.name == "clip.wav":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return keep(path, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_)
+    rows._content.cache_clear()
+    text = '{"audio_prompt": "clip.wav"}\n{"prompt": "second"}'
+    assert batch("sub/rows.jsonl", text, "--quiet") == 1
+    assert made(folder) == ["0002-second"]
+    assert capsys.readouterr().err.startswith("Line 1: ")
 
 
 def test_jobs_run_beside_each_other_up_to_the_limit(manager, folder, capsys):

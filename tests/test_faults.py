@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,14 +68,14 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
     """Makes the disk under a folder refuse to be written to."""
 
     def refuse(folder: Path, code: int) -> None:
-        whole = tempfile.mkstemp
+        whole = files.write_part
 
-        def mkstemp(*args: Any, **options: Any) -> Any:
-            if Path(options["dir"]) == folder:
+        def write_part(where: Path, content: bytes) -> Path:
+            if where == folder:
                 raise OSError(code, os.strerror(code))
-            return whole(*args, **options)
+            return whole(where, content)
 
-        monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+        monkeypatch.setattr(files, "write_part", write_part)
 
     return refuse
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
+import io
+import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -35,6 +40,13 @@ class FakeManager:
 
     def stream_sync(self, request, stop):
         FakeManager.asked.append(request)
+        FakeManager.options["ended"] = []  # in order
+        try:
+            yield from self._played(request, stop)
+        finally:
+            FakeManager.options["ended"].append("stream")
+
+    def _played(self, request, stop):
         engine = FakeEngine(failure=FakeManager.failure)
         with asyncio.Runner() as runner:
             events = engine.stream(dataclasses.replace(request, checkpoint="auto"), stop)
@@ -51,6 +63,7 @@ class FakeManager:
 
     def close(self):
         FakeManager.options["closed"] = True
+        FakeManager.options.setdefault("ended", []).append("manager")
 
 
 @pytest.fixture
@@ -131,7 +144,8 @@ WRONG = {
     "stereo without a sibling": ["--checkpoint", "{mono}", "--stereo"],
     "no such clip": ["--audio-prompt", "nowhere.wav"],
     "a clip that is no audio": ["--audio-prompt", __file__],
-    "another format": ["-o", "out.mp3"],
+    "another format": ["-o", "out.aac"],
+    "several takes to standard output": ["-o", "-", "--variations", "2"],
     "a folder under a file": ["-o", f"{__file__}/out.wav"],
 }
 
@@ -153,7 +167,7 @@ def test_a_wrong_request_is_refused_before_torch_is_imported():
     code = (
         "import sys; from musicgen_ui.__main__ import main\n"
         "codes = [main(['generate', *a]) for a in (['--duration', '999'], "
-        "['--checkpoint', 'nonesuch'], ['--audio-prompt', 'none.wav'], ['-o', 'a.mp3'])]\n"
+        "['--checkpoint', 'nonesuch'], ['--audio-prompt', 'none.wav'], ['-o', 'a.aac'])]\n"
         "assert codes == [2] * 4, codes\n"
         "heavy = {'torch', 'transformers', 'gradio'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -274,3 +288,132 @@ def test_sections_come_from_a_file_too(manager, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["generate", "--sections", str(tmp_path / "none.json"), *out]) == 2
     assert "none.json cannot be read as sections" in capsys.readouterr().err
+
+
+# standard output, and what may be wrong with it
+
+
+class BrokenFile(io.RawIOBase):
+    """A pipe whose reader has gone, or a full disk."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 141), (errno.ENOSPC, 1)])
+@pytest.mark.parametrize("output", ["{}/out.wav", "-"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_takes_nothing_ends_with_its_code_and_costs_no_take(
+    number, code, output, buffered, manager, tmp_path, monkeypatch
+):
+    broken = io.BufferedWriter(BrokenFile(number), 1_000_000 if buffered else 1)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(broken, write_through=not buffered))
+    monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
+    count = "1" if output == "-" else "2"
+    arguments = ["--duration", "1", "--variations", count, "-o", output.format(tmp_path)]
+    assert cli.main(["generate", *arguments, "--quiet"]) == code
+    assert len(list(tmp_path.iterdir())) == (0 if output == "-" else 2)
+    assert errors.getvalue().count("\n") == (number != errno.EPIPE)
+    with contextlib.suppress(OSError):  # else it raises when it is collected, in another test
+        broken.close()
+
+
+def test_an_output_that_was_closed_before_the_start(manager, tmp_path, monkeypatch):
+    """Nobody misses the files' names there, but a WAV that was to go there is lost."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["generate", "--duration", "1", "-o", str(tmp_path / "out.wav")]) == 0
+    assert cli.main(["generate", "--duration", "1", "-o", "-"]) == 1
+    assert (tmp_path / "out.wav").is_file()
+
+
+def test_progress_that_nobody_can_read_costs_no_take(manager, tmp_path, monkeypatch):
+    broken = io.TextIOWrapper(io.BufferedWriter(BrokenFile(errno.ENOSPC), 1), write_through=True)
+    monkeypatch.setattr(sys, "stderr", broken)
+    assert cli.main(["generate", "cut here", "-o", str(tmp_path / "out.wav")]) == 0
+    assert (tmp_path / "out.wav").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_terminal_need_not_know_the_prompts_letters(encoding, manager, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert cli.main(["generate", "静かなピアノ", "-o", str(tmp_path)]) == 0
+    told = out.buffer.getvalue().decode(encoding)
+    assert told.count("\n") == 2 and (encoding != "utf-8" or "静かなピアノ" in told)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_wav_goes_to_standard_output_alone(manager, capsysbinary):
+    assert cli.main(["generate", "rock", "--duration", "1", "--seed", "3", "-o", "-"]) == 0
+    told = capsysbinary.readouterr()
+    assert soundfile.info(io.BytesIO(told.out)).duration == 1 and b"100%" in told.err
+
+
+@pytest.mark.parametrize("ending", ["mp3", "ogg"])
+def test_lossy_files_are_written_by_their_endings(ending, manager, tmp_path):
+    out = tmp_path / f"out.{ending}"
+    assert cli.main(["generate", "rock", "--duration", "1", "--seed", "3", "-o", str(out)]) == 0
+    assert soundfile.info(out).format == ending.upper()
+    assert takes.read_settings(out)["seed"] == 3
+
+
+def test_a_stream_ends_before_its_manager_whatever_is_raised(manager, tmp_path, monkeypatch):
+    """Else it ends while Python shuts down, where a timer that it starts hangs for ever."""
+
+    def write(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(takes, "write", write)
+    with pytest.raises(ZeroDivisionError) as caught:
+        cli.main(["generate", "-o", str(tmp_path / "out.wav")])
+    assert manager.options["ended"] == ["stream", "manager"]
+    del caught
+
+
+def test_a_variation_that_cannot_be_saved_leaves_the_others_alone(
+    manager, tmp_path, monkeypatch, capsys
+):
+    def write(finished, path, keep=takes.write):
+        if finished.variation == 0:
+            raise takes.UnsavedError("Not this one.", {})
+        return keep(finished, path)
+
+    monkeypatch.setattr(takes, "write", write)
+    arguments = ["--variations", "3", "--seed", "40", "--quiet"]
+    assert cli.main(["generate", *arguments, "-o", str(tmp_path / "out.wav")]) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out-2.wav", "out-3.wav"]
+    assert "40" in capsys.readouterr().err  # its seed makes it again
+
+
+def test_a_user_without_home_and_name_may_name_a_folder(manager, tiny_mono, tmp_path, monkeypatch):
+    def nobody(number):
+        raise KeyError(number)
+
+    asked = (
+        ["generate", "--checkpoint", str(tiny_mono), "-o", str(tmp_path / "out.wav")],
+        ["generate", "--checkpoint", "~/none", "-o", str(tmp_path / "a.wav")],
+        ["generate", "--audio-prompt", "~nobody/a.wav"],
+        ["convert", "~nobody/a", str(tmp_path / "b")],
+    )
+    with monkeypatch.context() as patch:  # undone before pytest, which needs a home, says anything
+        patch.chdir(tmp_path)
+        patch.setattr(os, "environ", os.environ.copy())  # where caches are is put into it
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.delenv("HOME")
+        patch.setattr(pwd, "getpwuid", nobody)
+        codes = [cli.main(arguments) for arguments in asked]
+    assert codes == [0, 2, 2, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
+
+
+def test_python_without_docstrings_is_refused_in_a_sentence():
+    command = [sys.executable, "-OO", "-m", "musicgen_ui", "generate", "rock"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

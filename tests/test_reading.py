@@ -1,5 +1,7 @@
 """Files that nobody vouches for: what is refused, what is accepted with which note, and bounds."""
 
+import functools
+import io
 import struct
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 import soundfile
 
 from musicgen_ui import decode
-from musicgen_ui.audio import read
+from musicgen_ui.audio import convert, read
 from musicgen_ui.request import RequestError
 
 
@@ -314,7 +316,7 @@ def test_decoding_stops_at_the_bound_on_work(tmp_path, monkeypatch):
 MEASURE = """
 import re, resource, sys
 from pathlib import Path
-from musicgen_ui.audio import read
+from musicgen_ui.audio import convert, read
 from musicgen_ui.request import RequestError
 
 def peak_kb():
@@ -370,3 +372,102 @@ def test_a_long_recording_stays_small_in_memory(tmp_path):
     path = encode(tmp_path / "a.mka", "pcm_s16le", seconds=150)
     assert growth_mb(path) < 300
     assert read(path).clip.duration_s == 120
+
+
+# files that were joined, and headers that lie
+
+
+def encoded(hz, seconds=3, kind="MP3", rate=44_100, channels=1):
+    file = io.BytesIO()
+    soundfile.write(file, tone(seconds, rate, channels, hz), rate, format=kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def unfenced(monkeypatch):
+    """FFmpeg in this process, since another one takes most of a second to start."""
+
+    def read_end(path, keep_s, whole=False):
+        reader = functools.partial(decode._with_av, whole=whole)
+        return decode._read_end(reader, path, keep_s)
+
+    monkeypatch.setattr(decode, "_read_end_fenced", read_end)
+
+
+def pitch_at_the_end(clip):
+    """The strongest frequency of the last half second, in Hz."""
+    spectrum = np.abs(np.fft.rfft(clip.samples[0, -clip.sampling_rate // 2 :]))
+    return np.argmax(spectrum) * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "second"),
+    [("MP3", {}), ("MP3", {"rate": 48_000, "channels": 2}), ("OGG", {}), ("FLAC", {})],
+    ids=["MP3", "MP3 in another format", "Ogg", "FLAC"],
+)
+def test_a_joined_file_is_read_to_its_end(tmp_path, kind, second, unfenced):
+    """A continuation starts where the second one ends."""
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(encoded(440, 12, kind) + encoded(880, 3, kind, **second))
+    reading = read(path, keep_s=5)
+    assert reading.full_s == pytest.approx(15, abs=0.1)
+    assert reading.clip.samples.shape == (1, 5 * 44_100)
+    assert pitch_at_the_end(reading.clip) == 880
+    assert np.abs(reading.clip.samples).max() < 0.5
+
+
+@pytest.mark.parametrize("ending", ["wav", "aiff", "ogg", "m4a"])
+def test_what_follows_in_a_joined_file_and_cannot_be_read_is_told(tmp_path, ending, unfenced):
+    path = tmp_path / f"a.{ending}"
+    if ending == "m4a":
+        both = encode(path, "aac").read_bytes() * 2
+    else:
+        both = encoded(440, 6, ending.upper()) + encoded(880, 3, ending.upper(), channels=2)
+    path.write_bytes(both)
+    reading = read(path)
+    assert reading.full_s == pytest.approx(6, abs=0.1)
+    assert len(reading.notes) == 1 and "6.0 s" in reading.notes[0]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_wav_whose_header_says_too_little_is_read_to_its_end(tmp_path, share):
+    """As of a recorder that lost its power."""
+    content = bytearray(encoded(440, 3, "WAV"))
+    at = content.index(b"data") + 4
+    held = len(content) - at - 4
+    content[at : at + 4] = struct.pack("<I", round(held * share))
+    (tmp_path / "a.wav").write_bytes(content)
+    reading = read(tmp_path / "a.wav")
+    assert (reading.full_s, reading.notes) == (3, ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"),
+    [
+        ("MP3", b"TAG" + bytes(125)),
+        ("MP3", b"APETAGEX" + bytes(range(256)) * 200),
+        ("WAV", b"LIST" + struct.pack("<I", 40_000) + b"INFO" + bytes(39_996)),
+    ],
+)
+def test_a_tag_after_the_music_is_no_music(tmp_path, kind, tag, unfenced):
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(encoded(440, 3, kind) + tag)
+    reading = read(path)
+    assert (reading.full_s, reading.notes) == (3, ())
+
+
+@pytest.mark.parametrize("size", [0x7FFF_FFFF, 0x7FFF_F000, 0xFFFF_FFF0])
+def test_sizes_that_mean_unknown_are_no_cut(tmp_path, size):
+    content = bytearray(encoded(440, 3, "WAV"))
+    at = content.index(b"data") + 4
+    content[at : at + 4] = struct.pack("<I", size)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert read(tmp_path / "a.wav").notes == ()
+
+
+def test_channels_of_opposite_phase_are_heard_in_mono(tmp_path):
+    samples = tone(1, 16_000, 2) * [1, -0.98]
+    reading = read(write(tmp_path / "a.wav", samples, 16_000))
+    assert len(reading.notes) == 1 and "phase" in reading.notes[0]
+    mono = convert(reading.clip, 16_000, 1).samples[0]
+    np.testing.assert_allclose(mono, tone(1, 16_000)[:, 0], atol=1e-4)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 import yaml
 from fakes import FakeEngine
 from local import free_port
+from packaging.specifiers import SpecifierSet
 from safetensors.torch import save_file
+from test_house import requirements
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui.ui.server import close, launch
@@ -27,6 +30,10 @@ from musicgen_ui.ui.settings import Settings
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CARD = yaml.safe_load(TEXT.split("---\n")[1])
+
+
+OLDEST, NEWEST = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", TEXT).groups())
+PYTHONS = [f"3.{minor}" for minor in range(OLDEST, NEWEST + 1)]
 
 
 def blocks(language: str) -> list[str]:
@@ -55,10 +62,19 @@ def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
 def test_the_card_is_a_spaces():
     assert CARD["sdk"] == "gradio" and CARD["app_file"] == "app.py"
     assert CARD["sdk_version"] == importlib.metadata.version("gradio")
-    assert str(CARD["python_version"]).startswith(("3.11", "3.12"))
+    assert ".".join(CARD["python_version"].split(".")[:2]) in PYTHONS
     assert len(CARD["short_description"]) <= 60
     wanted = "title emoji colorFrom colorTo license models tags preload_from_hub suggested_hardware"
     assert all(CARD[key] for key in wanted.split())
+
+
+def test_what_is_required_runs_on_every_python_that_is_named():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["mypy"]["python_version"] == PYTHONS[0]
+    assert settings["tool"]["ruff"]["target-version"] == PYTHONS[0].replace("3.", "py3")
+    for name in requirements("requirements.txt"):
+        needs = SpecifierSet(importlib.metadata.metadata(name).get("Requires-Python") or "")
+        assert all(needs.contains(f"{python}.99") for python in PYTHONS), name
 
 
 def test_the_files_it_names_are_there():

@@ -312,6 +312,16 @@ def test_close_unloads_now_and_later_and_refuses(loader):
         use(residents, A)
 
 
+def test_a_lease_that_ends_after_close_starts_no_timer(loader, monkeypatch):
+    """It may end while Python shuts down, where a thread cannot be started any more."""
+    residents = residents_of(loader, idle_s=60)
+    with residents.lease(A) as resident:
+        resident.loaded()
+        residents.close()
+        monkeypatch.setattr(threading.Timer, "start", lambda timer: pytest.fail("a timer"))
+    assert not resident.batch
+
+
 def test_a_crowd_with_little_room_gets_what_it_asks_for(loader):
     residents = residents_of(loader, budget_bytes=20, idle_s=0.01)
 

@@ -1,7 +1,12 @@
+import dataclasses
 import errno
+import io
 import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyloudnorm
@@ -48,6 +53,83 @@ def test_both_files_give_the_settings_back(tmp_path):
     assert json.loads(json.dumps(take.settings)) == take.settings
     assert take.settings["made_s"] == 0.75
     assert take.settings["speed_x"] == 1.23
+
+
+@pytest.mark.parametrize("ending", [".wav", ".flac", ".mp3", ".ogg"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_kind_of_file_gives_the_settings_back(ending, channels, tmp_path):
+    words = {"prompt": "Café 曲 🎹" + "ü" * 1900, "negative_prompt": "曲" * 2000}
+    sections = [[start, "ж" * 1000] for start in range(6)]
+    take = finished(channels=channels, duration_s=10, sections=sections, **words)
+    notes = takes.write(take, tmp_path / f"take{ending}")
+    (file,) = tmp_path.iterdir()
+    assert notes == ("A note.",)
+    held = takes.read_settings(file)
+    assert GenerationRequest(**{k: held[k] for k in take.request.settings()}) == take.request
+    samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    assert rate == RATE and samples.shape == (RATE, channels)
+
+
+def test_minutes_of_music_fit_into_an_ogg_file():
+    """libsndfile's Vorbis crashes where it is handed them at once."""
+    silence = Clip(np.zeros((1, 200 * RATE), np.float32), RATE)
+    content = audio.encode(silence, ".ogg")
+    assert soundfile.info(io.BytesIO(content)).duration == 200
+
+
+def test_a_lossy_file_sounds_as_the_take(tmp_path):
+    tune = np.sin(np.arange(RATE) * 2 * np.pi * 440 / RATE)[None].astype(np.float32) / 4
+    for name in ("a.mp3", "a.ogg"):
+        audio.write(Clip(tune, RATE), tmp_path / name)
+        heard = soundfile.read(tmp_path / name, dtype="float32")[0]
+        assert np.abs(heard - tune[0])[800:-800].max() < 0.02
+
+
+def test_a_rate_that_a_kind_of_file_lacks_is_said(tmp_path):
+    strange = dataclasses.replace(finished(), clip=Clip(np.zeros((1, 9000), np.float32), 9_001))
+    with pytest.raises(RequestError, match="MP3"):
+        takes.write(strange, tmp_path / "a.mp3")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_have_the_permissions_that_the_umask_leaves(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        take = save(tmp_path / "takes")
+        takes.write(finished(), tmp_path / "one.wav")
+    finally:
+        os.umask(before)
+    files = (take.wav, take.flac, tmp_path / "one.wav")
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+LOCALE = r"""
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_takes import finished
+from musicgen_ui import audio, files, generate, takes
+assert sys.getfilesystemencoding() == "ascii"
+prompt = generate._as_typed(sys.argv[1])
+assert prompt == "caf\u00e9 \u66f2", ascii(prompt)
+take = takes.save(finished(prompt=prompt), Path(sys.argv[2]))
+assert takes.read_settings(take.wav)["prompt"] == takes.read_settings(take.flac)["prompt"] == prompt
+assert audio.read(files.expanded(sys.argv[2] + "/caf\u00e9.wav")).full_s == 1
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names on Windows are Unicode everywhere")
+def test_no_take_is_lost_where_the_locale_is_not_utf_8(tmp_path):
+    """Names keep what can be written of them, the settings keep all."""
+    takes.write(finished(), tmp_path / "café.wav")
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", LOCALE, "café 曲", str(tmp_path)]
+    environment = os.environ | locale
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("cafe-*"))) == 2
 
 
 def test_a_file_says_that_a_melody_was_followed(tmp_path):

@@ -102,7 +102,7 @@ def restore_file(path: str | None) -> dict[str, Any]:
     settings = settings_of(Path(path)) if path else {}
     if settings:
         return restore(settings)
-    gr.Warning("This file holds no settings: choose a WAV or FLAC that was made here.")
+    gr.Warning("This file holds no settings: choose a take that was made here.")
     return {}
 
 
