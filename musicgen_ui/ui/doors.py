@@ -75,7 +75,10 @@ class Doors:
             log.warning("A request was not understood: %s", type(error).__name__)
             log.debug("It was", exc_info=error)
             if not started:
-                await _answer(scope, send, 400, "The request could not be understood.")
+                text = "The request could not be understood."
+                if isinstance(error, route_utils.FnIndexInferError):
+                    text = "There is no call of that name: “Use via API” on the page lists them."
+                await _answer(scope, send, 400, text)
             elif scope["type"] == "http":  # what was begun is ended, as far as it goes
                 with contextlib.suppress(Exception):
                     await send({"type": "http.response.body", "body": b""})

@@ -103,6 +103,7 @@ class Handlers:
         # On ZeroGPU every second of a job is out of the visitor's few minutes a day.
         self.recall = Recall(desk.stop, grace=not os.environ.get("SPACES_ZERO_GPU"))
         self.asking = Asking(engine, max_duration_s)
+        self.max_duration_s = max_duration_s
 
     @names_every_setting
     def validate(self, history: Any = None, own: Any = None, **values: Any) -> list[dict[str, Any]]:

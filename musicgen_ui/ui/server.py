@@ -84,7 +84,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
-    from musicgen_ui.ui import doors, metrics, page, take_panel
+    from musicgen_ui.ui import doors, gradio_patches, metrics, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
@@ -94,6 +94,8 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     journal = Journal(chosen.log_prompts)
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
     doors.guard_files(demo.blocks.values())
+    gradio_patches.apply()
+    gradio_patches.say_why(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(
