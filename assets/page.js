@@ -40,6 +40,24 @@ document.addEventListener('blur', (event) => {
   if (rangeOverflow || rangeUnderflow) event.stopImmediatePropagation();
 }, true);
 
+// A refused form says so at the field: bring that into view, out of its fold too.
+let wrong = null;
+const bring_into_view = (found) => {
+  if (found !== wrong || !found.isConnected) return;
+  if (!found.offsetParent) return requestAnimationFrame(() => bring_into_view(found)); // it opens
+  found.closest('.block').querySelector('textarea, input')?.focus({ preventScroll: true });
+  found.scrollIntoView({ block: 'center' });
+};
+const show_wrong = () => {
+  const found = document.querySelector('#compose .validation-error');
+  if (found === wrong) return;
+  wrong = found;
+  if (!found) return;
+  if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
+  bring_into_view(found);
+};
+new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
+
 // A file that is too large is told before it is sent.
 const most_bytes = window.gradio_config?.max_file_size || Infinity;
 const megabytes = (bytes) => `${Number((bytes / 1e6).toFixed(1))} MB`;

@@ -58,14 +58,20 @@ def allow(facts: dict[str, Any]) -> dict[str, Any]:
     return {"clip_use": gr.update(visible=False, value=CONTINUE)}
 
 
-def use(choice: str, audio_prompt: str | None, melody: str | None) -> dict[str, Any]:
-    """Shows the chosen field, with the clip in it."""
+def use(
+    choice: str, audio_prompt: str | None, melody: str | None, *window: float
+) -> dict[str, Any]:
+    """Shows the chosen field, with the clip in it and checked: until now it was not on the page,
+    and such a field tells of no change. `window` as for `form.read_clip`.
+    """
     follow, path = choice == FOLLOW, audio_prompt or melody
+    read = read_melody(path, window[0], {}) if follow else form.read_clip(path, *window, {})
     return {
         "continued": gr.update(visible=not follow),
         "followed": gr.update(visible=follow),
         "audio_prompt": None if follow else path,
         "melody": path if follow else None,
+        **read,
     }
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import gradio as gr
 from gradio import route_utils
+from gradio.blocks import Block
 from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException
 
@@ -108,25 +109,23 @@ async def _answer(scope: dict, send: Callable, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": f"{text}\n".encode()})
 
 
-def guard_files(components: Iterable[Any]) -> None:
+def guard_files() -> None:
     """Bounds uploads, see `Uploads`, and makes components refuse an address instead of a file.
 
-    Gradio fetches addresses, public ones only, but a body of any size and into memory.
+    Gradio fetches addresses, public ones only, but a body of any size and into memory. On the
+    class: Gradio makes a page's components anew, and what was set on an instance is lost.
     """
     route_utils.GradioMultiPartParser = Uploads  # type: ignore[misc]
-    for component in components:
-        component.async_move_resource_to_block_cache = _only_files(
-            component.async_move_resource_to_block_cache
-        )
+    Block.async_move_resource_to_block_cache = _only_files  # type: ignore[method-assign]
 
 
-def _only_files(take_in: Callable) -> Callable:
-    async def taken_in(file: Any) -> Any:
-        if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
-            raise gr.Error(NOT_FETCHED, print_exception=False)
-        return await take_in(file)
+_take_in = Block.async_move_resource_to_block_cache
 
-    return taken_in
+
+async def _only_files(component: Any, file: Any) -> Any:
+    if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
+        raise gr.Error(NOT_FETCHED, print_exception=False)
+    return await _take_in(component, file)
 
 
 class Uploads(route_utils.GradioMultiPartParser):

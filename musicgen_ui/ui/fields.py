@@ -1,7 +1,7 @@
 """A setting of the request as a component: its label, help, limits and id come from the field.
 
-There is one set of limits, the request's. A value beyond them is refused by the request, in a
-sentence at the field, and not by Gradio, whose error names no field.
+There is one set of limits, the request's, and it is the request that refuses a value beyond them, in
+a sentence at the field: see `gradio_patches.leave_limits_to_the_request`.
 """
 
 from __future__ import annotations
@@ -39,27 +39,17 @@ def slider(
 ) -> gr.Slider:
     """A setting as a slider over all that a request may have, or up to `highest` where that is less.
 
-    The number field beside it takes any number, see `_unchecked`.
+    The number field beside it takes any number.
     """
     low, high = FIELDS[name].metadata["min"], FIELDS[name].metadata["max"]
     high = high if highest is None else min(high, highest)
     value = min(DEFAULTS[name], high)
-    return _unchecked(gr.Slider(low, high, value, step=step, min_width=140, **about(name, info)))
+    return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
 
 
 def number(name: str, info: str | None = None) -> gr.Number:
     """A setting as a number to type, for ranges that a slider of some 200 positions cannot offer."""
     return gr.Number(DEFAULTS[name], min_width=140, **about(name, info))
-
-
-def _unchecked(component: gr.Slider) -> gr.Slider:
-    """Leaves a slider's limits to the request.
-
-    Gradio's own check answers with a message that names no field, and every event that reads the
-    slider fails. On the instance: a subclass would have Gradio write a file beside this one.
-    """
-    component.preprocess = lambda payload: payload  # type: ignore[method-assign]
-    return component
 
 
 def switch(name: str, info: str | None = None) -> gr.Checkbox:

@@ -45,6 +45,16 @@ def apply() -> None:
     route_utils.get_root_url = root_url
     routes.templates.TemplateResponse = page_response  # type: ignore[method-assign]
     _loader.get_source = page_source
+    leave_limits_to_the_request()
+
+
+def leave_limits_to_the_request() -> None:
+    """Has sliders hand over what they hold.
+
+    Gradio's own check answers a value beyond the slider with a message that names no field, and
+    every event that reads the slider fails.
+    """
+    gr.Slider.preprocess = lambda slider, payload: payload  # type: ignore[method-assign]
 
 
 def page_source(environment: Any, name: str) -> tuple[str, str | None, Callable[[], bool] | None]:
@@ -121,7 +131,7 @@ def _what_is_wrong(block_fn: Any, inputs: list[Any]) -> str:
                 f"{component.label} must be a file, as gradio_client.handle_file gives it, or as "
                 '{"path": …, "meta": {"_type": "gradio.FileData"}} of an upload'
             )
-    return "A value is not of the kind that its parameter takes"
+    return "A value could not be taken"
 
 
 def _is_file(value: Any) -> bool:

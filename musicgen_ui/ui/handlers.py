@@ -220,16 +220,17 @@ class Handlers:
                     group.append(take_panel.shown(event.take))
                 elif isinstance(event, takes.UnsavedError):
                     group.append(take_panel.unsaved(event))
-        end = busy(False) | {"live": live.message(*ending(saved, group), done_s=live.total_s)}
+        end = {"live": live.message(*ending(saved, group), done_s=live.total_s)}
         if not group:
-            yield end
+            yield busy(False) | end
             return
         if tab:
             keep(tab, group, history)
         history = [*history, group]
         yield take_panel.show(history, -1, 0) | end
         await to_thread.run_sync(take_panel.draw, group[0])
-        yield take_panel.picture(group[0])
+        # Generate only now: while this event lasts, the page passes a click on it over.
+        yield take_panel.picture(group[0]) | busy(False)
 
     async def _events(
         self, values: dict[str, Any], visitor: Visitor

@@ -148,9 +148,9 @@ def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
 
 def the_melody(parts: Parts) -> None:
     """What a clip is for, and a melody's own answers."""
-    fields = ["audio_prompt", "melody"]
-    shown = ["continued", "followed", *fields]
-    on(parts, parts["clip_use"].change, clip_panel.use, ["clip_use", *fields], shown, "clip_use")
+    given = ["clip_use", "audio_prompt", "melody", *WINDOW]
+    shown = ["continued", "followed", *CLIP[1], *MELODY[1]]
+    on(parts, parts["clip_use"].change, clip_panel.use, given, shown, "clip_use")
     on(parts, parts["melody"].change, clip_panel.read_melody, *MELODY, "melody")
     parts["duration_s"].change(
         clip_panel.melody_line, [parts["tune"], parts["duration_s"]], parts["melody_line"],
