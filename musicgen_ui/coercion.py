@@ -128,7 +128,9 @@ def _start(spec: dataclasses.Field, value: Any, before_s: float, number: int) ->
 
 def _seconds(value: Any) -> float:
     """Seconds as a number, or written as minutes and seconds: 90, "90", "1:30"."""
-    if isinstance(value, str) and (clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)):
+    if isinstance(value, str) and (
+        clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)
+    ):
         return 60 * float(clock[1]) + float(clock[2])
     return float(value)
 

@@ -59,13 +59,19 @@ def allow(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def use(
-    choice: str, audio_prompt: str | None, melody: str | None, *window: float
+    choice: str,
+    audio_prompt: str | None,
+    melody: str | None,
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
 ) -> dict[str, Any]:
-    """Shows the chosen field, with the clip in it and checked: until now it was not on the page,
-    and such a field tells of no change. `window` as for `form.read_clip`.
-    """
+    """Shows the chosen field with the clip in it, checked: a field that appears tells nothing."""
     follow, path = choice == FOLLOW, audio_prompt or melody
-    read = read_melody(path, window[0], {}) if follow else form.read_clip(path, *window, {})
+    if follow:
+        read = read_melody(path, duration_s, {})
+    else:
+        read = form.read_clip(path, duration_s, context_s, overlap_s, {})
     return {
         "continued": gr.update(visible=not follow),
         "followed": gr.update(visible=follow),
@@ -94,14 +100,16 @@ def read_melody(path: str | None, duration_s: float, tune: dict) -> dict[str, An
     return {"tune": tune, "melody_line": melody_line(tune, duration_s)}
 
 
-def dropped(path: str | None, choice: str, *window: float) -> dict[str, Any]:
-    """Takes a file that was dropped on the page as the clip; `window` as for `form.read_clip`."""
+def dropped(
+    path: str | None, choice: str, duration_s: float, context_s: float, overlap_s: float
+) -> dict[str, Any]:
+    """Takes a file that was dropped on the page as the clip."""
     if not path:
         return {}
     if choice != FOLLOW:
-        return form.with_clip(path, *window)
+        return form.with_clip(path, duration_s, context_s, overlap_s)
     filled = {"melody": path, "audio_panel": gr.update(open=True)}
-    return filled | read_melody(path, window[0], {})
+    return filled | read_melody(path, duration_s, {})
 
 
 def melody_line(tune: dict, duration_s: float) -> str:

@@ -116,7 +116,7 @@ def guard_files() -> None:
     class: Gradio makes a page's components anew, and what was set on an instance is lost.
     """
     route_utils.GradioMultiPartParser = Uploads  # type: ignore[misc]
-    Block.async_move_resource_to_block_cache = _only_files  # type: ignore[method-assign]
+    Block.async_move_resource_to_block_cache = _only_files  # type: ignore
 
 
 _take_in = Block.async_move_resource_to_block_cache

@@ -1,7 +1,7 @@
 """A setting of the request as a component: its label, help, limits and id come from the field.
 
-There is one set of limits, the request's, and it is the request that refuses a value beyond them, in
-a sentence at the field: see `gradio_patches.leave_limits_to_the_request`.
+There is one set of limits, the request's, and the request refuses a value beyond them, in a
+sentence at the field: see `gradio_patches.leave_limits_to_the_request`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def in_words(name: str) -> str:
 def slider(
     name: str, step: float, info: str | None = None, highest: float | None = None
 ) -> gr.Slider:
-    """A setting as a slider over all that a request may have, or up to `highest` where that is less.
+    """A setting as a slider over all that a request may have, or up to `highest` if that is less.
 
     The number field beside it takes any number.
     """
@@ -48,7 +48,7 @@ def slider(
 
 
 def number(name: str, info: str | None = None) -> gr.Number:
-    """A setting as a number to type, for ranges that a slider of some 200 positions cannot offer."""
+    """A setting as a number to type, for a range that is too wide for a slider's some 200 pixels."""
     return gr.Number(DEFAULTS[name], min_width=140, **about(name, info))
 
 

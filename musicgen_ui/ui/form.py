@@ -114,10 +114,10 @@ def continue_take(
     return {**filled, "clip_use": CONTINUE}
 
 
-def with_clip(path: str, *window: float) -> dict[str, Any]:
+def with_clip(path: str, duration_s: float, context_s: float, overlap_s: float) -> dict[str, Any]:
     """Fills a clip in, checked, and opens its fold: a field in a closed one tells of no change."""
     filled = {"audio_prompt": path, "audio_panel": gr.update(open=True)}
-    return filled | read_clip(path, *window, {})
+    return filled | read_clip(path, duration_s, context_s, overlap_s, {})
 
 
 def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:

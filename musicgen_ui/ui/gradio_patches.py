@@ -14,6 +14,8 @@ import gradio as gr
 from gradio import route_utils, routes
 from gradio.exceptions import InvalidPathError
 
+from musicgen_ui.ui import doors
+
 TITLE = "MusicGen UI"
 DESCRIPTION = "Music from words, played while it is being made."
 HERE = "."  # the root of addresses that are relative to the page
@@ -40,10 +42,12 @@ _loader: Any = routes.templates.env.loader
 _get_source = _loader.get_source
 
 
-def apply() -> None:
-    """Changes Gradio for this process."""
+def apply(page: gr.Blocks) -> None:
+    """Changes Gradio for this process, and the page."""
+    doors.guard_files()
+    say_why(page)
     route_utils.get_root_url = root_url
-    routes.templates.TemplateResponse = page_response  # type: ignore[method-assign]
+    routes.templates.TemplateResponse = page_response  # type: ignore
     _loader.get_source = page_source
     leave_limits_to_the_request()
 
@@ -54,7 +58,7 @@ def leave_limits_to_the_request() -> None:
     Gradio's own check answers a value beyond the slider with a message that names no field, and
     every event that reads the slider fails.
     """
-    gr.Slider.preprocess = lambda slider, payload: payload  # type: ignore[method-assign]
+    gr.Slider.preprocess = lambda slider, payload: payload  # type: ignore
 
 
 def page_source(environment: Any, name: str) -> tuple[str, str | None, Callable[[], bool] | None]:

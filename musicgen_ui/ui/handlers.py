@@ -204,7 +204,8 @@ class Handlers:
                 if isinstance(event, GenerationRequest):
                     live.total_s = event.duration_s
                     if tab:
-                        tab.settings = event.settings() | {"seed": values.get("seed")}
+                        seed = values.get("seed")  # as the form had it, not as it was drawn
+                        tab.settings = event.settings() | {"seed": -1 if seed is None else seed}
                 elif isinstance(event, Progress):
                     progress[event.variation] = event
                     news = (event.stage, event.note) != (latest.stage, latest.note)

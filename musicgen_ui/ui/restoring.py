@@ -57,7 +57,9 @@ class Restoring:
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
-        missing = [f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)]
+        missing = [
+            f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)
+        ]
         return self.settings(settings, missing)
 
     def settings(

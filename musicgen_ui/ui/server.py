@@ -93,9 +93,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     journal = Journal(chosen.log_prompts)
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
-    doors.guard_files()
-    gradio_patches.apply()
-    gradio_patches.say_why(demo)
+    gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     app, _, _ = demo.launch(
