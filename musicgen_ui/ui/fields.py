@@ -48,7 +48,7 @@ def slider(
 
 
 def number(name: str, info: str | None = None) -> gr.Number:
-    """A setting as a number to type, for a range that is too wide for a slider's some 200 pixels."""
+    """A setting as a number to type, for a range that is too wide for a slider."""
     return gr.Number(DEFAULTS[name], min_width=140, **about(name, info))
 
 
