@@ -156,12 +156,12 @@ def compose(parts: Parts, settings: Settings) -> None:
 def over_time(parts: Parts) -> None:
     """What joins the prompt from when on, and how windows hang together."""
     gr.HTML(
-        '<p class="clip-line">From a time on, these words join your prompt, until the next row. '
-        "The prompt itself goes for the whole piece.</p>"
+        '<p class="clip-line">From a time on (20 or 0:20), these words join your prompt, until the '
+        "next row. The prompt itself goes for the whole piece.</p>"
     )
     parts["sections"] = gr.Dataframe(
         section_rows([]),
-        headers=["From (s or m:ss)", "these words join"],
+        headers=["From", "these words join"],
         datatype="str",
         type="array",
         column_count=2,
