@@ -194,19 +194,3 @@ document.addEventListener('keydown', (event) => {
   player.wake();
   button.click();
 }, true);
-
-// A refused form says so at the field: bring that into view, out of its fold too.
-let wrong = null;
-const show_wrong = () => {
-  const found = document.querySelector(
-    '#compose :is(textarea, input).validation-error, #sections .validation-error');
-  if (found && found !== wrong) {
-    if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
-    found.scrollIntoView({ block: 'center' });
-    found.focus({ preventScroll: true });
-  }
-  wrong = found;
-};
-new MutationObserver(show_wrong).observe(document.querySelector('#compose'), {
-  subtree: true, attributes: true, attributeFilter: ['class'],
-});

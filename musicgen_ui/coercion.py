@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,11 +110,13 @@ def _start(spec: dataclasses.Field, value: Any, before_s: float, number: int) ->
     if _is_nothing(value):
         raise refusal(spec, f"row {number} has no start: say at which second its words begin.")
     try:
-        start_s = float(value)
+        start_s = _seconds(value)
     except (TypeError, ValueError, OverflowError):
         start_s = -1.0
     if not (math.isfinite(start_s) and start_s >= 0):
-        raise refusal(spec, f"row {number} must start at a number of s, not {_shown(value)}.")
+        raise refusal(
+            spec, f"row {number} must start at a number of s, or at m:ss, not {_shown(value)}."
+        )
     if start_s == before_s:
         raise refusal(spec, f"row {number} starts at {start_s:g} s, as the one before: leave one.")
     if start_s < before_s:
@@ -121,6 +124,15 @@ def _start(spec: dataclasses.Field, value: Any, before_s: float, number: int) ->
             spec, f"row {number} starts before the one above it: put the rows in order of time."
         )
     return start_s
+
+
+def _seconds(value: Any) -> float:
+    """Seconds as a number, or written as minutes and seconds: 90, "90", "1:30"."""
+    if isinstance(value, str) and (
+        clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)
+    ):
+        return 60 * float(clock[1]) + float(clock[2])
+    return float(value)
 
 
 def _switch(spec: dataclasses.Field, value: Any) -> bool:

@@ -170,8 +170,44 @@ def test_a_file_of_the_server_cannot_be_named_as_a_clip(url: str, engine: FakeEn
     before = len(engine.requests)
     call = f"{url}/gradio_api/call/generate"
     event = httpx.post(call, json={"data": values}).json()["event_id"]
-    assert "event: error" in httpx.get(f"{call}/{event}", timeout=30).text
+    told = httpx.get(f"{call}/{event}", timeout=30).text
+    assert "event: error" in told and "uploaded" in told
     assert not any(request.audio_prompt for request in engine.requests[before:])
+
+
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [
+        ("clip.wav", "audio_prompt must be a file"),  # of the caller's, not handed over
+        (7, "audio_prompt must be a file"),
+        (
+            {"path": "https://example.com/a.wav", "meta": {"_type": "gradio.FileData"}},
+            "not fetched",
+        ),
+    ],
+)
+def test_a_clip_that_cannot_be_taken_is_told_why(client: Client, clip: Any, said: str) -> None:
+    with pytest.raises(AppError, match=said):
+        client.predict(audio_prompt=clip, api_name="/generate")
+
+
+def test_a_call_of_the_wrong_shape_is_told_why(url: str) -> None:
+    call = f"{url}/gradio_api/call/generate"
+    event = httpx.post(call, json={"data": ["waltz"]}).json()["event_id"]
+    told = httpx.get(f"{call}/{event}", timeout=30).text
+    assert "event: error" in told and f"{len(FIELDS)} values" in told
+    unknown = httpx.post(f"{url}/gradio_api/call/nothing", json={"data": []})
+    assert unknown.status_code == 400 and "no call of that name" in unknown.text
+
+
+def test_no_page_has_an_address_fetched_after_its_components_were_made_anew(url: str) -> None:
+    config = httpx.get(f"{url}/config").json()
+    event = next(e for e in config["dependencies"] if e["api_name"] == "clip")
+    address = {"path": "http://127.0.0.1:9/a.wav", "meta": {"_type": "gradio.FileData"}}
+    for clip in (None, address):  # the first answer leaves the clip out, which makes it anew
+        given = {"data": [clip, 10, 0, 12, None], "fn_index": event["id"], "session_hash": "anew"}
+        answer = httpx.post(f"{url}/gradio_api/run/predict", json=given)
+    assert "not fetched" in answer.json()["error"]
 
 
 def test_oversize_bodies_are_refused(url: str) -> None:

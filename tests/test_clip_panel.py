@@ -11,6 +11,8 @@ import soundfile
 from musicgen_ui.ui import clip_panel
 from musicgen_ui.ui.form import CONTINUE, FOLLOW
 
+WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
+
 
 @pytest.fixture
 def scale(tmp_path: Path) -> str:
@@ -58,10 +60,12 @@ def test_a_melody_is_heard_from_its_beginning(tmp_path):
 
 
 def test_the_choice_takes_the_clip_along(scale):
-    told = clip_panel.use(FOLLOW, scale, None)
+    told = clip_panel.use(FOLLOW, scale, None, *WINDOW)
     assert told["melody"] == scale and told["audio_prompt"] is None
     assert told["followed"]["visible"] and not told["continued"]["visible"]
-    back = clip_panel.use(CONTINUE, None, scale)
+    assert "4.0 s" in told["melody_line"] and told["tune"]["clip_s"] == 4
+    back = clip_panel.use(CONTINUE, None, scale, *WINDOW)
+    assert "4.0 s" in back["clip_line"] and back["clip"]["clip_s"] == 4
     assert back["audio_prompt"] == scale and back["melody"] is None
     assert back["continued"]["visible"] and not back["followed"]["visible"]
 

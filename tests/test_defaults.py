@@ -15,10 +15,10 @@ from musicgen_ui import checkpoints, defaults
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import form
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.restoring import Restoring
 
 __all__ = ["handlers"]  # a fixture
 APPS = {name: FIELDS[name].default for name in CHECKPOINT_FIELDS}
-LIMITS = {"temperature": (0.1, 2), "top_k": (0, 2048)}
 
 
 @pytest.fixture
@@ -89,19 +89,19 @@ def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(h
 
 def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
     facts = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("wide"))["facts"]
-    told = form.follow(facts, APPS, LIMITS, *APPS.values())
+    told = form.follow(facts, APPS, *APPS.values())
     assert (told["temperature"], told["top_k"]) == (0.7, 50)
     # What does not change is not said: the user may be changing it while the answer is on its way.
     assert not {"guidance_scale", "duration_s"} & set(told)
     assert "checkpoint_line" not in told  # nothing to add to what the choice said
     mine = {**APPS, "temperature": 1.2}
-    told = form.follow(facts, APPS, LIMITS, *mine.values())
+    told = form.follow(facts, APPS, *mine.values())
     assert "temperature" not in told and told["top_k"] == 50
     assert "temperature 0.7; yours is kept" in told["checkpoint_line"]
     # Another one that states nothing: what followed goes back, what was changed stays.
     shown = {**mine, "top_k": 50}
     other = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("mono"))["facts"]
-    back = form.follow(other, told["own"], LIMITS, *shown.values())
+    back = form.follow(other, told["own"], *shown.values())
     assert back["top_k"] == 250 and "temperature" not in back
 
 
@@ -121,13 +121,11 @@ def test_a_click_before_the_page_knows_its_checkpoint_leaves_its_settings_to_it(
 def test_what_a_file_restored_stays_whatever_its_checkpoint_states(handlers: Handlers):
     del handlers
     facts = asyncio.run(form.CheckpointFacts(FakeEngine()).choose("wide"))["facts"]
-    restored = form.restore({"temperature": 1.0, "checkpoint": "wide"})
-    told = form.follow(facts, restored["own"], LIMITS, *APPS.values())
+    restored = Restoring().settings({"temperature": 1.0, "checkpoint": "wide"})
+    told = form.follow(facts, restored["own"], *APPS.values())
     assert not set(CHECKPOINT_FIELDS) & set(told)
 
 
-def test_a_stated_value_stays_within_the_forms_sliders():
-    told = form.follow(
-        {"summary": "", "defaults": {"temperature": 4.0}}, APPS, LIMITS, *APPS.values()
-    )
-    assert told["temperature"] == 2
+def test_a_stated_length_is_no_more_than_the_server_makes():
+    facts = asyncio.run(form.CheckpointFacts(FakeEngine(), longest_s=5.0).choose("wide"))["facts"]
+    assert form.follow(facts, APPS, *APPS.values())["duration_s"] == 5.0

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,8 +96,8 @@ def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     assert "seed</dt><dd>41<" in end["take_facts"]
     assert end["take_audio"] is None and not end["wav"]["interactive"]
     assert end["generate"]["visible"] and len(handlers.desk) == 0
-    assert form.same_seed(end["history"], end["chosen"]) == {"seed": 41}
-    assert form.continue_take(end["history"], end["chosen"]) == {}
+    assert form.same_seed(end["history"], end["chosen"])["seed"] == 41
+    assert form.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,10 +10,13 @@ from fakes import FakeEngine
 from test_handlers import clip, compose, handlers, state
 
 from musicgen_ui.engine.events import Health
-from musicgen_ui.ui import form
+from musicgen_ui.ui import clip_panel, form
+from musicgen_ui.ui.form import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.restoring import Restoring
 
 __all__ = ["clip", "handlers"]  # fixtures
+WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
 
 def test_the_window_is_explained(clip: str) -> None:
@@ -40,17 +43,61 @@ def test_a_take_offers_its_settings(handlers: Handlers) -> None:
     end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
     told = form.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
     assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
-    filled = form.restore(told["offered"])
+    filled = Restoring().settings(told["offered"])
     assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7
     assert filled["variations"] == 1 and filled["seed"] == 7
-    assert form.restore_file(end["flac"]["value"])["prompt"] == "slow waltz"
+    assert Restoring().file(end["flac"]["value"])["prompt"] == "slow waltz"
 
 
 def test_a_take_can_be_continued(handlers: Handlers) -> None:
     end = state(compose(handlers))
-    told = form.continue_take(end["history"], end["chosen"])
+    told = form.continue_take(end["history"], end["chosen"], *WINDOW)
     assert told["audio_prompt"] == end["take_audio"]
-    assert form.continue_take([], [0, 0])["audio_prompt"].endswith("example.wav")
+    # Its fold may be closed, and then its field would not have it checked.
+    assert "of 1.0 s" in told["clip_line"] and told["offered"]["seed"] == 7
+    assert form.continue_take([], [0, 0], *WINDOW)["audio_prompt"].endswith("example.wav")
+
+
+@pytest.mark.parametrize("use", [CONTINUE, FOLLOW])
+def test_a_file_that_was_dropped_becomes_the_clip_or_is_refused_in_view(
+    use: str, clip: str, tmp_path: Path
+) -> None:
+    field, line = {CONTINUE: ("audio_prompt", "clip_line"), FOLLOW: ("melody", "melody_line")}[use]
+    told = clip_panel.dropped(clip, use, *WINDOW)
+    assert told[field] == clip and "5.0 s" in told[line] and told["audio_panel"]["open"]
+    letter = tmp_path / "letter.docx"
+    letter.write_text("Dear …")
+    told = clip_panel.dropped(str(letter), use, *WINDOW)
+    assert told[field] is None and 'role="alert"' in told[line] and told["audio_panel"]["open"]
+
+
+def test_a_file_without_settings_is_said_to_have_none(clip: str) -> None:
+    told = Restoring().file(clip)
+    assert set(told) == {"notice"} and told["notice"]["wrong"]
+
+
+def test_what_a_server_does_not_take_of_a_file_is_changed_and_named() -> None:
+    settings = {"duration_s": 90.0, "sections": [[0.0, "a"], [70.0, "b"]], "adapter": "a/lora"}
+    told = Restoring(longest_s=60.0, adapters=False).settings(settings)
+    assert told["duration_s"] == 60.0 and told["adapter"] == ""
+    assert [words for start, words in told["sections"] if words] == ["a"]
+    said = " ".join(told["notice"]["items"])
+    assert all(word in said for word in ("90 s", "60 s", "Sections", "a/lora"))
+    assert len(told["notice"]["items"]) == 3
+    assert Restoring().settings(settings)["notice"]["items"] == []
+
+
+def test_what_a_take_went_on_from_is_told_since_its_file_does_not_hold_it(
+    handlers: Handlers, clip: str
+) -> None:
+    end = state(compose(handlers, audio_prompt=clip))
+    assert len(Restoring().file(end["wav"]["value"])["notice"]["items"]) == 1
+
+
+def test_the_same_seed_is_told_to_stay(handlers: Handlers) -> None:
+    end = state(compose(handlers))
+    told = form.same_seed(end["history"], end["chosen"])
+    assert told["seed"] == 7 and "7" in told["notice"]["text"]
 
 
 @pytest.mark.parametrize(

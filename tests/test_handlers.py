@@ -109,7 +109,23 @@ def test_earlier_takes_stay_within_reach(handlers: Handlers) -> None:
     assert labels[0].startswith("2 · two") and labels[1].startswith("1 · one")
     back = take_panel.choose_earlier(second["history"], 0)
     assert back["take_audio"] == first["take_audio"]
-    assert form.same_seed(second["history"], back["chosen"]) == {"seed": 7}
+    assert form.same_seed(second["history"], back["chosen"])["seed"] == 7
+
+
+def test_a_title_that_runs_from_right_to_left_leaves_its_line_in_order(handlers: Handlers) -> None:
+    first = state(compose(handlers, prompt="בלוז איטי"))
+    second = state(compose(handlers, first["history"], prompt="waltz"))
+    labels = [label for label, _ in second["take_history"]["choices"]]
+    assert "\N{FIRST STRONG ISOLATE}בלוז איטי\N{POP DIRECTIONAL ISOLATE}" in labels[1]
+    assert labels[0].startswith("2 · waltz · ")
+    assert 'dir="auto"' in first["take_title"]["value"]
+
+
+def test_generate_comes_back_with_the_last_answer(handlers: Handlers) -> None:
+    """Until then the page passes a click on it over."""
+    updates = compose(handlers)
+    given_back = [i for i, u in enumerate(updates) if u.get("generate", {}).get("visible")]
+    assert given_back == [len(updates) - 1]
 
 
 def test_stop_keeps_what_was_made(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -275,13 +276,52 @@ def test_behind_a_proxy_everything_lies_under_its_path(proxied: tuple[str, FakeE
     url, _ = proxied
     page = httpx.get(url + "/").text
     config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});</script>", page)[1])
-    assert config["root"] == url
+    assert not urlsplit(config["root"]).netloc
     named = set(re.findall(r'(?:src|href)="\./([^"]+)"', page))
-    assert named  # relative to the page
+    named |= set(re.findall(r'"\./(gradio_api/file=[^"]+)"', page))
+    assert {link.rpartition(".")[2] for link in named} >= {"js", "css", "wav", "flac", "png"}
     assert all(httpx.get(f"{url}/{link}").status_code == 200 for link in named)
-    files = set(re.findall(rf'"({re.escape(url)}/gradio_api/file=[^"]+)"', page))
-    assert all(httpx.get(file).status_code == 200 for file in files)
+    assert url.removesuffix("/music") not in page.partition("gradio_api_info")[0]
     assert httpx.get(url + "/healthz").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("headers", "relative"),
+    [
+        ({"origin": "https://music.example:8443"}, True),  # the proxy loses scheme and port
+        ({"origin": "http://music.example"}, True),
+        ({"origin": "https://music.example", "sec-fetch-site": "same-origin"}, True),
+        ({"origin": "https://other.example"}, False),  # another website's client
+        ({}, False),  # a program
+    ],
+)
+def test_what_the_page_asks_for_is_answered_with_addresses_relative_to_it(
+    proxied: tuple[str, FakeEngine], headers: dict[str, str], relative: bool
+) -> None:
+    url, _ = proxied
+    config = httpx.get(url + "/config").json()
+    event = next(e for e in config["dependencies"] if e["api_name"] == "continue")
+    given: dict[str, Any] = {"data": [None, None, 10, 0, 12], "fn_index": event["id"]}
+    answer = httpx.post(
+        url + "/gradio_api/run/predict",
+        json=given | {"session_hash": "proxied"},
+        headers={"host": "music.example", **headers},
+    ).json()
+    file = next(value for value in answer["data"] if isinstance(value, dict) and "path" in value)
+    assert bool(urlsplit(file["url"]).netloc) != relative
+    if relative:
+        assert httpx.get(f"{url}/{file['url']}").status_code == 200
+
+
+def test_a_link_is_previewed_as_this_app(proxied: tuple[str, FakeEngine]) -> None:
+    head = httpx.get(proxied[0] + "/").text.partition("</head>")[0]
+    previews = re.findall(
+        r'<meta\s+(?:property|name)="(?:og|twitter):\w+"\s+content="([^"]*)"', head
+    )
+    assert "MusicGen UI" in previews and "<title>MusicGen UI</title>" in head
+    assert not any("radio" in preview for preview in previews)
+    # Without its last slash the page would find nothing of its own: it moves before it looks.
+    assert 0 < head.find("location.replace") < head.find("./assets/")
 
 
 def test_the_api_streams_and_downloads_through_a_proxy(

@@ -39,7 +39,8 @@ def test_words_are_the_prompt_the_section_and_what_training_wrote_behind_it():
         ([[5, "a"], [2, "b"]], "row 2 starts before the one above it"),
         ([[5, "a"], [5, "b"]], "row 2 starts at 5 s, as the one before"),
         ([[0, "a"], [10, "b"]], "starts at 10 s, but the piece ends at 10 s"),
-        ([["soon", "a"]], "row 1 must start at a number of s, not “soon”"),
+        ([["soon", "a"]], "row 1 must start at a number of s, or at m:ss, not “soon”"),
+        ([["1:75", "a"]], "row 1 must start at a number of s, or at m:ss, not “1:75”"),
         ([[float("inf"), "a"]], "row 1 must start at a number"),
         ([[-1, "a"]], "row 1 must start at a number"),
         ([[0, "a"], [None, "b"]], "row 2 has no start"),
@@ -64,6 +65,10 @@ def test_wrong_sections_are_refused_in_a_sentence(rows, says):
 def test_sections_come_as_json_or_a_table_and_go_with_the_take(tmp_path):
     rows = GenerationRequest(sections='[[0, "piano"], ["5.5", " drums "]]').sections
     assert rows == ((0.0, "piano"), (5.5, "drums"))
+    minutes = GenerationRequest(
+        sections=[["0:02.5", "a"], ["0:30", "b"], ["1:05", "c"]], duration_s=90
+    )
+    assert [start_s for start_s, _ in minutes.sections] == [2.5, 30, 65]
     table = [[0, "piano"], [None, ""], ["", None], [5.5, "drums"], [float("nan"), ""]]
     assert GenerationRequest(sections=table).sections == rows
     request = GenerationRequest(sections=rows, tempo_bpm=100, key="C minor", seed=1)

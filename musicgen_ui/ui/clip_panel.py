@@ -19,6 +19,10 @@ from musicgen_ui.ui.fields import clip, slider, switch
 from musicgen_ui.ui.form import CONTINUE, FOLLOW
 
 FOLLOWED = "The music follows the tune of your clip, not its sound."
+UNRECORDED = (
+    "Browsers record on pages that come over https or from this computer (localhost) alone, so "
+    "here a clip can only be uploaded."
+)
 
 
 def layout(parts: dict[str, Any]) -> None:
@@ -31,15 +35,16 @@ def layout(parts: dict[str, Any]) -> None:
         visible=False,
         elem_id="clip_use",
     )
+    # On show where the browser says so, see `assets/page.js`.
+    text = f'<p class="clip-line">{UNRECORDED}</p>'
+    gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
     with gr.Column(elem_id="continued") as parts["continued"]:
         parts["audio_prompt"] = clip("audio_prompt")
         parts["clip_line"] = gr.HTML(form.clip_line({}, 10, 0, 12), elem_id="clip_line")
         parts["offer"] = gr.Button("", visible=False, size="sm", elem_id="offer")
         with gr.Row():
             parts["include_prompt"] = switch("include_prompt", "off gives the continuation alone")
-            parts["context_s"] = slider(
-                "context_s", 0, 29.5, 0.5, "seconds of its end; 0 is all that fits"
-            )
+            parts["context_s"] = slider("context_s", 0.5, "seconds of its end; 0 is all that fits")
     with gr.Column(visible=False, elem_id="followed") as parts["followed"]:
         parts["melody"] = clip("melody")
         parts["melody_line"] = gr.HTML(melody_line({}, 10), elem_id="melody_line")
@@ -53,14 +58,26 @@ def allow(facts: dict[str, Any]) -> dict[str, Any]:
     return {"clip_use": gr.update(visible=False, value=CONTINUE)}
 
 
-def use(choice: str, audio_prompt: str | None, melody: str | None) -> dict[str, Any]:
-    """Shows the chosen field, with the clip in it."""
+def use(
+    choice: str,
+    audio_prompt: str | None,
+    melody: str | None,
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
+) -> dict[str, Any]:
+    """Shows the chosen field with the clip in it, checked: a field that appears tells nothing."""
     follow, path = choice == FOLLOW, audio_prompt or melody
+    if follow:
+        read = read_melody(path, duration_s, {})
+    else:
+        read = form.read_clip(path, duration_s, context_s, overlap_s, {})
     return {
         "continued": gr.update(visible=not follow),
         "followed": gr.update(visible=follow),
         "audio_prompt": None if follow else path,
         "melody": path if follow else None,
+        **read,
     }
 
 
@@ -81,6 +98,18 @@ def read_melody(path: str | None, duration_s: float, tune: dict) -> dict[str, An
         return {"tune": tune, "melody": None, "melody_line": melody_line(tune, duration_s)}
     tune = {"clip_s": reading.clip.duration_s, "notes": reading.notes}
     return {"tune": tune, "melody_line": melody_line(tune, duration_s)}
+
+
+def dropped(
+    path: str | None, choice: str, duration_s: float, context_s: float, overlap_s: float
+) -> dict[str, Any]:
+    """Takes a file that was dropped on the page as the clip."""
+    if not path:
+        return {}
+    if choice != FOLLOW:
+        return form.with_clip(path, duration_s, context_s, overlap_s)
+    filled = {"melody": path, "audio_panel": gr.update(open=True)}
+    return filled | read_melody(path, duration_s, {})
 
 
 def melody_line(tune: dict, duration_s: float) -> str:

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio import route_utils, routes
+from gradio.blocks import Block
 from starlette.datastructures import FormData, Headers
 from starlette.formparsers import MultiPartException
 
@@ -183,7 +184,10 @@ class Doors:
             log.warning("A request was not understood: %s", type(error).__name__)
             log.debug("It was", exc_info=error)
             if not started:
-                await _answer(scope, send, 400, "The request could not be understood.")
+                text = "The request could not be understood."
+                if isinstance(error, route_utils.FnIndexInferError):
+                    text = "There is no call of that name: “Use via API” on the page lists them."
+                await _answer(scope, send, 400, text)
             elif scope["type"] == "http":  # what was begun is ended, as far as it goes
                 with contextlib.suppress(Exception):
                     await send({"type": "http.response.body", "body": b""})
@@ -229,25 +233,23 @@ def guard_origins() -> None:
     routes.CustomCORSMiddleware = NoSharing  # type: ignore[misc, assignment]
 
 
-def guard_files(components: Iterable[Any]) -> None:
+def guard_files() -> None:
     """Bounds uploads, see `Uploads`, and makes components refuse an address instead of a file.
 
-    Gradio fetches addresses, public ones only, but a body of any size and into memory.
+    Gradio fetches addresses, public ones only, but a body of any size and into memory. On the
+    class: Gradio makes a page's components anew, and what was set on an instance is lost.
     """
     route_utils.GradioMultiPartParser = Uploads  # type: ignore[misc]
-    for component in components:
-        component.async_move_resource_to_block_cache = _only_files(
-            component.async_move_resource_to_block_cache
-        )
+    Block.async_move_resource_to_block_cache = _only_files  # type: ignore
 
 
-def _only_files(take_in: Callable) -> Callable:
-    async def taken_in(file: Any) -> Any:
-        if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
-            raise gr.Error(NOT_FETCHED, print_exception=False)
-        return await take_in(file)
+_take_in = Block.async_move_resource_to_block_cache
 
-    return taken_in
+
+async def _only_files(component: Any, file: Any) -> Any:
+    if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
+        raise gr.Error(NOT_FETCHED, print_exception=False)
+    return await _take_in(component, file)
 
 
 class Uploads(route_utils.GradioMultiPartParser):

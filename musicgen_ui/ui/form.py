@@ -13,22 +13,22 @@ from typing import Any
 import gradio as gr
 from anyio import to_thread
 
-from musicgen_ui import audio, takes
+from musicgen_ui import audio
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
-    CLIP_FIELDS,
     FIELDS,
+    MAX_DURATION_S,
     WINDOW_S,
     RequestError,
     context_used_s,
 )
+from musicgen_ui.ui.notice import notice
+from musicgen_ui.ui.restoring import section_rows, settings_of
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
 CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and where that is settled
-SECTION_ROWS = 3
-SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
     "always": "this model always makes stereo",
@@ -91,55 +91,33 @@ def no_offer() -> dict[str, Any]:
     return {"offer": gr.update(visible=False), "offered": {}}
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """The request's fields that a take file made here holds; empty for any other file."""
-    held = takes.read_settings(path) or {}
-    return {name: held[name] for name in SETTINGS if name in held}
-
-
-def restore_file(path: str | None) -> dict[str, Any]:
-    """Fills the form from a take file."""
-    settings = settings_of(Path(path)) if path else {}
-    if settings:
-        return restore(settings)
-    gr.Warning("This file holds no settings: choose a take that was made here.")
-    return {}
-
-
-def restore(settings: dict[str, Any]) -> dict[str, Any]:
-    """Fills the form with settings; one take, since a file is one take."""
-    if not settings:
-        return {}
-    # Nothing follows the checkpoint any more: what a take was made with is what was asked for.
-    rows = section_rows(settings.get("sections", []))
-    return {**settings, "sections": rows, "variations": 1, "own": {}, **no_offer()}
-
-
-def section_rows(rows: list[list[Any]]) -> list[list[Any]]:
-    """The table of sections with a row more to fill in, and some to begin with."""
-    return rows + [[None, ""]] * max(1, SECTION_ROWS - len(rows))
-
-
 def add_section(rows: list[list[Any]]) -> dict[str, Any]:
     """Gives the table of sections another row."""
     return {"sections": section_rows(rows)}
 
 
 def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
-    """Takes over the seed of the take on show."""
-    return {"seed": chosen_take(history, chosen).settings["seed"]}
+    """Takes over the seed of the take on show, and says that it stays."""
+    seed = chosen_take(history, chosen).settings["seed"]
+    text = f"Seed {seed} is set: every take from now on uses it. -1 under Seed draws a new one."
+    return {"seed": seed, "notice": notice(text)}
 
 
-def continue_take(history: list[Group], chosen: list[int]) -> dict[str, Any]:
+def continue_take(
+    history: list[Group], chosen: list[int], duration_s: float, context_s: float, overlap_s: float
+) -> dict[str, Any]:
     """Makes the take on show the clip to continue."""
     take = chosen_take(history, chosen)
     if take.wav is None:
         return {}  # it could not be saved: its notes say so
-    return {
-        "audio_prompt": str(take.wav),
-        "audio_panel": gr.update(open=True),
-        "clip_use": CONTINUE,
-    }
+    filled = with_clip(str(take.wav), duration_s, context_s, overlap_s)
+    return {**filled, "clip_use": CONTINUE}
+
+
+def with_clip(path: str, duration_s: float, context_s: float, overlap_s: float) -> dict[str, Any]:
+    """Fills a clip in, checked, and opens its fold: a field in a closed one tells of no change."""
+    filled = {"audio_prompt": path, "audio_panel": gr.update(open=True)}
+    return filled | read_clip(path, duration_s, context_s, overlap_s, {})
 
 
 def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:
@@ -153,23 +131,20 @@ def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:
     return f'<p class="clip-line">{html.escape(" · ".join(parts))}</p>'
 
 
-def follow(
-    facts: dict[str, Any], own: dict[str, Any], limits: dict[str, tuple], *values: Any
-) -> dict[str, Any]:
+def follow(facts: dict[str, Any], own: dict[str, Any], *values: Any) -> dict[str, Any]:
     """The settings that the chosen checkpoint states, in place of those that the last one did.
 
     Args:
         facts: of the chosen checkpoint.
         own: what followed the last checkpoint; a value that isn't so any more is the user's, and
             stays.
-        limits: of the sliders, by name.
         values: the form's, of `CHECKPOINT_FIELDS`.
     """
     if not facts:  # there is no such checkpoint
         return {}
     stated = facts["defaults"]
     now = {name: stated.get(name, FIELDS[name].default) for name in CHECKPOINT_FIELDS}
-    now |= {name: min(max(now[name], low), high) for name, (low, high) in limits.items()}
+    now["duration_s"] = min(now["duration_s"], facts["longest_s"])
     shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
     free = {name for name in own if shown[name] == own[name]}
     kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
@@ -182,8 +157,9 @@ def follow(
 class CheckpointFacts:
     """What the page says about a checkpoint; asking may take a while, so it is done in a thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, longest_s: float = MAX_DURATION_S) -> None:
         self.engine = engine
+        self.longest_s = longest_s
 
     async def choose(self, checkpoint: str) -> dict[str, Any]:
         """The stereo toggle, the line under a chosen checkpoint, and what it states."""
@@ -205,6 +181,7 @@ class CheckpointFacts:
                 "summary": facts.summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
+                "longest_s": self.longest_s,
             },
         }
 

@@ -103,6 +103,7 @@ class Handlers:
         # On ZeroGPU every second of a job is out of the visitor's few minutes a day.
         self.recall = Recall(desk.stop, grace=not os.environ.get("SPACES_ZERO_GPU"))
         self.asking = Asking(engine, max_duration_s)
+        self.max_duration_s = max_duration_s
 
     @names_every_setting
     def validate(self, history: Any = None, own: Any = None, **values: Any) -> list[dict[str, Any]]:
@@ -203,7 +204,8 @@ class Handlers:
                 if isinstance(event, GenerationRequest):
                     live.total_s = event.duration_s
                     if tab:
-                        tab.settings = event.settings() | {"seed": values.get("seed")}
+                        seed = values.get("seed")  # as the form had it, not as it was drawn
+                        tab.settings = event.settings() | {"seed": -1 if seed is None else seed}
                 elif isinstance(event, Progress):
                     progress[event.variation] = event
                     news = (event.stage, event.note) != (latest.stage, latest.note)
@@ -219,16 +221,17 @@ class Handlers:
                     group.append(take_panel.shown(event.take))
                 elif isinstance(event, takes.UnsavedError):
                     group.append(take_panel.unsaved(event))
-        end = busy(False) | {"live": live.message(*ending(saved, group), done_s=live.total_s)}
+        end = {"live": live.message(*ending(saved, group), done_s=live.total_s)}
         if not group:
-            yield end
+            yield busy(False) | end
             return
         if tab:
             keep(tab, group, history)
         history = [*history, group]
         yield take_panel.show(history, -1, 0) | end
         await to_thread.run_sync(take_panel.draw, group[0])
-        yield take_panel.picture(group[0])
+        # Generate only now: while this event lasts, the page passes a click on it over.
+        yield take_panel.picture(group[0]) | busy(False)
 
     async def _events(
         self, values: dict[str, Any], visitor: Visitor

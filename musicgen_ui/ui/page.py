@@ -16,11 +16,12 @@ from gradio.components.api_component import Api
 from musicgen_ui.coercion import KEYS
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.ui import clip_panel, form, take_panel
-from musicgen_ui.ui.fields import DEFAULTS, about, slider, switch
+from musicgen_ui.ui import clip_panel, form, notice, take_panel
+from musicgen_ui.ui.fields import about, in_words, number, slider, switch
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import live_player
+from musicgen_ui.ui.restoring import section_rows
 from musicgen_ui.ui.settings import Settings
 from musicgen_ui.ui.visitors import Desk, Ledger
 from musicgen_ui.ui.wiring import Parts, connect
@@ -34,6 +35,7 @@ IDEAS = {
     "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
 }
 
+EXAMPLE_CLIP = {"path": "clip.wav", "url": "clip.wav", "meta": {"_type": "gradio.FileData"}}
 WAVEFORM = gr.WaveformOptions(
     waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
 )
@@ -55,7 +57,7 @@ def build(
     handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
     # Not Gradio's delete_cache: it goes by the computer's clock, see `limits.Sweeper`.
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
-        parts: Parts = {}
+        parts = Parts()
         head(parts, engine)
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(elem_id="compose", min_width=340):
@@ -63,7 +65,7 @@ def build(
             with gr.Column(elem_id="take", min_width=340):
                 take(parts)
         api(parts)
-        connect(parts, handlers, engine, page)
+        connect(parts, handlers, engine, page, adapters=settings.any_checkpoint)
     page.recall, page.desk, page.engine = handlers.recall, desk, engine
     return page
 
@@ -107,15 +109,18 @@ def theme() -> gr.themes.Base:
 
 
 def head(parts: Parts, engine: Engine) -> None:
-    """Name, what is loaded, unload."""
+    """Name, what is loaded, unload; what is said of the whole page, and files dropped on it."""
     with gr.Row(elem_id="head"):
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
         parts["engine"] = gr.HTML("", elem_id="engine", apply_default_css=False)
         parts["unload"] = gr.Button("Unload", elem_id="unload", size="sm", variant="secondary")
+    parts["notice"] = notice.component()
+    parts["dropped"] = gr.UploadButton("Dropped file", visible="hidden", elem_id="dropped")
 
 
 def compose(parts: Parts, settings: Settings) -> None:
     """The form."""
+    longest_s = settings.max_duration_s
     parts["prompt"] = gr.Textbox(
         lines=3,
         max_lines=6,
@@ -127,7 +132,7 @@ def compose(parts: Parts, settings: Settings) -> None:
         label="Ideas",
         elem_id="ideas",
         components=[gr.Textbox(visible=False), gr.Number(visible=False)],
-        samples=[list(idea) for idea in IDEAS.values()],
+        samples=[[words, min(length_s, longest_s)] for words, length_s in IDEAS.values()],
         sample_labels=list(IDEAS),
         type="values",
         show_label=False,
@@ -136,8 +141,8 @@ def compose(parts: Parts, settings: Settings) -> None:
         parts["audio_panel"] = panel
         clip_panel.layout(parts)
     with gr.Row(elem_id="main_settings"):
-        parts["duration_s"] = slider("duration_s", 0.5, settings.max_duration_s, 0.5)
-        parts["guidance_scale"] = slider("guidance_scale", 1, 10, 0.1, "to the words; 1 is off")
+        parts["duration_s"] = slider("duration_s", 0.5, highest=longest_s)
+        parts["guidance_scale"] = slider("guidance_scale", 0.1, "to the words; 1 is off")
     parts["stereo"] = switch("stereo", form.STEREO_INFO["choice"])
     with gr.Accordion("Change over time", open=False, elem_id="over_time"):
         over_time(parts)
@@ -151,13 +156,13 @@ def compose(parts: Parts, settings: Settings) -> None:
 def over_time(parts: Parts) -> None:
     """What joins the prompt from when on, and how windows hang together."""
     gr.HTML(
-        '<p class="clip-line">From a second on, these words join your prompt, until the next row. '
-        "The prompt itself goes for the whole piece.</p>"
+        '<p class="clip-line">From a time on (20 or 0:20), these words join your prompt, until the '
+        "next row. The prompt itself goes for the whole piece.</p>"
     )
     parts["sections"] = gr.Dataframe(
-        form.section_rows([]),
-        headers=["From second", "these words join"],
-        datatype=["number", "str"],
+        section_rows([]),
+        headers=["From", "these words join"],
+        datatype="str",
         type="array",
         column_count=2,
         column_widths=["32%", "68%"],
@@ -168,7 +173,7 @@ def over_time(parts: Parts) -> None:
         elem_id="sections",
     )
     parts["add_section"] = gr.Button("Add a row", size="sm", elem_id="add_section")
-    parts["overlap_s"] = slider("overlap_s", 1, 25, 0.5)
+    parts["overlap_s"] = slider("overlap_s", 0.5)
 
 
 def advanced(parts: Parts, settings: Settings) -> None:
@@ -186,33 +191,26 @@ def advanced(parts: Parts, settings: Settings) -> None:
             max_length=FIELDS["adapter"].metadata["max"],
             **about("adapter", "a LoRA by its Hub id or folder; empty is none"),
         )
-        parts["adapter_strength"] = slider("adapter_strength", 0, 2, 0.05, "1 is as trained")
+        parts["adapter_strength"] = slider("adapter_strength", 0.05, "1 is as trained")
     parts["negative_prompt"] = gr.Textbox(
         lines=1,
         max_length=FIELDS["negative_prompt"].metadata["max"],
         **about("negative_prompt"),
     )
     with gr.Row():
-        parts["variations"] = slider("variations", 1, 4, 1, "takes at once, each with its seed")
-        parts["seed"] = gr.Number(
-            DEFAULTS["seed"],
-            precision=0,
-            min_width=140,
-            **about("seed", "same seed, same take; -1 draws one"),
-        )
+        parts["variations"] = slider("variations", 1, "takes at once, each with its seed")
+        parts["seed"] = number("seed", "same seed, same take; -1 draws one")
     with gr.Row():
-        parts["tempo_bpm"] = gr.Number(
-            DEFAULTS["tempo_bpm"], min_width=140, **about("tempo_bpm", "beats a minute; 0 is open")
-        )
+        parts["tempo_bpm"] = number("tempo_bpm", "beats a minute; 0 is open")
         parts["key"] = gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
         )
     parts["do_sample"] = switch("do_sample")
     with gr.Row():
-        parts["temperature"] = slider("temperature", 0.1, 2, 0.05, "below 1 safer, above 1 wilder")
-        parts["top_k"] = slider("top_k", 0, 2048, 1, "draw from the likeliest k; 0 is all")
+        parts["temperature"] = slider("temperature", 0.01, "below 1 safer, above 1 wilder")
+        parts["top_k"] = number("top_k", "draw from the likeliest k; 0 is all")
     with gr.Row():
-        parts["top_p"] = slider("top_p", 0, 1, 0.01, "draw from this total share; 0 is off")
+        parts["top_p"] = slider("top_p", 0.01, "draw from this total share; 0 is off")
         parts["normalize"] = switch("normalize")
     parts["restore"] = gr.UploadButton(
         "Take the settings from a file …", size="sm", elem_id="restore", file_types=["audio"]
@@ -260,20 +258,19 @@ def take(parts: Parts) -> None:
         [], label="Takes of this session", visible=False, elem_id="take_history"
     )
     parts["history"] = gr.State([])
-    parts["key"] = gr.Textbox(visible=False)  # the tab's own, see `recall`
+    parts["tab_key"] = gr.Textbox(visible=False)  # see `recall`
     parts["watch"] = gr.Timer(1, active=False)  # for a take that an earlier page began
     parts["chosen"] = gr.State([0, 0])
     parts["clip"] = gr.State({})
     parts["offered"] = gr.State({})
     parts["facts"] = gr.State({})  # of the chosen checkpoint
     # Not a State: the browser keeps it with the form.
-    parts["own"] = gr.JSON({name: DEFAULTS[name] for name in CHECKPOINT_FIELDS}, visible=False)
-    sliders = {n: parts[n] for n in CHECKPOINT_FIELDS if isinstance(parts[n], gr.Slider)}
-    parts["limits"] = gr.State({n: (s.minimum, s.maximum) for n, s in sliders.items()})
+    own = {name: parts[name].value for name in CHECKPOINT_FIELDS}
+    parts["own"] = gr.JSON(own, visible=False)
 
 
 def api(parts: Parts) -> None:
-    """The API's parameters: the request's fields, unlimited by the form's sliders."""
+    """The API's parameters and answers: the request's fields, and what they are for."""
     words = {str: "string", bool: "boolean", int: "integer", float: "number"}
     kinds: dict[type, dict] = {kind: {"type": word} for kind, word in words.items()}
     kinds[tuple] = {"type": "array", "items": {}}
@@ -281,11 +278,25 @@ def api(parts: Parts) -> None:
         for name, spec in FIELDS.items():
             if name in CLIP_FIELDS:
                 component: Any = gr.Audio(type="filepath", label=name)
+                # Gradio's is an address, which is not fetched here.
+                component.example_payload = lambda: EXAMPLE_CLIP
             else:
                 # None: what the checkpoint states, else the request's default.
                 default = None if name in CHECKPOINT_FIELDS else spec.default
                 component = Api(default, kinds[type(spec.default)], name)
+            described(component, in_words(name))
             parts["api:" + name] = component
         parts["api"] = gr.Button("generate")
-        parts["api:files"] = gr.File(file_count="multiple", label="files")
-        parts["api:settings"] = gr.JSON(label="settings")
+        files = gr.File(file_count="multiple", label="files")
+        described(files, "a WAV and a FLAC of each variation in turn")
+        told = gr.JSON(label="settings")
+        described(told, "what the takes were made with, the seed that was drawn included")
+        parts["api:files"], parts["api:settings"] = files, told
+
+
+def described(component: Any, text: str) -> None:
+    """Gives one of the API's parameters or answers its description."""
+    schema = component.api_info()
+    # Gradio shows the one name for parameters and the other for answers.
+    about_it = {"description": text, "additional_description": text}
+    component.api_info = lambda: {**schema, **about_it}

@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui.ui import form, take_panel
+from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.handlers import busy
 from musicgen_ui.ui.live_player import LiveStream
 from musicgen_ui.ui.recall import BACK, Recall
+from musicgen_ui.ui.restoring import Restoring
 from musicgen_ui.ui.visitors import Visitor
 
 UNDER_WAY = "Your take is still being made: it comes here when it is done."
@@ -27,8 +28,9 @@ def back() -> str:
 class Pages:
     """The answers to a page that is opened."""
 
-    def __init__(self, recall: Recall) -> None:
+    def __init__(self, recall: Recall, restoring: Restoring | None = None) -> None:
         self.recall = recall
+        self.restoring = restoring or Restoring()
 
     def enter(self, key: str, request: gr.Request) -> dict[str, Any]:
         """A page was opened: shows again what its tab had before."""
@@ -36,7 +38,7 @@ class Pages:
         tab = self.recall.enter(visitor.tab, key, visitor.address)
         if tab is None or not tab.settings:
             return {}
-        shown = form.restore(tab.settings) | {"variations": tab.settings["variations"]}
+        shown, _ = self.restoring.form(tab.settings)  # asked for here, so nothing changes
         if tab.history:
             shown |= take_panel.show(tab.history, -1, 0)
         if tab.jobs:

@@ -130,7 +130,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
-    from musicgen_ui.ui import doors, page, take_panel
+    from musicgen_ui.ui import doors, gradio_patches, page, take_panel
     from musicgen_ui.ui.journal import Journal
     from musicgen_ui.ui.live_player import ASSETS
 
@@ -140,7 +140,7 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     journal = Journal(chosen.log_prompts)
     demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
-    doors.guard_files(demo.blocks.values())
+    gradio_patches.apply(demo)
     doors.guard_origins()
     keep_no_values()
     # The engine has the real queue; this one only bounds what waits for a validator.

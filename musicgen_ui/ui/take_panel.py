@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import logging
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,27 @@ def picture(take: ShownTake) -> dict[str, Any]:
 
 def title_html(take: ShownTake) -> str:
     """The take's name, above its player."""
-    return f'<h2 class="take-name">{html.escape(take.title)}</h2>'
+    return f'<h2 class="take-name" dir="auto">{html.escape(take.title)}</h2>'
 
 
 def history_choices(history: list[Group]) -> list[tuple[str, int]]:
     """Earlier clicks, the newest first."""
     labels = [
-        f"{i + 1} · {g[0].title} · {g[0].settings['made_s']:.1f} s · seed {g[0].settings['seed']}"
+        f"{i + 1} · {isolated(g[0].title)} · {g[0].settings['made_s']:.1f} s · "
+        f"seed {g[0].settings['seed']}"
         for i, g in enumerate(history)
     ]
     return [(label, i) for i, label in reversed(list(enumerate(labels)))]
+
+
+def isolated(text: str) -> str:
+    """Text for the middle of a line: if it runs from right to left, the rest of the line does not.
+
+    By Unicode's isolates, since the line is plain text.
+    """
+    if any(unicodedata.bidirectional(character) in ("R", "AL") for character in text):
+        return f"\N{FIRST STRONG ISOLATE}{text}\N{POP DIRECTIONAL ISOLATE}"
+    return text
 
 
 def facts_line(take: ShownTake) -> str:

@@ -12,26 +12,46 @@ import gradio as gr
 
 from musicgen_ui.engine.events import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
-from musicgen_ui.ui import clip_panel, form, recall, take_panel
+from musicgen_ui.ui import clip_panel, form, recall, restoring, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.limits import ClosedPages
 from musicgen_ui.ui.pages import Pages, back
+from musicgen_ui.ui.restoring import Restoring
 
-Parts = dict[str, Any]  # components by name
+
+class Parts(dict[str, Any]):
+    """The page's components by name, each name given once."""
+
+    def __setitem__(self, name: str, component: Any) -> None:
+        if name in self:
+            raise KeyError(f"two components would be called {name!r}: one would never be read")
+        super().__setitem__(name, component)
+
 
 TAKE = [
     *("history", "chosen", "take_title", "take_audio", "wav", "flac", "spectrogram"),
     *("take_facts", "take_notes", "take_variation", "take_history"),
 ]
+# What the answers about a clip and about a melody read, and what they show.
+WINDOW = ["duration_s", "context_s", "overlap_s"]
+CLIP = (
+    ["audio_prompt", *WINDOW, "clip"],
+    ["clip", "audio_prompt", "clip_line", "offer", "offered"],
+)
+MELODY = (["melody", "duration_s", "tune"], ["tune", "melody", "melody_line"])
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
-def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -> None:
-    """Connects everything on the page."""
+def connect(
+    parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks, adapters: bool
+) -> None:
+    """Connects everything on the page; `adapters` is whether it shows the adapter."""
     done = jobs(parts, handlers)
-    filling_in(parts, engine)
+    facts = form.CheckpointFacts(engine, handlers.max_duration_s)
+    filling_in(parts, facts)
+    restored = Restoring(handlers.max_duration_s, adapters)
+    bringing_back(parts, restored)
     the_take(parts)
-    facts = form.CheckpointFacts(engine)
     timer = parts["timer"] = gr.Timer(form.SOON_S)
     told = ["checkpoint", "checkpoint_line", "stereo", "facts"]
     loaded = on(parts, page.load, facts.load, [], told, "load")
@@ -48,11 +68,10 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
         closed.add(request.session_hash or "")
 
     page.unload(left)
-    pages = Pages(handlers.recall)
-    told = [*form.SETTINGS, "own", "offer", "offered"]
-    told += ["live", "generate", "stop", "watch", *TAKE]
+    pages = Pages(handlers.recall, restored)
+    told = [*restoring.SETTINGS, "own", "live", "generate", "stop", "watch", *TAKE]
     entered = page.load(
-        named(pages.enter, parts), parts["key"], [parts[n] for n in told], js=recall.ENTER,
+        named(pages.enter, parts), parts["tab_key"], [parts[n] for n in told], js=recall.ENTER,
         api_name="enter", **QUIET,
     )  # fmt: skip
     in_the_browser(parts, entered)
@@ -61,7 +80,7 @@ def connect(parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks) -
 
 def in_the_browser(parts: Parts, entered: Any) -> None:
     """Keeps the form there, and fills it in again once a page has `entered`."""
-    form_of = [parts[name] for name in ("own", *form.SETTINGS)]
+    form_of = [parts[name] for name in ("own", *restoring.SETTINGS)]
     entered.then(None, [parts["live"], *form_of], [parts["live"], *form_of], js=back())
     gr.on([each.change for each in form_of], None, form_of, None, js=recall.KEEP)
 
@@ -94,30 +113,33 @@ def jobs(parts: Parts, handlers: Handlers) -> Any:
     return done
 
 
-def filling_in(parts: Parts, engine: Engine) -> None:
+def filling_in(parts: Parts, facts: form.CheckpointFacts) -> None:
     """The form's own answers."""
-    window = ["clip", "duration_s", "context_s", "overlap_s"]
-    clip = ["audio_prompt", "duration_s", "context_s", "overlap_s", "clip"]
-    told = ["clip", "audio_prompt", "clip_line", "offer", "offered"]
-    filled = [*form.SETTINGS, "own", "offer", "offered"]
     parts["ideas"].click(
         lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
         api_name="idea", **QUIET,
     )  # fmt: skip
     on(parts, parts["add_section"].click, form.add_section, ["sections"], ["sections"], "add_row")
-    on(parts, parts["audio_prompt"].change, form.read_clip, clip, told, "clip")
-    for name in ("duration_s", "context_s", "overlap_s"):
+    on(parts, parts["audio_prompt"].change, form.read_clip, *CLIP, "clip")
+    for name in WINDOW:
         parts[name].change(
-            form.clip_line, [parts[n] for n in window], parts["clip_line"],
+            form.clip_line, [parts[n] for n in ("clip", *WINDOW)], parts["clip_line"],
             api_name="window", trigger_mode="always_last", **QUIET,
         )  # fmt: skip
-    choose = form.CheckpointFacts(engine).choose
     line = ["checkpoint_line", "stereo", "facts"]
-    chosen = on(parts, parts["checkpoint"].change, choose, ["checkpoint"], line, "checkpoint")
+    chosen = on(parts, parts["checkpoint"].change, facts.choose, ["checkpoint"], line, "checkpoint")
     the_checkpoint(parts, chosen)
     the_melody(parts)
-    on(parts, parts["offer"].click, form.restore, ["offered"], filled, "use_settings")
-    on(parts, parts["restore"].upload, form.restore_file, ["restore"], filled, "restore")
+
+
+def bringing_back(parts: Parts, back: Restoring) -> None:
+    """Settings from a file, and a file that was dropped anywhere."""
+    filled = restoring.FILLED
+    on(parts, parts["offer"].click, back.settings, ["offered"], filled, "use_settings")
+    on(parts, parts["restore"].upload, back.file, ["restore"], filled, "restore")
+    given = ["dropped", "clip_use", *WINDOW]
+    told = [*CLIP[1], *MELODY[1], "audio_panel"]
+    on(parts, parts["dropped"].upload, clip_panel.dropped, given, told, "dropped")
 
 
 def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
@@ -126,7 +148,7 @@ def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
     Events of their own: while facts are asked for, the user goes on changing the form. Not those
     of the State, which only tells of changes that came by Gradio's queue.
     """
-    follow = ["facts", "own", "limits", *CHECKPOINT_FIELDS]
+    follow = ["facts", "own", *CHECKPOINT_FIELDS]
     told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
     on(parts, known.then, form.follow, follow, told, "follow" + at)
     on(parts, known.then, clip_panel.allow, ["facts"], ["clip_use"], "clip_uses" + at)
@@ -134,12 +156,10 @@ def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
 
 def the_melody(parts: Parts) -> None:
     """What a clip is for, and a melody's own answers."""
-    fields = ["audio_prompt", "melody"]
-    shown = ["continued", "followed", *fields]
-    on(parts, parts["clip_use"].change, clip_panel.use, ["clip_use", *fields], shown, "clip_use")
-    heard = ["melody", "duration_s", "tune"]
-    told = ["tune", "melody", "melody_line"]
-    on(parts, parts["melody"].change, clip_panel.read_melody, heard, told, "melody")
+    given = ["clip_use", "audio_prompt", "melody", *WINDOW]
+    shown = ["continued", "followed", *CLIP[1], *MELODY[1]]
+    on(parts, parts["clip_use"].change, clip_panel.use, given, shown, "clip_use")
+    on(parts, parts["melody"].change, clip_panel.read_melody, *MELODY, "melody")
     parts["duration_s"].change(
         clip_panel.melody_line, [parts["tune"], parts["duration_s"]], parts["melody_line"],
         api_name="melody_line", trigger_mode="always_last", **QUIET,
@@ -154,9 +174,11 @@ def the_take(parts: Parts) -> None:
         ("take_history", take_panel.choose_earlier, ["history", "take_history"]),
     ):
         on(parts, parts[name].input, answer, given, TAKE, name)
-    clip = ["audio_prompt", "audio_panel", "clip_use"]
-    on(parts, parts["continue"].click, form.continue_take, chosen, clip, "continue")
-    on(parts, parts["same_seed"].click, form.same_seed, chosen, ["seed"], "same_seed")
+    told = [*CLIP[1], "audio_panel", "clip_use"]
+    given = [*chosen, *WINDOW]
+    on(parts, parts["continue"].click, form.continue_take, given, told, "continue")
+    told = ["seed", "notice"]
+    on(parts, parts["same_seed"].click, form.same_seed, chosen, told, "same_seed")
 
 
 def on(

@@ -201,6 +201,8 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     page.locator("#generate").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("Something went wrong")
     expect(page.locator("#generate")).to_be_visible()
+    said = page.locator(".live[data-stage=failed] .live-text")  # in full, once the toast is gone
+    assert said.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight")
     expect(prompt).to_have_value("kept")
 
 
@@ -246,6 +248,7 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
     page = open_page(screen, scheme)
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == scheme
     unfold(page, "Start from audio")
     unfold(page, "Advanced")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

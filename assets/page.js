@@ -1,0 +1,130 @@
+// What concerns the whole page: its notice, files dropped anywhere, numbers beyond a slider,
+// uploads that fail, recording. Runs once, when the notice loads; Gradio hands in `element`,
+// `props` and `watch`.
+const root = element.querySelector('.notice');
+const words = root.querySelector('.notice-words');
+
+// Shows a message until it is closed, another one comes, or a new take is asked for.
+const say = (text, { items = [], wrong = false } = {}) => {
+  words.replaceChildren();
+  const line = Object.assign(document.createElement('p'), { textContent: text, dir: 'auto' });
+  const list = document.createElement('ul');
+  for (const item of items)
+    list.append(Object.assign(document.createElement('li'), { textContent: item, dir: 'auto' }));
+  root.hidden = !text;
+  root.classList.toggle('is-wrong', wrong);
+  if (text) words.append(line, ...(items.length ? [list] : []));
+};
+const close = () => say('');
+watch('value', () => props.value && say(props.value.text, props.value));
+root.querySelector('.notice-close').addEventListener('click', close);
+document.addEventListener('click', (event) => {
+  if (event.target.closest('#generate')) close();
+}, true);
+
+// A number that was typed beyond a slider's end stays as it was typed, and Generate says what is
+// wrong with it: Gradio's slider would put its end there without a word. An emptied one is put back.
+let before = '';
+const is_setting = (target) => target.matches?.('#compose input[type=number]');
+document.addEventListener('focus', (event) => {
+  if (is_setting(event.target)) before = event.target.value;
+}, true);
+document.addEventListener('blur', (event) => {
+  const input = event.target;
+  if (!is_setting(input)) return;
+  if (!input.value) {
+    input.value = before;
+    input.dispatchEvent(new Event('input', { bubbles: true }));
+  }
+  const { rangeOverflow, rangeUnderflow } = input.validity;
+  if (rangeOverflow || rangeUnderflow) event.stopImmediatePropagation();
+}, true);
+
+// A refused form says so at the field: bring that into view, out of its fold too.
+let wrong = null;
+const bring_into_view = (found) => {
+  if (found !== wrong || !found.isConnected) return;
+  if (!found.offsetParent) return requestAnimationFrame(() => bring_into_view(found)); // it opens
+  found.closest('.block').querySelector('textarea, input')?.focus({ preventScroll: true });
+  found.scrollIntoView({ block: 'center' });
+};
+const show_wrong = () => {
+  const found = document.querySelector('#compose .validation-error');
+  if (found === wrong) return;
+  wrong = found;
+  if (!found) return;
+  if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
+  bring_into_view(found);
+};
+new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
+
+// A file that is too large is told before it is sent.
+const most_bytes = window.gradio_config?.max_file_size || Infinity;
+const megabytes = (bytes) => `${Number((bytes / 1e6).toFixed(1))} MB`;
+const is_too_large = (files) => {
+  const large = [...files].find((file) => file.size > most_bytes);
+  if (large)
+    say(`“${large.name}” has ${megabytes(large.size)}, and this server takes ${
+      megabytes(most_bytes)}: cut it, or save it as FLAC, MP3 or OGG.`, { wrong: true });
+  return Boolean(large);
+};
+document.addEventListener('change', (event) => {
+  const input = event.target;
+  if (input.type !== 'file' || !input.files || !is_too_large(input.files)) return;
+  event.stopImmediatePropagation();
+  input.value = '';
+}, true);
+
+// Gradio shows "Error" alone for an upload that fails: say why, as far as it is known.
+const plain_fetch = window.fetch;
+window.fetch = async (...asked) => {
+  const is_upload = /\/gradio_api\/upload(\?|$)/.test(asked[0]?.url ?? String(asked[0]));
+  if (!is_upload) return plain_fetch(...asked);
+  const failed = (why) => say(`The file could not be sent: ${why}`, { wrong: true });
+  try {
+    const answer = await plain_fetch(...asked);
+    const type = answer.headers.get('content-type') || '';
+    if (answer.status === 413) failed('it is larger than this server, or a proxy before it, takes.');
+    else if (!answer.ok && type.startsWith('text/plain')) failed((await answer.clone().text()).slice(0, 300));
+    else if (!answer.ok) failed(`the server answered ${answer.status}.`);
+    return answer;
+  } catch (error) {
+    failed('the connection broke. Try again.');
+    throw error;
+  }
+};
+
+// A file may be dropped anywhere; without this the browser would leave the page and open it.
+// Boxes that take files themselves keep their events, so only what they did not want comes here.
+const has_files = (event) => [...(event.dataTransfer?.types ?? [])].includes('Files');
+const mark = (on) => document.documentElement.classList.toggle('dropping', on);
+document.addEventListener('dragover', (event) => {
+  if (!has_files(event)) return;
+  event.preventDefault();
+  event.dataTransfer.dropEffect = 'copy';
+  mark(true);
+});
+document.addEventListener('dragleave', (event) => event.relatedTarget || mark(false));
+document.addEventListener('drop', (event) => {
+  mark(false);
+  if (!has_files(event)) return;
+  if (event.target.closest?.('#audio_prompt, #melody') && is_too_large(event.dataTransfer.files)) {
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  }
+}, true);
+document.addEventListener('drop', (event) => {
+  if (!has_files(event)) return;
+  event.preventDefault();
+  const item = event.dataTransfer.items[0]?.webkitGetAsEntry?.();
+  if (item?.isDirectory) return say('That is a folder: drop an audio file.', { wrong: true });
+  const input = document.querySelector('input[type=file]:has(+ #dropped)');
+  const one = new DataTransfer();
+  one.items.add(event.dataTransfer.files[0]);
+  input.files = one.files;
+  input.dispatchEvent(new Event('change', { bubbles: true }));
+  if (event.dataTransfer.files.length > 1) say('One file at a time: the first one is taken.');
+});
+
+// Browsers give a microphone to pages that come over https or from this computer alone.
+document.documentElement.classList.toggle('no-microphone', !window.isSecureContext);
