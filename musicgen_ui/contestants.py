@@ -370,9 +370,9 @@ def _shrink(parts: configuration.Configuration) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One that knows no words: each is one unknown token, which costs what any other does."""
+    """One of two words: all others are one unknown token each, which costs what any other does."""
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    words = {word: index for index, word in enumerate(names.values())}
+    words = {word: index for index, word in enumerate([*names.values(), "drums", "bass"])}
     content: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],

@@ -58,7 +58,7 @@ def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
     assert at["duration_s"].maximum == at["duration_s"].value == 5
     assert all(seconds <= 5 for _, seconds in at["ideas"].samples)
     # The page counts its own length as nobody's choice, so a checkpoint's own may follow.
-    own = next(c for c in event(short, "compose").inputs if isinstance(c, gr.State) and c.value)
+    own = next(c for c in event(short, "compose").inputs if isinstance(c, gr.JSON) and c.value)
     assert own.value == {name: at[name].value for name in CHECKPOINT_FIELDS}
 
 

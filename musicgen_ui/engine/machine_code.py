@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,18 +46,21 @@ class Store:
     @functools.cached_property
     def folder(self) -> Path | None:
         """The folder of this version; None if none can be written to."""
+        refused: list[tuple[Path, OSError]] = []
         for base in self._bases or bases():
             home = base / (PREFIX + version())
             try:
                 home.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=home).close()
                 os.utime(home)
+                _remove_unused(base, home.stat().st_mtime)
             except OSError as error:
-                self.failed(base, error)
+                refused.append((base, error))
                 continue
-            _remove_unused(base)
             self.trouble = ""
             return home
+        if refused:
+            self.failed(*refused[-1])
         return None
 
     def failed(self, folder: Path, error: Exception) -> None:
@@ -128,10 +130,11 @@ def _checksum(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _remove_unused(base: Path) -> None:
+def _remove_unused(base: Path, now_s: float) -> None:
+    """Removes the folders of other versions; `now_s` is the file system's own time."""
     for other in base.glob(PREFIX + "*"):
         try:
-            if time.time() - other.stat().st_mtime > KEPT_S:
+            if now_s - other.stat().st_mtime > KEPT_S:
                 shutil.rmtree(other, ignore_errors=True)
         except OSError:  # another process was faster
             continue

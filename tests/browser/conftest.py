@@ -20,8 +20,9 @@ ARGUMENTS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
-# What the browser logs when the page refuses a form (422), a file that is no audio or too large.
-REFUSED = ("422", "Waveform load error", "413", "Response")
+# What the browser logs when the page refuses a form (422), a file that is no audio or too large,
+# and when a server ends before its page does.
+REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUNKED_ENCODING")
 
 Open = Callable[..., Page]
 
