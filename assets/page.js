@@ -21,6 +21,7 @@ root.querySelector('.notice-close').addEventListener('click', close);
 document.addEventListener('click', (event) => {
   if (event.target.closest('#generate')) close();
 }, true);
+document.addEventListener('keydown', (event) => event.key === 'Escape' && close());
 
 // A number that was typed beyond a slider's end stays as it was typed, and Generate says what is
 // wrong with it: Gradio's slider would put its end there without a word. An emptied one is put back.
@@ -57,6 +58,20 @@ const show_wrong = () => {
   bring_into_view(found);
 };
 new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
+
+// A cell of the table is edited from one click or touch, or by typing: Gradio waits for a second
+// click, and loses the first letter.
+const edit = (event) => {
+  const cell = event.target.closest?.('#sections .body-cell');
+  if (!cell || cell.querySelector('textarea')) return;
+  if (event.type === 'keydown') {
+    if (event.key.length > 1 || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.stopPropagation();
+  }
+  cell.dispatchEvent(new MouseEvent('dblclick', { bubbles: true }));
+};
+document.addEventListener('click', edit);
+document.addEventListener('keydown', edit, true);
 
 // A file that is too large is told before it is sent.
 const most_bytes = window.gradio_config?.max_file_size || Infinity;

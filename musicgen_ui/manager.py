@@ -45,7 +45,7 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     # float32 whatever will be computed in: the codec stays precise, and reading in half precision
     # would set torch's default for every thread, also for those that make music meanwhile.
     loaded = checkpoints.load(source, torch.float32, say, streamed=True)
-    once = "; the first time it is compiled for this processor" if place.precision == "int8" else ""
+    once = "; the first time takes longer" if place.precision == "int8" else ""
     say(f"preparing {source.name}{once}")
     return Batch(
         loaded.model,

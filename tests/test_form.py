@@ -100,6 +100,14 @@ def test_the_same_seed_is_told_to_stay(handlers: Handlers) -> None:
     assert told["seed"] == 7 and "7" in told["notice"]["text"]
 
 
+def test_what_is_marked_counts_before_the_page_shows_it(handlers: Handlers) -> None:
+    end = state(compose(handlers, variations=2))
+    history, shown = end["history"], [0, 0]
+    assert form.same_seed(history, shown, 1)["seed"] == 8
+    assert form.continue_take(history, shown, *WINDOW, 1)["audio_prompt"] == str(history[0][1].wav)
+    assert form.same_seed(history, shown, 2)["seed"] == 7  # marked in a list that is gone
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "value", "usable"),
     [("auto", None, True), ("mono", False, False), ("wide", True, False)],

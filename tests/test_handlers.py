@@ -145,6 +145,8 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
     made_s = soundfile.info(end["take_audio"]).duration
     assert 0.1 <= made_s < 15
     assert end["live"]["stage"] == "stopped" and f"{made_s:.1f} s" in end["live"]["text"]
+    # What was heard is shown as a share of what there is.
+    assert end["live"]["total_s"] == pytest.approx(made_s, abs=0.01) == end["live"]["done_s"]
 
 
 def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None:
@@ -159,6 +161,7 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
 
     end = state(asyncio.run(run()))
     assert end["live"]["stage"] == "stopped" and "take_audio" not in end
+    assert end["live"]["done_s"] == 0
     assert end["generate"]["visible"]
 
 

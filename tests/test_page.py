@@ -35,6 +35,13 @@ def test_settings_come_back_to_the_fields_that_show_them(built: gr.Blocks, api_n
     assert set(FIELDS) - set(CLIP_FIELDS) <= filled
 
 
+def test_an_idea_fills_the_form_without_asking_the_server(built: gr.Blocks) -> None:
+    """Its answer could come after the user has typed on."""
+    ideas = next(block for block in built.blocks.values() if block.elem_id == "ideas")
+    idea = next(fn for fn in built.fns.values() if ideas in fn.inputs)
+    assert idea.fn is None and "lo-fi" in idea.js
+
+
 def test_a_name_is_given_to_one_component_alone() -> None:
     parts = Parts()
     parts["key"] = "the drop-down"

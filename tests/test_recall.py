@@ -172,6 +172,7 @@ def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(
     news = asyncio.run(run())
     assert news["history"][0][0].settings["prompt"] == "mine"
     assert news["live"]["text"] == pages.DONE and news["generate"]["visible"]
+    assert news["live"]["done_s"] == news["live"]["total_s"]
     assert news["history"][0][0].settings["made_s"] == 1.0
     assert engine.running == 0 and len(handlers.desk) == 0
     again = page.enter(KEY, SimpleNamespace(session_hash="third"))

@@ -96,18 +96,25 @@ def add_section(rows: list[list[Any]]) -> dict[str, Any]:
     return {"sections": section_rows(rows)}
 
 
-def same_seed(history: list[Group], chosen: list[int]) -> dict[str, Any]:
-    """Takes over the seed of the take on show, and says that it stays."""
-    seed = chosen_take(history, chosen).settings["seed"]
+def same_seed(
+    history: list[Group], chosen: list[int], variation: int | None = None
+) -> dict[str, Any]:
+    """Takes over the seed of the chosen take, and says that it stays."""
+    seed = chosen_take(history, chosen, variation).settings["seed"]
     text = f"Seed {seed} is set: every take from now on uses it. -1 under Seed draws a new one."
     return {"seed": seed, "notice": notice(text)}
 
 
 def continue_take(
-    history: list[Group], chosen: list[int], duration_s: float, context_s: float, overlap_s: float
+    history: list[Group],
+    chosen: list[int],
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
+    variation: int | None = None,
 ) -> dict[str, Any]:
-    """Makes the take on show the clip to continue."""
-    take = chosen_take(history, chosen)
+    """Makes the chosen take the clip to continue."""
+    take = chosen_take(history, chosen, variation)
     if take.wav is None:
         return {}  # it could not be saved: its notes say so
     filled = with_clip(str(take.wav), duration_s, context_s, overlap_s)

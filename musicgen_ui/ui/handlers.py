@@ -221,7 +221,10 @@ class Handlers:
                     group.append(take_panel.shown(event.take))
                 elif isinstance(event, takes.UnsavedError):
                     group.append(take_panel.unsaved(event))
-        end = {"live": live.message(*ending(saved, group), done_s=live.total_s)}
+        if saved:  # a stopped take is as long as what was made
+            live.total_s = saved[0].take.settings["made_s"]
+        done_s = live.total_s if group else 0.0
+        end = {"live": live.message(*ending(saved, group), done_s=done_s)}
         if not group:
             yield busy(False) | end
             return

@@ -46,7 +46,7 @@ class Pages:
             shown["watch"] = gr.Timer(active=True)
         elif tab.news:
             tab.news = False
-            shown["live"] = LiveStream(1.0).message("finished", DONE)
+            shown["live"] = LiveStream(1.0).message("finished", DONE, done_s=1.0)
         return shown
 
     def news(self, request: gr.Request) -> dict[str, Any]:
@@ -54,11 +54,11 @@ class Pages:
         tab = self.recall.of(Visitor.of(request).tab)
         if tab and tab.jobs:
             return {}
-        stage, text = "failed", BROKEN
+        ending = LiveStream(1.0).message("failed", BROKEN)
         shown = busy(False) | {"watch": gr.Timer(active=False)}
         if tab and tab.news:
             tab.news = False
             take_panel.draw(tab.history[-1][0])
             shown |= take_panel.show(tab.history, -1, 0)
-            stage, text = "finished", DONE
-        return shown | {"live": LiveStream(1.0).message(stage, text)}
+            ending = LiveStream(1.0).message("finished", DONE, done_s=1.0)
+        return shown | {"live": ending}

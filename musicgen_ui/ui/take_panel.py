@@ -197,6 +197,16 @@ def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
     return show(history, which, 0)
 
 
-def chosen_take(history: list[Group], chosen: list[int]) -> ShownTake:
-    """The take on show: the example before the first one is made."""
-    return history[chosen[0]][chosen[1]] if history else example()
+def chosen_take(history: list[Group], chosen: list[int], variation: int | None = None) -> ShownTake:
+    """The take on show: the example before the first one is made.
+
+    Args:
+        variation: the one that is marked on the page, where the answer that shows it may still be
+            on its way.
+    """
+    if not history:
+        return example()
+    group = history[chosen[0]]
+    if variation is None or variation >= len(group):
+        variation = chosen[1]
+    return group[variation]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -115,10 +116,11 @@ def jobs(parts: Parts, handlers: Handlers) -> Any:
 
 def filling_in(parts: Parts, facts: form.CheckpointFacts) -> None:
     """The form's own answers."""
+    ideas = json.dumps(parts["ideas"].raw_samples)
+    # In the browser: an answer from afar could come after the user has typed on.
     parts["ideas"].click(
-        lambda idea: idea, parts["ideas"], [parts["prompt"], parts["duration_s"]],
-        api_name="idea", **QUIET,
-    )  # fmt: skip
+        None, parts["ideas"], [parts["prompt"], parts["duration_s"]], js=f"(i) => ({ideas})[i]"
+    )
     on(parts, parts["add_section"].click, form.add_section, ["sections"], ["sections"], "add_row")
     on(parts, parts["audio_prompt"].change, form.read_clip, *CLIP, "clip")
     for name in WINDOW:
@@ -175,10 +177,11 @@ def the_take(parts: Parts) -> None:
     ):
         on(parts, parts[name].input, answer, given, TAKE, name)
     told = [*CLIP[1], "audio_panel", "clip_use"]
-    given = [*chosen, *WINDOW]
+    given = [*chosen, *WINDOW, "take_variation"]
     on(parts, parts["continue"].click, form.continue_take, given, told, "continue")
     told = ["seed", "notice"]
-    on(parts, parts["same_seed"].click, form.same_seed, chosen, told, "same_seed")
+    given = [*chosen, "take_variation"]
+    on(parts, parts["same_seed"].click, form.same_seed, given, told, "same_seed")
 
 
 def on(

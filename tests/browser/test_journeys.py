@@ -238,6 +238,8 @@ def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) 
     finished(page)
     chips.nth(2).click()
     expect(page.locator("#take_facts")).to_contain_text("seed42")
+    page.locator("#generate").scroll_into_view_if_needed()  # below the open fold
+    expect(page.locator("#live")).to_be_in_viewport()
     assert [engine.requests[-1].seed, engine.requests[-1].variations] == [40, 3]
 
 
@@ -264,11 +266,16 @@ def test_streaming_moves_nothing(open_page: Open, engine: FakeEngine) -> None:
     places = """['#live', '#take_title', '#take_audio', '#spectrogram', '#go'].map(s =>
         Math.round(document.querySelector(s).getBoundingClientRect().top + scrollY))"""
     expect(page.locator("#take_audio").get_by_label("Play", exact=True)).to_be_visible()
+    for name in ("#live", "#spectrogram img", "#go"):  # not all is there at once
+        page.locator(name).wait_for()
     engine.speed = 2.0
     before = page.evaluate(places)
     generate(page, length_s=3)
     page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
     assert page.evaluate(places) == before
+    finished(page)
+    top = "e => Math.round(e.getBoundingClientRect().top + scrollY)"
+    assert page.locator("#take_title").evaluate(top) == before[1]
 
 
 def test_everything_has_a_name_for_screen_readers(open_page: Open) -> None:
