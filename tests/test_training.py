@@ -4,7 +4,9 @@ steps on sines, ending in a folder that transformers loads."""
 import ast
 import json
 import random
+import shutil
 import sys
+import time
 import wave
 from collections import defaultdict
 from dataclasses import replace
@@ -22,6 +24,9 @@ from training import fast, pack
 from training.__main__ import main
 from training.assemble import build
 from training.captions import caption, misspelt
+from training.card import Clips, Plan
+from training.card_codec import CardCodec
+from training.card_lm import CardDecoder, Songs
 from training.codec_losses import mel_bank
 from training.composer import DRUM_CHANNEL, compose
 from training.finetune import finetune, read_pairs
@@ -32,6 +37,7 @@ from training.presets import PRESETS
 from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
 from training.styles import STYLES
 from training.tokenizer import UNKNOWN, make_tokenizer
+from training.train_codec import CodecTrainer
 from training.train_lm import Run, Trainer
 
 TINY = PRESETS["tiny"]
@@ -166,6 +172,61 @@ def test_the_quantizer_gives_what_transformers_decodes_from_its_codes():
     assert commitment > 0
 
 
+def test_codes_that_are_hardly_chosen_are_moved_however_large_a_batch_is():
+    torch.manual_seed(0)
+    quantizer = codecs.ResidualQuantizer(codecs.make_codec(TINY.codec))
+    quantizer.start(torch.randn(3000, TINY.codec.hidden))
+    book = quantizer.codebooks[0]
+    book.cluster_size.fill_(0.1)
+    book.embed[:32] += 100  # where one latent in 800 is
+    book.embed_avg.copy_(book.embed * 0.1)
+    for _ in range(160):
+        latent = torch.randn(4000, TINY.codec.hidden)
+        latent[:5] = book.embed[torch.randperm(32)[:5]]
+        quantizer(latent.view(80, 50, -1).transpose(1, 2))
+    assert (book.embed.norm(dim=1) > 50).sum() < 16
+
+
+def test_a_gpu_codec_has_its_whole_schedule_however_slowly_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Choosing kernels may take as long as the time that is meant for the codec."""
+    plan = Plan(tmp_path, tmp_path, tmp_path, TINY, budget_s=60, device="cpu")
+    audio = torch.randint(-9000, 9000, (8, 2, 4 * TINY.codec.sampling_rate), dtype=torch.int16)
+    metas = [compose(seed).meta for seed in range(8)]
+    codec = CardCodec(plan, Clips(audio, torch.zeros(8, 1, 4, dtype=torch.int16), metas))
+    shares, update = [], codec.update
+
+    def slow_at_first():
+        time.sleep(0 if shares else 0.5)
+        shares.append(codec.share)
+        return update()
+
+    monkeypatch.setattr(codec, "update", slow_at_first)
+    monkeypatch.setattr("training.card_codec.FEWEST_STEPS", 2)
+    codec.train(0.4)
+    assert shares[1] < 0.2
+
+
+def test_a_gpu_decoder_keeps_the_weights_that_did_best_on_held_out_songs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = Plan(tmp_path, tmp_path / "out", tmp_path / "keep", TINY, budget_s=60, device="cpu")
+    codes = torch.randint(0, 64, (12, 4, 200), dtype=torch.int16)
+    clips = Clips(torch.zeros(12, 2, 4), torch.ones(12, 1, 4, dtype=torch.int16),
+                  [compose(seed).meta for seed in range(12)])  # fmt: skip
+    songs = Songs.of(plan, codes, clips)
+    decoder = CardDecoder(plan, codecs.make_codec(TINY.codec).config, songs, stereo=False)
+    losses, name = iter([3.0, 3.0, 2.0, 2.0, 4.0, 4.0]), "enc_to_dec_proj.weight"
+    monkeypatch.setattr(decoder, "losses", lambda *_: torch.full((4,), next(losses)))
+    for value in (1.0, 2.0, 3.0):
+        decoder.average[name].fill_(value)
+        decoder.check()
+    decoder.save()
+    kept = pack.read(plan.keep, "mono")[name]
+    torch.testing.assert_close(kept, torch.full_like(kept, 2.0), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("stereo", [False, True])
 def test_the_delay_pattern_is_the_one_that_generate_undoes(stereo: bool):
     model = build(TINY, stereo=stereo)
@@ -287,8 +348,10 @@ def test_a_gpu_recipe_goes_on_from_what_it_kept(tmp_path: Path):
     assert all(torch.equal(codec[name], again[name]) for name in codec)  # codes stay what they were
     mono, later = (pack.read(folder, "mono") for folder in kept)
     assert not torch.equal(mono["enc_to_dec_proj.weight"], later["enc_to_dec_proj.weight"])
-    for stereo in ([], ["--stereo"]):
-        main(["assemble", *common[:4], *stereo, "--resume", str(kept[1])])
+    longer = ["--resume", str(kept[1]), "--codec", str(tmp_path / "codec" / "codec.pt")]
+    main(["codec", *common[:6], *longer[:2], "--steps", "1", "--batch", "1", "--spectral-only"])
+    for stereo, codec in (([], longer), (["--stereo"], longer[:2])):
+        main(["assemble", *common[:4], *stereo, *codec])
     for name, channels in (("checkpoint", 1), ("checkpoint-stereo", 2)):
         model = MusicgenForConditionalGeneration.from_pretrained(tmp_path / name)
         assert model.config.decoder.audio_channels == channels
@@ -375,29 +438,23 @@ def test_stereo_starts_from_mono_and_codes_of_one_side_differ_from_the_other(mad
 
 
 def test_training_goes_on_where_it_was_left(made: Path, tmp_path: Path):
-    import shutil
-
     folder = tmp_path / "again"
     shutil.copytree(made, folder)
     common = ["--out", str(folder), "--preset", "tiny", "--device", "cpu"]
     main(["lm", *common, "--steps", "6"])
     steps = torch.load(folder / "lm" / "state.pt", weights_only=True)["step"]
     assert steps == 6
-    main(
-        [
-            "codec",
-            *common,
-            "--decoder-only",
-            "--steps",
-            "2",
-            "--codec",
-            str(made / "codec/codec.pt"),
-        ]
-    )
+    kept = ["--codec", str(made / "codec/codec.pt")]
+    main(["codec", *common, "--decoder-only", "--steps", "2", *kept])
     before = torch.load(made / "codec/codec.pt", weights_only=True)
     after = torch.load(folder / "codec_decoder/codec.pt", weights_only=True)
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder"}  # the codes stay
+    shutil.rmtree(folder / "codec")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(CodecTrainer, "update", lambda trainer: sys.exit(143))  # told to stop
+        main(["codec", *common])
+    assert (folder / "codec" / "codec_state.pt").exists()
 
 
 def test_fine_tuning_changes_the_decoder_alone(made: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,10 +72,25 @@ def do_codec(job: Job) -> None:
     audio, metas = load_audio(job.data), load_metas(job.data)
     places = [(part, clip) for part, clips in enumerate(audio) for clip in range(len(clips))]
     soft = [at for at, meta in zip(places, metas, strict=True) if meta.style in SOFT_STYLES]
+    size = replace(size, batch=args.batch or size.batch,
+                   discriminator=size.discriminator and not args.spectral_only)  # fmt: skip
     CodecTrainer(
-        size, audio, out, args.steps or size.steps, args.minutes,
-        decoder_only=args.decoder_only, device=args.device, init=args.codec, soft=soft,
+        size, audio, out, args.steps or size.steps,
+        args.minutes, decoder_only=args.decoder_only, device=args.device, soft=soft,
+        init=args.codec or (args.resume and _kept_codec(args.resume, out / "kept.pt")),
     ).train()  # fmt: skip
+
+
+def _kept_codec(folder: Path, path: Path) -> Path:
+    """The codec of a run with a budget as the file that the other stages read."""
+    from training.card_codec import kept_codec
+
+    state = kept_codec(folder)
+    if not state:
+        raise SystemExit(f"{folder} has no codec: name what a run with a budget kept.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
 
 
 def do_encode(job: Job) -> None:
@@ -123,14 +138,17 @@ def do_assemble(job: Job) -> None:
 def _assemble_kept(job: Job) -> None:
     from training import pack
     from training.assemble import assemble, build_kept
-    from training.card_codec import with_averages
+    from training.card_codec import kept_codec
+    from training.codec import load_codec
 
     args = job.args
     weights = pack.read(args.resume, "mono")
     if args.stereo:  # which has the mono one's text encoder
         text = {name: value for name, value in weights.items() if name.startswith("text_encoder.")}
         weights = text | pack.read(args.resume, "stereo")
-    codec = with_averages(pack.read(args.resume, "codec"))
+    codec = kept_codec(args.resume)
+    if args.codec:
+        codec = load_codec(args.codec, job.preset.codec).state_dict()
     model = build_kept(job.preset, codec, weights)
     folder = "checkpoint-stereo" if args.stereo else "checkpoint"
     print(f"wrote {assemble(model, job.preset, job.out / folder)}")
@@ -163,7 +181,7 @@ def do_finetune(job: Job) -> None:
     if not args.checkpoint or not args.folder:
         raise SystemExit("finetune needs --checkpoint and --folder.")
     made = finetune(str(args.checkpoint), args.folder, job.out, steps=args.steps or 1000,
-                    device=args.device, window=args.window, batch=args.batch)  # fmt: skip
+                    device=args.device, window=args.window, batch=args.batch or 2)  # fmt: skip
     print(f"wrote {made}")
 
 
@@ -213,12 +231,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of songs rendered with a budget")
     parser.add_argument("--stereo", action="store_true", help="8 codebooks, left and right")
     parser.add_argument("--decoder-only", action="store_true", help="codec: keep every code")
+    parser.add_argument("--spectral-only", action="store_true", help="codec: no discriminator")
     parser.add_argument("--codec", type=Path, help="codec.pt to use or to start from")
     parser.add_argument("--init", type=Path, help="decoder weights to start from or to assemble")
     parser.add_argument("--checkpoint", type=Path, help="folder for evaluate and finetune")
     parser.add_argument("--folder", type=Path, help="finetune: audio files with .txt captions")
     parser.add_argument("--window", type=int, default=500, help="finetune: frames of a window")
-    parser.add_argument("--batch", type=int, default=2, help="finetune: windows a step")
+    parser.add_argument("--batch", type=int, help="finetune, codec: windows a step")
     parser.add_argument("--parts", help="of evaluate: codec,style,…; of pictures: styles")
     parser.add_argument("--per-style", type=int, default=8, help="evaluate: clips a style")
     parser.add_argument("--judge-clips", type=int, default=40, help="evaluate: to fit, a style")

@@ -25,7 +25,7 @@ from training.presets import Preset
 from training.songs import complete_parts, load_part
 
 SAVE_EVERY_S, LOG_EVERY_S = 40.0, 5.0
-CODEC_SHARE, STEREO_SHARE = 0.4, 0.22  # of the time; of the decoders' time
+CODEC_SHARE, STEREO_SHARE = 0.6, 0.22  # of the time; of the decoders' time
 ENCODE_SHARE, CLOSING_S = 0.12, 6.0
 FEWEST_STEPS = 6  # of each training, however little time there is
 
@@ -129,6 +129,7 @@ def run(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     if plan.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = 4  # of the kernels for each shape
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         plan.log("device", name=torch.cuda.get_device_name(), torch=torch.__version__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,11 +34,11 @@ class CardCodec:
     def __init__(self, plan: Plan, clips: Clips):
         self.plan, self.size, self.audio = plan, plan.preset.codec, clips.audio
         self.codec = make_codec(self.size).to(plan.device)
-        state = pack.read(plan.resume, "codec") if plan.resume else {}
+        state = kept_codec(plan.resume) if plan.resume else {}
         self.kept = bool(state)
         if self.kept:
-            self.codec.load_state_dict(with_averages(state))
-        self.half = plan.device != "cpu"
+            self.codec.load_state_dict(state)
+        self.half = plan.device != "cpu"  # bfloat16; TF32 took as long on an H200
         held = min(HELD_OUT, len(clips.metas) // 4)
         self.held = self.audio[:held]
         weights = [
@@ -62,8 +63,7 @@ class CardCodec:
         return both[..., 0] * left + both[..., 1] * (1 - left)
 
     def train(self, seconds: float) -> None:
-        """Until the seconds are used up."""
-        began = logged = time.time()
+        """Until the seconds are used up, which count from when the kernels are chosen."""
         scale_layers(self.codec, self.batch()[:, None])
         options = {"fused": True, "weight_decay": 1e-4}
         self.parts = list(self.codec.parameters())
@@ -74,10 +74,10 @@ class CardCodec:
         self.judge_optimizer = torch.optim.AdamW(
             self.judge.parameters(), self.size.learning_rate / 2, betas=(0.5, 0.9), **options
         )
-        if self.half:
-            self._choose_precision()
+        self._warm_up()
+        began = logged = time.time()
         mean: dict[str, Tensor] = {}
-        steps = 0
+        steps = self.step
         while (now := time.time()) - began < seconds or self.step < FEWEST_STEPS:
             self.share = min(1.0, (now - began) / seconds)
             for name, value in self.update().items():
@@ -98,30 +98,19 @@ class CardCodec:
         kept = {name: value for name, value in state.items() if not name.endswith("embed_avg")}
         self.plan.save("codec", kept, int8=False)
 
-    def _choose_precision(self) -> None:
-        """bfloat16 where it is faster than TF32, which depends on the convolutions' kernels."""
-        took = {False: math.inf, True: math.inf}
-        for half in (False, True):
-            try:
-                took[half] = self._step_s(half)
-            except RuntimeError as error:  # a kernel that is missing in one of them
-                self.plan.log("codec", bfloat16=half, failed=str(error)[:200])
-        self.half = took[True] < took[False]
-        self.plan.log("codec", bfloat16_step_s=took[True], float32_step_s=took[False])
+    def _warm_up(self) -> None:
+        """A pass of each kind, in which the device chooses its kernels; that takes many seconds.
 
-    def _step_s(self, half: bool) -> float:
-        """Of a forward and backward pass, once the convolutions' kernels are chosen."""
-        began = 0.0
-        for step in range(10):
-            if step == 4:
-                torch.cuda.synchronize()
-                began = time.time()
-            audio = self.batch()
-            latent = through_codec(self.codec.encoder.layers, audio[:, None], half)
-            made = through_codec(self.codec.decoder.layers, latent, half)[:, 0]
-            (audio - made).abs().mean().backward()
-        torch.cuda.synchronize()
-        return (time.time() - began) / 6
+        Were they part of the schedule, the stages that go by its shares would be over at its first
+        steps.
+        """
+        began = time.time()
+        self.update()
+        audio = self._without_edges(self.batch())
+        sum(self._adversarial(audio, audio.clone().requires_grad_())).backward()
+        if self.audio.is_cuda:
+            torch.cuda.synchronize()
+        self.plan.log("codec", warm_up_s=time.time() - began)
 
     def update(self) -> dict[str, Tensor]:
         """One step of the codec and, when it has joined, of the discriminator; losses on device."""
@@ -136,24 +125,32 @@ class CardCodec:
         if self.quantizer.started:
             latent, commitment = self.quantizer(latent)
         made = through_codec(self.codec.decoder.layers, latent, self.half)[:, 0]
-        edge = EDGE_FRAMES * self.size.hop
-        audio, made = audio[:, edge:-edge], made[:, edge:-edge]
+        audio, made = self._without_edges(audio), self._without_edges(made)
         terms = self.loss(audio, made)
         total = sum(TERM_WEIGHTS[name] * term for name, term in terms.items()) + 0.25 * commitment
         if self.share > ADVERSARIAL_FROM:
-            some, made_some = audio[::2], made[::2]  # its passes take longer than the codec's
-            with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
-                loss = discriminator_loss(self.judge, some, made_some)
-            self._apply(self.judge_optimizer, loss, list(self.judge.parameters()))
-            self.judge.requires_grad_(False)
-            with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
-                fooled, matching = adversarial_losses(self.judge, some, made_some)
-            self.judge.requires_grad_(True)
+            fooled, matching = self._adversarial(audio, made)
             terms |= {"fooled": fooled, "matching": matching}
             total = total + 0.15 * fooled + 0.8 * matching
         self._apply(self.optimizer, total, self.parts)
         self.step += 1
         return {name: term.detach().float() for name, term in terms.items()}
+
+    def _without_edges(self, audio: Tensor) -> Tensor:
+        edge = EDGE_FRAMES * self.size.hop
+        return audio[:, edge:-edge]
+
+    def _adversarial(self, audio: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+        """A step of the discriminator, then what the codec pays to it."""
+        some, made_some = audio[::4], made[::4]  # a window costs ten times as much as the codec's
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
+            loss = discriminator_loss(self.judge, some, made_some)
+        self._apply(self.judge_optimizer, loss, list(self.judge.parameters()))
+        self.judge.requires_grad_(False)
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=self.half):
+            losses = adversarial_losses(self.judge, some, made_some)
+        self.judge.requires_grad_(True)
+        return losses
 
     @staticmethod
     def _apply(optimizer: torch.optim.Optimizer, loss: Tensor, weights: list) -> None:
@@ -183,6 +180,11 @@ class CardCodec:
         used = [len(codes[:, row].unique()) for row in range(codes.shape[1])]
         distance = log_mel_distance_db(self.loss, audio, made).item()
         return {"log_mel_db": distance, "si_snr_db": si_snr_db(audio, made).item(), "used": used}
+
+
+def kept_codec(folder: Path) -> dict[str, Tensor]:
+    """The state of the codec that a run kept, complete; empty where it kept none."""
+    return with_averages(pack.read(folder, "codec"))
 
 
 def with_averages(state: dict[str, Tensor]) -> dict[str, Tensor]:

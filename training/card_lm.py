@@ -7,6 +7,7 @@ is left. What is written are averages of the weights.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ class CardDecoder:
         state = pack.read(plan.resume, self.name) if plan.resume else {}
         self.rate = RESUMED_RATE if state else STEREO_RATE if mono else 1.0
         if mono:
-            state = widen_to_stereo(mono.average) | state
+            state = widen_to_stereo(mono.best or mono.average) | state
         if state:
             self.model.load_state_dict(state, strict=False)
         else:
@@ -102,6 +103,8 @@ class CardDecoder:
         self.half = plan.device != "cpu"
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()}
+        self.best: dict[str, Tensor] = {}  # of the averages, by held-out loss
+        self.best_loss = math.inf
         text = [p for n, p in self.trained.items() if n.startswith("text_encoder.")]
         of_text = set(map(id, text))
         rest = [p for p in self.trained.values() if id(p) not in of_text]
@@ -212,11 +215,12 @@ class CardDecoder:
                 checked = time.time()
             if self.plan.save_due:
                 self.save()
-        self.save()
         self.check()
+        self.save()
 
     def save(self) -> None:
-        self.plan.save(self.name, self.average)  # the frozen rest of a stereo one is the mono one's
+        """The best averages so far; the frozen rest of a stereo one is the mono one's."""
+        self.plan.save(self.name, self.best or self.average)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -230,6 +234,9 @@ class CardDecoder:
         tokens = self.songs.tokens[clip, 0].long()
         right, wrong = self.losses(codes, tokens), self.losses(codes, tokens.roll(1, 0))
         self.plan.log(f"{self.name} held out", step=self.step, losses=right, wrong_caption=wrong)
+        loss = (right * self.book_weights).mean().item()
+        if loss < self.best_loss:  # few songs are soon known by heart
+            self.best, self.best_loss = {n: p.clone() for n, p in self.average.items()}, loss
         self.model.train()
         self._load(now)
 

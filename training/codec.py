@@ -25,6 +25,7 @@ from transformers.models.encodec.modeling_encodec import (
 from training.presets import CodecSize
 
 FRAME_RATE_HZ = 50
+VECTORS_A_STEP = 384  # to which the use of codes is scaled, whatever the batch
 
 
 def make_codec(size: CodecSize) -> EncodecModel:
@@ -145,6 +146,7 @@ class ResidualQuantizer:
             0, index, torch.ones_like(index, dtype=book.cluster_size.dtype)
         )  # bincount would wait for the device
         total = torch.zeros_like(book.embed).index_add_(0, index, vectors)
+        count, total = (x * (VECTORS_A_STEP / len(vectors)) for x in (count, total))
         book.cluster_size.mul_(self.decay).add_(count, alpha=1 - self.decay)
         book.embed_avg.mul_(self.decay).add_(total, alpha=1 - self.decay)
         book.embed.copy_(book.embed_avg / book.cluster_size.clamp(min=1e-4)[:, None])

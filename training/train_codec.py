@@ -191,16 +191,19 @@ class CodecTrainer:
         """Until steps or minutes are used up; writes codec.pt."""
         mean: dict[str, float] = {}
         saved = last = time.time()
-        while self.progress() < 1:
-            for name, value in self.update().items():
-                mean[name] = 0.96 * mean.get(name, value) + 0.04 * value
-            now = time.time()
-            self.elapsed_s, last = self.elapsed_s + now - last, now
-            if self.step % 100 == 0:
-                self._log(mean)
-            if now - saved > self.save_every_s:
-                self.save()
-                saved = now
+        try:
+            while self.progress() < 1:
+                for name, value in self.update().items():
+                    mean[name] = 0.96 * mean.get(name, value) + 0.04 * value
+                now = time.time()
+                self.elapsed_s, last = self.elapsed_s + now - last, now
+                if self.step % 100 == 0:
+                    self._log(mean)
+                if now - saved > self.save_every_s:
+                    self.save()
+                    saved = now
+        finally:
+            self.save()
         if self.decoder_only:
             self.codec.decoder.load_state_dict(self.average)
         self.save()
