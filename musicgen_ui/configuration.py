@@ -15,7 +15,7 @@ from typing import Any
 
 from musicgen_ui import bounded
 from musicgen_ui.request import WINDOW_S, RequestError
-from musicgen_ui.unusable import Unusable
+from musicgen_ui.unusable import Unusable, check_files
 
 # "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
 Configuration = dict[str, dict[str, Any]]
@@ -86,6 +86,7 @@ _MOST = {  # of what is counted in a configuration, far beyond any model
     **dict.fromkeys(("d_model", "d_kv", "hidden_size", "codebook_dim", "num_filters"), 2**15),
     "target_bandwidths": 10_000,
     "chroma_length": 2**15,
+    "num_labels": 1024,
 }
 _LONGEST_LIST = 32
 _MOST_OVERLAP = 16  # windows that a sample of a melody is in; published ones have 4
@@ -119,7 +120,10 @@ def read(name: str, file: Path) -> Configuration:
         RequestError: it cannot be read, or is not MusicGen's.
     """
     try:
+        check_files([file])
         config = bounded.read_object(file)
+    except Unusable as error:
+        raise RequestError(f"{name} cannot be used: {error}.", "checkpoint") from error
     except (OSError, ValueError) as error:
         raise _unreadable(name) from error
     return of(name, config)
@@ -202,6 +206,8 @@ def _hold_calm(config: dict[str, Any], filled: Configuration) -> None:
     if entries > _MOST_ENTRIES or positions > _MOST_ENTRIES:
         raise _ValueOutOfBoundsError("the table of positions or of codes is too large")
     for part in (config, *(config.get(name) or {} for name in _DEFAULTS)):
+        if "num_labels" in part:  # of classifiers; transformers makes a name for each
+            _hold_kind("config", "num_labels", part["num_labels"], 2)
         for key in ("attn_implementation", "_attn_implementation"):  # may be code on the Hub
             if "/" in str(part.get(key)):
                 raise _ValueOutOfBoundsError(f"{key} names code on the Hub")

@@ -35,7 +35,8 @@ BLOCK_WORK = 1_024  # a block costs about as much as this many samples, however 
 BLOCK = 16_384  # samples
 SKIP_MARGIN_S = 2.0  # compressed formats need a run-up after a seek
 SKIP_ERROR_S = 0.5  # how far the length in a header may be off and still be believed
-OGG_PAGE_BYTES = 65_307  # the longest
+OGG_PAGE = re.compile(rb"OggS\0([\0-\7])")  # and its kind, in bits
+OGG_LOOK_BYTES = 1_000_000
 SLACK_BYTES = 1_000  # after the audio: an ID3v1 tag, padding; too little to be heard
 CHUNKED = ("WAV", "WAVEX", "RF64", "AIFF")  # libsndfile's names
 GUESSED = ("MP3", "AAC", "OGG")  # here FFmpeg's length is a guess, where files were joined
@@ -212,18 +213,24 @@ def _goes_on(raw: BinaryIO, kind: str) -> bool:
     """Whether more than tags follows what libsndfile has read, which ends at `raw`'s place."""
     size, at = os.fstat(raw.fileno()).st_size, os.lseek(raw.fileno(), 0, os.SEEK_CUR)
     if kind == "OGG":  # it reads ahead, so the place says little
-        return _ogg_streams(raw, size) > 1
+        return _ogg_parts(raw, size) > 1
     name = _bytes_at(raw, at + at % 2, 4)
     is_chunk = kind in CHUNKED and re.fullmatch(rb"[\w ]{4}", name)
     return size - at > SLACK_BYTES and not is_chunk
 
 
-def _ogg_streams(raw: BinaryIO, size: int) -> int:
-    """How many streams the first and the last page of a file belong to: 1 or 2."""
-    head = _bytes_at(raw, 0, OGG_PAGE_BYTES)
-    tail = _bytes_at(raw, max(0, size - OGG_PAGE_BYTES), OGG_PAGE_BYTES)
-    pages = head[head.find(b"OggS") :], tail[tail.rfind(b"OggS") :]
-    return len({page[14:18] for page in pages})  # the stream's number
+def _ogg_parts(raw: BinaryIO, size: int) -> int:
+    """How many files an Ogg file was joined from: how often streams begin after other pages.
+
+    Their numbers do not tell: a file that was joined to itself has one alone.
+    """
+    parts, before = 0, False
+    for at in range(0, size, OGG_LOOK_BYTES):
+        for kind in OGG_PAGE.findall(_bytes_at(raw, at, OGG_LOOK_BYTES + 5)):
+            begins = bool(kind[0] & 2)
+            parts += begins and not before
+            before = begins
+    return parts
 
 
 def _bytes_at(raw: BinaryIO, at: int, count: int) -> bytes:

@@ -28,6 +28,8 @@ Shapes = dict[str, tuple[int, ...]]
 _WHOLE = ("text_encoder.", "audio_encoder.", "decoder.", "enc_to_dec_proj.", "audio_enc_to_dec_")
 _ALONE = ("model.decoder.", "lm_heads.")
 _SAVE = "save the whole model again with save_pretrained"
+_PLAIN = ("F64", "F32", "F16", "BF16")  # safetensors' words for numbers as they are
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Stored:
@@ -45,6 +47,7 @@ class Stored:
         self.shapes: Shapes = {}
         self._file: dict[str, tuple[Path, str]] = {}  # and the name in it
         self._mapped: dict[str, Tensor] = {}  # of pickles, which stay open
+        self._quantized: list[str] = []
         for file in files:
             try:
                 bounded.require_weights(file)
@@ -58,6 +61,11 @@ class Stored:
                 raise Unusable(
                     f"{file.name} is damaged, cut short or holds more than weights", AGAIN
                 ) from error
+        if weights := [name for name in self._quantized if name.endswith((".weight", ".bias"))]:
+            raise Unusable(
+                f"its weights are quantized ({weights[0][:120]})",
+                "save the model in float32, float16 or bfloat16: int8 is made here",
+            )
         plain = plain_names(self.shapes, _ALONE if prefix else _WHOLE)
         named = {name: prefix + new for name, new in plain.items()}
         self.shapes = {named[name]: shape for name, shape in self.shapes.items()}
@@ -70,7 +78,10 @@ class Stored:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 self._file[name] = file, name
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                held = opened.get_slice(name)
+                self.shapes[name] = tuple(held.get_shape())
+                if held.get_dtype() not in _PLAIN:
+                    self._quantized.append(name)
 
     def _map(self, file: Path) -> None:
         mapped = zipfile.is_zipfile(file)  # not in the form before torch 1.6
@@ -78,6 +89,8 @@ class Stored:
         for name, weight in held.items():
             self._mapped[name] = weight
             self.shapes[name] = tuple(weight.shape)
+            if weight.dtype not in _PLAIN_DTYPES:
+                self._quantized.append(name)
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Weights as they are stored, mapped for as long as they are held."""

@@ -95,6 +95,9 @@ VALUES = [
     ("text_encoder", "num_layers", "100000000"),
     ("text_encoder", "d_model", "true"),
     ("text_encoder", "vocab_size", "100000000000"),
+    ("text_encoder", "num_labels", "100000000"),
+    ("decoder", "num_labels", '"many"'),
+    (None, "num_labels", LONG),
     ("text_encoder", "deep", "[" * 900 + "]" * 900),
 ]
 

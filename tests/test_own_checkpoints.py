@@ -194,6 +194,20 @@ def test_weights_that_the_configuration_does_not_describe_are_named(own):
     refused(own, r"config\.json.*text_encoder.*\[32.*\[48")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("module", ["decoder.model.decoder.layers.1.fc1", "enc_to_dec_proj"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_quantized_weights_are_refused_by_name(own, module, dtype, pickled):
+    weights = load_file(own / WEIGHTS)
+    weights[f"{module}.weight"] = torch.zeros(32, 16).to(dtype)
+    if pickled and dtype == torch.int8:
+        (own / WEIGHTS).unlink()
+        torch.save(weights, own / "pytorch_model.bin")
+    else:
+        store(own, weights)
+    refused(own, f"{module}.*float16")
+
+
 # Files that are none
 
 
@@ -204,6 +218,7 @@ def test_weights_that_the_configuration_does_not_describe_are_named(own):
         (WEIGHTS, b"<!DOCTYPE html><title>Sign in</title>", "web page"),
         (WEIGHTS, b"", "empty"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
+        ("config.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
         ("generation_config.json", b"{broken", r"generation_config\.json"),
         ("generation_config.json", b"[1]", r"generation_config\.json"),
         ("processor_config.json", b"{broken", r"processor_config\.json"),

@@ -55,6 +55,9 @@ WRONG = [
     ["--trusted-proxies", "10.0.0.0/8,10.0.0.1/8"],
     ["--host", ""],
     ["--host", "192.0.2.1"],  # of no computer
+    ["--checkpoint", "no such checkpoint"],
+    ["--checkpoint", str(ROOT)],
+    ["--checkpoints", "small,/no/such/folder"],
     ["--output-folder", __file__],
     ["--output-folder", f"{__file__}/takes"],
     ["--mcp=yes"],

@@ -416,6 +416,14 @@ def test_a_joined_file_is_read_to_its_end(tmp_path, kind, second, unfenced):
     assert np.abs(reading.clip.samples).max() < 0.5
 
 
+@pytest.mark.parametrize("kind", ["MP3", "OGG", "FLAC"])
+def test_a_file_that_was_joined_to_itself_is_read_to_its_end(tmp_path, kind, unfenced):
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(encoded(440, 4, kind) * 3)
+    reading = read(path, keep_s=5)
+    assert reading.full_s == pytest.approx(12, abs=0.2) and not reading.notes[1:]
+
+
 @pytest.mark.parametrize("ending", ["wav", "aiff", "ogg", "m4a"])
 def test_what_follows_in_a_joined_file_and_cannot_be_read_is_told(tmp_path, ending, unfenced):
     path = tmp_path / f"a.{ending}"

@@ -265,6 +265,24 @@ def check_folder(chosen: Settings) -> None:
         raise RequestError(f"{named}, which cannot be written to: name another folder.")
 
 
+def check_checkpoints(chosen: Settings) -> None:
+    """Sees whether the checkpoints that the host names can be any; asks no network.
+
+    Raises:
+        RequestError: one is neither a known name, nor a folder with a checkpoint, nor a Hub id.
+    """
+    from musicgen_ui import checkpoints
+
+    named = [(name, "checkpoints") for name in chosen.listed_checkpoints[1:]]
+    for name, setting in [(chosen.checkpoint, "checkpoint"), *named]:
+        try:
+            source = checkpoints.resolve(name)
+            if source.folder and not checkpoints.holds_checkpoint(source.folder):
+                checkpoints.describe(source)  # says what it is instead
+        except RequestError as error:
+            raise RequestError(f"{variable(setting)} ({flag(setting)}): {error}") from error
+
+
 def check_address(chosen: Settings) -> None:
     """Sees whether the address can be listened on.
 
@@ -337,6 +355,7 @@ def serve(chosen: Settings, engine: Engine | None = None) -> int:
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
     check_folder(chosen)
+    check_checkpoints(chosen)
     check_address(chosen)
     proxies.prepare(chosen.host)
     with stop_signals() as asked:
