@@ -6,8 +6,8 @@ that a slow minute of the machine falls on all of them. A figure is the median o
 takes longer than a minute is run once. On a GPU, which is shared with nobody and takes longer to
 load than to run, the rounds follow each other within one load, and our loop is loaded anew for each
 number of jobs, so that the memory is what that number takes. `--published` makes the rows of
-README's table, which fit into a quarter of an hour on two cores and into 80 seconds on an H100, and
-their ratios are printed below the table. `--profile` looks into a step instead.
+docs/performance.md, which fit into a quarter of an hour on two cores, and their ratios are printed
+below the table. `--profile` looks into a step instead.
 Every run makes the whole of `duration_s` for each job with guidance 3 and top-k 250, from the
 first step to the last sample; nothing is extrapolated.
 
@@ -73,7 +73,7 @@ Setting = tuple[int, float]  # jobs, duration_s
 
 
 class Published(NamedTuple):
-    """A row of README's table, for some contestants."""
+    """A row of docs/performance.md, for some contestants."""
 
     parts: str  # of their names
     jobs: int
@@ -146,7 +146,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         const="",
         choices=["", *PUBLISHED],
         metavar="DEVICE",
-        help="the rows of README's table, by the device, or of another one",
+        help="the rows of docs/performance.md, by the device, or of another one",
     )
     parser.add_argument(
         "--profile",

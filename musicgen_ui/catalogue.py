@@ -1,8 +1,8 @@
 """The published checkpoints: what each can do, what it needs, and which of them fit here.
 
-All of it follows from the configurations, before anything is downloaded or loaded. README's table
-and the command line's `checkpoints` are made of the same rows, and a checkpoint that cannot fit is
-refused with those that can.
+All of it follows from the configurations, before anything is downloaded or loaded. The table in
+docs/checkpoints.md and the command line's `checkpoints` are made of the same rows, and a checkpoint
+that cannot fit is refused with those that can.
 """
 
 from __future__ import annotations

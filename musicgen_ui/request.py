@@ -1,10 +1,10 @@
 """What may be asked for: the settings of a take with their units, limits and defaults.
 
 A `GenerationRequest` is the one list of settings. A field's name is the handler's parameter, the
-component's key, the API's name, the command line's flag (without the unit) and README's row; its
-metadata holds the sentence and the limits that all of these show. The constructor coerces what a
-browser, a JSON body or a shell hands over and raises `RequestError` with the sentence that the
-user reads, so a request that exists is a request that can be run.
+component's key, the API's name, the command line's flag (without the unit) and its row in
+docs/settings.md; its metadata holds the sentence and the limits that all of these show. The
+constructor coerces what a browser, a JSON body or a shell hands over and raises `RequestError` with
+the sentence that the user reads, so a request that exists is a request that can be run.
 """
 
 from __future__ import annotations

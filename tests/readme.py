@@ -1,6 +1,6 @@
-"""README's tables, made from what they describe: `python tests/readme.py` writes them anew.
+"""The generated tables of README and docs: `python tests/readme.py` writes them anew.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test holds README to them.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test holds the pages to them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from musicgen_ui import catalogue, generate  # noqa: E402
 from musicgen_ui.request import CLIP_FIELDS, FIELDS  # noqa: E402
 from musicgen_ui.ui import settings as server_settings  # noqa: E402
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = ROOT / "assets" / "bench"  # a file of the bench's rows for each machine
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -105,7 +105,32 @@ def _measured(file: Path) -> str:
     return f"{machine} {rounds}.\n\n{table(heads, cells)}"
 
 
+def summary() -> str:
+    """One take of 10 s on each machine: transformers' loop and ours, in the fastest precision."""
+    lines = []
+    for file in sorted(MEASURED.glob("*.json")):
+        every = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in every if (row["jobs"], row["duration_s"]) == (1, 10)]
+        peer, ours = (
+            max((row for row in rows if row["peer"] == is_peer), key=lambda r: r["steps_per_s"])
+            for is_peer in (True, False)
+        )
+        processor = re.sub(r", Linux.*", "", ours["machine"])
+        lines.append(
+            [
+                processor if ours["device"].startswith("CPU") else ours["device"],
+                ours["precision"],
+                f"{peer['real_time_factor']:.2f}",
+                f"{ours['real_time_factor']:.2f}",
+                f"{ours['first_audio_s']:.2f} s",
+            ]
+        )
+    heads = ["Machine", "Precision", "transformers, × real time", "MusicGen UI", "First audio"]
+    return table(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "settings": settings,
     "models": models,
     "server": server,
@@ -113,10 +138,11 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def written(readme: str) -> str:
-    """README with every table as it should be."""
-    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", readme)
+def written(text: str) -> str:
+    """A page with every table as it should be."""
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")

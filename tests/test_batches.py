@@ -295,9 +295,9 @@ def test_jobs_run_beside_each_other_up_to_the_limit(manager, folder, capsys):
     assert len(files) == 7 and all(Path(file).is_file() for file in files)
 
 
-def test_readmes_lines_run(manager, folder):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    write, make = text.split("### A file of prompts\n\n```bash\n")[1].split("\n```")[0].split("\n")
+def test_the_docs_lines_run(manager, folder):
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    write, make = text.split("## A file of prompts\n\n```bash\n")[1].split("\n```")[0].split("\n")
     subprocess.run(write, shell=True, check=True)
     assert cli.main(shlex.split(make)[3:]) == 0
     assert sorted(r.duration_s for r in manager.made.requests) == [4.0, 8.0]

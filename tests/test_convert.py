@@ -652,10 +652,11 @@ def test_a_folder_of_audiocraft_that_the_app_cannot_play_is_refused(checkpoint, 
         checkpoints.load(checkpoints.resolve(str(checkpoint)), torch.float32, quiet)
 
 
-def test_the_commands_of_the_readme_make_music_of_an_audiocraft_checkpoint(
+def test_the_commands_of_the_docs_make_music_of_an_audiocraft_checkpoint(
     checkpoint, tmp_path, monkeypatch, capsys
 ):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    text = page.read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if line.startswith("python -m musicgen_ui conv"))
     arguments = line.split()[3:]
     assert arguments[0] == "convert"

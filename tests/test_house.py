@@ -21,7 +21,8 @@ TORCH_ROOMS |= {"weights", "exported", "parts", "zero", "distance", "step_profil
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
     "pre-requirements.txt",
-    *("packages.txt", "pyproject.toml", "README.md", "musicgen_ui", "tests", "assets", "training"),
+    *("packages.txt", "pyproject.toml", "README.md", "docs", "musicgen_ui", "tests", "assets"),
+    "training",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines
 

@@ -1,4 +1,4 @@
-"""README says what is so: its commands, tables, examples, file tree and Space card."""
+"""README and docs say what is so: commands, tables, examples, file tree and Space card."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from musicgen_ui.ui.server import close, launch
 from musicgen_ui.ui.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-CARD = yaml.safe_load(TEXT.split("---\n")[1])
+PAGES = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
+README = PAGES[ROOT / "README.md"]
+TEXT = "".join(sorted(PAGES.values(), key=lambda text: text != README))
+CARD = yaml.safe_load(README.split("---\n")[1])
 
 
 OLDEST, NEWEST = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", TEXT).groups())
@@ -78,13 +80,20 @@ def test_what_is_required_runs_on_every_python_that_is_named():
 
 
 def test_the_files_it_names_are_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
-        assert (ROOT / target).is_file(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (page.parent / target).is_file(), (page.name, target)
+
+
+def test_the_readme_is_one_screen_and_names_every_page():
+    assert len(README.encode()) <= 8_000
+    named = set(re.findall(r"\]\((docs/[^)]+)\)", README))
+    assert named == {page.relative_to(ROOT).as_posix() for page in readme.PAGES[1:]}
 
 
 def test_every_file_of_the_package_is_in_the_tree_with_a_line():
     listed, folders = set(), {}
-    for line in TEXT.split("## Files")[1].splitlines():
+    for line in PAGES[ROOT / "docs" / "architecture.md"].split("## Files")[1].splitlines():
         found = re.match(r"^( *)(\S+?)(/?) +(?=\S)|^( *)(\S+)/$", line)
         if not found:
             continue

@@ -1,4 +1,4 @@
-"""The settings of a server: one table for the environment, the command line and README."""
+"""The settings of a server: one table for the environment, the command line and docs/hosting.md."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _secret(help: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server runs. Each field's `help` is README's row; see `variable` for its name there."""
+    """How a server runs. `help` is a field's text in docs/hosting.md, `variable` its name there."""
 
     host: str = _setting(
         "127.0.0.1", "address to listen on; 0.0.0.0 is every one", "GRADIO_SERVER_NAME"
@@ -172,7 +172,7 @@ def variable(name: str) -> str:
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """README's rows: environment variable, flag, default, what it does."""
+    """The rows of docs/hosting.md: environment variable, flag, default, what it does."""
     return [
         (variable(f.name), flag(f.name), str(f.default), f.metadata["help"])
         for f in dataclasses.fields(Settings)
