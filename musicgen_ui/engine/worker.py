@@ -47,8 +47,9 @@ class Worker:
 
     def _start(self) -> None:
         self._stepped_s = time.monotonic()  # when it last stepped, or had nothing to do
-        self._thread = threading.Thread(target=self._run, name="musicgen-worker", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="musicgen-worker", daemon=True)
+        thread.start()
+        self._thread = thread  # not before it runs: `close` may join it
 
     def _run(self) -> None:
         try:
@@ -148,7 +149,8 @@ class Worker:
         """Ends the thread after its present step; callers should have ended before."""
         self._closed = True
         self._wake.set()
-        self._thread.join()
+        while self._thread.is_alive():  # it may be starting another one in its place
+            self._thread.join()
 
 
 def stream(
