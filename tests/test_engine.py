@@ -466,3 +466,23 @@ def test_jobs_whose_audio_is_decoded_together_are_what_each_is_alone(batch, monk
         chunks = [event.clip.samples for event in events if isinstance(event, Chunk)]
         assert np.abs(events[-1].clip.samples - samples).max() < 1e-4
         assert np.abs(np.concatenate(chunks, axis=1) - samples).max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", ["graph"], indirect=True)
+def test_jobs_that_cannot_be_decoded_together_are_decoded_alone(batch, monkeypatch):
+    def full(jobs: list[Job], frames: int) -> None:
+        tried.append(len(jobs))
+        raise torch.OutOfMemoryError("out of memory")
+
+    asked, tried = [GenerationRequest(ROCK, duration_s=0.7, seed=seed) for seed in (1, 2)], []
+    alone = [run_job(batch, request)[2].clip.samples for request in asked]
+    monkeypatch.setattr(Job, "decode_together", staticmethod(full))
+    monkeypatch.setattr(Batch, "_beside", True)
+    ends: list[list[Event | Exception]] = [[] for _ in asked]
+    for request, events in zip(asked, ends, strict=True):
+        batch.submit(request, None, events.append)
+    while batch.step():
+        pass
+    assert max(tried) == 2
+    for samples, events in zip(alone, ends, strict=True):
+        assert np.abs(events[-1].clip.samples - samples).max() < 1e-4

@@ -174,7 +174,7 @@ def test_sample_draws_as_torch_does():
     settings = sampling.Settings.of(requests, codes, torch.device("cpu"))
     columns = torch.full((slots, codebooks, 4), UNWRITTEN)
     columns[4, 1, 2] = 7
-    column, ready = torch.ones(slots, dtype=torch.int64), torch.tensor([True] * 4 + [True])
+    column, ready = torch.ones(slots, dtype=torch.int64), torch.tensor([True] * slots)
     finite = torch.ones(slots, codebooks, dtype=torch.bool)
     kernels.sample[(slots, codebooks)](
         *(logits, columns, column, ready, finite, uniforms),

@@ -9,8 +9,8 @@ share each step. Callers hand in requests from any thread with `submit`; a singl
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +39,8 @@ CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the co
 PROGRESS_S = 0.25  # between two reports of a job
 FEW_JOBS = 4  # that each get their chunks as soon as can be
 ROOMS = ("stepper", "decoder", "codec", "conditioner", "adapters")  # where the model lies
+
+log = logging.getLogger(__name__)
 
 
 class Batch:
@@ -290,8 +292,12 @@ class Batch:
             and job.stream.phase == due.stream.phase
         ]
         if len(jobs) > 1:
-            with contextlib.suppress(Exception):  # then each is tried alone
+            try:
                 Job.decode_together(jobs, min(job.waiting_frames for job in jobs))
+            except Exception as error:
+                if faults.of_everybody(error):
+                    raise
+                log.warning("Jobs could not be decoded together: each is alone", exc_info=error)
 
     @property
     def _beside(self) -> bool:

@@ -1,1 +1,1 @@
-"""The decoder's step on NVIDIA and AMD GPUs: few fused kernels, captured as one CUDA graph."""
+"""The decoder's step on NVIDIA GPUs: few fused kernels, captured as one CUDA graph."""
