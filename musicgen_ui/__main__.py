@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from musicgen_ui import console, files, proxies
+from musicgen_ui import files
+from musicgen_ui.checkpoints import proxies
+from musicgen_ui.cli import console
 from musicgen_ui.request import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
@@ -57,39 +59,39 @@ def _run(arguments: list[str]) -> int:
 
 def serve(arguments: list[str]) -> int:
     """starts the page"""
-    from musicgen_ui.ui import settings
+    from musicgen_ui.server import settings
 
     parser = _parser("serve", "Starts the page.")
     settings.add_flags(parser)
     chosen = settings.settings(vars(parser.parse_args(arguments)))
-    from musicgen_ui.ui import server
+    from musicgen_ui.server import app
 
-    return server.run(chosen)
+    return app.run(chosen)
 
 
 def generate(arguments: list[str]) -> int:
     """makes music and saves it"""
-    from musicgen_ui import batches, generate
+    from musicgen_ui.cli import batch, generate
 
     parser = _parser("generate", "Makes music and saves it, with its settings in the file.")
     generate.add_flags(parser)
     flags = parser.parse_args(arguments)
-    return batches.run(flags) if flags.batch else generate.run(flags)
+    return batch.run(flags) if flags.batch else generate.run(flags)
 
 
 def bench(arguments: list[str]) -> int:
     """measures the speed beside transformers'"""
-    from musicgen_ui import bench
+    from musicgen_ui.benchmark import run
 
-    parser = _parser("bench", bench.__doc__ or "")
-    bench.add_flags(parser)
-    bench.run(parser.parse_args(arguments))
+    parser = _parser("bench", run.__doc__ or "")
+    run.add_flags(parser)
+    run.run(parser.parse_args(arguments))
     return DONE
 
 
 def convert(arguments: list[str]) -> int:
     """makes an audiocraft checkpoint one in transformers' format"""
-    from musicgen_ui import convert
+    from musicgen_ui.checkpoints.audiocraft import convert
 
     parser = _parser("convert", "Writes an audiocraft checkpoint in transformers' format.")
     convert.add_flags(parser)
@@ -99,7 +101,7 @@ def convert(arguments: list[str]) -> int:
 
 def checkpoints(arguments: list[str]) -> int:
     """lists the published checkpoints and what fits here"""
-    from musicgen_ui import catalogue
+    from musicgen_ui.checkpoints import catalogue
 
     parser = _parser("checkpoints", "Lists the published checkpoints and what fits here.")
     catalogue.add_flags(parser)

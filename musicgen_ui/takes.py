@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 
 import soundfile
 
-from musicgen_ui import audio, files
-from musicgen_ui.engine.events import Chroma, Finished
+from musicgen_ui import files
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.engine.protocol import Chroma, Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is

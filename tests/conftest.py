@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +12,12 @@ import pytest
 if TYPE_CHECKING:
     from transformers import MusicgenForConditionalGeneration
 
-    from musicgen_ui.engine.batch import Batch
+    from musicgen_ui.engine.scheduler import Batch
 
 # Before the libraries read them. Tests of downloads have a Hub of their own on this computer.
 os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
 if not Path("/dev/nvidia0").exists():  # without a GPU Triton's kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 # A shell's background job ignores interrupts, and so would the servers that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def tiny_mono(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny mono checkpoint's folder; copy it before changing it."""
-    import tiny
+    from tests.helpers import tiny
 
     return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-mono")
 
@@ -37,7 +34,7 @@ def tiny_mono(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny stereo checkpoint's folder; copy it before changing it."""
-    import tiny
+    from tests.helpers import tiny
 
     return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-stereo", stereo=True)
 
@@ -45,7 +42,7 @@ def tiny_stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny melody checkpoint's folder; copy it before changing it."""
-    import tiny
+    from tests.helpers import tiny
 
     return tiny.build(tmp_path_factory.mktemp("checkpoints") / "tiny-melody", melody=True)
 
@@ -53,7 +50,7 @@ def tiny_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_stereo_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny stereo melody checkpoint's folder; copy it before changing it."""
-    import tiny
+    from tests.helpers import tiny
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stereo-melody"
     return tiny.build(folder, stereo=True, melody=True, text_hidden=24)
@@ -68,7 +65,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module", params=["eager", "graph"])
 def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
     """Both ways of stepping; the graph's as it runs before it is captured."""
-    from test_engine import make_batch
+    from tests.helpers.engine import make_batch
 
     return make_batch(folder, graphs=request.param == "graph")
 
@@ -76,7 +73,7 @@ def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> MusicgenForConditionalGeneration:
     """The same checkpoint as transformers has it."""
-    from test_engine import load
+    from tests.helpers.engine import load
 
     return load(folder)
 

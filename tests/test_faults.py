@@ -22,22 +22,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fakes import FakeEngine
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui import files, takes
-from musicgen_ui.checkpoints import Source
+from musicgen_ui.backends.admission import Desk
+from musicgen_ui.backends.model_cache import Residents
+from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.codec import CodecStream
-from musicgen_ui.engine.events import Chunk, Event, Finished
 from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.protocol import Chunk, Event, Finished
+from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import Worker, stream
 from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
-from musicgen_ui.residents import Residents
-from musicgen_ui.ui import form
+from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.visitors import Desk
+from tests.helpers.fakes import FakeEngine
 
 ROOT = Path(__file__).parents[1]
 TAB = SimpleNamespace(session_hash="a")
@@ -96,8 +96,8 @@ def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     assert "seed</dt><dd>41<" in end["take_facts"]
     assert end["take_audio"] is None and not end["wav"]["interactive"]
     assert end["generate"]["visible"] and len(handlers.desk) == 0
-    assert form.same_seed(end["history"], end["chosen"])["seed"] == 41
-    assert form.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
+    assert request_form.same_seed(end["history"], end["chosen"])["seed"] == 41
+    assert request_form.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +131,7 @@ SAVING = """
 import sys, numpy as np
 from pathlib import Path
 from musicgen_ui import files, takes
-from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import Clip, GenerationRequest
 clip = Clip(np.random.default_rng(0).uniform(-.5, .5, (2, 32000 * 5)).astype(np.float32), 32000)
 print(files.private_folder(), flush=True)
@@ -231,7 +231,7 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from musicgen_ui.engine import faults
-from musicgen_ui.ui.server import restart_when_lost
+from musicgen_ui.server.app import restart_when_lost
 mark = Path(sys.argv[1])
 if mark.exists():
     print(mark.read_text() == str(os.getpid()))

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import readme
 import soundfile
 import torch
 import yaml
-from fakes import FakeEngine
-from local import free_port
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import save_file
-from test_house import requirements
 
 from musicgen_ui import __main__ as cli
-from musicgen_ui.ui.server import close, launch
-from musicgen_ui.ui.settings import Settings
+from musicgen_ui.server.app import close, launch
+from musicgen_ui.server.settings import Settings
+from tests.helpers import generated_tables as readme
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.local import free_port
+from tests.helpers.requirements import requirements
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
@@ -46,7 +46,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("name", readme.TABLES)
 def test_every_table_is_what_the_code_says(name):
     tables = {found[2]: found[3] for found in readme.TABLE.finditer(TEXT)}
-    assert tables[name] == readme.TABLES[name](), "run python tests/readme.py"
+    assert tables[name] == readme.TABLES[name](), "run python -m tests.helpers.generated_tables"
 
 
 def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():

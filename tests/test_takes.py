@@ -13,18 +13,10 @@ import pyloudnorm
 import pytest
 import soundfile
 
-from musicgen_ui import audio, takes
-from musicgen_ui.engine.events import Finished
+from musicgen_ui import takes
+from musicgen_ui.audio import clip
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
-
-RATE = 16_000
-
-
-def finished(level=0.1, seconds=1.0, channels=1, prompt_s=0.0, **settings):
-    draw = np.random.default_rng(0)
-    samples = draw.uniform(-level, level, (channels, round(seconds * RATE))).astype(np.float32)
-    request = GenerationRequest(**{"seed": 7, "checkpoint": "bundled", **settings})
-    return Finished(0, Clip(samples, RATE), request, prompt_s, 1.2345, notes=("A note.",))
+from tests.helpers.takes import RATE, finished
 
 
 def save(folder, **settings):
@@ -73,14 +65,14 @@ def test_every_kind_of_file_gives_the_settings_back(ending, channels, tmp_path):
 def test_minutes_of_music_fit_into_an_ogg_file():
     """libsndfile's Vorbis crashes where it is handed them at once."""
     silence = Clip(np.zeros((1, 200 * RATE), np.float32), RATE)
-    content = audio.encode(silence, ".ogg")
+    content = clip.encode(silence, ".ogg")
     assert soundfile.info(io.BytesIO(content)).duration == 200
 
 
 def test_a_lossy_file_sounds_as_the_take(tmp_path):
     tune = np.sin(np.arange(RATE) * 2 * np.pi * 440 / RATE)[None].astype(np.float32) / 4
     for name in ("a.mp3", "a.ogg"):
-        audio.write(Clip(tune, RATE), tmp_path / name)
+        clip.write(Clip(tune, RATE), tmp_path / name)
         heard = soundfile.read(tmp_path / name, dtype="float32")[0]
         assert np.abs(heard - tune[0])[800:-800].max() < 0.02
 
@@ -107,9 +99,10 @@ def test_files_have_the_permissions_that_the_umask_leaves(umask, mode, tmp_path)
 LOCALE = r"""
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_takes import finished
-from musicgen_ui import audio, files, generate, takes
+from tests.helpers.takes import finished
+from musicgen_ui import files, takes
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.cli import generate
 assert sys.getfilesystemencoding() == "ascii"
 prompt = generate._as_typed(sys.argv[1])
 assert prompt == "caf\u00e9 \u66f2", ascii(prompt)
@@ -175,7 +168,7 @@ GOOD = {"seed": 7, "duration_s": 4.0}
 )
 def test_nonsense_gives_no_settings(tmp_path, comment):
     path = tmp_path / "a.flac"
-    audio.write(finished().clip, path, {"comment": comment})
+    clip.write(finished().clip, path, {"comment": comment})
     assert takes.read_settings(path) is None
 
 
@@ -188,7 +181,7 @@ def test_what_is_no_take_gives_no_settings(tmp_path):
 def test_unknown_keys_and_wrong_results_are_dropped(tmp_path):
     found = GOOD | {"evil": 1, "audio_prompt": "x", "speed_x": "fast", "stopped": 1, "made_s": True}
     path = tmp_path / "a.flac"
-    audio.write(finished().clip, path, {"comment": json.dumps({takes.MARK: found})})
+    clip.write(finished().clip, path, {"comment": json.dumps({takes.MARK: found})})
     assert takes.read_settings(path) == GenerationRequest(**GOOD).settings()
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EncodecConfig, EncodecModel
 
+from musicgen_ui.engine.codec_layers import Past, Precision, assemble, through
 from musicgen_ui.engine.finite import require_finite, require_finite_weight
-from musicgen_ui.engine.stages import Past, Precision, assemble, through
 from musicgen_ui.request import RequestError
 
 PIECE_FRAMES = 100  # one-shot work goes in pieces, so that memory does not grow with the length

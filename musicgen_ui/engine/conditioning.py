@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.adapter import OUTSIDE, Rows, Worn
-from musicgen_ui.engine.chroma import Extractor, MelodyEncoder
 from musicgen_ui.engine.device import own
-from musicgen_ui.engine.events import Chroma
 from musicgen_ui.engine.finite import require_finite
+from musicgen_ui.engine.lora import OUTSIDE, Rows, Worn
+from musicgen_ui.engine.melody import Extractor, MelodyEncoder
+from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.request import GenerationRequest, RequestError
 

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen_ui import audio
-from musicgen_ui.engine import delay, sampling
-from musicgen_ui.engine.adapter import Worn
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.engine import delay_pattern, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
-from musicgen_ui.engine.decoder import Sequence
-from musicgen_ui.engine.events import Chroma, Chunk, Finished, Progress
 from musicgen_ui.engine.faults import NotFiniteError
+from musicgen_ui.engine.lora import Worn
+from musicgen_ui.engine.protocol import Chroma, Chunk, Finished, Progress
+from musicgen_ui.engine.transformer import Sequence
 from musicgen_ui.request import WINDOW_S, Clip, GenerationRequest
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
@@ -114,7 +114,7 @@ class Job:
         self.start = start  # frames before the window
         self.window_frames = min(self.frames - start, round(WINDOW_S * self.codec.frame_rate))
         self.known_frames = known.shape[1]
-        self.columns = delay.delayed(
+        self.columns = delay_pattern.delayed(
             known, self.window_frames, self.codec.channels, self.start_token
         )
         self.written = self.known_frames  # the last column that is wholly known
@@ -130,7 +130,7 @@ class Job:
         if self.done or self.written < self.positions or self.decoded_frames < start:
             return False
         kept = self.window_frames - overlap, self.window_frames
-        self._lay_out(start, delay.undelayed(self.columns, *kept, self.codec.channels))
+        self._lay_out(start, delay_pattern.undelayed(self.columns, *kept, self.codec.channels))
         return True
 
     def turn(self) -> bool:
@@ -176,7 +176,7 @@ class Job:
     def encode_piece(self) -> None:
         """Lays the codes of some more of the context into their places."""
         codes = next(self._encoding)
-        delay.lay(codes, self.columns, self.encoded_frames, self.codec.channels)
+        delay_pattern.lay(codes, self.columns, self.encoded_frames, self.codec.channels)
         self.encoded_frames += codes.shape[1]
 
     @property
@@ -255,7 +255,7 @@ class Job:
     def _codes(self, frames: int) -> Tensor:
         """The next ones for the codec, int64 [codebooks, frames]."""
         begin = self.decoded_frames - self.start
-        return delay.undelayed(self.columns, begin, begin + frames, self.codec.channels)
+        return delay_pattern.undelayed(self.columns, begin, begin + frames, self.codec.channels)
 
     def chunk(self) -> Chunk | None:
         """The new audio of the frames that went to the codec, for which it waits.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from musicgen_ui.engine.compiled import Product
+    from musicgen_ui.engine.cpu.int8 import Product
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
@@ -42,7 +42,7 @@ class Linear:
     def __init__(self, weight: Tensor, precision: str, device: torch.device) -> None:
         self._product: Callable[[Tensor], Tensor]
         if precision == "int8":
-            from musicgen_ui.engine.compiled import Product  # imports numba
+            from musicgen_ui.engine.cpu.int8 import Product  # imports numba
 
             self._product = self.packed = Product(weight.float().numpy())
             self.nbytes = self.packed.nbytes

@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.events import Finished
 from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.line import Entry, Line, Ticket
+from musicgen_ui.engine.job_queue import Entry, Line, Ticket
+from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import RequestError
 
 log = logging.getLogger(__name__)

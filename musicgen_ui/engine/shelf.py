@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musicgen_ui.engine.adapter import OUTSIDE, Adapter, Patch, Place, Worn
-from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.faults import EXITS
+from musicgen_ui.engine.lora import OUTSIDE, Adapter, Patch, Place, Worn
+from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.request import GenerationRequest, RequestError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.attention import FloatCache
-from musicgen_ui.engine.decoder import Decoder
+from musicgen_ui.engine.transformer import Decoder
 
 TOKENS = (64, 512)  # of the prompts: room at first, and at most
 ROWS = 2  # of a slot: cond and uncond

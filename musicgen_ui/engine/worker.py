@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.batch import Batch
 from musicgen_ui.engine.device import give_memory_back
-from musicgen_ui.engine.events import Event, Finished, Progress
+from musicgen_ui.engine.protocol import Event, Finished, Progress
+from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.request import GenerationRequest, RequestError
 
 WAIT_S = 0.1  # between two looks whether a failed device is back

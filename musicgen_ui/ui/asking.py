@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from musicgen_ui import audio
-from musicgen_ui.engine.events import Engine
+from musicgen_ui.audio import clip
+from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import (
     CLIP_FIELDS,
     FIELDS,
@@ -59,7 +59,7 @@ class Asking:
         values = completed(values, self._stated)
         self.check(values)
         readings = {
-            name: audio.read(Path(values[name]), keep_s)
+            name: clip.read(Path(values[name]), keep_s)
             for name, keep_s in CLIP_FIELDS.items()
             if values.get(name)
         }

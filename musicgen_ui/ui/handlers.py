@@ -24,7 +24,9 @@ import gradio as gr
 from anyio import to_thread
 
 from musicgen_ui import takes
-from musicgen_ui.engine.events import Chunk, Engine, Finished, Progress
+from musicgen_ui.backends.admission import Desk, Visitor
+from musicgen_ui.backends.starting import BackgroundEngine
+from musicgen_ui.engine.protocol import Chunk, Engine, Finished, Progress
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
     FIELDS,
@@ -32,13 +34,11 @@ from musicgen_ui.request import (
     GenerationRequest,
     RequestError,
 )
+from musicgen_ui.server.job_log import Journal
 from musicgen_ui.ui import asking, take_panel
 from musicgen_ui.ui.asking import Asking
-from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import LiveStream, status_text
-from musicgen_ui.ui.recall import Recall, keep, outliving
-from musicgen_ui.ui.starting import BackgroundEngine
-from musicgen_ui.ui.visitors import Desk, Visitor
+from musicgen_ui.ui.sessions import Recall, keep, outliving
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from musicgen_ui.engine.events import Progress
+from musicgen_ui.engine.protocol import Progress
 from musicgen_ui.request import Clip
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

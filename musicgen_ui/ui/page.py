@@ -13,18 +13,18 @@ from typing import Any
 import gradio as gr
 from gradio.components.api_component import Api
 
+from musicgen_ui.backends.admission import Desk, Ledger
 from musicgen_ui.coercion import KEYS
-from musicgen_ui.engine.events import Engine
+from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.ui import clip_panel, form, notice, take_panel
-from musicgen_ui.ui.fields import about, in_words, number, slider, switch
+from musicgen_ui.server.job_log import Journal
+from musicgen_ui.server.settings import Settings
+from musicgen_ui.ui import audio_panel, notice, request_form, take_panel
+from musicgen_ui.ui.components import about, in_words, number, slider, switch
+from musicgen_ui.ui.events import Parts, connect
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.journal import Journal
 from musicgen_ui.ui.live_player import live_player
 from musicgen_ui.ui.restoring import section_rows
-from musicgen_ui.ui.settings import Settings
-from musicgen_ui.ui.visitors import Desk, Ledger
-from musicgen_ui.ui.wiring import Parts, connect
 
 IDEAS = {
     "80s pop": ("80s pop with warm synth pads, gated drums and a catchy bass line", 10),
@@ -139,11 +139,11 @@ def compose(parts: Parts, settings: Settings) -> None:
     )
     with gr.Accordion("Start from audio", open=False, elem_id="audio_panel") as panel:
         parts["audio_panel"] = panel
-        clip_panel.layout(parts)
+        audio_panel.layout(parts)
     with gr.Row(elem_id="main_settings"):
         parts["duration_s"] = slider("duration_s", 0.5, highest=longest_s)
         parts["guidance_scale"] = slider("guidance_scale", 0.1, "to the words; 1 is off")
-    parts["stereo"] = switch("stereo", form.STEREO_INFO["choice"])
+    parts["stereo"] = switch("stereo", request_form.STEREO_INFO["choice"])
     with gr.Accordion("Change over time", open=False, elem_id="over_time"):
         over_time(parts)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):

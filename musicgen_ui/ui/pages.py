@@ -7,12 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from musicgen_ui.backends.admission import Visitor
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.handlers import busy
 from musicgen_ui.ui.live_player import LiveStream
-from musicgen_ui.ui.recall import BACK, Recall
 from musicgen_ui.ui.restoring import Restoring
-from musicgen_ui.ui.visitors import Visitor
+from musicgen_ui.ui.sessions import BACK, Recall
 
 UNDER_WAY = "Your take is still being made: it comes here when it is done."
 DONE = "Finished while the page was away: here is your take."

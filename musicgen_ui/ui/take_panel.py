@@ -15,8 +15,10 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui import audio, spectrogram, takes
-from musicgen_ui.engine.events import Chroma
+from musicgen_ui import takes
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import spectrogram
+from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.ui.live_player import ASSETS
 
 log = logging.getLogger(__name__)

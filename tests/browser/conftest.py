@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from fakes import FakeEngine
-from local import free_port
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from musicgen_ui.ui.server import close, launch
-from musicgen_ui.ui.settings import Settings
+from tests.helpers.browser import Open, serving
+from tests.helpers.fakes import FakeEngine
 
 ARGUMENTS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -23,8 +19,6 @@ SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "heig
 # What the browser logs when the page refuses a form (422), a file that is no audio or too large,
 # and when a server ends before its page does.
 REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUNKED_ENCODING")
-
-Open = Callable[..., Page]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,23 +34,6 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
         yield browser
         browser.close()
-
-
-@contextmanager
-def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[str]:
-    """A server of its own; the address.
-
-    Gradio takes the folder of its uploads from the environment, so of two servers in a process
-    only the one that began last takes files: afterwards it is the other's turn again.
-    """
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("GRADIO_TEMP_DIR", "")  # noted, to be set back
-        chosen = Settings(port=free_port(), **settings)
-        demo, temporary = launch(chosen, engine)
-        try:
-            yield f"http://127.0.0.1:{chosen.port}/"
-        finally:
-            close(demo, temporary)
 
 
 @pytest.fixture(scope="session")

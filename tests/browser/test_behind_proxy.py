@@ -6,10 +6,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import soundfile
-from conftest import serving
-from fakes import FakeEngine
 from playwright.sync_api import Browser, expect
-from reverse_proxy import under_music
+
+from tests.helpers.browser import serving
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.reverse_proxy import under_music
 
 
 def test_sign_in_generate_hear_and_download_under_music(chromium: Browser, tmp_path: Path) -> None:

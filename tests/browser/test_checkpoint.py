@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from conftest import Open
 from playwright.sync_api import Page, expect
-from test_journeys import set_number, unfold
+
+from tests.helpers.browser import Open, set_number, unfold
 
 
 def choose(page: Page, checkpoint: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Open, serving
 from playwright.sync_api import expect
-from test_journeys import finished, generate
+
+from tests.helpers.browser import Open, finished, generate, serving
 
 TABS = 6
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Open, serving
-from fakes import FakeEngine, tone
 from playwright.sync_api import Page, expect
-from test_journeys import download, finished, generate, set_number, unfold
 
 from musicgen_ui import takes
-from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest
+from tests.helpers.browser import Open, download, finished, generate, serving, set_number, unfold
+from tests.helpers.fakes import FakeEngine, tone
 
 # Nothing here is a default, and much is what the command line alone used to take.
 EVERYTHING = GenerationRequest(

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-from conftest import Open
-from fakes import FakeEngine
 from playwright.sync_api import Page, expect
-from test_journeys import finished, generate, unfold
 
 from musicgen_ui import takes
-from musicgen_ui.engine.events import Finished
+from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from tests.helpers.browser import Open, finished, generate, unfold
+from tests.helpers.fakes import FakeEngine
 
 MARKUP = (
     "<img src=x onerror=\"window.hacked='img'\"><script>window.hacked='script'</script>"

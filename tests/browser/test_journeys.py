@@ -9,41 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Open
-from fakes import FakeEngine
 from playwright.sync_api import Page, expect
 
+from tests.helpers.browser import Open, download, finished, generate, set_number, unfold
+from tests.helpers.fakes import FakeEngine
+
 HEARD = "() => window.musicgenLive.heard_s()"
-
-
-def generate(page: Page, prompt: str = "calm", length_s: float = 3.0) -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    set_number(page, "duration_s", length_s)
-    page.get_by_role("button", name="Generate", exact=True).click()
-
-
-def set_number(page: Page, name: str, value: float) -> None:
-    field = page.locator(f"#{name} input[type=number]")
-    field.fill(f"{value:g}")
-    field.press("Tab")
-
-
-def unfold(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()
-    page.wait_for_timeout(400)  # fields that are still being mounted forget what is typed
-
-
-def finished(page: Page, stage: str = "finished") -> None:
-    expect(page.locator(f".live[data-stage={stage}]")).to_be_visible()
-    expect(page.locator("#generate")).to_be_visible()
-
-
-def download(page: Page, name: str, folder: Path) -> Path:
-    with page.expect_download() as waiting:
-        page.locator(f"#{name}").click()
-    path = folder / waiting.value.suggested_filename
-    waiting.value.save_as(path)
-    return path
 
 
 @pytest.mark.parametrize("screen", ["desk", "phone"])

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from fakes import FakeEngine
-from local import wait_for
 from playwright.sync_api import Browser, Page, expect
-from proxy import Proxy
-from test_journeys import finished, generate, set_number, unfold
 
-from musicgen_ui.ui import recall
+from musicgen_ui.ui import sessions
+from tests.helpers.browser import finished, generate, set_number, unfold
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.flaky_proxy import Proxy
+from tests.helpers.local import wait_for
 
 HEARD = "() => musicgenLive.heard_s() > 0.2"
 
@@ -78,7 +78,7 @@ def test_a_take_under_way_is_waited_for_after_the_connection_is_back_and_can_be_
 def test_a_page_that_does_not_come_back_frees_its_place(
     page: Page, line: Proxy, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall, "GRACE_S", 0.5)
+    monkeypatch.setattr(sessions, "GRACE_S", 0.5)
     engine.speed = 1.0
     generate(page, length_s=30)
     page.wait_for_function(HEARD)

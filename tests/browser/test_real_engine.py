@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Open, serving
 from playwright.sync_api import expect
 
-from musicgen_ui import checkpoints, takes
+from musicgen_ui import takes
+from musicgen_ui.checkpoints import registry
+from tests.helpers.browser import Open, serving
 
 TAKE_DOWN = """() => {
   window.said = [];
@@ -47,6 +48,6 @@ def test_a_click_before_the_engine_is_there_becomes_music(
     waiting.value.save_as(path)
     samples, rate = soundfile.read(path)
     assert len(samples) == 2 * rate and np.std(samples) > 0.001
-    its_own = checkpoints.describe(checkpoints.resolve("bundled")).defaults
+    its_own = registry.describe(registry.resolve("bundled")).defaults
     made = takes.read_settings(path)
     assert made and its_own and its_own.items() <= made.items()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from fakes import FakeEngine
-from local import free_port
 from playwright.sync_api import Browser, expect
-from test_journeys import generate, set_number, unfold
 
-from musicgen_ui.ui import doors
-from musicgen_ui.ui.server import close, launch
-from musicgen_ui.ui.settings import Settings
+from musicgen_ui.server import middleware
+from musicgen_ui.server.app import close, launch
+from musicgen_ui.server.settings import Settings
+from tests.helpers.browser import generate, set_number, unfold
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.local import free_port
 
 
 def test_what_was_typed_outlives_the_server(
@@ -33,7 +33,7 @@ def test_what_was_typed_outlives_the_server(
         page.wait_for_function("() => musicgenLive.heard_s() > 0.2")
         page.get_by_label("Prompt", exact=True).fill("typed since then")
         page.wait_for_timeout(300)
-        doors.hang_up(demo.server)  # before anybody is told
+        middleware.hang_up(demo.server)  # before anybody is told
         close(demo, temporary)
         demo, temporary = launch(settings, FakeEngine())
         page.locator(".live[data-stage=failed]").wait_for()  # it was loaded anew

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import Open
-from fakes import FakeEngine
 from playwright.sync_api import Page, expect
-from test_journeys import download, finished, generate, unfold
+
+from tests.helpers.browser import Open, download, finished, generate, unfold
+from tests.helpers.fakes import FakeEngine
 
 
 def fill(page: Page, row: int, start: str, words: str) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import Open, serving
-from fakes import FakeEngine
 from playwright.sync_api import Page, expect
+
+from tests.helpers.browser import Open, serving
+from tests.helpers.fakes import FakeEngine
 
 DROP = """([target, name, base64]) => {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));

@@ -51,8 +51,8 @@ def exact() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make(device: str) -> Callable[..., Any]:
     """Makes a batch of a checkpoint's folder that steps by `Graphed`."""
-    from test_engine import make_batch
-    from test_melody import melody_batch
+    from tests.helpers.engine import make_batch
+    from tests.helpers.melody import melody_batch
 
     def made(folder: Path, **options: Any) -> Any:
         build = melody_batch if "melody" in folder.name else make_batch
@@ -70,7 +70,7 @@ def batch(folder: Path, make: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def reference(folder: Path, device: str) -> Any:
     """The same checkpoint as transformers has it, on the device."""
-    from test_engine import load
+    from tests.helpers.engine import load
 
     return load(folder).to(device)
 

@@ -14,22 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_adapter
-import test_long
-import test_sections
-import tiny
 import torch
-from test_engine import PIANO, ROCK, generated, noise, run_job
-from test_melody import DOWN, SCALE
 from transformers import MusicgenMelodyForConditionalGeneration
 
-from musicgen_ui.engine import delay, faults, job
-from musicgen_ui.engine.batch import Batch
-from musicgen_ui.engine.events import Chunk, Event, Finished
-from musicgen_ui.engine.graph import Graphed
-from musicgen_ui.engine.line import Ticket
+from musicgen_ui.engine import delay_pattern, faults, job
+from musicgen_ui.engine.cuda_graph import Graphed
+from musicgen_ui.engine.job_queue import Ticket
+from musicgen_ui.engine.protocol import Chunk, Event, Finished
+from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import stream
 from musicgen_ui.request import GenerationRequest
+from tests.helpers import long_takes, lora, sections, tiny
+from tests.helpers.engine import PIANO, ROCK, generated, noise, run, run_job
+from tests.helpers.melody import DOWN, SCALE
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -137,8 +134,8 @@ def test_greedy_melody_codes_equal_transformers(request, make, device, name, gui
     wanted, unwanted = logits[0], logits[-1]
     likeliest = (unwanted + guidance_scale * (wanted - unwanted)).argmax(-1)
     channels = batch.codec.channels
-    expected = delay.undelayed(torch.cat([columns[:, :1], likeliest], 1), 0, 30, channels)
-    assert torch.equal(delay.undelayed(columns, 0, 30, channels), expected)
+    expected = delay_pattern.undelayed(torch.cat([columns[:, :1], likeliest], 1), 0, 30, channels)
+    assert torch.equal(delay_pattern.undelayed(columns, 0, 30, channels), expected)
     assert len(expected.unique()) > 10
     other = codes_of(batch, dataclasses.replace(asked, melody=DOWN))
     assert not torch.equal(other, expected.cpu())
@@ -312,7 +309,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return test_adapter.write(base, tmp_path_factory.mktemp("adapters") / "one")
+    return lora.write(base, tmp_path_factory.mktemp("adapters") / "one")
 
 
 def test_adapters_equal_pefts_merged_model_beside_other_jobs(base, adapter, make, device):
@@ -321,7 +318,7 @@ def test_adapters_equal_pefts_merged_model_beside_other_jobs(base, adapter, make
     greedy = GenerationRequest(ROCK, duration_s=0.5, do_sample=False)
     wearing = dataclasses.replace(greedy, adapter="one")
     expected, _ = generated(
-        test_adapter.merged(base, adapter).to(device), base, [ROCK], 25, greedy.guidance_scale
+        lora.merged(base, adapter).to(device), base, [ROCK], 25, greedy.guidance_scale
     )
     assert torch.equal(codes_of(batch, wearing), expected[0].cpu())
     requests = [
@@ -340,7 +337,7 @@ def test_adapters_equal_pefts_merged_model_beside_other_jobs(base, adapter, make
 @pytest.mark.parametrize("modules", [["q_proj", "lm_heads.1"], ["enc_to_dec_proj"]])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_adapters_in_half_precision(base, make, tmp_path, precision, modules):
-    folder = test_adapter.write(base, tmp_path / "adapter", target_modules=modules)
+    folder = lora.write(base, tmp_path / "adapter", target_modules=modules)
     batch = make(base, precision=precision)
     batch.adapters.add("one", folder)
     request = GenerationRequest(ROCK, duration_s=0.6, do_sample=False, adapter="one")
@@ -353,19 +350,19 @@ def test_sections_are_heard_from_their_frame_on(folder, batch):
     request = GenerationRequest(
         ROCK, sections=[(0.3, PIANO), (0.6, "fast drums")], duration_s=1.0, do_sample=False
     )
-    assert torch.equal(codes_of(batch, request), test_sections.switched(folder, request, 50))
+    assert torch.equal(codes_of(batch, request), sections.switched(folder, request, 50))
 
 
 def test_windows_equal_generate(folder, batch, reference, monkeypatch):
     """Each is what `generate` makes of the codes that it begins with."""
     monkeypatch.setattr(job, "WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, duration_s=4.0, overlap_s=1.0, do_sample=False)
-    windows, _, _ = test_long.run(batch, request)
+    windows, _, _ = run(batch, request)
     assert list(windows) == [0, 50, 100]
     known = windows[0][:, :0]
     for window in windows.values():
         if known.shape[1]:
-            expected = test_long.generated(reference, folder, known, window.shape[1])
+            expected = long_takes.generated(reference, folder, known, window.shape[1])
             assert torch.equal(window.cpu(), expected.cpu())
         known = window[:, -50:]
 
@@ -450,10 +447,9 @@ def test_a_model_that_finds_no_memory_costs_the_one_in_use_nothing(tiny_mono, ma
 POISONED = """
 import asyncio, sys, torch
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_engine import make_batch
+from tests.helpers.engine import make_batch
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.events import Chunk, Finished
+from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.worker import Worker
 from musicgen_ui.request import GenerationRequest, RequestError
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from musicgen_ui.engine.decoder import Decoder
 from musicgen_ui.engine.gpu import kernels
 from musicgen_ui.engine.gpu.kernels import Input, Output
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.slots import ROWS, Slots
+from musicgen_ui.engine.transformer import Decoder
 
 FUSED_ROWS = 4  # that our own product multiplies
 THREAD_WEIGHTS = 64  # that a thread of a product holds in registers

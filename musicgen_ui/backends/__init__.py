@@ -1,0 +1,1 @@
+"""What runs a request: the local engine, ZeroGPU, and the admission of clients."""

@@ -1,0 +1,1 @@
+"""Checkpoints: where they come from, what their configurations say, loading their weights."""

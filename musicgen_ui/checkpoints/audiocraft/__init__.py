@@ -1,0 +1,1 @@
+"""audiocraft's checkpoints, converted to transformers' format."""

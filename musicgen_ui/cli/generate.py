@@ -1,0 +1,338 @@
+"""The command line's `generate`: a request from flags, a progress bar, files.
+
+There is a flag for every field of `GenerationRequest`, made from the field's metadata, so a new
+field appears by itself. What can be refused is refused before torch is imported; the music comes
+from the same engine as the page's, so a seed gives the same take here and there. The first Ctrl+C
+stops it and keeps what was made so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from musicgen_ui import files
+from musicgen_ui.cli import console
+from musicgen_ui.engine.protocol import Event, Finished, Progress
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    GenerationRequest,
+    RequestError,
+    completed,
+)
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
+STDOUT = "-"
+NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of the request, then those of the command itself."""
+    for name, spec in FIELDS.items():
+        options: dict[str, Any] = {"help": _help(spec), "default": None, "dest": name}
+        if name == "prompt":
+            parser.add_argument(name, nargs="?", default="", help=_help(spec))
+        elif isinstance(spec.default, bool):
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag(name), metavar=_metavar(spec), **options)
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="takes",
+        help="out.wav, .flac, .mp3 or .ogg (out-1.wav … for variations), - for a WAV to standard "
+        "output, or a folder where every take gets a name of its own, as WAV and FLAC (default "
+        "takes)",
+    )
+    parser.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="a request a row instead: prompts as text, CSV or JSON lines with any setting by its "
+        "API name; the flags are what rows leave out. Takes that are there are not made again",
+    )
+    parser.add_argument(
+        "--jobs",
+        default="8",
+        metavar="N",
+        help="takes of a batch made at the same time (default 8; fewer where memory is short)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto, float32, bfloat16, float16 or int8 (default auto)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Makes the takes and saves them; returns the exit code.
+
+    Raises:
+        RequestError: a request that cannot be run.
+    """
+    values, notes = _read(vars(flags))
+    check_checkpoint(GenerationRequest(**values))
+    output = None if flags.output == STDOUT else output_path(flags.output)
+    if not output:
+        _check_stdout(values)
+    from musicgen_ui.backends.local import ModelManager  # torch: seconds
+
+    manager = ModelManager(device=flags.device, precision=flags.precision)
+    with contextlib.closing(manager), stop_on_interrupt() as stop:
+        try:
+            own = completed(values, lambda name: manager.describe(name).defaults)
+            request = GenerationRequest(**own)
+            # Closed whatever happens: a lease that ends while Python shuts down may hang there.
+            events: Any = manager.stream_sync(request, stop)
+            with contextlib.closing(events):
+                saved, broken = _save_all(events, request, output, notes, flags.quiet)
+        except RequestError as error:
+            if error.field:
+                raise
+            print(error, file=sys.stderr)
+            return FAILED
+        if not stop.is_set():
+            return FAILED if broken else DONE
+        kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
+        print(f"Stopped: {kept}.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _check_stdout(values: dict[str, Any]) -> None:
+    if GenerationRequest(**values).variations > 1:
+        raise RequestError(
+            "Standard output takes one WAV: leave out --variations, or name a folder after -o."
+        )
+    if sys.stdout.isatty():
+        raise RequestError("-o - writes a WAV to standard output: send it to a program or a file.")
+
+
+def flag(name: str) -> str:
+    """The flag of a request's field: its name without the unit."""
+    unit = FIELDS[name].metadata["unit"]
+    return "--" + name.removesuffix(f"_{unit}").replace("_", "-")
+
+
+def _help(spec: dataclasses.Field) -> str:
+    about = spec.metadata
+    facts = []
+    if not isinstance(spec.default, (str, bool, tuple)) and about["min"] is not None:
+        facts.append(f"{about['min']:.15g} to {about['max']:.15g} {about['unit']}".rstrip())
+    if spec.default not in (None, "", ()):
+        words = {"True": "on", "False": "off"}
+        shown = f"{spec.default}".removesuffix(".0")
+        own = "the checkpoint's own, else " if spec.name in CHECKPOINT_FIELDS else ""
+        facts.append(f"default {own}{words.get(shown, shown)}")
+    text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
+    return text.replace("%", "%%")
+
+
+def _metavar(spec: dataclasses.Field) -> str:
+    if spec.name in CLIP_FIELDS:
+        return "FILE"
+    if isinstance(spec.default, tuple):
+        return "FILE-OR-JSON"
+    return spec.metadata["unit"].upper() or ("TEXT" if isinstance(spec.default, str) else "N")
+
+
+def output_path(text: str) -> Path:
+    """The file or folder to write to; its folder is made.
+
+    Raises:
+        RequestError: it cannot be written to, or asks for another kind of file.
+    """
+    path = files.expanded(text)
+    if path.is_dir() or not path.suffix or text.endswith("/"):
+        folder = path
+    elif path.suffix.lower() in ENDINGS:
+        folder = path.parent
+    else:
+        raise RequestError(
+            f"{path.name} is no kind of file that is written here: end it in "
+            f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, or name a folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be a folder: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"The folder {folder} cannot be written to: choose another.")
+    return path
+
+
+def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A request's values with the clips read, and what is to be said about them."""
+    values = {name: _as_typed(flags[name]) for name in FIELDS}
+    notes: list[str] = []
+    for name, keep_s in CLIP_FIELDS.items():
+        if values[name] is not None:
+            from musicgen_ui.audio import clip
+
+            reading = clip.read(files.expanded(flags[name]), keep_s)
+            values[name] = reading.clip
+            notes += reading.notes
+    values["sections"] = sections_in(values["sections"], Path())
+    return values, tuple(notes)
+
+
+def _as_typed(value: Any) -> Any:
+    """An argument's text: where the locale is not UTF-8, Python keeps what it lacks as bytes."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return os.fsencode(value).decode("utf-8", "replace") if _has_bytes(value) else value
+
+
+def _has_bytes(text: str) -> bool:
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def sections_in(value: Any, folder: Path) -> Any:
+    """Sections as they are or, where `value` names a file from `folder` on, the file's text.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
+    if not isinstance(value, str) or not value or value.lstrip().startswith("["):
+        return value
+    path = folder / files.expanded(value)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path} cannot be read as sections: give a file of JSON, or JSON itself.", "sections"
+        ) from error
+
+
+def check_checkpoint(request: GenerationRequest) -> None:
+    """Refuses an unknown or unsuitable checkpoint; which one "auto" is depends on the device.
+
+    Raises:
+        RequestError: there is no such checkpoint, or it cannot do what is asked.
+    """
+    from musicgen_ui.checkpoints import registry
+
+    if request.checkpoint != "auto":
+        source = registry.resolve(request.checkpoint, request.stereo)
+        registry.describe(source)
+        if request.melody:
+            registry.hold_melody(source)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl+C sets the event, the second one interrupts."""
+    stop = threading.Event()
+
+    def interrupted(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _save_all(
+    events: Iterable[Event],
+    request: GenerationRequest,
+    output: Path | None,
+    notes: tuple[str, ...],
+    quiet: bool,
+) -> tuple[int, int]:
+    """Saves and tells every take with new music in it; how many there were, how many failed."""
+    saved = failed = 0
+    with Bar(request.duration_s * request.variations, quiet) as bar:
+        for event in events:
+            if isinstance(event, Progress):
+                bar.show(event, event.variation)
+            elif isinstance(event, Finished):
+                failed += bool(event.fault)
+                new_s = event.clip.duration_s - event.prompt_s
+                if new_s < NEW_AT_LEAST_S:
+                    continue
+                made = Progress("composing", done_s=new_s, speed=event.speed)
+                bar.show(made, event.variation)
+                finished = dataclasses.replace(event, notes=(*notes, *event.notes))
+                try:
+                    lines, told = _save(finished, output, request.variations)
+                except RequestError as error:  # the other variations may still be saved
+                    failed += 1
+                    bar.say([f"Seed {event.request.seed}: {error}"], sys.stderr)
+                    continue
+                saved += 1
+                bar.say(lines, sys.stdout if output else sys.stderr)
+                bar.say([] if quiet else told, sys.stderr)
+    return saved, failed
+
+
+def _save(finished: Finished, output: Path | None, count: int) -> tuple[list[str], tuple[str, ...]]:
+    """Writes a take; a line for each file, and the take's notes."""
+    from musicgen_ui import takes
+
+    made: list[Any] = []
+    if output is None:
+        content, notes = takes.encode(finished, ".wav")
+        cast(console.Stream, sys.stdout).write_bytes(content)
+    elif output.is_dir():
+        take = takes.save(finished, output)
+        made, notes = [take.wav, take.flac], take.notes
+    else:
+        number = f"-{finished.variation + 1}" if count > 1 else ""
+        made = [output.with_stem(output.stem + number)]
+        notes = takes.write(finished, made[0])
+    facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
+    return [f"{file}  {facts}" for file in made], notes
+
+
+class Bar:
+    """A progress bar on stderr: seconds of new music over several takes."""
+
+    def __init__(self, total_s: float, quiet: bool) -> None:
+        self._done_s: dict[object, float] = {}
+        self._stage = ""
+        self._bar = tqdm(
+            total=total_s,
+            disable=quiet,
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,  # s; a log file wants few lines
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total:.1f} s{postfix}",
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, progress: Progress, take: object, beside: str = "") -> None:
+        """Moves the bar; `take` says whose progress it is, `beside` replaces the speed."""
+        stage = progress.note or progress.stage
+        if stage != self._stage:
+            self._stage = stage
+            self._bar.set_description_str(stage)
+        if progress.stage == "composing":
+            beside = beside or f"{progress.speed:.2f}× real time"
+            self._bar.set_postfix_str(beside, refresh=False)
+            self._bar.update(progress.done_s - self._done_s.get(take, 0.0))
+            self._done_s[take] = progress.done_s
+
+    def say(self, lines: Iterable[str], file: Any) -> None:
+        """Prints lines without disturbing the bar."""
+        for line in lines:
+            self._bar.write(line, file=file)

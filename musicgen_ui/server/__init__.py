@@ -1,0 +1,1 @@
+"""The web server: settings, middleware, sign-in, metrics, logs."""

@@ -1,0 +1,428 @@
+"""The server: settings → engine, page, queue, limits, routes → launch.
+
+The page answers first; the engine is built in the background, since importing torch and loading
+a model take longer than a visitor waits. Until it is there, `BackgroundEngine` says so and lets
+clicks wait. The defaults are safe for a public server: no way round the queue, bounded uploads
+and bodies, a private temporary folder that is swept, nothing served but what the page shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import psutil
+
+from musicgen_ui import files
+from musicgen_ui.backends.starting import BackgroundEngine
+from musicgen_ui.checkpoints import proxies
+from musicgen_ui.engine import faults
+from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.request import RequestError
+from musicgen_ui.server import logs
+from musicgen_ui.server.limits import (
+    SESSIONS,
+    BodyLimit,
+    NameLimit,
+    keep_no_values,
+    raise_file_limit,
+    share_heaps,
+    sweep_while,
+)
+from musicgen_ui.server.settings import Settings, flag, variable
+
+FAILED, WRONG = 1, 2  # exit codes
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+JOBS_END_S = 5.0  # that stopped jobs have to save what they made
+TOLD_S = 0.3  # until their pages are told, as far as the connection allows
+ENVIRONMENT = dict(os.environ)  # as the process was given it, for one that takes its place
+OF_GRADIO = ("GRADIO_SHARE_SERVER_ADDRESS",)  # its variables that are left to it
+
+log = logging.getLogger(__name__)
+
+
+def managed_engine(chosen: Settings) -> BackgroundEngine:
+    """The real engine, built and warmed up in the background."""
+
+    def build() -> Engine:
+        from musicgen_ui.backends.local import ModelManager
+
+        # The libraries and the page stay until the end: the garbage collector need not look through
+        # them, which held all threads up for a third of a second each time.
+        gc.collect()
+        gc.freeze()
+        return ModelManager(
+            device=chosen.device,
+            precision=chosen.precision,
+            budget_bytes=round(chosen.memory_gb * 1e9) or None,
+            idle_s=chosen.idle_s,
+            max_jobs=chosen.jobs,
+            allow_any=chosen.any_checkpoint,
+            also=chosen.listed_checkpoints,
+        )
+
+    return BackgroundEngine(build, chosen.checkpoint)
+
+
+def _set_environment(chosen: Settings, cache: Path) -> None:
+    """What libraries read when they are imported."""
+    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in OF_GRADIO]:
+        # What they set is in `Settings`. Of the others one starts servers that no middleware
+        # guards (GRADIO_NUM_WORKERS), and one keeps `launch` from coming back (GRADIO_DEBUG).
+        del os.environ[name]
+    os.environ |= {
+        # Gradio tries here whether the port is free, and knows only addresses of version 4.
+        "GRADIO_SERVER_NAME": "127.0.0.1" if ":" in chosen.host else chosen.host,
+        "GRADIO_TEMP_DIR": str(cache),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        # Else a table of the last 10,000 events is made after each, for a page that is off here.
+        "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
+        "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+        variable("trusted_proxies"): chosen.trusted_proxies,  # uvicorn's
+    }
+
+
+def _middleware(chosen: Settings, cache: Path, names: set[str]) -> list[Any]:
+    """What a request passes before Gradio sees it, in order; `names` are this server's."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+
+    from musicgen_ui.server import middleware, sign_in
+
+    local = middleware.is_loopback(chosen.host)
+    # Other websites call a public Space, too; what has a password is for its own page.
+    open_to_pages = bool(os.environ.get("SPACE_ID")) and not chosen.auth
+    passed: list[Any] = [Middleware(middleware.SameOrigin, names, local, open_to_pages)]
+    if open_to_pages:  # without credentials
+        every = ["*"]
+        passed.append(
+            Middleware(
+                CORSMiddleware, allow_origins=every, allow_methods=every, allow_headers=every
+            )
+        )
+    if chosen.auth:  # the password before a byte of a body is read
+        passed.append(Middleware(sign_in.Gate, *chosen.credentials))
+    passed.append(Middleware(middleware.Doors, cache))
+    passed.append(Middleware(BodyLimit, upload_bytes=chosen.max_upload_bytes + 100_000))
+    passed.append(Middleware(NameLimit))
+    return passed
+
+
+def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
+    """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
+    files.delete_leftovers(Path(chosen.output_folder) if chosen.output_folder else None)
+    temporary = files.private_folder()
+    cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
+    cache.mkdir()
+    _set_environment(chosen, cache)  # before gradio is imported
+    background = managed_engine(chosen)
+    engine = engine or background
+
+    from musicgen_ui.server import gradio_patches, middleware
+    from musicgen_ui.server.job_log import Journal
+    from musicgen_ui.ui import page, take_panel
+    from musicgen_ui.ui.live_player import ASSETS
+
+    takes = Path(chosen.output_folder or temporary / "takes").resolve()
+    takes.mkdir(parents=True, exist_ok=True)
+    files.TAKES.add(takes)
+    shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
+    journal = Journal(chosen.log_prompts)
+    demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
+    gradio_patches.apply(demo)
+    middleware.guard_origins()
+    keep_no_values()
+    # The engine has the real queue; this one only bounds what waits for a validator.
+    demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
+    names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
+    app, _, _ = demo.launch(
+        server_name=f"[{chosen.host}]" if ":" in chosen.host else chosen.host,  # an address of IPv6
+        server_port=chosen.port,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        share=chosen.share,
+        auth=chosen.credentials if chosen.auth else None,
+        root_path=chosen.root_path,
+        mcp_server=chosen.mcp,
+        ssr_mode=False,
+        enable_monitoring=False,
+        state_session_capacity=SESSIONS,
+        strict_cors=True,
+        max_file_size=chosen.max_upload_bytes,
+        # May be copied to the cache, which alone is served.
+        allowed_paths=[str(path) for path in shown],
+        footer_links=["api"],
+        theme=page.theme(),
+        css_paths=[ASSETS / "style.css"],
+        app_kwargs={"middleware": _middleware(chosen, cache, names)},
+    )
+    if demo.share_url:
+        names.add(urlsplit(demo.share_url).hostname or "")
+    middleware.bound_connections(demo.server)
+    # Gradio's catch-all page route comes first in the list: ours must come before it.
+    app.router.routes[:0] = [demo.recall.route(), *_watching(engine, journal, chosen)]
+    if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
+        demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
+    if engine is background:  # not before: importing torch beside it would delay the page
+        background.start()
+    _work_beside(demo, engine, temporary, chosen.temporary_gb * 1e9)
+    return demo, temporary
+
+
+def _watching(engine: Engine, journal: Any, chosen: Settings) -> list[Any]:
+    from musicgen_ui.server import metrics
+
+    proxied = bool(chosen.trusted_proxies) or chosen.share
+    return metrics.routes(metrics.Metrics(engine, journal), chosen.metrics_token, proxied)
+
+
+def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
+    running = lambda: demo.is_running  # noqa: E731
+    works = [lambda: sweep_while(demo, temporary, kept_bytes)]
+    if isinstance(engine, BackgroundEngine):
+        works.append(lambda: restart_when_lost(engine, running))
+    for work in works:
+        threading.Thread(target=work, daemon=True).start()
+
+
+def signed_in(url: str, chosen: Settings) -> Any:
+    """The client through which Gradio's MCP server calls the API of a server with a password."""
+    from gradio_client import Client
+
+    return Client(
+        url,
+        auth=chosen.credentials,
+        headers={"x-gradio-user": "mcp"},
+        download_files=False,
+        verbose=False,
+        analytics_enabled=False,
+        _skip_components=False,
+    )
+
+
+def restart_when_lost(
+    engine: Engine, running: Callable[[], bool], every_s: float = 10.0, not_before_s: float = 60.0
+) -> None:
+    """Starts this process anew when its device is lost: nothing less brings a broken CUDA back."""
+    began_s = time.monotonic()
+    while running():
+        time.sleep(every_s)
+        lost = engine.health().trouble == faults.LOST
+        if lost and time.monotonic() - began_s >= not_before_s:  # else it would turn for ever
+            log.critical("The device is lost: the app starts again")
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT)
+
+
+def close(demo: Any, temporary: Path) -> None:
+    """Ends a launched server with its jobs, connections and engine; deletes what was temporary.
+
+    What the jobs made so far is kept as takes.
+    """
+    from musicgen_ui.server import middleware
+
+    jobs = len(demo.desk)
+    demo.desk.close()
+    end_s = time.monotonic() + JOBS_END_S
+    while len(demo.desk) and time.monotonic() < end_s:
+        time.sleep(0.02)
+    if jobs:
+        time.sleep(TOLD_S)
+
+    middleware.hang_up(demo.server)
+    demo.close(verbose=False)
+    demo.engine.close()
+    if not files.delete(temporary):
+        log.warning("Could not delete %s", temporary)
+
+
+def check_folder(chosen: Settings) -> None:
+    """Makes the folder of takes.
+
+    Raises:
+        RequestError: it cannot be made or written to.
+    """
+    if not chosen.output_folder:
+        return
+    folder = Path(chosen.output_folder)
+    named = f"{variable('output_folder')} ({flag('output_folder')}) cannot be {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{named}: {error.strerror}. Name a folder.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"{named}, which cannot be written to: name another folder.")
+
+
+def check_checkpoints(chosen: Settings) -> None:
+    """Sees whether the checkpoints that the host names can be any; asks no network.
+
+    Raises:
+        RequestError: one is neither a known name, nor a folder with a checkpoint, nor a Hub id.
+    """
+    from musicgen_ui.checkpoints import registry
+
+    named = [(name, "checkpoints") for name in chosen.listed_checkpoints[1:]]
+    for name, setting in [(chosen.checkpoint, "checkpoint"), *named]:
+        try:
+            source = registry.resolve(name)
+            if source.folder and not registry.holds_checkpoint(source.folder):
+                registry.describe(source)  # says what it is instead
+        except RequestError as error:
+            raise RequestError(f"{variable(setting)} ({flag(setting)}): {error}") from error
+
+
+def check_address(chosen: Settings) -> None:
+    """Sees whether the address can be listened on.
+
+    Raises:
+        RequestError: it is no address of this computer, or not for this user.
+        OSError: another program listens there.
+    """
+    host = f"{variable('host')} ({flag('host')})"
+    try:
+        found = socket.getaddrinfo(chosen.host, chosen.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise RequestError(
+            f"{host} cannot be {chosen.host!r}: there is no such address."
+        ) from error
+    refused: list[OSError] = []
+    for family, _, _, _, address in found:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as tried:
+                if os.name == "posix":  # as the server will do
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(address)
+                tried.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+            refused.append(error)
+    if len(refused) < len(found):  # a name may have addresses of both versions
+        return
+    if refused[0].errno == errno.EACCES:
+        raise RequestError(
+            f"This user may not listen on port {chosen.port}: choose one from 1024 on with "
+            f"{flag('port')}."
+        ) from refused[0]
+    raise RequestError(
+        f"{host} cannot be {chosen.host}, which is no address of this computer: name one that is, "
+        "or 0.0.0.0 for every one."
+    ) from refused[0]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[queue.SimpleQueue[int]]:
+    """The numbers of the signals that ask this process to end, as they come.
+
+    Nothing is raised where a signal happens to arrive: in a destructor it would be lost. What the
+    process was started to ignore, as by nohup, is ignored.
+    """
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may call its `put`
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = [number for number in STOPS if before[number] != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, lambda number, _: asked.put(number))
+    try:
+        yield asked
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+def serve(chosen: Settings, engine: Engine | None = None) -> int:
+    """Serves the page until a signal asks to stop; returns the exit code.
+
+    Raises:
+        RequestError: what was asked for is not installed or wrong here.
+        OSError: another program listens on the port.
+    """
+    share_heaps()
+    raise_file_limit()
+    if chosen.mcp and find_spec("mcp") is None:
+        raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
+    check_folder(chosen)
+    check_checkpoints(chosen)
+    check_address(chosen)
+    proxies.prepare(chosen.host)
+    with stop_signals() as asked:
+        try:
+            if engine is None and os.environ.get("SPACES_ZERO_GPU"):
+                from musicgen_ui.backends.zerogpu import ZeroEngine
+
+                engine = ZeroEngine(chosen.checkpoint)
+            demo, temporary = launch(chosen, engine)
+            try:
+                print(f"MusicGen UI is at {demo.local_url.replace('[::]', '[::1]')}", flush=True)
+                if chosen.share:
+                    link = demo.share_url or "no link, Gradio has no way out"
+                    print(f"For others: {link}", flush=True)
+                return _wait(demo, asked)
+            finally:
+                close(demo, temporary)
+        finally:
+            files.delete_private()
+
+
+def _wait(demo: Any, asked: queue.SimpleQueue[int]) -> int:
+    """Until a signal comes, or the server cannot go on; the exit code."""
+    while demo.server.thread.is_alive():
+        with contextlib.suppress(queue.Empty):
+            return 128 + asked.get(timeout=0.5)
+        if refusal := getattr(demo.engine, "refusal", None):
+            print(refusal, file=sys.stderr)
+            return WRONG
+    log.critical("The server has ended by itself")
+    return FAILED
+
+
+def run(chosen: Settings) -> int:
+    """Serves the page, which ends the process; returns the exit code where nothing was served.
+
+    Raises:
+        RequestError: what was asked for is not installed or wrong here.
+    """
+    logs.set_up()
+    try:
+        leave(serve(chosen))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE and "empty port" not in str(error):  # Gradio's words
+            raise
+        print(
+            f"Cannot listen on {chosen.host}, port {chosen.port}: another program does. End it, or "
+            f"choose another port with {flag('port')}.",
+            file=sys.stderr,
+        )
+        return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process now, and those that it started, such as the tunnel of a public link.
+
+    Some threads cannot be ended, such as one that imports a library or asks a silent Hub. An
+    interpreter that shuts down beside them waits for them, or is aborted by one in native code.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

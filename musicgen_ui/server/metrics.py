@@ -1,0 +1,149 @@
+"""What whoever watches a server sees: /healthz for all, /metrics for Prometheus.
+
+/healthz tells whether the engine lives and answers 503 when it does not, so that whatever keeps
+the server up can start it again. /metrics is for those who have the token; without one set it
+answers on the server's own computer alone, where nothing hints at a proxy in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+from collections import Counter as Count
+from collections.abc import Iterator
+from typing import Any
+
+import prometheus_client as prometheus
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.server import sign_in
+from musicgen_ui.server.job_log import OUTCOMES, Journal, Record
+
+SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
+FACTORS = (0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
+class Metrics(Collector):
+    """Counts jobs as they end, and looks at engine and journal when it is asked."""
+
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self.engine = engine
+        self.journal = journal
+        self.registry = prometheus.CollectorRegistry()
+        own: Any = {"namespace": "musicgen", "registry": self.registry}
+        self.jobs = prometheus.Counter("jobs", "Jobs that ended", ["outcome"], **own)
+        self.music = prometheus.Counter("music_seconds", "Music that was made", **own)
+        self.waited = prometheus.Histogram(
+            "waited_seconds", "From the click to the first step", buckets=SECONDS, **own
+        )
+        self.first_audio = prometheus.Histogram(
+            "first_audio_seconds", "From the click to the first sound", buckets=SECONDS, **own
+        )
+        self.realtime = prometheus.Histogram(
+            "realtime_factor", "Seconds of music a second of work", buckets=FACTORS, **own
+        )
+        for outcome in OUTCOMES:
+            self.jobs.labels(outcome)
+        prometheus.ProcessCollector(registry=self.registry)
+        self.registry.register(self)
+        journal.count = self.count
+
+    def count(self, record: Record) -> None:
+        """A job ended."""
+        self.jobs.labels(record.outcome).inc()
+        self.music.inc(record.made_s)
+        for histogram, value in (
+            (self.waited, record.waited_s),
+            (self.first_audio, record.first_audio_s),
+            (self.realtime, record.realtime),
+        ):
+            if value is not None:
+                histogram.observe(value)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What holds now."""
+        health = self.engine.health()
+        stages = Count(record.stage for record in tuple(self.journal.open))
+        yield gauge("up", "Whether music can be made", not health.trouble)
+        yield gauge(
+            "queue", "Jobs under way by stage", stages, "stage", "waiting loading composing"
+        )
+        rows = {"composing": health.jobs, "waiting": health.waiting}
+        yield gauge("rows", "Variations in the engine", rows, "state", "composing waiting")
+        yield gauge("models_resident", "Models in memory", len(health.models))
+        yield gauge("model_bytes", "Memory of models and their jobs", health.models, "checkpoint")
+        yield gauge("step_age_seconds", "Since the last step, with work to do", health.step_age_s)
+
+
+def gauge(name: str, help: str, value: Any, label: str = "", always: str = "") -> GaugeMetricFamily:
+    """One value, or one for each label; those of `always` are 0 where they are not in it."""
+    family = GaugeMetricFamily(f"musicgen_{name}", help, labels=[label] * bool(label))
+    values = dict.fromkeys(always.split(), 0) | value if label else {"": value}
+    for word, number in values.items():
+        family.add_metric([word] * bool(label), float(number))
+    return family
+
+
+def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
+    """/healthz and /metrics.
+
+    Args:
+        metrics: of the server.
+        token: what a reader of /metrics must bring as a bearer; "" lets in this computer alone.
+        proxied: whether requests come through a proxy, so that none is surely of this computer.
+    """
+
+    def healthz(request: Request) -> Response:
+        health = metrics.engine.health()
+        told: dict[str, Any] = {
+            "status": "failed" if health.trouble else "ok",
+            "engine": metrics.engine.status(),
+        }
+        told |= {"trouble": health.trouble} if health.trouble else {}
+        told |= {"warnings": health.warnings} if health.warnings else {}
+        told |= {"jobs": health.jobs, "waiting": health.waiting}
+        told |= {"step_age_s": round(health.step_age_s, 1)}
+        return JSONResponse(told, 503 if health.trouble else 200, {"cache-control": "no-store"})
+
+    attempts = sign_in.Attempts()
+
+    async def tell(request: Request) -> Response:
+        if token:
+            scheme, _, brought = request.headers.get("authorization", "").partition(" ")
+            with attempts.one(request.scope) as may_try:
+                if not may_try:
+                    return PlainTextResponse(f"{sign_in.TOO_MANY}\n", 429)
+                if scheme.lower() != "bearer" or not secrets.compare_digest(
+                    brought.strip().encode(), token.encode()
+                ):
+                    await asyncio.sleep(sign_in.WRONG_S if brought else 0)
+                    needed = {"www-authenticate": "Bearer"}
+                    return PlainTextResponse("Bring the metrics token.\n", 401, needed)
+        elif proxied or not local(request):
+            text = "Set MUSICGEN_UI_METRICS_TOKEN to read the metrics from afar.\n"
+            return PlainTextResponse(text, 403)
+        page = prometheus.generate_latest(metrics.registry)
+        return Response(page, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    return [Route("/healthz", healthz), Route("/metrics", tell)]
+
+
+def local(request: Request) -> bool:
+    """Whether a request surely comes from this computer: by peer, by name, through no proxy."""
+    hosts = (request.client.host if request.client else "", request.url.hostname or "")
+    forwarded = any(name in request.headers for name in FORWARDED)
+    return not forwarded and all(host == "localhost" or _loopback(host) for host in hosts)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

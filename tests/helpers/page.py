@@ -1,0 +1,51 @@
+"""The handlers of the page, driven as a browser drives them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from musicgen_ui.backends.admission import Desk
+from musicgen_ui.request import FIELDS
+from musicgen_ui.ui.handlers import Handlers
+from tests.helpers.fakes import FakeEngine
+
+TAB = SimpleNamespace(session_hash="a")
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    form_values = {name: spec.default for name, spec in FIELDS.items()}
+    return form_values | {"duration_s": 1.0, "seed": 7} | changes
+
+
+@pytest.fixture
+def handlers(tmp_path: Path) -> Handlers:
+    return Handlers(FakeEngine(), tmp_path, Desk(3))
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, 0.1 * np.sin(np.arange(80_000) / 20), 16_000)
+    return str(path)
+
+
+def compose(
+    handlers: Handlers, history: Any = (), own: Any = None, **changes: Any
+) -> list[dict[str, Any]]:
+    async def run() -> list[dict[str, Any]]:
+        updates = handlers.compose(list(history), own or {}, TAB, **values(**changes))
+        return [update async for update in updates]
+
+    return asyncio.run(run())
+
+
+def state(updates: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page shows after all updates."""
+    return {name: value for update in updates for name, value in update.items()}

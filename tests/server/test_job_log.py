@@ -1,0 +1,110 @@
+"""One line a job, true and safe to print."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from musicgen_ui.backends.admission import Desk
+from musicgen_ui.request import FIELDS, RequestError
+from musicgen_ui.server.job_log import Journal, Record, line
+from musicgen_ui.ui.handlers import Handlers
+from tests.helpers.fakes import FakeEngine
+
+TAB = SimpleNamespace(session_hash="secret-tab", client=SimpleNamespace(host="192.0.2.77"))
+CHUNK = re.compile(r"(\w+)=(\"(?:[^\"\\]|\\.)*\"|\S+)")
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, str]]:
+    """The journal's lines as dictionaries."""
+    lines = [r.getMessage() for r in caplog.records if r.name == "musicgen_ui.server.job_log"]
+    assert all("\n" not in text for text in lines)
+    return [dict(CHUNK.findall(text)) for text in lines]
+
+
+@pytest.fixture
+def handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Handlers:
+    caplog.set_level(logging.INFO)
+    return Handlers(FakeEngine(), tmp_path, Desk(2))
+
+
+def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **changes: Any) -> None:
+    values = {name: spec.default for name, spec in FIELDS.items()} | {"duration_s": 1.0} | changes
+
+    async def run() -> None:
+        updates = handlers.compose([], {}, TAB, **values)
+        async for update in updates:
+            if update.get("live", {}).get("chunks"):
+                if leave:
+                    break
+                if stop:
+                    handlers.stop(TAB)
+        await updates.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_finished_job_is_a_line(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    handlers.engine.speed = 10.0
+    compose(handlers, variations=2, prompt="my private song")
+    (one,) = told(caplog)
+    assert one["outcome"] == "finished" and one["takes"] == "2"
+    assert one["checkpoint"] == "fake"  # as it was resolved
+    assert one["asked_s"] == one["made_s"] == "2.00" and one["realtime"] == "10.00"
+    assert 0 <= float(one["waited_s"]) <= float(one["first_audio_s"]) < float(one["took_s"]) < 5
+    for secret in ("private", "secret-tab", "192.0.2.77"):
+        assert secret not in caplog.text
+    assert not handlers.journal.open
+
+
+def test_prompts_are_told_where_they_are_asked_for_and_stay_on_their_line() -> None:
+    evil = 'a"b\nINFO job=fake outcome=finished\x1b[2J'
+    text = line(Record(prompt=evil, checkpoint="my folder/with space", outcome="closed"), True)
+    assert text.isprintable() and text.count("outcome=") == 2  # one of them quoted
+    values = dict(CHUNK.findall(text))
+    assert values["outcome"] == "closed" and values["checkpoint"] == '"my folder/with space"'
+
+
+def test_each_end_has_its_outcome(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
+    handlers.engine.speed = 5.0
+    compose(handlers, leave=True, duration_s=20)
+    compose(handlers, stop=True, duration_s=20)
+    for failure in (RequestError("The memory is full."), ZeroDivisionError()):
+        handlers.engine.failure = failure
+        with pytest.raises(gr.Error):
+            compose(handlers)
+    with pytest.raises(gr.Error):
+        compose(handlers, temperature=99)
+    with pytest.raises(gr.Error, match="at most 2 takes"):
+        compose(handlers, variations=3)
+    lines = told(caplog)
+    outcomes = ["closed", "stopped", "refused", "failed", "refused", "refused"]
+    assert [one["outcome"] for one in lines] == outcomes
+    assert 0 < float(lines[0]["made_s"]) < 20 and 0 < float(lines[1]["made_s"]) < 20
+    assert len({one["job"] for one in lines}) == 6
+
+
+def test_a_job_that_is_cancelled_while_it_waits_is_closed() -> None:
+    journal, ended = Journal(), []
+    journal.count = ended.append
+
+    async def wait() -> None:
+        with journal.job():
+            await asyncio.sleep(10)
+
+    async def run() -> None:
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        assert len(journal.open) == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert [record.outcome for record in ended] == ["closed"] and not journal.open

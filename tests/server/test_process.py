@@ -1,0 +1,392 @@
+"""A server's process: what it refuses to begin with, what it obeys, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import soundfile
+
+from musicgen_ui import __main__ as cli
+from musicgen_ui.backends.admission import Desk, Visitor
+from musicgen_ui.backends.starting import BackgroundEngine
+from musicgen_ui.checkpoints import proxies
+from musicgen_ui.engine.linear import PRECISIONS
+from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.server import app, limits, logs, middleware, settings
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.local import free_port, wait_for
+
+ROOT = Path(__file__).parents[2]
+
+# What it refuses
+
+
+@pytest.fixture
+def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which a server is begun."""
+    monkeypatch.setattr(app, "launch", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr(proxies, "getproxies", dict)
+
+
+WRONG = [
+    *(["--port", value] for value in ("0", "-1", "65536", "many")),
+    *(["--max-upload-mb", value] for value in ("nan", "inf", "0", "-5")),
+    *(["--jobs", value] for value in ("0", "-1", "1.5", "9" * 400)),
+    *(["--device", value] for value in ("tpu", "cuda:x", "")),
+    *(["--precision", value] for value in ("int4", "INT8")),
+    *(["--idle-s", value] for value in ("-1", "1e300", "nan")),
+    *(["--max-duration-s", value] for value in ("0", "301", "nan")),
+    *([name, "-1"] for name in ("--visitor-jobs", "--visitor-seconds", "--memory-gb")),
+    ["--queue-length", "0"],
+    ["--temporary-gb", "nan"],
+    ["--trusted-proxies", "10.0.0.0/8,10.0.0.1/8"],
+    ["--host", ""],
+    ["--host", "192.0.2.1"],  # of no computer
+    ["--checkpoint", "no such checkpoint"],
+    ["--checkpoint", str(ROOT)],
+    ["--checkpoints", "small,/no/such/folder"],
+    ["--output-folder", __file__],
+    ["--output-folder", f"{__file__}/takes"],
+    ["--mcp=yes"],
+    ["--no-such-flag"],
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_a_wrong_setting_is_a_sentence_before_anything_begins(
+    wrong: list[str], nothing_begins: None, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["serve", "--port", str(free_port()), *wrong]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and wrong[0].partition("=")[0] in said
+
+
+def test_a_port_that_is_taken_is_a_sentence(
+    nothing_begins: None, capsys: pytest.CaptureFixture
+) -> None:
+    with app.socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert cli.main(["serve", "--port", port]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and port in said
+
+
+def test_the_settings_offer_the_engines_precisions() -> None:
+    assert ("auto", *PRECISIONS) == settings.PRECISIONS
+
+
+def test_a_setting_that_only_the_engine_knows_ends_the_server() -> None:
+    def build() -> FakeEngine:
+        raise RequestError("There is no such device.")
+
+    engine = BackgroundEngine(build, "auto")
+    engine.start()
+    demo = SimpleNamespace(engine=engine, server=SimpleNamespace(thread=threading.current_thread()))
+    assert app._wait(demo, app.queue.SimpleQueue()) == 2
+
+
+# Proxies
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets the proxy variables, in either spelling, until the end of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+            patch.delenv(name)
+
+        def choose(**values: str) -> None:
+            for name in ("http", "https", "all", "no"):  # noted, to be set back
+                for spelt in (f"{name}_proxy", f"{name}_PROXY".upper()):
+                    patch.setenv(spelt, values.get(spelt, ""))
+                    if spelt not in values:
+                        patch.delenv(spelt)
+
+        yield choose
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"HTTP_PROXY": "http://127.0.0.1:9"},
+        {"http_proxy": "127.0.0.1:9", "https_proxy": "127.0.0.1:9"},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"all_proxy": "socks5h://user:word@127.0.0.1:9/"},
+        {"all_proxy": "socks://127.0.0.1:9/"},  # as GNOME sets it
+        {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "[::1], corp.example"},
+        {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "*"},
+    ],
+)
+def test_this_computer_is_reached_without_the_proxies(variables: Any, values: dict) -> None:
+    variables(**values)
+    proxies.prepare("192.0.2.7")
+    client = httpx.Client()  # raises where it does not understand them
+    for host in ("localhost", "127.0.0.1", "[::1]", "192.0.2.7"):
+        mine = client._transport_for_url(httpx.URL(f"http://{host}:7860/"))
+        assert mine is client._transport, host
+    if values.get("NO_PROXY") != "*":
+        out = client._transport_for_url(httpx.URL("http://example.com/"))
+        assert out is not client._transport
+    assert "corp.example" not in values.get("NO_PROXY", "") or "corp" in os.environ["no_proxy"]
+
+
+def test_without_proxies_no_variable_is_set(variables: Any) -> None:
+    variables()
+    proxies.prepare()
+    assert "no_proxy" not in os.environ and "http_proxy" not in os.environ
+
+
+@pytest.mark.parametrize("command", [["serve"], ["generate", "--checkpoint", "small"]])
+@pytest.mark.parametrize("proxy", ["socks4://127.0.0.1:9", "http://", "http://h:port", "ftp://h"])
+def test_a_proxy_that_cannot_be_used_is_named_in_a_sentence(
+    variables: Any, command: list[str], proxy: str, capsys: pytest.CaptureFixture
+) -> None:
+    variables(ALL_PROXY=proxy)
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ALL_PROXY" in said
+
+
+# A server of its own, with much that is odd around it
+
+SERVER = """
+import sys
+from tests.helpers.fakes import FakeEngine
+from musicgen_ui.server import app as server, settings
+server.leave(server.serve(settings.settings(sys.argv[1:]), FakeEngine(speed=1.0)))
+"""
+ODD = {
+    "GRADIO_DEBUG": "1",
+    "GRADIO_NUM_WORKERS": "1",
+    "GRADIO_SERVER_NAME": "::",
+    "GRADIO_SERVER_PORT": "not mine",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "ALL_PROXY": "socks://127.0.0.1:9/",
+    "NO_PROXY": "[::1]",
+}
+
+
+class Page:
+    """A page that makes a take, as the server sees it."""
+
+    def __init__(self, url: str, config: dict) -> None:
+        self.url, self.told, self.lost = url + "/gradio_api", "", ""
+        self.events = {event["api_name"]: event for event in config["dependencies"]}
+        self.defaults = {each["id"]: each["props"] for each in config["components"]}
+        self.thread = threading.Thread(target=self.make)
+        self.thread.start()
+
+    def make(self) -> None:
+        event, session = self.events["compose"], secrets.token_hex(6)
+        shown = [self.defaults[each] for each in event["inputs"]]
+        longer = {"duration_s": 60}
+        data = [longer.get(each.get("elem_id", ""), each.get("value")) for each in shown]
+        body = {"fn_index": event["id"], "session_hash": session, "data": data}
+        try:
+            with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as http:
+                http.post("/queue/join", json=body).raise_for_status()
+                query = {"session_hash": session}
+                with http.stream("GET", "/queue/data", params=query) as stream:
+                    for line in stream.iter_lines():
+                        self.told += line
+        except httpx.HTTPError as error:
+            self.lost = repr(error)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A server that was asked to stop while three pages made takes: what is left of it."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    (folder / "tmp").mkdir()
+    command = [sys.executable, "-c", SERVER, "--host", "::1", "--port", str(port)]
+    command += ["--output-folder", str(folder / "takes")]
+    environment = {**os.environ, **ODD, "TMPDIR": str(folder / "tmp")}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+    url = f"http://[::1]:{port}"
+
+    def is_up() -> bool:
+        assert process.poll() is None, (folder / "log").read_text()
+        return "MusicGen UI is at" in (folder / "log").read_text()
+
+    wait_for(is_up, 60)
+    config = httpx.get(url + "/config", trust_env=False).json()
+    pages = [Page(url, config) for _ in range(3)]
+    try:
+        for page in pages:
+            wait_for(lambda page=page: '"channels"' in page.told or page.lost, 60)
+            assert not page.lost, page.lost
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(30)
+    finally:
+        process.kill()
+        for page in pages:
+            page.thread.join()
+    yield SimpleNamespace(code=code, folder=folder, pages=pages, log=(folder / "log").read_text())
+
+
+def test_a_server_that_is_asked_to_stop_ends_as_asked(ended: SimpleNamespace) -> None:
+    assert ended.code == 128 + signal.SIGTERM, ended.log
+    assert list((ended.folder / "tmp").iterdir()) == []
+    assert "Traceback" not in ended.log
+
+
+def test_what_its_jobs_made_until_then_is_kept(ended: SimpleNamespace) -> None:
+    takes = sorted((ended.folder / "takes").iterdir())
+    assert [take.suffix for take in takes] == [".flac", ".wav"] * 3
+    assert all(0 < soundfile.info(take).duration < 60 for take in takes)
+
+
+def test_its_pages_are_told_of_a_stop_and_of_no_failure(ended: SimpleNamespace) -> None:
+    for page in ended.pages:
+        assert "unexpected" not in page.told
+        assert page.lost or "process_completed" in page.told
+
+
+# How it ends
+
+
+def test_a_process_that_ends_takes_along_what_it_started() -> None:
+    code = (
+        "import subprocess, sys; from musicgen_ui.server import app as server\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE).pid)\n"
+        "server.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 3, done.stderr
+    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+
+
+class Dying:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_is_heeded_wherever_it_comes() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with app.stop_signals() as asked:
+        Dying()  # what is raised in here is lost
+        assert asked.get_nowait() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_the_process_was_told_to_ignore_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in the background
+    try:
+        with app.stop_signals() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked.empty()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_desk_stops_its_jobs_and_takes_no_more() -> None:
+    desk = Desk(8)
+    with desk.place(Visitor("one")) as first, desk.place(Visitor("two")) as second:
+        desk.close()
+        assert first.is_set() and second.is_set()
+    with pytest.raises(RequestError), desk.place(Visitor("three")):
+        pass
+
+
+def test_an_engine_that_is_closed_while_it_is_built_leaves_no_load_behind() -> None:
+    building, go = threading.Event(), threading.Event()
+    loaded = []
+
+    class Slow(FakeEngine):
+        def preload(self, checkpoint: str) -> None:
+            loaded.append(checkpoint)
+
+    def build() -> FakeEngine:
+        building.set()
+        go.wait()
+        return Slow()
+
+    engine = BackgroundEngine(build, "auto")
+    engine.start()
+    building.wait()
+    threading.Timer(0.1, go.set).start()
+    engine.close()
+    assert not engine._thread.is_alive() and not loaded
+
+
+def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> None:
+    import asyncio
+
+    from musicgen_ui.backends.local import ModelManager
+
+    manager, stop = ModelManager(device="cpu", precision="float32"), threading.Event()
+
+    async def run() -> int:
+        request = GenerationRequest(duration_s=20, checkpoint=str(tiny_mono))
+        count = 0
+        async for _ in manager.stream(request, stop):
+            count += 1
+            if count == 5:
+                manager.close()  # while it is in use
+                stop.set()
+        return count
+
+    assert asyncio.run(run()) >= 5
+    names = [thread.name for thread in threading.enumerate()]
+    assert "musicgen-worker" not in names
+
+
+# Files that are open
+
+
+def test_a_process_may_open_more_files_than_it_began_with() -> None:
+    code = (
+        "import resource; from musicgen_ui.server import limits\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
+        "print(limits.file_limit())\n"
+        "limits.raise_file_limit()\n"
+        "print(limits.file_limit(), hard)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    before, after, hard = map(int, done.stdout.split())
+    assert before == 256 and after == min(hard, limits.FILES)
+
+
+@pytest.mark.parametrize("files", [50, 256, 1024, 100_000])
+def test_connections_leave_files_for_the_takes(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    monkeypatch.setattr(middleware, "file_limit", lambda: files)
+    assert 0 < middleware.most_connections() < files - 10
+
+
+def test_what_comes_again_and_again_does_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, written = 0.0, []
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now_s)
+    handler = logging.Handler()
+    handler.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(logs.Repeats())
+    logger = logging.Logger("asyncio")
+    logger.addHandler(handler)
+
+    def tell() -> None:
+        logger.error("no file for a connection")
+
+    for number in range(5000):
+        tell()
+        logger.info("job=%s", number)
+    assert len(written) < 5000 + 100 and written.count("job=4999") == 1
+    written.clear()
+    now_s = 60.0
+    tell()
+    assert len(written) == 1 and "4980" in written[0]

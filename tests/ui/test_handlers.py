@@ -1,0 +1,286 @@
+"""What a click becomes: updates by name, files, sentences; over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+import soundfile
+
+from musicgen_ui import takes
+from musicgen_ui.backends.admission import Desk
+from musicgen_ui.engine.protocol import Progress
+from musicgen_ui.request import FIELDS, RequestError
+from musicgen_ui.ui import request_form, take_panel
+from musicgen_ui.ui.handlers import SORRY, Handlers
+from musicgen_ui.ui.live_player import LiveStream, status_text
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.page import TAB, compose, state, values
+
+OTHER_TAB = SimpleNamespace(session_hash="b")
+
+
+def heard(updates: list[dict[str, Any]]) -> np.ndarray:
+    """What the live player played, with chunks that came twice taken once."""
+    chunks: dict[int, str] = {}
+    for update in updates:
+        chunks |= dict(update.get("live", {}).get("chunks", []))
+    assert list(chunks) == list(range(len(chunks)))
+    return np.frombuffer(b"".join(base64.b64decode(c) for c in chunks.values()), "<i2")
+
+
+def test_a_take_is_heard_live_and_its_file_holds_the_same_music(handlers: Handlers) -> None:
+    updates = compose(handlers, prompt="calm")
+    samples, rate = soundfile.read(state(updates)["take_audio"], dtype="int16")
+    assert rate == 16_000 and len(samples) == 16_000
+    assert np.abs(heard(updates).astype(int) - samples).max() <= 1
+
+
+def test_the_page_says_what_is_going_on_from_the_first_moment(handlers: Handlers) -> None:
+    updates = compose(handlers)
+    assert updates[0]["live"]["stage"] == "waiting"
+    assert updates[0]["stop"]["visible"] and not updates[0]["generate"]["visible"]
+    end = state(updates)
+    assert end["live"]["stage"] == "finished" and end["live"]["last"]
+    assert end["generate"]["visible"] and not end["stop"]["visible"]
+    assert "seed</dt><dd>7<" in end["take_facts"]
+    assert Path(end["spectrogram"]["value"]).stat().st_size > 1000
+    assert end["spectrogram"]["alt_text"].startswith("Mel spectrogram")
+
+
+def test_every_variation_is_a_take_with_its_seed(handlers: Handlers) -> None:
+    end = state(compose(handlers, variations=3))
+    assert [label for label, _ in end["take_variation"]["choices"]] == [
+        "1 · seed 7",
+        "2 · seed 8",
+        "3 · seed 9",
+    ]
+    group = end["history"][0]
+    shown = take_panel.choose_variation(end["history"], [0, 0], 2)
+    assert shown["take_audio"] == str(group[2].wav)
+    assert Path(shown["spectrogram"]["value"]).exists()
+    assert takes.read_settings(group[2].wav)["seed"] == 9
+
+
+def test_earlier_takes_stay_within_reach(handlers: Handlers) -> None:
+    first = state(compose(handlers, prompt="one"))
+    second = state(compose(handlers, first["history"], prompt="two"))
+    labels = [label for label, _ in second["take_history"]["choices"]]
+    assert labels[0].startswith("2 · two") and labels[1].startswith("1 · one")
+    back = take_panel.choose_earlier(second["history"], 0)
+    assert back["take_audio"] == first["take_audio"]
+    assert request_form.same_seed(second["history"], back["chosen"])["seed"] == 7
+
+
+def test_a_title_that_runs_from_right_to_left_leaves_its_line_in_order(handlers: Handlers) -> None:
+    first = state(compose(handlers, prompt="בלוז איטי"))
+    second = state(compose(handlers, first["history"], prompt="waltz"))
+    labels = [label for label, _ in second["take_history"]["choices"]]
+    assert "\N{FIRST STRONG ISOLATE}בלוז איטי\N{POP DIRECTIONAL ISOLATE}" in labels[1]
+    assert labels[0].startswith("2 · waltz · ")
+    assert 'dir="auto"' in first["take_title"]["value"]
+
+
+def test_generate_comes_back_with_the_last_answer(handlers: Handlers) -> None:
+    """Until then the page passes a click on it over."""
+    updates = compose(handlers)
+    given_back = [i for i, u in enumerate(updates) if u.get("generate", {}).get("visible")]
+    assert given_back == [len(updates) - 1]
+
+
+def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
+    handlers = Handlers(FakeEngine(speed=5.0, chunk_s=0.1), tmp_path, Desk(3))
+
+    async def run() -> list[dict[str, Any]]:
+        updates, told = [], None
+        async for update in handlers.compose([], {}, TAB, **values(duration_s=20)):
+            updates.append(update)
+            if update.get("live", {}).get("chunks") and not told:
+                handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
+                told = handlers.stop(TAB)["stop"] if len(updates) > 5 else None
+                assert told is None or told["value"] == "Stopping …"
+        return updates
+
+    end = state(asyncio.run(run()))
+    made_s = soundfile.info(end["take_audio"]).duration
+    assert 0.1 <= made_s < 15
+    assert end["live"]["stage"] == "stopped" and f"{made_s:.1f} s" in end["live"]["text"]
+    # What was heard is shown as a share of what there is.
+    assert end["live"]["total_s"] == pytest.approx(made_s, abs=0.01) == end["live"]["done_s"]
+
+
+def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None:
+    handlers = Handlers(FakeEngine(speed=1.0), tmp_path, Desk(3))
+
+    async def run() -> list[dict[str, Any]]:
+        updates = []
+        async for update in handlers.compose([], {}, TAB, **values()):
+            handlers.stop(TAB)
+            updates.append(update)
+        return updates
+
+    end = state(asyncio.run(run()))
+    assert end["live"]["stage"] == "stopped" and "take_audio" not in end
+    assert end["live"]["done_s"] == 0
+    assert end["generate"]["visible"]
+
+
+def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
+    engine = FakeEngine(speed=2.0, chunk_s=0.05)
+    handlers = Handlers(engine, tmp_path, Desk(3))
+
+    async def job(tab: Any, duration_s: float) -> float:
+        async for update in handlers.compose([], {}, tab, **values(duration_s=duration_s)):
+            if tab is TAB and update.get("live", {}).get("chunks"):
+                handlers.closed(TAB)
+            if "take_audio" in update:
+                return soundfile.info(update["take_audio"]).duration
+        return 0.0
+
+    async def both() -> list[float]:
+        return await asyncio.gather(job(TAB, 5.0), job(OTHER_TAB, 1.0))
+
+    mine_s, other_s = asyncio.run(both())
+    assert mine_s < 2 and other_s == 1.0
+    assert len(handlers.desk) == 0
+
+
+def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
+    engine = FakeEngine(speed=1.0)
+    handlers = Handlers(engine, tmp_path, Desk(3))
+
+    async def run() -> None:
+        updates = handlers.compose([], {}, TAB, **values())
+        async for update in updates:
+            if update.get("live", {}).get("chunks"):
+                break
+        await updates.aclose()
+
+    asyncio.run(run())
+    assert engine.closed == 1 and engine.running == 0 and len(handlers.desk) == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RequestError("The device is out of memory: choose a shorter length."), "out of memory"),
+        (ZeroDivisionError("secret detail"), SORRY),
+    ],
+)
+def test_errors_become_sentences_and_the_page_is_usable_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: Exception, said: str
+) -> None:
+    engine = FakeEngine(failure=failure)
+    handlers = Handlers(engine, tmp_path, Desk(3))
+    seen: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        async for update in handlers.compose([], {}, TAB, **values()):
+            seen.append(update)
+
+    with caplog.at_level(logging.ERROR), pytest.raises(gr.Error, match=said) as raised:
+        asyncio.run(run())
+    assert "secret" not in raised.value.message
+    assert state(seen)["generate"]["visible"] and state(seen)["live"]["stage"] == "failed"
+    assert ("secret detail" in caplog.text) == isinstance(failure, ZeroDivisionError)
+    engine.failure = None
+    assert state(compose(handlers))["live"]["stage"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": "x" * 2001}, "prompt"),
+        ({"duration_s": 0.1}, "duration_s"),
+        ({"duration_s": float("nan")}, "duration_s"),
+        ({"sections": [[99, "drums"]]}, "sections"),
+        ({"seed": 1.5}, "seed"),
+        ({"variations": 9}, "variations"),
+    ],
+)
+def test_a_wrong_value_is_said_at_its_field(
+    handlers: Handlers, changes: dict[str, Any], field: str
+) -> None:
+    answers = handlers.validate([], {}, **values(**changes))
+    wrong = [
+        name
+        for name, a in zip(["history", "own", *FIELDS], answers, strict=True)
+        if not a["is_valid"]
+    ]
+    assert wrong == [field]
+    assert answers[["history", "own", *FIELDS].index(field)]["message"].endswith(".")
+
+
+def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
+    with pytest.raises(gr.Error, match="at most 5 s"):
+        compose(handlers, duration_s=6)
+
+
+def test_what_nobody_asked_for_stays_within_a_servers_limit(tmp_path: Path) -> None:
+    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
+    end = state(compose(handlers, duration_s=None))
+    assert soundfile.info(end["take_audio"]).duration == 5.0
+
+
+def test_an_upload_is_continued(handlers: Handlers, clip: str) -> None:
+    end = state(compose(handlers, audio_prompt=clip))
+    assert soundfile.info(end["take_audio"]).duration == 6.0
+    assert "after your clip of" in end["take_facts"]
+    alone = state(compose(handlers, audio_prompt=clip, include_prompt=False))
+    assert soundfile.info(alone["take_audio"]).duration == 1.0
+
+
+def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip: str) -> None:
+    async def run() -> list[Any]:
+        return [answer async for answer in handlers.generate(TAB, **values(variations=2))]
+
+    *progress, (files, settings) = asyncio.run(run())
+    assert progress and all(nothing is None and "status" in told for nothing, told in progress)
+    assert [Path(f).suffix for f in files] == [".wav", ".flac", ".wav", ".flac"]
+    assert settings["seed"] == 7 and [t["seed"] for t in settings["takes"]] == [7, 8]
+    assert not any("/" in str(v) for v in settings.values())
+
+
+def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
+    for handler, own in (
+        (handlers.compose, ["history", "own", "request"]),
+        (handlers.generate, ["request"]),
+    ):
+        assert list(inspect.signature(handler).parameters) == [*own, *FIELDS]
+    for name in FIELDS:
+        assert f"    {name}: " in (handlers.generate.__doc__ or "")
+
+
+def test_status_lines() -> None:
+    assert status_text(Progress("waiting", place=2)) == "Waiting at place 2"
+    assert status_text(Progress("waiting", place=3, wait_s=39.6)) == (
+        "Waiting at place 3, about 40 s"
+    )
+    assert status_text(Progress("waiting", place=1, wait_s=200)).endswith("next, about 3 minutes")
+    assert (
+        status_text(Progress("loading", note="0.3 of 2.4 GB")) == "Loading the model: 0.3 of 2.4 GB"
+    )
+    composing = Progress("composing", done_s=4.2, total_s=10.0, speed=1.3)
+    expected = "Composing 4.2 of 10.0 s at 1.3× real time, about 4 s left"
+    assert status_text(composing) == expected
+
+
+def test_a_message_carries_the_last_three_chunks() -> None:
+    from musicgen_ui.request import Clip
+    from tests.helpers.fakes import tone
+
+    live = LiveStream(10.0)
+    for _ in range(5):
+        live.add(Clip(tone(1, 0.1, 16_000, 2), 16_000))
+    message = live.message("composing", "")
+    assert [index for index, _ in message["chunks"]] == [2, 3, 4]
+    assert message["channels"] == 2 and message["rate"] == 16_000

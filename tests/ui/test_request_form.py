@@ -1,0 +1,140 @@
+"""The form's answers while it is filled in: clip, window, stereo, settings from a take."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from musicgen_ui.engine.protocol import Health
+from musicgen_ui.ui import audio_panel, request_form
+from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
+from musicgen_ui.ui.restoring import Restoring
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.page import clip, compose, handlers, state
+
+__all__ = ["clip", "handlers"]  # fixtures
+WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
+
+
+def test_the_window_is_explained(clip: str) -> None:
+    told = request_form.read_clip(clip, 25.0, 0.0, 12.0, {})
+    assert "last 5.0 s of 5.0 s, 25.0 s new, the 30 s window is full" in told["clip_line"]
+    assert "last 2.0 s of 5.0 s, 10.0 s new<" in request_form.clip_line(
+        told["clip"], 10.0, 2.0, 12.0
+    )
+    assert "last 5.0 s of 5.0 s, 30.0 s new, 30 s at a time" in request_form.clip_line(
+        told["clip"], 30.0, 0.0, 12.0
+    )
+
+
+def test_a_file_that_is_no_audio_is_refused_beside_its_field(tmp_path: Path) -> None:
+    page = tmp_path / "page.wav"
+    page.write_text("<html>hello</html>")
+    told = request_form.read_clip(str(page), 10.0, 0.0, 12.0, {})
+    assert told["audio_prompt"] is None and 'role="alert"' in told["clip_line"]
+    # The field is empty now, which asks again: the sentence must still be there.
+    again = request_form.read_clip(None, 10.0, 0.0, 12.0, told["clip"])
+    assert again["clip_line"] == told["clip_line"]
+    assert "alert" not in request_form.read_clip(None, 10.0, 0.0, 12.0, again["clip"])["clip_line"]
+
+
+def test_a_take_offers_its_settings(handlers: Handlers) -> None:
+    end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
+    told = request_form.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
+    assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
+    filled = Restoring().settings(told["offered"])
+    assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7
+    assert filled["variations"] == 1 and filled["seed"] == 7
+    assert Restoring().file(end["flac"]["value"])["prompt"] == "slow waltz"
+
+
+def test_a_take_can_be_continued(handlers: Handlers) -> None:
+    end = state(compose(handlers))
+    told = request_form.continue_take(end["history"], end["chosen"], *WINDOW)
+    assert told["audio_prompt"] == end["take_audio"]
+    # Its fold may be closed, and then its field would not have it checked.
+    assert "of 1.0 s" in told["clip_line"] and told["offered"]["seed"] == 7
+    assert request_form.continue_take([], [0, 0], *WINDOW)["audio_prompt"].endswith("example.wav")
+
+
+@pytest.mark.parametrize("use", [CONTINUE, FOLLOW])
+def test_a_file_that_was_dropped_becomes_the_clip_or_is_refused_in_view(
+    use: str, clip: str, tmp_path: Path
+) -> None:
+    field, line = {CONTINUE: ("audio_prompt", "clip_line"), FOLLOW: ("melody", "melody_line")}[use]
+    told = audio_panel.dropped(clip, use, *WINDOW)
+    assert told[field] == clip and "5.0 s" in told[line] and told["audio_panel"]["open"]
+    letter = tmp_path / "letter.docx"
+    letter.write_text("Dear …")
+    told = audio_panel.dropped(str(letter), use, *WINDOW)
+    assert told[field] is None and 'role="alert"' in told[line] and told["audio_panel"]["open"]
+
+
+def test_a_file_without_settings_is_said_to_have_none(clip: str) -> None:
+    told = Restoring().file(clip)
+    assert set(told) == {"notice"} and told["notice"]["wrong"]
+
+
+def test_what_a_server_does_not_take_of_a_file_is_changed_and_named() -> None:
+    settings = {"duration_s": 90.0, "sections": [[0.0, "a"], [70.0, "b"]], "adapter": "a/lora"}
+    told = Restoring(longest_s=60.0, adapters=False).settings(settings)
+    assert told["duration_s"] == 60.0 and told["adapter"] == ""
+    assert [words for start, words in told["sections"] if words] == ["a"]
+    said = " ".join(told["notice"]["items"])
+    assert all(word in said for word in ("90 s", "60 s", "Sections", "a/lora"))
+    assert len(told["notice"]["items"]) == 3
+    assert Restoring().settings(settings)["notice"]["items"] == []
+
+
+def test_what_a_take_went_on_from_is_told_since_its_file_does_not_hold_it(
+    handlers: Handlers, clip: str
+) -> None:
+    end = state(compose(handlers, audio_prompt=clip))
+    assert len(Restoring().file(end["wav"]["value"])["notice"]["items"]) == 1
+
+
+def test_the_same_seed_is_told_to_stay(handlers: Handlers) -> None:
+    end = state(compose(handlers))
+    told = request_form.same_seed(end["history"], end["chosen"])
+    assert told["seed"] == 7 and "7" in told["notice"]["text"]
+
+
+def test_what_is_marked_counts_before_the_page_shows_it(handlers: Handlers) -> None:
+    end = state(compose(handlers, variations=2))
+    history, shown = end["history"], [0, 0]
+    assert request_form.same_seed(history, shown, 1)["seed"] == 8
+    assert request_form.continue_take(history, shown, *WINDOW, 1)["audio_prompt"] == str(
+        history[0][1].wav
+    )
+    assert request_form.same_seed(history, shown, 2)["seed"] == 7  # marked in a list that is gone
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "value", "usable"),
+    [("auto", None, True), ("mono", False, False), ("wide", True, False)],
+)
+def test_the_stereo_toggle_follows_the_checkpoint(
+    checkpoint: str, value: bool | None, usable: bool
+) -> None:
+    told = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose(checkpoint))["stereo"]
+    assert told["interactive"] is usable and told.get("value") is value
+    assert told["info"]
+
+
+def test_an_unknown_checkpoint_is_said_beside_its_field() -> None:
+    told = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("nonsense"))
+    assert "There is no checkpoint" in told["checkpoint_line"] and "stereo" not in told
+
+
+def test_a_tab_asks_seldom_once_it_is_settled_what_is_loaded() -> None:
+    engine = FakeEngine()
+    assert request_form.CheckpointFacts(engine).tick()["timer"].value == request_form.LATER_S
+
+    class Loading(FakeEngine):
+        def health(self) -> Health:
+            return Health()
+
+    assert request_form.CheckpointFacts(Loading()).tick()["timer"].value == request_form.SOON_S
