@@ -64,7 +64,85 @@ class Finished:
     melody: Chroma | None = None  # what the new music followed
 
 
-Event = Progress | Chunk | Finished
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """The job ended without a take; a log's last event."""
+
+    error: Exception  # a `RequestError` holds the sentence for the user; others are faults of ours
+
+
+Event = Progress | Chunk | Finished | Failed
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A change to a job that is running. None leaves a value as it is.
+
+    Prompts are mixed by their weights: conditional logits of each, weighted, before guidance.
+    """
+
+    prompts: tuple[tuple[str, float], ...] | None = None  # words and weight, four at most
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+
+
+class Job(Protocol):
+    """A request under way: one job whatever the number of its variations."""
+
+    id: str
+    request: GenerationRequest  # resolved: its seed, its checkpoint
+
+    def events(self, after: int = 0) -> AsyncIterator[Event]:
+        """The events from number `after` on, then those to come; see `EventLog`."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the job at its next step; what was made comes as a take."""
+        ...
+
+    def steer(self, change: Steering) -> None:
+        """Applies from the next frame on. Raises RequestError where that is not possible."""
+        ...
+
+
+class Backend(Protocol):
+    """What makes music for the page, the API, MCP and the command line."""
+
+    def submit(self, request: GenerationRequest, client: str = "") -> Job:
+        """Queues a request and returns at once; every failure comes as an event.
+
+        Clients take turns where jobs wait; a request without a `client` is one of its own.
+        """
+        ...
+
+    def checkpoints(self) -> list[str]:
+        """The names that the page offers, the default first."""
+        ...
+
+    def describe(self, checkpoint: str) -> Description:
+        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+
+        Raises:
+            RequestError: there is no such checkpoint.
+        """
+        ...
+
+    def status(self) -> str:
+        """A line for the page's head: what is loaded, where and in which precision."""
+        ...
+
+    def health(self) -> Health:
+        """Whether the backend lives; never blocks for long."""
+        ...
+
+    def unload(self) -> None:
+        """Gives the memory of every idle model back."""
+        ...
+
+    def close(self) -> None:
+        """Ends the backend for good and waits for its threads, though not for ever."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""The events of a job, kept in order: any number of readers, from any point, on any thread.
+
+A job's producer appends; the page, the API, the command line, metrics and a page that comes back
+after a lost connection each read the same log at their own pace. A reader that starts late replays
+what it missed, then follows. Nothing is ever taken out, so readers cannot take events from each
+other, and the producer never waits for a reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from musicgen_ui.engine.protocol import Event, Failed, Finished
+
+
+class EventLog:
+    """An append-only list of events that ends by itself.
+
+    It ends after `Failed`, or after one `Finished` for each variation. Every method may be called
+    from any thread.
+
+    Args:
+        variations: how many `Finished` end it.
+    """
+
+    def __init__(self, variations: int = 1) -> None:
+        self._events: list[Event] = []
+        self._unfinished = variations
+        self._changed = threading.Condition()
+        self._wakers: set[Callable[[], None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    @property
+    def ended(self) -> bool:
+        """No event follows those that are here."""
+        return self._unfinished <= 0
+
+    def append(self, event: Event) -> None:
+        """Adds an event and wakes every reader; events after the end are dropped."""
+        with self._changed:
+            if self.ended:
+                return
+            if isinstance(event, Failed):
+                self._unfinished = 0
+            elif isinstance(event, Finished):
+                self._unfinished -= 1
+            self._events.append(event)
+            self._changed.notify_all()
+            wakers = tuple(self._wakers)
+        for wake in wakers:
+            with contextlib.suppress(RuntimeError):  # its event loop has ended
+                wake()
+
+    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+        """The events from number `after` on: those that are here, then those to come."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        self._wakers.add(wake)
+        try:
+            while True:
+                changed.clear()
+                ended = self.ended  # before the list is read: what ends it is read as well
+                while after < len(self._events):
+                    after += 1
+                    yield self._events[after - 1]
+                if ended:
+                    return
+                await changed.wait()
+        finally:
+            self._wakers.discard(wake)
+
+    def follow(self, after: int = 0, poll: Callable[[], object] | None = None) -> Iterator[Event]:
+        """`events` for a thread without an event loop.
+
+        Args:
+            after: the number of the first event.
+            poll: is called instead of a wait while nothing is new: a caller that produces the
+                events itself makes the next one here.
+        """
+        while True:
+            ended = self.ended
+            while after < len(self._events):
+                after += 1
+                yield self._events[after - 1]
+            if ended:
+                return
+            if poll:
+                poll()
+                continue
+            with self._changed:
+                while len(self._events) == after and not self.ended:
+                    self._changed.wait()
