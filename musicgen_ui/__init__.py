@@ -1,6 +1,19 @@
-"""MusicGen in a web page: music while it is being made, from words or from a clip of your own."""
+"""MusicGen in a web page: music while it is being made, from words or from a clip of your own.
+
+For scripts: `GenerationRequest` says what to make, `Clip` is audio.
+"""
+
+from __future__ import annotations
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musicgen_ui.request import Clip, GenerationRequest
+
+__version__ = "1.0.0"
+__all__ = ["Clip", "GenerationRequest", "__version__"]
 
 # For torch on Linux, which reads it when it is imported. Its threads wait for each other without
 # giving way, by default for milliseconds: beside programs that kept two cores busy,
@@ -8,3 +21,15 @@ import os
 # turns are some 10 us: where nobody else wants the cores, int8 loses nothing by them and float32 a
 # fifth.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+_PUBLIC = {
+    "Clip": "musicgen_ui.request",
+    "GenerationRequest": "musicgen_ui.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are asked for: torch takes seconds."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

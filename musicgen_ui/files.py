@@ -24,6 +24,10 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing that was left is deleted
     fcntl = None  # type: ignore[assignment]
 
+# The bundled checkpoints, stylesheet and scripts: inside an installed package, else beside it.
+ASSETS = Path(__file__).resolve().parent / "assets"
+if not ASSETS.is_dir():
+    ASSETS = ASSETS.parents[1] / "assets"
 PRIVATE = "musicgen-ui-"  # then the process's number and token, and something random
 PART = ".part"
 # Folders with what visitors made: nothing there is opened as a checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,17 @@ def reference(folder: Path) -> MusicgenForConditionalGeneration:
     from tests.helpers.engine import load
 
     return load(folder)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Undoes what a test changed in the environment: a launched server sets variables that the
+    servers of later tests would read."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.engine.protocol import Description
+from musicgen_ui.files import ASSETS
 from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "bundled"
+BUNDLED = ASSETS / "bundled"
 DEFAULT_ON_GPU = "facebook/musicgen-small"
 META_LICENCE = "CC-BY-NC 4.0"
 

@@ -132,10 +132,10 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
+    from musicgen_ui.files import ASSETS
     from musicgen_ui.server import gradio_patches, middleware
     from musicgen_ui.server.job_log import Journal
     from musicgen_ui.ui import page, take_panel
-    from musicgen_ui.ui.live_player import ASSETS
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)

@@ -13,16 +13,15 @@ import base64
 import secrets
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
 from musicgen_ui.engine.protocol import Progress
+from musicgen_ui.files import ASSETS
 from musicgen_ui.request import Clip
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 RESENT = 3  # chunks in a message: as many as one update may swallow
 IDLE = "Press Generate: the music plays here while it is being made."
 

@@ -7,12 +7,11 @@ beside it. `assets/page.js` shows a message of the server, and those of the brow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+from musicgen_ui.files import ASSETS
 
 # Never re-rendered, so the script may write into it: nothing here depends on the value.
 SKELETON = """

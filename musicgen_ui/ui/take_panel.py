@@ -19,7 +19,7 @@ from musicgen_ui import takes
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio import spectrogram
 from musicgen_ui.engine.protocol import Chroma
-from musicgen_ui.ui.live_player import ASSETS
+from musicgen_ui.files import ASSETS
 
 log = logging.getLogger(__name__)
 
