@@ -275,7 +275,7 @@ def test_a_public_server_offers_the_listed_checkpoints_alone(tiny_mono, tiny_ste
     def touched(*_: object) -> None:
         raise AssertionError("nothing outside the list may be looked at")
 
-    monkeypatch.setattr(module.checkpoints, "resolve", touched)
+    monkeypatch.setattr(module.registry, "resolve", touched)
     for name in (str(tiny_stereo), "someone/model", "/", "~", str(tiny_mono) + "/"):
         with pytest.raises(RequestError, match="these checkpoints alone"):
             manager.describe(name)
@@ -293,7 +293,7 @@ def test_visitors_of_a_public_server_have_nothing_downloaded(monkeypatch):
 
     manager = ModelManager(device="cpu", allow_any=False, also=["small"], load=load)
     offered = {"small", "medium", "stereo-large"}
-    for word, source in module.checkpoints.known().items():
+    for word, source in module.registry.known().items():
         if source.folder:
             continue
         for name in (word, source.name, word.upper()):
