@@ -39,7 +39,16 @@ POINTING_UP = {
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
     "pre-requirements.txt",
-    *("packages.txt", "pyproject.toml", "README.md", "docs", "musicgen_ui", "tests", "assets"),
+    *(
+        "packages.txt",
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "docs",
+        "musicgen_ui",
+        "tests",
+        "assets",
+    ),
     "training",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines
@@ -108,7 +117,8 @@ def test_imports_point_down_and_never_round():
         (module.removeprefix("musicgen_ui."), need.removeprefix("musicgen_ui."))
         for module, needs in graph.items()
         for need in needs
-        if ORDER.index(package(need)) < ORDER.index(package(module))
+        if module != "musicgen_ui"  # its public names are imported when they are asked for
+        and ORDER.index(package(need)) < ORDER.index(package(module))
     }
     assert up == POINTING_UP
 

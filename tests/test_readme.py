@@ -91,20 +91,6 @@ def test_the_readme_is_one_screen_and_names_every_page():
     assert named == {page.relative_to(ROOT).as_posix() for page in readme.PAGES[1:]}
 
 
-def test_every_file_of_the_package_is_in_the_tree_with_a_line():
-    listed, folders = set(), {}
-    for line in PAGES[ROOT / "docs" / "architecture.md"].split("## Files")[1].splitlines():
-        found = re.match(r"^( *)(\S+?)(/?) +(?=\S)|^( *)(\S+)/$", line)
-        if not found:
-            continue
-        indent, name = found[1] or found[4] or "", found[2] or found[5]
-        depth = len(indent) // 2
-        folders[depth] = name
-        listed.add("/".join([*(folders[d] for d in range(depth)), name]))
-    files = {str(f.relative_to(ROOT)) for f in (ROOT / "musicgen_ui").rglob("*.py")}
-    assert {entry for entry in listed if entry.endswith(".py") and "/" in entry} == files
-
-
 EXAMPLES = [
     shlex.split(line)[3:]
     for block in blocks("bash")

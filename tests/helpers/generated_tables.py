@@ -5,6 +5,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test holds t
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -127,12 +128,37 @@ def summary() -> str:
     return table(heads, lines)
 
 
+def tree() -> str:
+    """The package's files, each with the first sentence of its docstring."""
+    lines = _folder(ROOT / "musicgen_ui", "")
+    width = max(len(name) for name, _ in lines)
+    rows = (f"{name:<{width}}  {what}".rstrip() for name, what in lines)
+    return "```\n" + "\n".join(rows) + "\n```\n"
+
+
+def _folder(folder: Path, indent: str) -> list[tuple[str, str]]:
+    lines = [(f"{indent}{folder.name}/", _sentence(folder / "__init__.py"))]
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.suffix == ".py" and path.name != "__init__.py":
+            lines.append((f"{indent}  {path.name}", _sentence(path)))
+        elif (path / "__init__.py").is_file():
+            lines += _folder(path, indent + "  ")
+    return lines
+
+
+def _sentence(module: Path) -> str:
+    text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph)[0]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "settings": settings,
     "models": models,
     "server": server,
     "speed": speed,
+    "tree": tree,
 }
 
 
