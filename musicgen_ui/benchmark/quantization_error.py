@@ -1,8 +1,8 @@
 """How far a precision's next-token distributions are from float32's, over a minute of music.
 
-Takes are drawn in float32; then both decoders are told the same columns, and their distributions
-compared at each: KL divergence in nats, and how often both find the same code likeliest. Both as
-the decoder gives them for what is wanted, and after guidance, which is what codes are drawn from.
+Takes are sampled in float32; then both decoders read the same codes, and their distributions are
+compared at each step: KL divergence in nats, and how often the likeliest code is the same. Both for
+the cond logits and after guidance, from which codes are sampled.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _compare(exact: Batch, other: Batch, job: Job) -> Tensor:
     for at in range(columns.shape[1] - 1):
         seen = []
         for batch, sequence in batches:
-            wanted, unwanted = batch.decoder.step(columns[None, :, at], [sequence])
-            seen.append((wanted, unwanted + (wanted - unwanted) * GUIDANCE_SCALE))
+            cond, uncond = batch.decoder.step(columns[None, :, at], [sequence])
+            seen.append((cond, uncond + (cond - uncond) * GUIDANCE_SCALE))
         if at >= len(columns):  # the start tokens are behind
             rows.append(torch.cat([_pair(*both) for both in zip(*seen, strict=True)]))
     return torch.stack(rows)

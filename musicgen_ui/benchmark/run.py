@@ -1,23 +1,23 @@
-"""Speed beside its peer: transformers' `generate` and our loop, on the same weights.
+"""Speed and memory of transformers' `generate` and of our engine, on the same weights.
 
-Every contestant, a loop in a precision, is read from the same files, warmed up, run over all
-numbers of jobs and lengths, and freed before the next one is read. Then the next round begins, so
-that a slow minute of the machine falls on all of them. A figure is the median of the rounds; what
-takes longer than a minute is run once. On a GPU, which is shared with nobody and takes longer to
-load than to run, the rounds follow each other within one load, and our loop is loaded anew for each
-number of jobs, so that the memory is what that number takes. `--published` makes the rows of
-docs/performance.md, which fit into a quarter of an hour on two cores, and their ratios are printed
-below the table. `--profile` looks into a step instead.
-Every run makes the whole of `duration_s` for each job with guidance 3 and top-k 250, from the
-first step to the last sample; nothing is extrapolated.
+A candidate is one of the two in one precision. Each is loaded from the same files, warmed up, run
+with every number of jobs and every length, and freed before the next is loaded. All candidates run
+once in a round, so that a slow minute of the machine affects all of them; a figure is the median of
+the rounds, and a run of more than a minute is not repeated. On a GPU, where loading takes longer
+than running, all rounds use one load, and our engine is loaded again for each number of jobs, so
+that the memory measured is what that number needs.
+
+`--published` measures the rows of docs/performance.md (a quarter of an hour on two cores) and prints
+their ratios below the table; `--profile` lists the kernels of a step instead. Every run makes the
+whole of `duration_s` for each job with guidance 3 and top-k 250; nothing is extrapolated.
 
 The figures of a row:
   steps_per_s       decoder steps a second over the whole run, on a CPU less the time that the
                     thread of the decoder spent in the codec; a step moves every job one frame on
   real_time_factor  seconds of music of all jobs together in a second, codec included
-  first_audio_s     from the request, with words that are new, to the first samples of the job
-                    that waits longest, the model being loaded and warm; `generate` hands over
-                    everything at the end
+  first_audio_s     from the request, with a prompt that was not used before, to the first samples
+                    of the job that waits longest, the model being loaded and warm; `generate`
+                    returns everything at the end
   codec_s           seconds to decode one second of music: transformers' in one piece, ours in
                     the pieces that it streams
   cold_start_s      reading and packing the weights, files in the system's cache; absent where
@@ -25,8 +25,8 @@ The figures of a row:
   peak_mb           the most memory during the run, weights included: CUDA's allocator, or else
                     the whole process (Linux: its peak; elsewhere: at the run's end)
   load_peak_mb      the same during the cold start
-  floor_share       of the steps a second that reading alone would allow: the decoder's weights
-                    and half of the final keys and values over the measured bandwidth, its roofline
+  roofline_fraction of the steps a second that memory bandwidth allows: the bytes of the decoder's
+                    weights and of half of the final KV cache over the measured bandwidth
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from musicgen_ui.benchmark import gauges, quantization_error, report, runners, step_profile
+from musicgen_ui.benchmark import machine, quantization_error, report, runners, step_profile
 from musicgen_ui.benchmark.report import Row
-from musicgen_ui.benchmark.runners import Made, request_of
+from musicgen_ui.benchmark.runners import RandomWeights, request_of
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
@@ -70,11 +70,11 @@ QUICK = {"checkpoint": "random:tiny", "jobs": [1, 2], "durations": [0.5], "round
 QUICK_JOBS = 4  # at most, of published rows
 REPEATED_S = 60  # a run that took longer is not repeated in the later rounds
 Figures = dict[str, float]
-Setting = tuple[int, float]  # jobs, duration_s
+Workload = tuple[int, float]  # jobs, duration_s
 
 
 class Published(NamedTuple):
-    """A row of docs/performance.md, for some contestants."""
+    """A row of docs/performance.md, for some candidates."""
 
     parts: str  # of their names
     jobs: int
@@ -104,7 +104,7 @@ PUBLISHED = {  # by device; the first first, where the time does not suffice for
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A loop in a precision."""
 
     peer: bool
@@ -139,7 +139,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument(
-        "--only", default="", help="contestants by parts of their names, as int8,transformers"
+        "--only", default="", help="candidates by parts of their names, as int8,transformers"
     )
     parser.add_argument(
         "--published",
@@ -192,7 +192,7 @@ def run(flags: argparse.Namespace) -> list[Row]:
     place = devices.choose(flags.device)
     if flags.profile:
         return _profile(flags, devices.choose(flags.device, flags.precision or "auto"))
-    chosen = _contestants(place, flags.precision, flags.only)
+    chosen = _candidates(place, flags.precision, flags.only)
     rows: list[Row] = []
     try:
         for checkpoint in dict.fromkeys(asked.checkpoint for asked in _asked(flags, place)):
@@ -210,22 +210,22 @@ def run(flags: argparse.Namespace) -> list[Row]:
 
 
 def _rounds(
-    flags: argparse.Namespace, checkpoint: str, chosen: list[Contestant]
+    flags: argparse.Namespace, checkpoint: str, chosen: list[Candidate]
 ) -> Iterator[list[Row]]:
     """All rounds on a checkpoint: the rows so far, after each run."""
-    seen: dict[tuple[Contestant, Setting], list[Figures]] = {}
+    seen: dict[tuple[Candidate, Workload], list[Figures]] = {}
     with runners.source(checkpoint, tiny=flags.quick) as source:
-        bandwidth = gauges.bandwidth(chosen[0].place)
+        bandwidth = machine.bandwidth(chosen[0].place)
         at_once = flags.rounds if _on_gpu(chosen[0].place) else 1
         for number in range(0, flags.rounds, at_once):
-            for contestant in chosen:
-                settings = _settings(flags, checkpoint, contestant, number, at_once, seen)
+            for candidate in chosen:
+                settings = _settings(flags, checkpoint, candidate, number, at_once, seen)
                 if not settings:
                     continue
-                said = f"round {number + 1} of {flags.rounds}: {contestant}, {source.name}"
+                said = f"round {number + 1} of {flags.rounds}: {candidate}, {source.name}"
                 print(said, file=sys.stderr)
-                for setting, figures in _measure(contestant, source, settings, bandwidth):
-                    seen.setdefault((contestant, setting), []).append(figures)
+                for setting, figures in _measure(candidate, source, settings, bandwidth):
+                    seen.setdefault((candidate, setting), []).append(figures)
                     yield _rows(seen, source.name, bandwidth)
 
 
@@ -237,15 +237,18 @@ def _profile(flags: argparse.Namespace, place: Place) -> list[Row]:
     """Random weights of whatever size are made where they run: nothing is read."""
     size, text = runners.random_size(flags.checkpoint), ""
     duration_s = max(flags.durations[0], step_profile.LEAST_S)
-    with contextlib.nullcontext(Made(size)) if size else runners.source(flags.checkpoint) as of:
-        bandwidth = gauges.bandwidth(place)
+    weights = (
+        contextlib.nullcontext(RandomWeights(size)) if size else runners.source(flags.checkpoint)
+    )
+    with weights as source:
+        bandwidth = machine.bandwidth(place)
         for jobs in flags.jobs:
-            loop = runners.Ours(of, place, jobs)
-            read = _bytes_read(_config(of), jobs, duration_s / 2, place.precision)
+            runner = runners.EngineRunner(source, place, jobs)
+            read = _bytes_read(_config(source), jobs, duration_s / 2, place.precision)
             request = request_of(duration_s, 0)
-            text += step_profile.measure(loop.batch, request, jobs, read / bandwidth)
+            text += step_profile.measure(runner.batch, request, jobs, read / bandwidth)
             flags.profile.write_text(text, encoding="utf-8")
-            del loop
+            del runner
             devices.give_memory_back()
     print(text)
     return []
@@ -276,19 +279,19 @@ def _asked(flags: argparse.Namespace, place: Place) -> list[Published]:
 def _settings(
     flags: argparse.Namespace,
     checkpoint: str,
-    contestant: Contestant,
+    candidate: Candidate,
     number: int,
     at_once: int,
-    seen: dict[tuple[Contestant, Setting], list[Figures]],
-) -> list[Setting]:
-    """What a contestant runs in `at_once` rounds from `number` on: a setting for each time."""
+    seen: dict[tuple[Candidate, Workload], list[Figures]],
+) -> list[Workload]:
+    """What a candidate runs in `at_once` rounds from `number` on: a setting for each time."""
     return [
         (row.jobs, row.duration_s)
-        for row in _asked(flags, contestant.place)
-        if row.checkpoint == checkpoint and contestant.called(row.parts)
+        for row in _asked(flags, candidate.place)
+        if row.checkpoint == checkpoint and candidate.called(row.parts)
         for turn in range(number, number + at_once)
         if turn < (row.rounds or flags.rounds)
-        and not _long(seen.get((contestant, (row.jobs, row.duration_s)), []), row)
+        and not _long(seen.get((candidate, (row.jobs, row.duration_s)), []), row)
     ]
 
 
@@ -297,83 +300,83 @@ def _long(rounds: list[Figures], row: Published) -> bool:
     return any(music_s / figures["real_time_factor"] > REPEATED_S for figures in rounds)
 
 
-def _contestants(place: Place, precisions: str | None, only: str) -> list[Contestant]:
+def _candidates(place: Place, precisions: str | None, only: str) -> list[Candidate]:
     kind = place.device.partition(":")[0]
     ours = precisions.split(",") if precisions else PRECISIONS[kind]
     named = [(True, p) for p in PEER_PRECISIONS[kind]] + [(False, p) for p in ours]
-    every = [Contestant(peer, devices.choose(place.device, p)) for peer, p in named]
+    every = [Candidate(peer, devices.choose(place.device, p)) for peer, p in named]
     chosen = [c for c in every if c.called(only)]
     if not chosen:
         raise RequestError(
-            f"No contestant is called {only}: there are {', '.join(map(str, every))}."
+            f"No candidate is called {only}: there are {', '.join(map(str, every))}."
         )
     return chosen
 
 
 def _measure(
-    contestant: Contestant, source: Source | Made, settings: list[Setting], bandwidth: float
-) -> Iterator[tuple[Setting, Figures]]:
-    """A round of a contestant: loads it, yields the figures of every setting, frees it."""
-    if _on_gpu(contestant.place) and not contestant.peer:
+    candidate: Candidate, source: Source | RandomWeights, settings: list[Workload], bandwidth: float
+) -> Iterator[tuple[Workload, Figures]]:
+    """A round of a candidate: loads it, yields the figures of every setting, frees it."""
+    if _on_gpu(candidate.place) and not candidate.peer:
         for jobs in dict.fromkeys(jobs for jobs, _ in settings):
             those = [setting for setting in settings if setting[0] == jobs]
-            yield from _loaded(contestant, source, those, bandwidth)
+            yield from _loaded(candidate, source, those, bandwidth)
     else:
-        yield from _loaded(contestant, source, settings, bandwidth)
+        yield from _loaded(candidate, source, settings, bandwidth)
 
 
 def _loaded(
-    contestant: Contestant, source: Source | Made, settings: list[Setting], bandwidth: float
-) -> Iterator[tuple[Setting, Figures]]:
-    place, memory = contestant.place, gauges.Memory(contestant.place)
+    candidate: Candidate, source: Source | RandomWeights, settings: list[Workload], bandwidth: float
+) -> Iterator[tuple[Workload, Figures]]:
+    place, memory = candidate.place, machine.Memory(candidate.place)
     started_s = time.perf_counter()
-    loop: runners.Loop
-    if contestant.peer:
-        loop = runners.Peer(source, place)
+    runner: runners.Runner
+    if candidate.peer:
+        runner = runners.TransformersRunner(source, place)
     else:
-        loop = runners.Ours(source, place, max_jobs=max(jobs for jobs, _ in settings))
+        runner = runners.EngineRunner(source, place, max_jobs=max(jobs for jobs, _ in settings))
     devices.synchronize(place.device)
     cold = {"cold_start_s": time.perf_counter() - started_s, "load_peak_mb": memory.peak_mb()}
-    cold = {} if isinstance(source, Made) else cold
+    cold = {} if isinstance(source, RandomWeights) else cold
     devices.give_memory_back()
-    cold["codec_s"] = loop.codec_s()
+    cold["codec_s"] = runner.codec_s()
     warm = None
     for setting in settings:
         if setting != warm:
-            loop.warm_up(*setting)
+            runner.warm_up(*setting)
             warm = setting
         memory.reset()
-        yield setting, cold | _figures(loop, setting, contestant, source, bandwidth, memory)
-    del loop
+        yield setting, cold | _figures(runner, setting, candidate, source, bandwidth, memory)
+    del runner
     devices.give_memory_back()
 
 
 def _figures(
-    loop: runners.Loop,
-    setting: Setting,
-    contestant: Contestant,
-    source: Source | Made,
+    runner: runners.Runner,
+    setting: Workload,
+    candidate: Candidate,
+    source: Source | RandomWeights,
     bandwidth: float,
-    memory: gauges.Memory,
+    memory: machine.Memory,
 ) -> Figures:
     """One run."""
     (jobs, duration_s), config = setting, _config(source)
-    ran = loop.run(jobs, duration_s)
+    ran = runner.run(jobs, duration_s)
     per_s = _steps(config, duration_s) / (ran.wall_s - ran.codec_wait_s)
     mean_s = duration_s / 2  # half of the keys and values, on average
-    floor = bandwidth / _bytes_read(config, jobs, mean_s, contestant.place.precision)
+    floor = bandwidth / _bytes_read(config, jobs, mean_s, candidate.place.precision)
     return {
         "steps_per_s": per_s,
         "real_time_factor": jobs * duration_s / ran.wall_s,
         "first_audio_s": ran.first_audio_s,
         "peak_mb": memory.peak_mb(),
-        "floor_steps_per_s": floor,
-        "floor_share": per_s / floor,
+        "roofline_steps_per_s": floor,
+        "roofline_fraction": per_s / floor,
     }
 
 
-def _config(source: Source | Made) -> dict[str, Any]:
-    return source.config if isinstance(source, Made) else registry.config_of(source)
+def _config(source: Source | RandomWeights) -> dict[str, Any]:
+    return source.config if isinstance(source, RandomWeights) else registry.config_of(source)
 
 
 def _bytes_read(config: dict[str, Any], jobs: int, at_s: float, precision: str) -> float:
@@ -400,24 +403,24 @@ def _weights_read(decoder: dict[str, Any]) -> int:
 
 
 def _rows(
-    seen: dict[tuple[Contestant, Setting], list[Figures]], checkpoint: str, bandwidth: float
+    seen: dict[tuple[Candidate, Workload], list[Figures]], checkpoint: str, bandwidth: float
 ) -> list[Row]:
     rows = []
-    for (contestant, (jobs, duration_s)), rounds in seen.items():
+    for (candidate, (jobs, duration_s)), rounds in seen.items():
         medians = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
         rows.append(
             {
-                "name": contestant.name,
-                "peer": contestant.peer,
-                "device": contestant.place.label,
-                "precision": contestant.place.precision,
+                "name": candidate.name,
+                "peer": candidate.peer,
+                "device": candidate.place.label,
+                "precision": candidate.place.precision,
                 "checkpoint": checkpoint,
                 "jobs": jobs,
                 "duration_s": duration_s,
                 **{key: float(f"{value:.4g}") for key, value in medians.items()},
                 "rounds": len(rounds),
                 "bandwidth_gb_per_s": float(f"{bandwidth / 1e9:.4g}"),
-                "machine": gauges.machine(),
+                "machine": machine.name(),
             }
         )
     return sorted(rows, key=lambda row: (row["duration_s"], row["jobs"]))

@@ -1,4 +1,4 @@
-"""Who runs in the bench, and on which weights: transformers' `generate` and our loop.
+"""What is measured: transformers' `generate` and our engine, and the weights they run on.
 
 Both are read from files by the app's own loading code. A random checkpoint of musicgen-small's size
 is written to a temporary folder first, so no download is needed. Random weights of the larger sizes
@@ -45,7 +45,7 @@ WRITTEN = ("small", "tiny")  # sizes of random checkpoints that are files
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunTimes:
     """A run: music for some callers at once."""
 
     wall_s: float
@@ -53,14 +53,14 @@ class Ran:
     codec_wait_s: float  # that the decoder's thread spent in the codec; 0 on a GPU, which does both
 
 
-class Loop(Protocol):
-    """A loaded contestant."""
+class Runner(Protocol):
+    """A loaded candidate."""
 
     def warm_up(self, jobs: int, duration_s: float) -> None:
         """Prepares a run, so that nothing is compiled, captured or allocated in it."""
         ...
 
-    def run(self, jobs: int, duration_s: float) -> Ran:
+    def run(self, jobs: int, duration_s: float) -> RunTimes:
         """Makes music for `jobs` callers at once."""
         ...
 
@@ -69,13 +69,13 @@ class Loop(Protocol):
         ...
 
 
-class Peer:
+class TransformersRunner:
     """transformers' own `generate`."""
 
-    def __init__(self, source: Source | Made, place: Place) -> None:
+    def __init__(self, source: Source | RandomWeights, place: Place) -> None:
         loaded: Any = (
             source.loaded(place.device, torch.float32)
-            if isinstance(source, Made)
+            if isinstance(source, RandomWeights)
             else registry.load(source, torch.float32, lambda note: None)
         )
         self.model = loaded.model
@@ -91,7 +91,7 @@ class Peer:
         self.run(jobs, WARM_UP_S)
 
     @torch.inference_mode()
-    def run(self, jobs: int, duration_s: float) -> Ran:
+    def run(self, jobs: int, duration_s: float) -> RunTimes:
         """Makes music for `jobs` callers as one batch, which is heard when all of it is done."""
         torch.set_num_threads(devices.THREADS)
         decoder = self.model.decoder.config
@@ -112,7 +112,7 @@ class Peer:
         wall_s = time.perf_counter() - started_s
         hop = math.prod(self.model.audio_encoder.config.upsampling_ratios)
         assert audio.shape == (jobs, decoder.audio_channels, frames * hop), audio.shape
-        return Ran(wall_s, wall_s, spent[0] if self.device == "cpu" else 0.0)
+        return RunTimes(wall_s, wall_s, spent[0] if self.device == "cpu" else 0.0)
 
     @torch.inference_mode()
     def codec_s(self) -> float:
@@ -125,13 +125,13 @@ class Peer:
         return _repeated_s(lambda: codec.decode(codes, [None]).audio_values.cpu()) / CODEC_S
 
 
-class Ours:
+class EngineRunner:
     """Our loop, loaded and driven as the app does."""
 
-    def __init__(self, source: Source | Made, place: Place, max_jobs: int) -> None:
+    def __init__(self, source: Source | RandomWeights, place: Place, max_jobs: int) -> None:
         self.batch = (
             source.batch(place, max_jobs)
-            if isinstance(source, Made)
+            if isinstance(source, RandomWeights)
             else load_batch(source, place, max_jobs, lambda note: None)
         )
         self._runs = 0
@@ -140,7 +140,7 @@ class Ours:
         """On a GPU all of the run: graphs are captured for each number of jobs and each length."""
         self.run(jobs, WARM_UP_S if self.batch.device.type == "cpu" else duration_s)
 
-    def run(self, jobs: int, duration_s: float) -> Ran:
+    def run(self, jobs: int, duration_s: float) -> RunTimes:
         """Makes music for `jobs` callers, each heard as it comes."""
         batch, on_cpu = self.batch, self.batch.device.type == "cpu"
         self._runs += 1  # words that were never asked for: the text encoder runs each time
@@ -165,7 +165,7 @@ class Ours:
         wall_s = time.perf_counter() - started_s
         if errors:
             raise errors[0]
-        return Ran(wall_s, max(heard_s.values()), spent[0] if on_cpu else 0.0)
+        return RunTimes(wall_s, max(heard_s.values()), spent[0] if on_cpu else 0.0)
 
     def codec_s(self) -> float:
         """Seconds to decode one second of music, in the pieces that a job streams."""
@@ -183,7 +183,7 @@ class Ours:
 
 
 def request_of(duration_s: float, seed: int, prompt: str = PROMPT) -> GenerationRequest:
-    """What every contestant is asked for.
+    """What every candidate is asked for.
 
     Raises:
         RequestError: a length that cannot be.
@@ -224,7 +224,7 @@ def _timed(owner: Any, name: str) -> Iterator[list[float]]:
 
 
 @contextlib.contextmanager
-def source(checkpoint: str, tiny: bool = False) -> Iterator[Source | Made]:
+def source(checkpoint: str, tiny: bool = False) -> Iterator[Source | RandomWeights]:
     """The checkpoint's files, which for a random one lie in a temporary folder until the end; or
     that its weights are made where they run. With `tiny` a random one is tiny.
 
@@ -237,7 +237,7 @@ def source(checkpoint: str, tiny: bool = False) -> Iterator[Source | Made]:
     made = size not in WRITTEN
     size = "tiny" if tiny else size
     if made:
-        yield Made(size)
+        yield RandomWeights(size)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder), size)
@@ -258,7 +258,7 @@ def random_size(checkpoint: str) -> str:
 
 
 @dataclass(frozen=True)
-class Made:
+class RandomWeights:
     """Random weights of one of Meta's sizes, or tiny, made where they run: no file is read."""
 
     size: str
@@ -296,7 +296,7 @@ class Made:
             model = _random_model(config)
         if streamed:
             config.decoder.num_hidden_layers = model.decoder.config.num_hidden_layers = count
-            model.decoder.model.decoder.layers = MadeLayers(config.decoder, device, dtype)
+            model.decoder.model.decoder.layers = RandomLayers(config.decoder, device, dtype)
         with tempfile.TemporaryDirectory() as folder:
             _write_tokenizer(Path(folder))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -304,7 +304,7 @@ class Made:
         return registry.Loaded(model.eval(), tokenizer, self.name, rate, channels, {})
 
 
-class MadeLayers(torch.nn.Module):
+class RandomLayers(torch.nn.Module):
     """A decoder's layers with random weights, each made when its turn comes."""
 
     def __init__(self, config: Any, device: str, dtype: torch.dtype) -> None:

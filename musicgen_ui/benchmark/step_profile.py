@@ -1,4 +1,4 @@
-"""What a step of our loop does: its kernels, how long each takes, and what lies between them.
+"""The kernels of one decoder step of our engine, how long each takes, and the gaps between them.
 
 The steps are those of takes in flight, between two calls of the codec. They are timed first, as a
 profiler slows them down, then run again under torch's profiler, which sees the kernels of a
@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from musicgen_ui.benchmark import gauges
+from musicgen_ui.benchmark import machine
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
@@ -114,7 +114,7 @@ def _text(
     busy_us, count = sum(us for _, _, us in kernels), sum(n for _, n, _ in kernels)
     what = "kernels" if batch.device.type != "cpu" else "operations"
     lines = [
-        gauges.machine(),
+        machine.name(),
         f"{_device(batch)}, {batch.checkpoint}, {batch.precision}, jobs {jobs}, "
         f"{request.duration_s / 2:g} s into the music",
         f"step       {wall_us:9.1f} µs, {1e6 / wall_us:.0f} steps a second",

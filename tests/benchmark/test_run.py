@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from musicgen_ui.benchmark import gauges, quantization_error, report, runners
+from musicgen_ui.benchmark import machine, quantization_error, report, runners
 from musicgen_ui.benchmark import run as bench
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import registry
@@ -24,7 +24,14 @@ from musicgen_ui.request import RequestError
 
 WANTED = (
     *("name", "peer", "device", "precision", "checkpoint", "jobs", "duration_s", "steps_per_s"),
-    *("real_time_factor", "first_audio_s", "codec_s", "peak_mb", "cold_start_s", "floor_share"),
+    *(
+        "real_time_factor",
+        "first_audio_s",
+        "codec_s",
+        "peak_mb",
+        "cold_start_s",
+        "roofline_fraction",
+    ),
 )
 
 
@@ -42,7 +49,7 @@ def tiny():
 
 def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, capsys):
     alive: weakref.WeakSet = weakref.WeakSet()
-    for kind in (runners.Peer, runners.Ours):
+    for kind in (runners.TransformersRunner, runners.EngineRunner):
 
         def alone(self, *args, load=kind.__init__, **options):
             assert not alive, "the one before still holds its weights"
@@ -67,7 +74,7 @@ def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, 
 
 
 def test_the_steps_that_are_counted_are_the_steps_that_are_run(tiny, monkeypatch):
-    ours = runners.Ours(tiny, devices.choose("cpu", "float32"), max_jobs=1)
+    ours = runners.EngineRunner(tiny, devices.choose("cpu", "float32"), max_jobs=1)
     step, moved = Batch.step, []
     monkeypatch.setattr(Batch, "step", lambda batch: moved.append(step(batch)) or moved[-1])
     ours.run(1, 0.5)
@@ -115,9 +122,9 @@ def test_the_codec_is_timed_on_the_decoders_thread_alone():
 def test_rounds_are_interleaved_and_figures_are_medians(monkeypatch):
     order = []
 
-    def measured(contestant, source, settings, bandwidth):
-        order.append(str(contestant))
-        figure = {0: 5.0, 1: 1.0, 2: 2.0}[order.count(str(contestant)) - 1]
+    def measured(candidate, source, settings, bandwidth):
+        order.append(str(candidate))
+        figure = {0: 5.0, 1: 1.0, 2: 2.0}[order.count(str(candidate)) - 1]
         yield settings[0], dict.fromkeys(("real_time_factor", "steps_per_s", "codec_s"), figure)
 
     monkeypatch.setattr(bench, "_measure", measured)
@@ -150,7 +157,7 @@ def test_what_cannot_be_measured_is_refused_at_once(wrong, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_the_peak_counts_from_the_last_reset():
-    memory = gauges.Memory(devices.choose("cpu", "float32"))
+    memory = machine.Memory(devices.choose("cpu", "float32"))
     before = memory.peak_mb()
     held = bytearray(b"x") * 300_000_000
     del held
@@ -176,17 +183,18 @@ def test_ratios_are_of_the_rows_that_they_name():
         row("musicgen_ui", "int8", 4, 10, real_time_factor=3.0),
     ]
     told = {line[8:]: float(line[:6]) for line in report.ratios(rows)}
-    assert sorted(told.values()) == [2.0, 2.5, 3.0, 3.0, 3.0, 12.0, 20.0]
-    assert told["ours int8 ÷ transformers float32, 30 s, music a second (at least 2.6)"] == 20.0
+    assert sorted(told.values()) == [0.5, 2.0, 2.5, 3.0, 3.0, 12.0, 20.0]
+    assert told["ours int8 ÷ transformers float32, 30 s, music a second"] == 20.0
+    assert told["4 takes at once ÷ one, int8, 10 s, music a second"] == 2.5
 
 
 def test_published_rows_are_run_as_often_as_they_can_be(monkeypatch):
     ran = []
 
-    def measured(contestant, source, settings, bandwidth):
-        ran.append((str(contestant), settings))
+    def measured(candidate, source, settings, bandwidth):
+        ran.append((str(candidate), settings))
         for jobs, seconds in settings:
-            slow = str(contestant) == "transformers float32"
+            slow = str(candidate) == "transformers float32"
             yield (jobs, seconds), {"real_time_factor": 0.05 if slow else 1.0}
 
     monkeypatch.setattr(bench, "_measure", measured)
@@ -209,12 +217,12 @@ def test_a_gpus_rows_are_measured_from_files_and_from_weights_made_there(tmp_pat
     for each number of jobs."""
     monkeypatch.setattr(bench, "_on_gpu", lambda place: True)
     ran, loads = [], []
-    run, load = runners.Ours.run, runners.Ours.__init__
+    run, load = runners.EngineRunner.run, runners.EngineRunner.__init__
     monkeypatch.setattr(
-        runners.Ours, "run", lambda loop, *args: ran.append(args) or run(loop, *args)
+        runners.EngineRunner, "run", lambda loop, *args: ran.append(args) or run(loop, *args)
     )
     monkeypatch.setattr(
-        runners.Ours,
+        runners.EngineRunner,
         "__init__",
         lambda loop, source, *args, **options: (
             loads.append((type(source).__name__, options["max_jobs"]))
@@ -226,8 +234,8 @@ def test_a_gpus_rows_are_measured_from_files_and_from_weights_made_there(tmp_pat
     rows = bench.run(flags_of(*asked))
     assert json.loads(file.read_text()) == rows and len(rows) == 7
     assert [row["peer"] for row in rows].count(True) == 1
-    assert all(row["floor_share"] > 0 for row in rows)
-    files, made = ("Source", 1), ("Made", 1)
+    assert all(row["roofline_fraction"] > 0 for row in rows)
+    files, made = ("Source", 1), ("RandomWeights", 1)
     assert loads == [files, ("Source", 4), made, made]
     assert ["cold_start_s" in row for row in rows] == [True] * 5 + [False] * 2
     assert ran.count((4, 1.5)) == 1 and ran.count((1, 0.5)) >= 3

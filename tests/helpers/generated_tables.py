@@ -78,7 +78,7 @@ def _measured(file: Path) -> str:
     rows = json.loads(file.read_text(encoding="utf-8"))
     heads = [
         *("Loop", "Precision", "Takes at once", "Length", "Steps a second", "× real time"),
-        *("First audio", "A second of codec", "Peak memory", "Of the floor"),
+        *("First audio", "A second of codec", "Peak memory", "Roofline fraction"),
     ]
     cells = [
         [
@@ -91,7 +91,7 @@ def _measured(file: Path) -> str:
             f"{row['first_audio_s']:.2f} s",
             f"{row['codec_s']:.3f} s",
             f"{row['peak_mb']:,.0f} MB",
-            f"{row['floor_share']:.0%}",
+            f"{row['roofline_fraction']:.0%}",
         ]
         for row in rows
     ]

@@ -92,7 +92,7 @@ def on_card(batch: Batch) -> Batch:
 def test_music_is_made_on_the_card(precision, graphs, monkeypatch):
     """An audio prompt, sections, further windows, neighbours that come and go."""
     monkeypatch.setattr(job, "WINDOW_S", 2.0)
-    made = runners.Made("tiny").loaded("cpu", torch.float32)
+    made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     place = {"device": "meta", "precision": precision, "max_jobs": 3}
     batch = on_card(Batch(made.model, made.tokenizer, checkpoint="tiny", graphs=True, **place))
     captured = len(graphs)
@@ -119,7 +119,7 @@ def test_a_melody_is_followed_on_the_card(tiny_melody, graphs):
 
 
 def test_a_tensor_that_is_not_on_the_card_is_found(graphs):
-    made = runners.Made("tiny").loaded("cpu", torch.float32)
+    made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     batch = Batch(made.model, made.tokenizer, checkpoint="tiny", device="meta", graphs=True)
     batch.decoder.norm.to_empty(device="cpu")
     with pytest.raises(RuntimeError, match="meta"):

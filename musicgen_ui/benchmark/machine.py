@@ -1,4 +1,4 @@
-"""What the bench reads off the machine: its name, how fast it reads, how much memory was in use."""
+"""The machine that is measured: its name, its memory bandwidth, the memory in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
 
 
-def machine() -> str:
+def name() -> str:
     """Processor, system and the releases that decide the speed."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
