@@ -45,8 +45,15 @@ def do_render(job: Job) -> None:
         _render_for_a_while(job)
         return
     clips = args.clips or size.clips
-    render(job.data, clips, size.seconds, size.codec.sampling_rate, args.soundfont, size.keys,
-           workers=args.workers)  # fmt: skip
+    render(
+        job.data,
+        clips,
+        size.seconds,
+        size.codec.sampling_rate,
+        args.soundfont,
+        size.keys,
+        workers=args.workers,
+    )
 
 
 def _render_for_a_while(job: Job) -> None:
@@ -54,9 +61,14 @@ def _render_for_a_while(job: Job) -> None:
 
     args, size = job.args, job.preset
     songs = SongJob(
-        job.data, size.seconds, size.codec.sampling_rate, args.soundfont, args.clips or size.clips,
-        time.time() + args.budget_s, SONG_SEED + args.seed * 10_000_000,
-    )  # fmt: skip
+        job.data,
+        size.seconds,
+        size.codec.sampling_rate,
+        args.soundfont,
+        args.clips or size.clips,
+        time.time() + args.budget_s,
+        SONG_SEED + args.seed * 10_000_000,
+    )
     print(f"{render_songs(songs, args.workers)} songs", flush=True)
 
 
@@ -72,13 +84,22 @@ def do_codec(job: Job) -> None:
     audio, metas = load_audio(job.data), load_metas(job.data)
     places = [(part, clip) for part, clips in enumerate(audio) for clip in range(len(clips))]
     soft = [at for at, meta in zip(places, metas, strict=True) if meta.style in SOFT_STYLES]
-    size = replace(size, batch=args.batch or size.batch,
-                   discriminator=size.discriminator and not args.spectral_only)  # fmt: skip
+    size = replace(
+        size,
+        batch=args.batch or size.batch,
+        discriminator=size.discriminator and not args.spectral_only,
+    )
     CodecTrainer(
-        size, audio, out, args.steps or size.steps,
-        args.minutes, decoder_only=args.decoder_only, device=args.device, soft=soft,
+        size,
+        audio,
+        out,
+        args.steps or size.steps,
+        args.minutes,
+        decoder_only=args.decoder_only,
+        device=args.device,
+        soft=soft,
         init=args.codec or (args.resume and _kept_codec(args.resume, out / "kept.pt")),
-    ).train()  # fmt: skip
+    ).train()
 
 
 def _kept_codec(folder: Path, path: Path) -> Path:
@@ -103,8 +124,8 @@ def do_encode(job: Job) -> None:
 
 def do_lm(job: Job) -> None:
     from training.assemble import build, load_trained
+    from training.dataset import composed
     from training.lm import widen_to_stereo
-    from training.material import composed
     from training.tokenizer import make_tokenizer
     from training.train_lm import Run, Trainer
 
@@ -116,9 +137,12 @@ def do_lm(job: Job) -> None:
         mono = torch.load(job.out / "lm" / "best.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(widen_to_stereo(mono["model"]), strict=False)
     run = Run(
-        job.lm, args.steps or job.preset.decoder.steps, args.minutes,
-        train_text=not args.stereo, device=args.device,
-    )  # fmt: skip
+        job.lm,
+        args.steps or job.preset.decoder.steps,
+        args.minutes,
+        train_text=not args.stereo,
+        device=args.device,
+    )
     material = composed(job.data, stereo=args.stereo)
     Trainer(model, make_tokenizer(), material, job.preset.decoder, run).train()
 
@@ -160,8 +184,14 @@ def do_evaluate(job: Job) -> None:
     args = job.args
     name = "checkpoint-stereo" if args.stereo else "checkpoint"
     parts = args.parts.split(",") if args.parts else list(PARTS)
-    evaluate(args.checkpoint or job.out / name, args.soundfont, parts, args.per_style,
-             args.judge_clips, job.out / f"{name}.json")  # fmt: skip
+    evaluate(
+        args.checkpoint or job.out / name,
+        args.soundfont,
+        parts,
+        args.per_style,
+        args.judge_clips,
+        job.out / f"{name}.json",
+    )
 
 
 def do_pictures(job: Job) -> None:
@@ -180,8 +210,15 @@ def do_finetune(job: Job) -> None:
     args = job.args
     if not args.checkpoint or not args.folder:
         raise SystemExit("finetune needs --checkpoint and --folder.")
-    made = finetune(str(args.checkpoint), args.folder, job.out, steps=args.steps or 1000,
-                    device=args.device, window=args.window, batch=args.batch or 2)  # fmt: skip
+    made = finetune(
+        str(args.checkpoint),
+        args.folder,
+        job.out,
+        steps=args.steps or 1000,
+        device=args.device,
+        window=args.window,
+        batch=args.batch or 2,
+    )
     print(f"wrote {made}")
 
 
@@ -193,8 +230,19 @@ def do_all(job: Job) -> None:
 
         args = job.args
         keep = args.keep or job.out / "keep"
-        run(Plan(job.data, job.out, keep, job.preset, args.budget_s, args.device, args.resume,
-                 stereo=not args.mono_only, seed=args.seed))  # fmt: skip
+        run(
+            Plan(
+                job.data,
+                job.out,
+                keep,
+                job.preset,
+                args.budget_s,
+                args.device,
+                args.resume,
+                stereo=not args.mono_only,
+                seed=args.seed,
+            )
+        )
         return
     for stage in (do_render, do_codec):
         stage(job)
@@ -206,10 +254,16 @@ def do_all(job: Job) -> None:
 
 
 STAGES: dict[str, Callable[[Job], None]] = {
-    "all": do_all, "render": do_render, "codec": do_codec, "encode": do_encode, "lm": do_lm,
-    "finetune": do_finetune, "assemble": do_assemble, "evaluate": do_evaluate,
+    "all": do_all,
+    "render": do_render,
+    "codec": do_codec,
+    "encode": do_encode,
+    "lm": do_lm,
+    "finetune": do_finetune,
+    "assemble": do_assemble,
+    "evaluate": do_evaluate,
     "pictures": do_pictures,
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,8 +17,9 @@ LONGEST_FRAMES = 1500  # 30 s, what the windows cover
 SAMPLING = {"do_sample": True, "guidance_scale": 2.0, "top_k": 50, "temperature": 0.7}
 
 
-def build(preset: Preset, *, stereo: bool = False, weights: Path | None = None,
-          codec: Path | None = None) -> MusicgenForConditionalGeneration:  # fmt: skip
+def build(
+    preset: Preset, *, stereo: bool = False, weights: Path | None = None, codec: Path | None = None
+) -> MusicgenForConditionalGeneration:
     """The model in float32: untrained, or with the weights of a trainer and of a codec."""
     from training.codec import make_codec
 
@@ -31,8 +32,9 @@ def build(preset: Preset, *, stereo: bool = False, weights: Path | None = None,
     return model
 
 
-def build_kept(preset: Preset, codec: dict[str, Tensor], weights: dict[str, Tensor]
-               ) -> MusicgenForConditionalGeneration:  # fmt: skip
+def build_kept(
+    preset: Preset, codec: dict[str, Tensor], weights: dict[str, Tensor]
+) -> MusicgenForConditionalGeneration:
     """The model in float32 from what `pack.read` gives; mono or stereo as the weights are."""
     from training.codec import make_codec
 
@@ -65,9 +67,12 @@ def assemble(model: MusicgenForConditionalGeneration, preset: Preset, out: Path)
     decoder = model.config.decoder
     start = decoder.pad_token_id
     model.generation_config = GenerationConfig(
-        **SAMPLING, max_length=LONGEST_FRAMES + model.config.audio_encoder.num_quantizers - 1,
-        pad_token_id=start, bos_token_id=start, decoder_start_token_id=start,
-    )  # fmt: skip
+        **SAMPLING,
+        max_length=LONGEST_FRAMES + model.config.audio_encoder.num_quantizers - 1,
+        pad_token_id=start,
+        bos_token_id=start,
+        decoder_start_token_id=start,
+    )
     decoder.use_cache = True
     model.decoder.set_attn_implementation("eager")  # not stored: the loader chooses
     model.eval().to(torch.float16).save_pretrained(out)

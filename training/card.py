@@ -116,8 +116,11 @@ def load_clips(plan: Plan) -> Clips:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(load, range(len(parts))))
     clips = Clips(audio, tokens, [meta for part in metas for meta in part])
-    plan.log("loaded", clips=len(clips.metas), hours=shape[0] * shape[2]
-             / plan.preset.codec.sampling_rate / 3600)  # fmt: skip
+    plan.log(
+        "loaded",
+        clips=len(clips.metas),
+        hours=shape[0] * shape[2] / plan.preset.codec.sampling_rate / 3600,
+    )
     return clips
 
 

@@ -21,7 +21,7 @@ from training.codec_losses import (
     discriminator_loss,
     log_mel_distance_db,
     si_snr_db,
-)  # fmt: skip
+)
 from training.fast import through_codec, to_codes
 from training.train_codec import EDGE_FRAMES, SOFT_STYLES
 
@@ -85,8 +85,9 @@ class CardCodec:
             if self.step % 20 == 0 and self.audio.is_cuda:
                 torch.cuda.synchronize()  # so that the clock tells of work that is done
             if now - logged > LOG_EVERY_S:
-                self.plan.log("codec", step=self.step, steps_a_s=(self.step - steps)
-                              / (now - logged), **mean)  # fmt: skip
+                self.plan.log(
+                    "codec", step=self.step, steps_a_s=(self.step - steps) / (now - logged), **mean
+                )
                 logged, steps = now, self.step
             if self.plan.save_due:
                 self.save()
@@ -198,8 +199,9 @@ def with_averages(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def encode_all(plan: Plan, codec: EncodecModel, audio: Tensor, seconds: float, *, stereo: bool,
-               batch: int = 32) -> Tensor:  # fmt: skip
+def encode_all(
+    plan: Plan, codec: EncodecModel, audio: Tensor, seconds: float, *, stereo: bool, batch: int = 32
+) -> Tensor:
     """int16 [clips, rows, frames] of the clips from the first on, as many as the seconds allow."""
     began, out = time.time(), []
     torch.set_float32_matmul_precision("highest")  # near ties between codes fall as in the app

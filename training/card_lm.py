@@ -18,9 +18,9 @@ from transformers import EncodecConfig
 
 from training import pack
 from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
+from training.dataset import CUT_FRAMES
 from training.fast import code_logits, text_states
 from training.lm import corrupted, delayed, make_model, widen_to_stereo
-from training.material import CUT_FRAMES
 from training.tokenizer import make_tokenizer
 from training.train_lm import BOOK_WEIGHTS, EARLY_FRAMES, EARLY_WEIGHT, TEXT_SHARE
 
@@ -54,10 +54,13 @@ class Songs:
         device = plan.device
         steady = [i for i, loop in enumerate(loops) if loop and i >= held]
         return cls(
-            codes, clips.tokens[: len(codes)], torch.tensor(loops, device=device),
+            codes,
+            clips.tokens[: len(codes)],
+            torch.tensor(loops, device=device),
             torch.tensor([meta.change for meta in metas], device=device),
-            torch.tensor(steady, device=device), held,
-        )  # fmt: skip
+            torch.tensor(steady, device=device),
+            held,
+        )
 
     def windows(self, clip: Tensor, start: Tensor, frames: int) -> Tensor:
         """int64 [batch, rows, frames] of clips from their starts, continued by their last loops."""
@@ -82,8 +85,15 @@ class Songs:
 class CardDecoder:
     """One decoder, mono or stereo; a stereo one starts from `mono` and keeps its text encoder."""
 
-    def __init__(self, plan: Plan, codec: EncodecConfig, songs: Songs, *, stereo: bool,
-                 mono: CardDecoder | None = None):  # fmt: skip
+    def __init__(
+        self,
+        plan: Plan,
+        codec: EncodecConfig,
+        songs: Songs,
+        *,
+        stereo: bool,
+        mono: CardDecoder | None = None,
+    ):
         self.plan, self.songs, self.size = plan, songs, plan.preset.decoder
         self.name = "stereo" if stereo else "mono"
         self.channels = 2 if stereo else 1
@@ -152,8 +162,15 @@ class CardDecoder:
         wording = torch.randint(songs.tokens.shape[1], (rows,), device=device)
         return songs.windows(clip, start, frames), songs.tokens[clip, wording].long()
 
-    def losses(self, codes: Tensor, tokens: Tensor, *, noise: float = 0.0, drop: float = 0.0,
-               early: float = 1.0) -> Tensor:  # fmt: skip
+    def losses(
+        self,
+        codes: Tensor,
+        tokens: Tensor,
+        *,
+        noise: float = 0.0,
+        drop: float = 0.0,
+        early: float = 1.0,
+    ) -> Tensor:
         """Mean cross-entropy in nats of each row of codes; the first frames count `early` times."""
         start, frames = self.model.config.decoder.pad_token_id, codes.shape[-1]
         pattern = delayed(codes, start, self.channels)
@@ -207,8 +224,13 @@ class CardDecoder:
                 torch.cuda.synchronize()  # so that the clock tells of work that is done
             if now - logged > LOG_EVERY_S:
                 speed = (self.step - steps) / (now - logged)
-                self.plan.log(self.name, step=self.step, steps_a_s=speed,
-                              frames_a_s=speed * frames, losses=mean)  # fmt: skip
+                self.plan.log(
+                    self.name,
+                    step=self.step,
+                    steps_a_s=speed,
+                    frames_a_s=speed * frames,
+                    losses=mean,
+                )
                 logged, steps = now, self.step
             if now - checked > CHECK_EVERY_S:
                 self.check()

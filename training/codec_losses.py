@@ -62,9 +62,12 @@ class SpectralLoss(nn.Module):
         harmonics = (torch.log(x[:, low] + 5e-2) - torch.log(y[:, low] + 5e-2)).abs().mean()
         fine = (x - y).norm() / (x.norm() + 1e-3)
         return {
-            "mel": mel / len(MEL_SCALES), "shape": shape, "harmonics": harmonics, "fine": fine,
+            "mel": mel / len(MEL_SCALES),
+            "shape": shape,
+            "harmonics": harmonics,
+            "fine": fine,
             "time": (audio - made).abs().mean(),
-        }  # fmt: skip
+        }
 
 
 TERM_WEIGHTS = {"mel": 1.0, "shape": 0.5, "harmonics": 1.2, "fine": 0.5, "time": 5.0}
@@ -100,10 +103,18 @@ class Discriminator(nn.Module):
         norm = nn.utils.parametrizations.weight_norm
         layers = [norm(nn.Conv2d(2, channels, (9, 3), padding=(4, 1)))]
         for dilation in (1, 2, 4):
-            layers.append(norm(nn.Conv2d(
-                channels, channels, (9, 3), stride=(2, 1), dilation=(1, dilation),
-                padding=(4, dilation),
-            )))  # fmt: skip
+            layers.append(
+                norm(
+                    nn.Conv2d(
+                        channels,
+                        channels,
+                        (9, 3),
+                        stride=(2, 1),
+                        dilation=(1, dilation),
+                        padding=(4, dilation),
+                    )
+                )
+            )
         layers.append(norm(nn.Conv2d(channels, 1, (3, 3), padding=1)))
         return nn.ModuleList(layers)
 

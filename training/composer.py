@@ -136,9 +136,19 @@ class Sketch:
 
 
 DRUM_KEYS = {
-    "kick": 36, "snare": 38, "rim": 37, "clap": 39, "hat": 42, "open": 46, "pedal": 44,
-    "ride": 51, "shaker": 70, "tom_high": 48, "tom_mid": 45, "tom_low": 41,
-}  # fmt: skip
+    "kick": 36,
+    "snare": 38,
+    "rim": 37,
+    "clap": 39,
+    "hat": 42,
+    "open": 46,
+    "pedal": 44,
+    "ride": 51,
+    "shaker": 70,
+    "tom_high": 48,
+    "tom_mid": 45,
+    "tom_low": 41,
+}
 
 
 def compose(
@@ -200,9 +210,19 @@ def compose(
         notes += _tile(second, change, frames, False)
     notes.sort(key=lambda note: (note.frame, note.channel, note.key))
     meta = Meta(
-        seed, name, mode, tonic, speed, round(750 / sixteenth), sixteenth, first.loop,
-        change, dynamics, tuple(first.instruments), bool(drums),
-    )  # fmt: skip
+        seed,
+        name,
+        mode,
+        tonic,
+        speed,
+        round(750 / sixteenth),
+        sixteenth,
+        first.loop,
+        change,
+        dynamics,
+        tuple(first.instruments),
+        bool(drums),
+    )
     programs, pans = second.programs | first.programs, second.pans | first.pans
     gain = SOLOS[seed % len(SOLOS)][-1] if name == "solo" else spec.gain
     return Song(tuple(notes), programs, pans, gain, meta)

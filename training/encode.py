@@ -17,8 +17,15 @@ from training.codec import to_codes
 from training.render import load_audio
 
 
-def encode(data: Path, codec: EncodecModel, *, stereo: bool = False, device: str = "cpu",
-           batch: int = 6, parts: range | None = None) -> None:  # fmt: skip
+def encode(
+    data: Path,
+    codec: EncodecModel,
+    *,
+    stereo: bool = False,
+    device: str = "cpu",
+    batch: int = 6,
+    parts: range | None = None,
+) -> None:
     """Encode the parts that have no codes yet; in float32, bfloat16 changes 1 to 3 % of codes."""
     codec = codec.to(device)
     clips = load_audio(data)

@@ -102,8 +102,13 @@ def text_states(encoder: T5EncoderModel, tokens: Tensor, mask: Tensor) -> Tensor
     return stack.final_layer_norm(x)
 
 
-def code_logits(model: MusicgenForConditionalGeneration, inputs: Tensor, states: Tensor,
-                mask: Tensor, frames: int) -> list[Tensor]:  # fmt: skip
+def code_logits(
+    model: MusicgenForConditionalGeneration,
+    inputs: Tensor,
+    states: Tensor,
+    mask: Tensor,
+    frames: int,
+) -> list[Tensor]:
     """As `lm.code_logits`: [batch, frames, codes] for each row of codes."""
     decoder = model.decoder.model.decoder
     projected = model.enc_to_dec_proj(states) * mask[..., None]

@@ -18,7 +18,7 @@ from scipy.signal import resample_poly
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
 from training.codec import to_codes
-from training.material import CUT_FRAMES, Material
+from training.dataset import CUT_FRAMES, Dataset
 from training.presets import DecoderSize
 from training.train_lm import Run, Trainer
 
@@ -47,7 +47,7 @@ def encode_file(model: MusicgenForConditionalGeneration, path: Path) -> np.ndarr
     return codes.transpose(0, 1).flatten(0, 1).cpu().numpy().astype(np.int16)
 
 
-def recordings(model: MusicgenForConditionalGeneration, folder: Path, window: int) -> Material:
+def recordings(model: MusicgenForConditionalGeneration, folder: Path, window: int) -> Dataset:
     """The folder as training material; one clip in ten is held out."""
     pairs = read_pairs(folder)
     coded = [(encode_file(model, path), text) for path, text in pairs]
@@ -58,11 +58,20 @@ def recordings(model: MusicgenForConditionalGeneration, folder: Path, window: in
     codes, captions = zip(*usable, strict=True)
     held_out = max(1, len(codes) // 10)
     none = [0] * len(codes)
-    return Material(list(codes), lambda clip, _: captions[clip], none, none, held_out)
+    return Dataset(list(codes), lambda clip, _: captions[clip], none, none, held_out)
 
 
-def finetune(checkpoint: str, folder: Path, out: Path, *, steps: int, learning_rate: float = 2e-5,
-             batch: int = 2, window: int = 500, device: str = "cpu") -> Path:  # fmt: skip
+def finetune(
+    checkpoint: str,
+    folder: Path,
+    out: Path,
+    *,
+    steps: int,
+    learning_rate: float = 2e-5,
+    batch: int = 2,
+    window: int = 500,
+    device: str = "cpu",
+) -> Path:
     """Write `out`/checkpoint with the decoder of the lowest held-out loss; resumes from `out`."""
     model = MusicgenForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(checkpoint)

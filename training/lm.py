@@ -23,7 +23,7 @@ from transformers import (
     MusicgenDecoderConfig,
     MusicgenForConditionalGeneration,
     T5Config,
-)  # fmt: skip
+)
 
 from training.presets import DecoderSize
 from training.styles import STYLES
@@ -31,23 +31,39 @@ from training.styles import STYLES
 HIGHEST_SLOW_FREQUENCY = 0.008  # radians a frame; slower position channels are nearly constant
 
 
-def make_model(codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: bool = False,
-               loops: bool = True) -> MusicgenForConditionalGeneration:  # fmt: skip
+def make_model(
+    codec: EncodecConfig, words: int, size: DecoderSize, *, stereo: bool = False, loops: bool = True
+) -> MusicgenForConditionalGeneration:
     """Untrained, in float32; `words` is the tokenizer's length. Without `loops` no heads look a
     loop or a beat back: for songs at any tempo."""
     text = T5Config(
-        vocab_size=-(-words // 64) * 64, d_model=size.text_hidden, d_kv=32,
-        d_ff=2 * size.text_hidden, num_layers=size.text_layers, num_heads=4, dropout_rate=0.05,
-        pad_token_id=0, eos_token_id=1, is_encoder_decoder=False, use_cache=False,
+        vocab_size=-(-words // 64) * 64,
+        d_model=size.text_hidden,
+        d_kv=32,
+        d_ff=2 * size.text_hidden,
+        num_layers=size.text_layers,
+        num_heads=4,
+        dropout_rate=0.05,
+        pad_token_id=0,
+        eos_token_id=1,
+        is_encoder_decoder=False,
+        use_cache=False,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     decoder = MusicgenDecoderConfig(
-        vocab_size=codec.codebook_size, hidden_size=size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, ffn_dim=size.feed_forward, max_position_embeddings=2048,
+        vocab_size=codec.codebook_size,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        ffn_dim=size.feed_forward,
+        max_position_embeddings=2048,
         num_codebooks=codec.num_quantizers * (2 if stereo else 1),
-        audio_channels=2 if stereo else 1, pad_token_id=codec.codebook_size,
-        bos_token_id=codec.codebook_size, dropout=0.0, activation_function="gelu",
-    )  # fmt: skip
+        audio_channels=2 if stereo else 1,
+        pad_token_id=codec.codebook_size,
+        bos_token_id=codec.codebook_size,
+        dropout=0.0,
+        activation_function="gelu",
+    )
     config = MusicgenConfig(
         text_encoder=text.to_dict(), audio_encoder=codec.to_dict(), decoder=decoder.to_dict()
     )
@@ -92,8 +108,13 @@ def lag_plan(heads: int, layers: int, books: int = 4) -> list[list[tuple[int, in
 
 
 @torch.no_grad()
-def implant_lags(model: MusicgenForConditionalGeneration, plan: list[list[tuple[int, int]]],
-                 size: DecoderSize, gain: float = 2.0, copied: float = 0.35) -> None:  # fmt: skip
+def implant_lags(
+    model: MusicgenForConditionalGeneration,
+    plan: list[list[tuple[int, int]]],
+    size: DecoderSize,
+    gain: float = 2.0,
+    copied: float = 0.35,
+) -> None:
     """Point the first layers' heads at fixed lags (`lag_plan`), to pass on what they see there.
 
     Fast-turning position channels are kept free of content, so that the heads can tell frames
@@ -143,8 +164,12 @@ def implant_lags(model: MusicgenForConditionalGeneration, plan: list[list[tuple[
 
 
 @torch.no_grad()
-def implant_matching(model: MusicgenForConditionalGeneration, size: DecoderSize,
-                     sharpness: float = 2.0, copied: float = 3.0) -> None:  # fmt: skip
+def implant_matching(
+    model: MusicgenForConditionalGeneration,
+    size: DecoderSize,
+    sharpness: float = 2.0,
+    copied: float = 3.0,
+) -> None:
     """Heads of the second layer that look for what the last frames were like before, and copy on.
 
     After `implant_lags` with its first layer alone: for songs at any tempo, whose loops have any
@@ -194,8 +219,9 @@ def implant_matching(model: MusicgenForConditionalGeneration, size: DecoderSize,
         head.weight.copy_(embedding.weight[: head.out_features] * 0.15)
 
 
-def _lag_weights(frequency: Tensor, channel: Tensor, lag: int, hidden: int
-                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _lag_weights(
+    frequency: Tensor, channel: Tensor, lag: int, hidden: int
+) -> tuple[Tensor, Tensor]:
     """Query and key [2 · frequencies, hidden] with q(t)·k(s) = sum of cos w(t - lag - s)."""
     pairs, half = len(channel), hidden // 2
     even, odd = 2 * torch.arange(pairs), 2 * torch.arange(pairs) + 1
@@ -234,8 +260,13 @@ def corrupted(inputs: Tensor, start: int, most: float) -> Tensor:
     return torch.where(hit & (inputs != start), inputs.gather(2, times), inputs)
 
 
-def code_logits(model: MusicgenForConditionalGeneration, inputs: Tensor, states: Tensor,
-                mask: Tensor, frames: int) -> list[Tensor]:  # fmt: skip
+def code_logits(
+    model: MusicgenForConditionalGeneration,
+    inputs: Tensor,
+    states: Tensor,
+    mask: Tensor,
+    frames: int,
+) -> list[Tensor]:
     """Logits of each row's codes, [batch, frames, codes] a row, from delayed inputs.
 
     `mask` [batch, words] is 0 where the states count for nothing; a row of zeros is the null
@@ -246,9 +277,11 @@ def code_logits(model: MusicgenForConditionalGeneration, inputs: Tensor, states:
     attended = torch.where(mask.any(1, keepdim=True), mask, torch.ones_like(mask))
     batch, rows, steps = inputs.shape
     hidden = model.decoder.model(
-        inputs.reshape(batch * rows, steps), encoder_hidden_states=projected,
-        encoder_attention_mask=attended, use_cache=False,
-    )[0]  # fmt: skip
+        inputs.reshape(batch * rows, steps),
+        encoder_hidden_states=projected,
+        encoder_attention_mask=attended,
+        use_cache=False,
+    )[0]
     channels = model.config.decoder.audio_channels
     heads = model.decoder.lm_heads
     return [

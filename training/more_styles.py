@@ -6,7 +6,7 @@ Written as those in styles.py. `TEMPI` is how fast a style usually is, for songs
 from __future__ import annotations
 
 from training.composer import Sketch
-from training.playing import arpeggio, drums, melody, one_a_bar, riff, spans
+from training.patterns import arpeggio, drums, melody, one_a_bar, riff, spans
 from training.styles import LEFT, RIGHT, Style
 
 
@@ -19,8 +19,16 @@ def _reggae(p: Sketch) -> None:
         riff(p, 0, "....X.......X...", start, frames, p.chord(degree, low=60), 96, 0.8)
         riff(p, 0, "..x...x...x...x.", start, frames, p.chord(degree, low=60), 72, 0.5)
         riff(p, 1, line, start, frames, [p.bass(degree)], 112, 1.6)
-    drums(p, 0, "drums", 108, kick="........X.......", rim="....x.......x...",
-           snare="........x.......", hat="X.x.X.x.X.x.X.x.")  # fmt: skip
+    drums(
+        p,
+        0,
+        "drums",
+        108,
+        kick="........X.......",
+        rim="....x.......x...",
+        snare="........x.......",
+        hat="X.x.X.x.X.x.X.x.",
+    )
 
 
 def _blues(p: Sketch) -> None:
@@ -35,8 +43,16 @@ def _blues(p: Sketch) -> None:
         riff(p, 0, "X...x...X...x...", start, frames, p.chord(degree, 4), 72, 1.6)
     p.voice(2, *((22, "harmonica"), (29, "electric guitar"), (22, "harmonica"))[p.palette], RIGHT)
     melody(p, chords, 2, 60, 96, (1, 1, 2, 4), 0.9, 8, swing)
-    drums(p, 0, "drums", 104, swing, kick="X.......X.......", snare="....X.......X...",
-           ride="X.x.X.x.X.x.X.x.")  # fmt: skip
+    drums(
+        p,
+        0,
+        "drums",
+        104,
+        swing,
+        kick="X.......X.......",
+        snare="....X.......X...",
+        ride="X.x.X.x.X.x.X.x.",
+    )
 
 
 def _bossa(p: Sketch) -> None:
@@ -48,8 +64,15 @@ def _bossa(p: Sketch) -> None:
         riff(p, 1, "X.....x.", start, frames, [p.bass(degree)], 100, 2.0)
     p.voice(2, *((73, "flute"), (66, "saxophone"), (11, "vibraphone"))[p.palette], RIGHT)
     melody(p, chords, 2, 72, 80, (1, 2, 2, 4))
-    drums(p, 32, "soft drums", 84, kick="X..xX..xX..xX..x", rim="X..X..X...X..X..",
-           shaker="xoxoxoxoxoxoxoxo")  # fmt: skip
+    drums(
+        p,
+        32,
+        "soft drums",
+        84,
+        kick="X..xX..xX..xX..x",
+        rim="X..X..X...X..X..",
+        shaker="xoxoxoxoxoxoxoxo",
+    )
 
 
 def _chiptune(p: Sketch) -> None:
@@ -63,8 +86,15 @@ def _chiptune(p: Sketch) -> None:
             p.play(start + i * p.sixteenth, p.sixteenth * 0.8, 0, keys[i % 3], 56)
         riff(p, 1, "X.x.X.x.", start, frames, [p.bass(degree)], 88, 1.2)
     melody(p, chords, 2, 72, 88, (1, 1, 2), 0.8)
-    drums(p, 25, "electronic drums", 96, kick="X...X...X...X...", snare="....X.......X...",
-           hat="x.x.x.x.x.x.x.x.")  # fmt: skip
+    drums(
+        p,
+        25,
+        "electronic drums",
+        96,
+        kick="X...X...X...X...",
+        snare="....X.......X...",
+        hat="x.x.x.x.x.x.x.x.",
+    )
 
 
 def _music_box(p: Sketch) -> None:
@@ -89,19 +119,31 @@ def _trap(p: Sketch) -> None:
 
 
 SOLOS = (  # General MIDI program, name, lowest C of its melody, whether it plays chords too, gain
-    (0, "piano", 72, True, 10.89), (25, "acoustic guitar", 60, True, 8.88),
-    (24, "nylon guitar", 60, True, 5.0), (27, "clean guitar", 60, True, 1.22),
-    (29, "electric guitar", 60, False, 11.64), (40, "violin", 72, False, 6.56),
-    (42, "cello", 48, False, 7.49), (73, "flute", 72, False, 4.75),
-    (66, "saxophone", 60, False, 3.96), (56, "trumpet", 60, False, 2.81),
-    (46, "harp", 72, True, 7.31), (19, "church organ", 60, True, 6.09),
-    (4, "electric piano", 60, True, 6.98), (11, "vibraphone", 72, True, 4.17),
-    (10, "music box", 84, True, 2.3), (33, "bass", 36, False, 1.86),
-    (22, "harmonica", 72, False, 7.84), (71, "clarinet", 60, False, 7.75),
-    (12, "marimba", 60, True, 8.2), (21, "accordion", 60, True, 4.55),
-    (81, "synth lead", 60, False, 4.06), (48, "strings", 60, True, 3.0),
-    (0, "piano", 72, True, 10.89), (25, "acoustic guitar", 60, True, 8.88),
-)  # fmt: skip
+    (0, "piano", 72, True, 10.89),
+    (25, "acoustic guitar", 60, True, 8.88),
+    (24, "nylon guitar", 60, True, 5.0),
+    (27, "clean guitar", 60, True, 1.22),
+    (29, "electric guitar", 60, False, 11.64),
+    (40, "violin", 72, False, 6.56),
+    (42, "cello", 48, False, 7.49),
+    (73, "flute", 72, False, 4.75),
+    (66, "saxophone", 60, False, 3.96),
+    (56, "trumpet", 60, False, 2.81),
+    (46, "harp", 72, True, 7.31),
+    (19, "church organ", 60, True, 6.09),
+    (4, "electric piano", 60, True, 6.98),
+    (11, "vibraphone", 72, True, 4.17),
+    (10, "music box", 84, True, 2.3),
+    (33, "bass", 36, False, 1.86),
+    (22, "harmonica", 72, False, 7.84),
+    (71, "clarinet", 60, False, 7.75),
+    (12, "marimba", 60, True, 8.2),
+    (21, "accordion", 60, True, 4.55),
+    (81, "synth lead", 60, False, 4.06),
+    (48, "strings", 60, True, 3.0),
+    (0, "piano", 72, True, 10.89),
+    (25, "acoustic guitar", 60, True, 8.88),
+)
 
 
 def _solo(p: Sketch) -> None:
@@ -135,9 +177,23 @@ MORE_STYLES = {
     "solo": Style(_solo, (12, 10, 8, 7, 6), 1.0, False),
 }
 TEMPI = {  # beats a minute
-    "piano ballad": (62, 100), "lo-fi hip hop": (66, 96), "synth pop": (95, 130),
-    "rock": (90, 165), "ambient": (60, 92), "jazz": (85, 168), "funk": (88, 122),
-    "techno": (115, 148), "orchestral": (64, 145), "folk": (72, 145), "drums": (72, 165),
-    "flute": (62, 118), "reggae": (64, 95), "blues": (64, 125), "bossa nova": (85, 135),
-    "chiptune": (105, 168), "music box": (60, 100), "trap": (120, 152), "solo": (62, 140),
-}  # fmt: skip
+    "piano ballad": (62, 100),
+    "lo-fi hip hop": (66, 96),
+    "synth pop": (95, 130),
+    "rock": (90, 165),
+    "ambient": (60, 92),
+    "jazz": (85, 168),
+    "funk": (88, 122),
+    "techno": (115, 148),
+    "orchestral": (64, 145),
+    "folk": (72, 145),
+    "drums": (72, 165),
+    "flute": (62, 118),
+    "reggae": (64, 95),
+    "blues": (64, 125),
+    "bossa nova": (85, 135),
+    "chiptune": (105, 168),
+    "music box": (60, 100),
+    "trap": (120, 152),
+    "solo": (62, 140),
+}

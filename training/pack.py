@@ -35,10 +35,11 @@ def unpacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same in float32."""
     return {
         name: tensor.float() * state[name + SCALE][:, None]
-        if name + SCALE in state else tensor.float()
+        if name + SCALE in state
+        else tensor.float()
         for name, tensor in state.items()
         if not name.endswith(SCALE)
-    }  # fmt: skip
+    }
 
 
 def write(

@@ -45,8 +45,15 @@ def sheet(checkpoint: Path, styles: list[str], path: Path) -> Path:
     for axes, style, clip in zip(grid.flat, styles, takes(checkpoint, styles), strict=False):
         level = mel_db(clip).max(0)  # of both sides
         extent = (0, clip.duration_s, 0, len(level))
-        axes.imshow(level, origin="lower", aspect="auto", extent=extent, cmap="magma",
-                    vmin=level.max() - 70, vmax=level.max())  # fmt: skip
+        axes.imshow(
+            level,
+            origin="lower",
+            aspect="auto",
+            extent=extent,
+            cmap="magma",
+            vmin=level.max() - 70,
+            vmax=level.max(),
+        )
         axes.set_title(f"“{PROMPTS[style][0]}”", fontsize=11)
         axes.set_yticks([])
         axes.set_xlabel("seconds", fontsize=9)

@@ -52,19 +52,25 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        24, 4.0, 4,
+        24,
+        4.0,
+        4,
         CodecSize(16_000, (4, 4, 5, 4), 4, 16, 1, 64, 4, True, 2, 24, 1e-3, 6),
         DecoderSize(64, 2, 4, 128, 32, 1, 2, 100, (160,), 1e-3, 4),
     ),
     "cpu": Preset(
-        3600, 12.0, 2,
+        3600,
+        12.0,
+        2,
         CodecSize(16_000, (4, 4, 5, 4), 16, 64, 1, 512, 4, False, 8, 48, 6e-4, 30_000),
         DecoderSize(256, 6, 8, 768, 128, 2, 5, 480, (800, 1200, 1496), 1.2e-3, 40_000),
     ),
     # Minutes of one GPU: by the clock, with songs at any tempo. The codec decodes on two cores.
     "card": Preset(
-        12_000, 12.0, 12,
+        12_000,
+        12.0,
+        12,
         CodecSize(32_000, (8, 5, 4, 4), 24, 128, 1, 1024, 4, True, 64, 50, 6e-4, 0),
         DecoderSize(448, 6, 7, 1792, 256, 3, 96, 500, (1000, 1496), 1e-3, 0),
     ),
-}  # fmt: skip
+}

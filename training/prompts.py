@@ -20,7 +20,12 @@ FREE_PROMPTS = {
     "lo-fi slow bpm electro chill": ("lo-fi hip hop",),
 }
 TEMPO_PROMPTS = {
-    "rock": "rock song", "techno": "techno track", "drums": "drum beat", "folk": "acoustic folk",
-    "funk": "funk groove", "jazz": "jazz tune", "piano ballad": "piano ballad",
+    "rock": "rock song",
+    "techno": "techno track",
+    "drums": "drum beat",
+    "folk": "acoustic folk",
+    "funk": "funk groove",
+    "jazz": "jazz tune",
+    "piano ballad": "piano ballad",
     "synth pop": "synthpop track",
-}  # fmt: skip
+}

@@ -144,8 +144,16 @@ def render_part(job: RenderJob) -> None:
     done.write_text(json.dumps(metas))
 
 
-def render(folder: Path, clips: int, seconds: float, sampling_rate: int, soundfont: str, keys: int,
-           clips_a_part: int = 300, workers: int = 2) -> None:  # fmt: skip
+def render(
+    folder: Path,
+    clips: int,
+    seconds: float,
+    sampling_rate: int,
+    soundfont: str,
+    keys: int,
+    clips_a_part: int = 300,
+    workers: int = 2,
+) -> None:
     """The whole set, parts side by side; resumes where it was left."""
     folder.mkdir(parents=True, exist_ok=True)
     ranges = (range(s, min(s + clips_a_part, clips)) for s in range(0, clips, clips_a_part))

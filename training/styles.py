@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from training.composer import DRUM_CHANNEL, DRUM_KEYS, Sketch
-from training.playing import arpeggio, drums, melody, one_a_bar, riff, spans
+from training.patterns import arpeggio, drums, melody, one_a_bar, riff, spans
 
 LEFT, RIGHT = 28, 100
 
@@ -55,8 +55,16 @@ def _lofi(p: Sketch) -> None:
                     p.play(start + at * p.beat, beats * p.beat, 0, key, key_level)
                 p.play(start + at * p.beat, beats * p.beat, 1, p.bass(degree), bass_level)
     kick = p.rng.choice(("X.......x.X.....", "X.....x...X....."))
-    drums(p, 0, "soft drums", 100, round(p.sixteenth * 0.3),
-           kick=kick, snare="....X.......X...", hat="x.o.x.o.x.o.x.o.")  # fmt: skip
+    drums(
+        p,
+        0,
+        "soft drums",
+        100,
+        round(p.sixteenth * 0.3),
+        kick=kick,
+        snare="....X.......X...",
+        hat="x.o.x.o.x.o.x.o.",
+    )
     if p.palette == 1:
         p.voice(2, 11, "vibraphone", RIGHT)
         melody(p, chords, 2, 72, 88, (2, 4))
@@ -73,8 +81,9 @@ def _synth_pop(p: Sketch) -> None:
             octave = 12 if i % 2 else 0
             p.play(start + i * p.beat / 2, p.beat * 0.42, 1, p.bass(degree) + octave, 96)
     hat = p.rng.choice(("x.o.x.o.x.o.x.o.", "..x...x...x...x."))
-    drums(p, 25, "electronic drums", 120,
-           kick="X...X...X...X...", snare="....X.......X...", hat=hat)  # fmt: skip
+    drums(
+        p, 25, "electronic drums", 120, kick="X...X...X...X...", snare="....X.......X...", hat=hat
+    )
     if p.palette:
         p.voice(2, 81, "synth lead", RIGHT)
         melody(p, chords, 2, 72, 72, (1, 1, 2, 2), 0.85)
@@ -166,8 +175,15 @@ def _techno(p: Sketch) -> None:
                 key = p.bass(degree) + jumps[i % 16]
                 p.play(start + i * p.sixteenth, p.sixteenth * 0.85, 1, key, 88)
         riff(p, 0, stabs, start, frames, p.chord(degree, low=58), 76)
-    drums(p, 25, "kick drum", 127,
-           kick="X...X...X...X...", open="..x...x...x...x.", clap="....X.......X...")  # fmt: skip
+    drums(
+        p,
+        25,
+        "kick drum",
+        127,
+        kick="X...X...X...X...",
+        open="..x...x...x...x.",
+        clap="....X.......X...",
+    )
 
 
 def _orchestral(p: Sketch) -> None:
@@ -211,8 +227,13 @@ def _drum_beat(p: Sketch) -> None:
     kicks = ("X.....x.X.x.....", "X...x...X.x...x.", "X..x..x...X..x..", "X.X.....X.......")
     snares = ("....X.......X...", "....X..o.o..X...", "....X.......X.x.")
     cymbal = p.rng.choice(("hat", "hat", "ride"))
-    drums(p, *kits[p.palette], kick=p.rng.choice(kicks), snare=p.rng.choice(snares),
-           **{cymbal: p.rng.choice(("x.x.x.x.x.x.x.x.", "xoxoxoxoxoxoxoxo"))})  # fmt: skip
+    drums(
+        p,
+        *kits[p.palette],
+        kick=p.rng.choice(kicks),
+        snare=p.rng.choice(snares),
+        **{cymbal: p.rng.choice(("x.x.x.x.x.x.x.x.", "xoxoxoxoxoxoxoxo"))},
+    )
 
 
 def _flute(p: Sketch) -> None:

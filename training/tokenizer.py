@@ -28,7 +28,7 @@ from training.captions import (
     SHARPS,
     SPEED_WORDS,
     STYLE_WORDS,
-)  # fmt: skip
+)
 from training.composer import PITCH_NAMES
 
 # Words that people use of music though no caption does: one token each rather than ten letters.
@@ -70,9 +70,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         single=["$A", END], pair=["$A", END, "$B", END], special_tokens=[(END, 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
-        model_max_length=128, padding_side="right",
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        model_max_length=128,
+        padding_side="right",
+    )
 
 
 def make_processor(sampling_rate: int, *, stereo: bool = False) -> MusicgenProcessor:

@@ -28,7 +28,7 @@ from training.codec_losses import (
     discriminator_loss,
     log_mel_distance_db,
     si_snr_db,
-)  # fmt: skip
+)
 from training.presets import CodecSize
 
 EDGE_FRAMES = 2  # at both ends of a window, where the padding is heard
@@ -81,13 +81,18 @@ class CodecTrainer:
 
     def _state(self) -> dict:
         state = {
-            "model": self.codec.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "average": self.average, "step": self.step, "elapsed_s": self.elapsed_s,
+            "model": self.codec.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
             "started": self.quantizer.started,
-        }  # fmt: skip
+        }
         if self.judge:
-            state |= {"judge": self.judge.state_dict(),
-                      "judge_optimizer": self.judge_optimizer.state_dict()}  # fmt: skip
+            state |= {
+                "judge": self.judge.state_dict(),
+                "judge_optimizer": self.judge_optimizer.state_dict(),
+            }
         return state
 
     def _resume(self) -> None:

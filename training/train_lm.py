@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerFast
 
+from training.dataset import Dataset
 from training.lm import code_logits, corrupted, delayed, trained_state
-from training.material import Material
 from training.presets import DecoderSize
 
 BOOK_WEIGHTS = (1.3, 1.0, 0.9, 0.8)  # the first codebook carries the rhythm
@@ -60,7 +60,7 @@ class Run:
 class Trainer:
     model: MusicgenForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
-    material: Material
+    material: Dataset
     size: DecoderSize
     run: Run
     step: int = 0
@@ -117,9 +117,11 @@ class Trainer:
         state = {"model": trained_state(self.model)}
         if name == "state.pt":
             state |= {
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "elapsed_s": self.elapsed_s, "best": self.best,
-            }  # fmt: skip
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "elapsed_s": self.elapsed_s,
+                "best": self.best,
+            }
         partial = self.run.out / (name + ".tmp")
         torch.save(state, partial)
         partial.replace(self.run.out / name)
@@ -154,8 +156,15 @@ class Trainer:
             self.rng.shuffle(self._order)
         return self._order.pop()
 
-    def losses(self, codes: Tensor, captions: list[str], *, noise: float = 0.0,
-               drop: float = 0.0, early: float = 1.0) -> Tensor:  # fmt: skip
+    def losses(
+        self,
+        codes: Tensor,
+        captions: list[str],
+        *,
+        noise: float = 0.0,
+        drop: float = 0.0,
+        early: float = 1.0,
+    ) -> Tensor:
         """Mean cross-entropy in nats of each row of codes, [rows]; the first frames × `early`."""
         channels = self.model.config.decoder.audio_channels
         start = self.model.config.decoder.pad_token_id
@@ -169,19 +178,31 @@ class Trainer:
             logits = code_logits(self.model, inputs, states, mask, frames)
         at = torch.arange(frames, device=codes.device)
         weight = 1 + (early - 1) * (1 - at / EARLY_FRAMES).clamp(min=0)
-        return torch.stack([
-            (F.cross_entropy(scores.float().transpose(1, 2), targets[:, row, late : late + frames],
-                             reduction="none") * weight).sum() / (weight.sum() * len(codes))
-            for row, scores in enumerate(logits)
-            for late in (row // channels,)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                (
+                    F.cross_entropy(
+                        scores.float().transpose(1, 2),
+                        targets[:, row, late : late + frames],
+                        reduction="none",
+                    )
+                    * weight
+                ).sum()
+                / (weight.sum() * len(codes))
+                for row, scores in enumerate(logits)
+                for late in (row // channels,)
+            ]
+        )
 
     def _text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """States [batch, tokens, hidden] and mask; from a cache while the encoder is frozen."""
         tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=CAPTION_TOKENS,
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=CAPTION_TOKENS,
             return_tensors="pt",
-        ).to(self.run.device)  # fmt: skip
+        ).to(self.run.device)
         if self.run.train_text:
             return self.model.text_encoder(**tokens)[0], tokens.attention_mask
         for i, text in enumerate(captions):

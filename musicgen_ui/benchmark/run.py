@@ -7,9 +7,10 @@ the rounds, and a run of more than a minute is not repeated. On a GPU, where loa
 than running, all rounds use one load, and our engine is loaded again for each number of jobs, so
 that the memory measured is what that number needs.
 
-`--published` measures the rows of docs/performance.md (a quarter of an hour on two cores) and prints
-their ratios below the table; `--profile` lists the kernels of a step instead. Every run makes the
-whole of `duration_s` for each job with guidance 3 and top-k 250; nothing is extrapolated.
+`--published` measures the rows of docs/performance.md (a quarter of an hour on two cores) and
+prints their ratios below the table; `--profile` lists the kernels of a step instead. Every run
+makes the whole of `duration_s` for each job with guidance 3 and top-k 250; nothing is
+extrapolated.
 
 The figures of a row:
   steps_per_s       decoder steps a second over the whole run, on a CPU less the time that the

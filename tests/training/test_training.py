@@ -29,9 +29,9 @@ from training.card_codec import CardCodec
 from training.card_lm import CardDecoder, Songs
 from training.codec_losses import mel_bank
 from training.composer import DRUM_CHANNEL, compose
+from training.dataset import CUT_FRAMES, Dataset, composed
 from training.finetune import finetune, read_pairs
 from training.lm import code_logits, delayed, make_model, widen_to_stereo
-from training.material import CUT_FRAMES, Material, composed
 from training.more_styles import MORE_STYLES
 from training.presets import PRESETS
 from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
@@ -382,7 +382,7 @@ def test_a_gpu_recipe_needs_only_what_a_rented_machine_has():
 
 def test_windows_go_on_by_the_last_loop():
     codes = np.arange(400, dtype=np.int16)[None]
-    material = Material([codes], lambda clip, rng: "", [100], [0], 0)
+    material = Dataset([codes], lambda clip, rng: "", [100], [0], 0)
     window = material.window(0, 700, 50)[0]
     end = 400 - CUT_FRAMES
     assert (window[: end - 50] == np.arange(50, end)).all()
@@ -392,7 +392,7 @@ def test_windows_go_on_by_the_last_loop():
 def test_half_of_the_batches_are_openings_of_many_clips(tmp_path: Path):
     size = replace(TINY.decoder, long_windows=())
     clips = [np.arange(400, dtype=np.int16)[None] % 64 for _ in range(20)]
-    material = Material(clips, lambda clip, rng: "", [100] * 20, [0] * 20, 2)
+    material = Dataset(clips, lambda clip, rng: "", [100] * 20, [0] * 20, 2)
     model = make_model(codecs.make_codec(TINY.codec).config, len(make_tokenizer()), size)
     trainer = Trainer(model, make_tokenizer(), material, size, Run(tmp_path, 1))
     shapes = [trainer.batch()[0] for _ in range(60)]

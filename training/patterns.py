@@ -25,9 +25,16 @@ def drums(p: Sketch, kit: int, name: str, velocity: int, swing: int = 0, **steps
 
 
 def melody(
-    p: Sketch, chords: list[int], channel: int, base: int, velocity: int,
-    lengths: tuple[int, ...] = (2, 2, 4), legato: float = 0.95, top: int = 8, swing: int = 0,
-) -> None:  # fmt: skip
+    p: Sketch,
+    chords: list[int],
+    channel: int,
+    base: int,
+    velocity: int,
+    lengths: tuple[int, ...] = (2, 2, 4),
+    legato: float = 0.95,
+    top: int = 8,
+    swing: int = 0,
+) -> None:
     """A line in eighths that lands on chord notes on the beats and moves by step between."""
     rng, eighth, total = p.rng, p.beat / 2, round(p.loop * 2 / p.beat)
     position, degree = 0, rng.choice((2, 4, 4, 7))
@@ -46,8 +53,16 @@ def melody(
         position += length
 
 
-def riff(p: Sketch, channel: int, steps: str, start: float, frames: float, keys: list[int],
-          velocity: int, hold: float = 0.8) -> None:  # fmt: skip
+def riff(
+    p: Sketch,
+    channel: int,
+    steps: str,
+    start: float,
+    frames: float,
+    keys: list[int],
+    velocity: int,
+    hold: float = 0.8,
+) -> None:
     """Keys struck together on each X (x softer) of a pattern of sixteenths, within one chord."""
     for i in range(round(frames / p.sixteenth)):
         hit = steps[i % len(steps)]
@@ -57,8 +72,16 @@ def riff(p: Sketch, channel: int, steps: str, start: float, frames: float, keys:
                 p.play(start + i * p.sixteenth, p.sixteenth * hold, channel, key, level)
 
 
-def arpeggio(p: Sketch, channel: int, start: float, frames: float, keys: list[int],
-              order: tuple[int, ...], velocity: int, hold: float = 1.0) -> None:  # fmt: skip
+def arpeggio(
+    p: Sketch,
+    channel: int,
+    start: float,
+    frames: float,
+    keys: list[int],
+    order: tuple[int, ...],
+    velocity: int,
+    hold: float = 1.0,
+) -> None:
     """Keys one after another in eighths."""
     for i in range(round(2 * frames / p.beat)):
         key = keys[order[i % len(order)] % len(keys)]

@@ -103,11 +103,22 @@ def features(samples: np.ndarray) -> np.ndarray:
     spread = np.correlate(rise - rise.mean(), rise - rise.mean(), "full")[len(rise) - 1 :]
     loud = librosa.feature.rms(y=samples, frame_length=512, hop_length=HOP)[0]
     rest = [
-        centre.mean() / 1e3, centre.std() / 1e3, width.mean() / 1e3, flatness.mean(),
-        flatness.std(), 1 - percussive_share(samples), rise.mean(), rise.std(), rise.max(),
-        low.mean(), low.std(), spread[20:150].max() / (spread[0] + 1e-9), onset_rate(samples),
-        loud.std() / loud.mean(), np.percentile(loud, 10) / (np.percentile(loud, 90) + 1e-9),
-    ]  # fmt: skip
+        centre.mean() / 1e3,
+        centre.std() / 1e3,
+        width.mean() / 1e3,
+        flatness.mean(),
+        flatness.std(),
+        1 - percussive_share(samples),
+        rise.mean(),
+        rise.std(),
+        rise.max(),
+        low.mean(),
+        low.std(),
+        spread[20:150].max() / (spread[0] + 1e-9),
+        onset_rate(samples),
+        loud.std() / loud.mean(),
+        np.percentile(loud, 10) / (np.percentile(loud, 90) + 1e-9),
+    ]
     changes = np.abs(np.diff(cepstra, axis=1)).mean(1)
     return np.concatenate([cepstra.mean(1), cepstra.std(1), changes, rest]).astype(np.float32)
 

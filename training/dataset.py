@@ -22,7 +22,7 @@ CUT_FRAMES = 8  # the last frames of a clip see the cut at its end
 
 
 @dataclass(frozen=True)
-class Material:
+class Dataset:
     codes: list[np.ndarray]  # int16 [rows, frames] a clip
     caption: Callable[[int, random.Random], str]  # of a clip, in a fresh wording
     loops: list[int]  # frames, 0 where the clip cannot be continued
@@ -51,14 +51,17 @@ class Material:
         return rng.randrange(self.loops[clip]) if rng.random() < 0.2 else 0
 
 
-def composed(data: Path, *, stereo: bool = False, held_out: int = 60) -> Material:
+def composed(data: Path, *, stereo: bool = False, held_out: int = 60) -> Dataset:
     """The rendered and encoded set; held out are, by default, a song a style at its five tempi."""
     codes, metas = load_codes(data, stereo=stereo), load_metas(data)
     metas = metas[: len(codes)]
     end = codes.shape[2] - CUT_FRAMES
     steady = [meta.change + 2 * meta.loop <= end for meta in metas]
     loops = [meta.loop if ok else 0 for meta, ok in zip(metas, steady, strict=True)]
-    return Material(
-        list(codes), lambda clip, rng: caption(metas[clip], rng), loops,
-        [meta.change for meta in metas], min(held_out, len(codes) // 4),
-    )  # fmt: skip
+    return Dataset(
+        list(codes),
+        lambda clip, rng: caption(metas[clip], rng),
+        loops,
+        [meta.change for meta in metas],
+        min(held_out, len(codes) // 4),
+    )

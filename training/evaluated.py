@@ -13,8 +13,8 @@ from scipy.signal import resample_poly
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
 from training.composer import Song, compose
-from training.judge import RATE_HZ, features, fit_judge
 from training.render import SINES, SoundfontRenderer, render_sines, to_clip
+from training.style_classifier import RATE_HZ, features, fit_judge
 from training.styles import STYLES
 
 SECONDS = 8.0
@@ -22,7 +22,7 @@ JUDGE_SEED = 900_000_000  # rendered for the judge alone
 
 
 @dataclass
-class Bench:
+class EvaluatedCheckpoint:
     """A checkpoint, the judge, and the rendered clips that it was held against."""
 
     checkpoint: Path
@@ -62,8 +62,13 @@ class Bench:
         return self.judge.predict(np.stack([features(clip) for clip in clips]))
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seconds: float = SECONDS, batch: int = 24,
-                 audio: list[np.ndarray] | None = None) -> list[np.ndarray]:  # fmt: skip
+    def generate(
+        self,
+        prompts: list[str],
+        seconds: float = SECONDS,
+        batch: int = 24,
+        audio: list[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
         """float32 [channels, samples] at the checkpoint's rate, one a prompt ("" for none)."""
         torch.manual_seed(self.seed)
         steps = round(seconds * 50) + self.model.config.audio_encoder.num_quantizers - 1
