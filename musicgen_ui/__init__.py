@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from musicgen_ui.request import Clip, GenerationRequest
+    from musicgen_ui.audio.clip import Clip
+    from musicgen_ui.request import GenerationRequest
 
 __version__ = "1.0.0"
 __all__ = ["Clip", "GenerationRequest", "__version__"]
@@ -23,7 +24,7 @@ __all__ = ["Clip", "GenerationRequest", "__version__"]
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _PUBLIC = {
-    "Clip": "musicgen_ui.request",
+    "Clip": "musicgen_ui.audio.clip",
     "GenerationRequest": "musicgen_ui.request",
 }
 

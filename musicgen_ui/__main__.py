@@ -15,7 +15,7 @@ from typing import NoReturn
 from musicgen_ui import files
 from musicgen_ui.checkpoints import proxies
 from musicgen_ui.cli import console
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 

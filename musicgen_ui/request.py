@@ -1,48 +1,40 @@
-"""What may be asked for: the settings of a take with their units, limits and defaults.
+"""The settings of a take: fields, units, limits, defaults and validation.
 
-A `GenerationRequest` is the one list of settings. A field's name is the handler's parameter, the
-component's key, the API's name, the command line's flag (without the unit) and its row in
-docs/settings.md; its metadata holds the sentence and the limits that all of these show. The
-constructor coerces what a browser, a JSON body or a shell hands over and raises `RequestError` with
-the sentence that the user reads, so a request that exists is a request that can be run.
+`GenerationRequest` is the one list of settings. A field's name is the component, the API's
+parameter, the command line's flag (without the unit) and the row in docs/settings.md; its metadata
+holds the label, help text and limits that all of these show.
+
+`GenerationRequest.parse` coerces and checks what a browser, a JSON body, a shell or a file hands
+over. It runs once for a request; the constructor and `dataclasses.replace` check nothing, so that
+the program can vary a valid request at no cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from musicgen_ui.coercion import PROMPT_CHARACTERS, RequestError, coerce, refusal
+from musicgen_ui.audio.clip import SILENCE, Clip
+from musicgen_ui.errors import RequestError
 
-WINDOW_S = 30.0  # MusicGen is trained on windows of 30 s; beyond them it still runs, badly
-MAX_DURATION_S = 300.0  # ten windows and more; nothing but patience and disk bounds it
-MIN_NEW_S = 0.5  # a window is never so full of what came before that it adds less than this
-MIN_MELODY_S = 0.5  # shorter than a column of chroma looks at
-SILENCE = 1e-4  # -80 dBFS: below it there is no melody
+WINDOW_S = 30.0  # MusicGen is trained on windows of 30 s; longer ones run without error, badly
+MAX_DURATION_S = 300.0
+MIN_NEW_S = 0.5  # new audio that every window has room for
+MIN_MELODY_S = 0.5  # a column of chroma needs about that much
 MAX_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """A piece of audio: `samples` float32 [channels, samples], nominally within ±1."""
-
-    samples: np.ndarray
-    sampling_rate: int  # Hz
-
-    @property
-    def channels(self) -> int:
-        """1 for mono, 2 for stereo."""
-        return self.samples.shape[0]
-
-    @property
-    def duration_s(self) -> float:
-        """Length in seconds."""
-        return self.samples.shape[1] / self.sampling_rate
+PROMPT_CHARACTERS = 2000
+SECTIONS_CHARACTERS = 6000  # in all: libsndfile writes up to 50 kB into a WAV's comment
+TONICS = "C C# Db D D# Eb E F F# Gb G G# Ab A A# Bb B".split()  # noqa: SIM905
+KEYS = [f"{tonic} {mode}" for tonic in TONICS for mode in ("major", "minor")]
+SWITCH_WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
 def _about(
@@ -63,10 +55,8 @@ def _setting(default: Any, *about: Any) -> Any:
 class GenerationRequest:
     """One request for music. Every field has a default; see each field's `label` and `help`.
 
-    A text's `max` is in characters, a number's `min` and `max` in its `unit`.
-
-    Raises:
-        RequestError: a value is of the wrong kind or outside its limits.
+    In a field's metadata, a text's `max` is in characters, a number's `min` and `max` in its
+    `unit`. Values from outside the program go through `parse`.
     """
 
     prompt: str = _setting(
@@ -137,18 +127,23 @@ class GenerationRequest:
     )
     normalize: bool = _setting(False, "Even loudness", "bring the finished file to -14 LUFS")
 
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            value = _coerced(spec, getattr(self, spec.name))
-            object.__setattr__(self, spec.name, value)
-        if self.sections and self.sections[-1][0] >= self.duration_s:
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> GenerationRequest:
+        """A checked request of values by field name; None and missing ones become the default.
+
+        Numbers and switches may be text ("8", "on"), sections JSON; clips are a `Clip`.
+
+        Raises:
+            RequestError: a value is of the wrong kind or outside its limits.
+        """
+        request = cls(**{name: coerce(name, value) for name, value in values.items()})
+        if request.sections and request.sections[-1][0] >= request.duration_s:
             raise RequestError(
-                f"A section starts at {self.sections[-1][0]:g} s, but the piece ends at "
-                f"{self.duration_s:g} s: let it start earlier, or choose a greater length.",
+                f"A section starts at {request.sections[-1][0]:g} s, but the piece ends at "
+                f"{request.duration_s:g} s: let it start earlier, or choose a greater length.",
                 "sections",
             )
-        if self.melody:
-            _check_melody(self.melody)
+        return request
 
     @property
     def context_used_s(self) -> float:
@@ -159,7 +154,7 @@ class GenerationRequest:
         return context_used_s(clip_s, self.context_s, self.duration_s, self.overlap_s)
 
     def words(self, at_s: float = 0.0) -> str:
-        """What the model is told `at_s` seconds into the new music: prompt, section, tempo, key.
+        """The model's text `at_s` seconds into the new music: prompt, section, tempo, key.
 
         Tempo and key are written as in MusicGen's training data, where "name: value" pairs joined
         by full stops follow the description, keys in small letters (audiocraft,
@@ -167,14 +162,16 @@ class GenerationRequest:
         """
         section = next((text for start_s, text in self.sections[::-1] if start_s <= at_s), "")
         common = self.prompt.rstrip(".,") if section else self.prompt
-        told = ", ".join(filter(None, (common, section)))
+        description = ", ".join(filter(None, (common, section)))
         pairs = [f"bpm: {self.tempo_bpm:g}"] if self.tempo_bpm else []
         pairs += [f"key: {self.key.lower()}"] if self.key else []
-        return ". ".join(filter(None, (told.rstrip(".") if pairs else told, *pairs)))
+        if pairs:
+            description = description.rstrip(".")
+        return ". ".join(filter(None, (description, *pairs)))
 
     @property
     def texts(self) -> list[str]:
-        """All that the model is told on the way, in order."""
+        """The model's texts from the start of the piece to its end, in order."""
         starts = (0.0, *(start_s for start_s, _ in self.sections))
         return list(dict.fromkeys(map(self.words, starts)))
 
@@ -198,7 +195,7 @@ class GenerationRequest:
 # The clips, and how much of a file's end is kept of each, in seconds.
 CLIP_FIELDS = {"audio_prompt": 120.0, "melody": MAX_DURATION_S}
 FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest)}
-# What a checkpoint's own generation_config.json may state; where nothing is asked for, that counts.
+# What a checkpoint's generation_config.json may state: its defaults, which replace ours.
 CHECKPOINT_FIELDS = (
     *("duration_s", "guidance_scale", "do_sample"),
     *("temperature", "top_k", "top_p"),
@@ -208,9 +205,9 @@ CHECKPOINT_FIELDS = (
 def completed(
     values: Mapping[str, Any], defaults_of: Callable[[str], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """`values` of a request, with the checkpoint's own in place of what is None or not there.
+    """`values` of a request with the checkpoint's defaults for those that are None or missing.
 
-    `defaults_of` gives what a checkpoint, by its name, states; it is asked only where one of
+    `defaults_of` gives a checkpoint's defaults by its name; it is called only where one of
     `CHECKPOINT_FIELDS` is missing.
     """
     missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
@@ -221,15 +218,43 @@ def completed(
 
 
 def context_used_s(clip_s: float, context_s: float, duration_s: float, overlap_s: float) -> float:
-    """How much of a clip's end the model hears: what is wished for, else all that fits.
+    """Seconds of a clip's end that the model hears: `context_s`, or all that fits where it is 0.
 
-    A piece that does not fit into one window with its clip hears at least the overlap.
+    Where clip and new music do not fit into one window, at least the overlap.
     """
     fitting_s = max(WINDOW_S - duration_s, overlap_s)
     return min(clip_s, context_s or fitting_s, WINDOW_S - MIN_NEW_S)
 
 
-def _check_melody(clip: Clip) -> None:
+def coerce(name: str, value: Any) -> Any:
+    """`value` as the field `name` holds it; None becomes the default.
+
+    Raises:
+        RequestError: it is of the wrong kind or outside the limits.
+    """
+    if name not in FIELDS:
+        raise RequestError(f"“{name[:40]}” is not a setting: choose among {', '.join(FIELDS)}.")
+    spec = FIELDS[name]
+    if value is None:
+        return spec.default
+    if name in CLIP_FIELDS:
+        if not isinstance(value, Clip):
+            raise _refusal(spec, "must be audio, or left empty.")
+        return check_melody(value) if name == "melody" else value
+    if isinstance(spec.default, tuple):
+        return tuple(_sections(spec, value))
+    if isinstance(spec.default, str):
+        text = _text(spec, value) or spec.default
+        return _key(spec, text) if name == "key" else text
+    return _switch(spec, value) if isinstance(spec.default, bool) else _number(spec, value)
+
+
+def check_melody(clip: Clip) -> Clip:
+    """The clip, if it can be followed as a melody.
+
+    Raises:
+        RequestError: it is too short or silent.
+    """
     if clip.duration_s < MIN_MELODY_S:
         raise RequestError(
             f"The melody is {clip.duration_s:.2f} s short: choose a clip of at least "
@@ -238,11 +263,117 @@ def _check_melody(clip: Clip) -> None:
         )
     if np.abs(clip.samples).max() < SILENCE:
         raise RequestError("The melody is silent: choose a clip with a tune in it.", "melody")
+    return clip
 
 
-def _coerced(spec: dataclasses.Field, value: Any) -> Any:
-    if spec.name not in CLIP_FIELDS:
-        return spec.default if value is None else coerce(spec, value)
-    if value is not None and not isinstance(value, Clip):
-        raise refusal(spec, "must be audio, or left empty.")
-    return value
+def _refusal(spec: dataclasses.Field, text: str) -> RequestError:
+    """The error of a setting: its label, then `text`."""
+    return RequestError(f"{spec.metadata['label']} {text}", spec.name)
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else "�" for c in text[:41])  # it goes to terminals too
+    return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
+
+
+def _text(spec: dataclasses.Field, value: Any, where: str = "") -> str:
+    if not isinstance(value, str):
+        raise _refusal(spec, f"{where}must be text.")
+    # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
+    text = "".join(c for c in value if c in "\n\t" or c.isprintable()).strip()
+    limit = PROMPT_CHARACTERS if where else spec.metadata["max"]
+    if len(text) > limit:
+        raise _refusal(spec, f"{where}has {len(text):,} characters: shorten it to {limit:,}.")
+    return text
+
+
+def _key(spec: dataclasses.Field, text: str) -> str:
+    typed = " ".join(text.replace("♯", "#").replace("♭", "b").lower().split())
+    keys = {key.lower(): key for key in KEYS} | {"": ""}
+    if typed not in keys:
+        raise _refusal(spec, f"must be like C minor or F# major, or empty, not {_shown(text)}.")
+    return keys[typed]
+
+
+def _sections(spec: dataclasses.Field, value: Any) -> Iterator[tuple[float, str]]:
+    """Rows of a start and words, also as JSON; rows with neither are left out."""
+    try:
+        rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
+        pairs = [(start_s, words) for start_s, words in rows]
+    except (ValueError, TypeError, RecursionError):
+        example = '[[0, "piano"], [15, "drums join"]]'
+        raise _refusal(spec, f"must be rows of a start in s and words, as {example}.") from None
+    if len(pairs) > spec.metadata["max"]:
+        raise _refusal(spec, f"has {len(pairs)} rows: at most {spec.metadata['max']} are possible.")
+    characters = sum(len(words) for _, words in pairs if isinstance(words, str))
+    if characters > SECTIONS_CHARACTERS:
+        limit = f"{SECTIONS_CHARACTERS:,}"
+        raise _refusal(spec, f"has {characters:,} characters in all: shorten it to {limit}.")
+    before_s = -1.0
+    for number, (start_s, words) in enumerate(pairs, start=1):
+        words = _text(spec, "" if words is None else words, f"row {number} ")
+        if words or not _is_nothing(start_s):
+            start_s = _start(spec, start_s, before_s, number)
+            yield start_s, words
+            before_s = start_s
+
+
+def _is_nothing(start_s: Any) -> bool:
+    """Whether a table's cell is empty."""
+    return start_s is None or start_s == "" or start_s != start_s
+
+
+def _start(spec: dataclasses.Field, value: Any, before_s: float, number: int) -> float:
+    if _is_nothing(value):
+        raise _refusal(spec, f"row {number} has no start: say at which second its words begin.")
+    try:
+        start_s = _seconds(value)
+    except (TypeError, ValueError, OverflowError):
+        start_s = -1.0
+    if not (math.isfinite(start_s) and start_s >= 0):
+        raise _refusal(
+            spec, f"row {number} must start at a number of s, or at m:ss, not {_shown(value)}."
+        )
+    if start_s == before_s:
+        raise _refusal(
+            spec, f"row {number} starts at {start_s:g} s, as the one before: remove one of them."
+        )
+    if start_s < before_s:
+        raise _refusal(
+            spec, f"row {number} starts before the one above it: put the rows in order of time."
+        )
+    return start_s
+
+
+def _seconds(value: Any) -> float:
+    """Seconds as a number, or written as minutes and seconds: 90, "90", "1:30"."""
+    if isinstance(value, str) and (
+        clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)
+    ):
+        return 60 * float(clock[1]) + float(clock[2])
+    return float(value)
+
+
+def _switch(spec: dataclasses.Field, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in SWITCH_WORDS:
+        return SWITCH_WORDS[value.lower()]
+    if isinstance(value, (bool, int, float, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise _refusal(spec, f"must be on or off, not {_shown(value)}.")
+
+
+def _number(spec: dataclasses.Field, value: Any) -> float | int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _refusal(spec, f"must be a number, not {_shown(value)}.") from None
+    low, high, unit = (spec.metadata[key] for key in ("min", "max", "unit"))
+    if not math.isfinite(number) or not low <= number <= high:
+        limits = f"between {low:.15g} and {high:.15g} {unit}".rstrip()
+        raise _refusal(spec, f"must be {limits}, not {number:.15g}.")
+    if isinstance(spec.default, int):
+        if number != int(number):
+            raise _refusal(spec, f"must be a whole number, not {number:.15g}.")
+        return int(number)
+    return number

@@ -24,8 +24,10 @@ import soundfile
 
 from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Chroma, Finished
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
 TARGET_LUFS = -14.0
@@ -142,7 +144,7 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
     try:
         found = json.loads(_comment(Path(path)))[MARK]
         kept = {key: found[key] for key in FIELDS if key in found and key not in CLIP_FIELDS}
-        request = GenerationRequest(**kept)
+        request = GenerationRequest.parse(kept)
         results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
     except (soundfile.SoundFileError, OSError, *NONSENSE):
         return None

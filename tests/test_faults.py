@@ -25,6 +25,7 @@ import torch
 from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui import files, takes
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import Desk
 from musicgen_ui.backends.model_cache import Residents
 from musicgen_ui.checkpoints.registry import Source
@@ -34,7 +35,8 @@ from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import Worker, stream
-from musicgen_ui.request import FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
 from tests.helpers.fakes import FakeEngine
@@ -132,7 +134,8 @@ import sys, numpy as np
 from pathlib import Path
 from musicgen_ui import files, takes
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.request import GenerationRequest
 clip = Clip(np.random.default_rng(0).uniform(-.5, .5, (2, 32000 * 5)).astype(np.float32), 32000)
 print(files.private_folder(), flush=True)
 while True:

@@ -4,7 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from musicgen_ui.request import FIELDS, MAX_SEED, Clip, GenerationRequest, RequestError
+from musicgen_ui import request as request_module
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS, MAX_SEED, GenerationRequest
 
 
 def clip(seconds=1.0, rate=100):
@@ -13,16 +16,16 @@ def clip(seconds=1.0, rate=100):
 
 def refusal(**settings):
     with pytest.raises(RequestError) as caught:
-        GenerationRequest(**settings)
+        GenerationRequest.parse(settings)
     return caught.value
 
 
-def test_the_defaults_are_a_valid_request_and_none_means_the_default():
-    nothing = GenerationRequest(**dict.fromkeys(FIELDS))
+def test_parse_takes_none_as_the_default():
+    nothing = GenerationRequest.parse(dict.fromkeys(FIELDS))
     assert nothing == GenerationRequest()
 
 
-def test_every_field_has_a_label_a_sentence_and_its_limits():
+def test_fields_have_label_help_and_limits():
     labels = [spec.metadata["label"] for spec in FIELDS.values()]
     assert len(set(labels)) == len(labels)
     for spec in FIELDS.values():
@@ -48,30 +51,32 @@ def test_every_field_has_a_label_a_sentence_and_its_limits():
         ({"prompt": 3}, "Prompt must be text."),
         ({"prompt": "x" * 2001}, "Prompt has 2,001 characters: shorten it to 2,000."),
         ({"audio_prompt": "song.wav"}, "Audio prompt must be audio, or left empty."),
+        ({"melody": clip()}, "The melody is silent: choose a clip with a tune in it."),
+        ({"melody": clip(0.25)}, "The melody is 0.25 s short: choose a clip of at least 0.5 s."),
     ],
 )
-def test_a_wrong_value_is_refused_in_a_sentence_that_names_the_setting(settings, sentence):
+def test_parse_names_the_setting_that_is_wrong(settings, sentence):
     error = refusal(**settings)
     assert str(error) == sentence
     assert error.field == next(iter(settings))
 
 
-def test_a_long_wrong_value_is_not_repeated_in_full():
+def test_parse_shortens_a_long_wrong_value():
     assert len(str(refusal(seed="x" * 10_000))) < 100
 
 
-def test_what_browsers_shells_and_json_hand_over_is_coerced():
-    request = GenerationRequest(
-        duration_s="8", seed="7", top_k=50.0, stereo="on", do_sample=0, normalize=np.True_
-    )
+def test_parse_coerces_text_numbers_and_switches():
+    typed = {"duration_s": "8", "seed": "7", "top_k": 50.0}
+    switched = {"stereo": "on", "do_sample": 0, "normalize": np.True_}
+    request = GenerationRequest.parse(typed | switched)
     assert (request.duration_s, request.seed, request.top_k) == (8.0, 7, 50)
     assert isinstance(request.top_k, int)
     assert (request.stereo, request.do_sample, request.normalize) == (True, False, True)
 
 
-def test_text_loses_what_cannot_be_tokenised_or_written():
-    assert GenerationRequest(prompt=" a\x00b\ud800\u202ec \n").prompt == "abc"
-    assert GenerationRequest(checkpoint="  ").checkpoint == "auto"
+def test_parse_removes_unprintable_characters():
+    assert GenerationRequest.parse({"prompt": " a\x00b\ud800\u202ec \n"}).prompt == "abc"
+    assert GenerationRequest.parse({"checkpoint": "  "}).checkpoint == "auto"
 
 
 @pytest.mark.parametrize(
@@ -85,18 +90,18 @@ def test_text_loses_what_cannot_be_tokenised_or_written():
         (42, 15, 20, 15),
     ],
 )
-def test_the_context_is_the_clip_the_wish_or_what_fits(seconds, context_s, duration_s, used):
+def test_context_used_is_at_most_what_fits(seconds, context_s, duration_s, used):
     request = GenerationRequest(
         audio_prompt=clip(seconds), context_s=context_s, duration_s=duration_s
     )
     assert request.context_used_s == used
 
 
-def test_without_a_clip_there_is_no_context():
+def test_context_used_is_zero_without_a_clip():
     assert GenerationRequest(context_s=5).context_used_s == 0
 
 
-def test_a_drawn_seed_is_kept_and_variations_count_up_from_it():
+def test_variations_count_up_from_the_seed():
     seeded = GenerationRequest(variations=3).with_seed()
     assert seeded.seed >= 0
     assert seeded.with_seed() is seeded
@@ -105,7 +110,20 @@ def test_a_drawn_seed_is_kept_and_variations_count_up_from_it():
     assert GenerationRequest(seed=MAX_SEED).variation(1).seed == 0
 
 
-def test_settings_survive_json():
+def test_settings_come_back_from_json():
     request = GenerationRequest(prompt="café", audio_prompt=clip(), seed=7)
-    restored = GenerationRequest(**json.loads(json.dumps(request.settings())))
+    restored = GenerationRequest.parse(json.loads(json.dumps(request.settings())))
     assert restored == dataclasses.replace(request, audio_prompt=None)
+
+
+def test_parse_refuses_an_unknown_setting():
+    with pytest.raises(RequestError, match="“promt” is not a setting: choose among prompt, "):
+        GenerationRequest.parse({"promt": "rock"})
+
+
+def test_replacing_a_field_validates_nothing(monkeypatch):
+    parsed = GenerationRequest.parse({"melody": Clip(np.ones((1, 100), np.float32), 100)})
+    monkeypatch.setattr(request_module, "coerce", lambda *_: pytest.fail("validated again"))
+    for index in range(4):
+        assert parsed.with_seed().variation(index).variations == 1
+    assert dataclasses.replace(parsed, checkpoint="small").melody is parsed.melody

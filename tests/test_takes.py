@@ -15,7 +15,9 @@ import soundfile
 
 from musicgen_ui import takes
 from musicgen_ui.audio import clip
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.takes import RATE, finished
 
 
@@ -41,7 +43,7 @@ def test_both_files_give_the_settings_back(tmp_path):
     assert take.settings["prompt"] == prompt
     for path in (take.wav, take.flac):
         assert takes.read_settings(path) == take.settings
-    assert GenerationRequest(**{k: take.settings[k] for k in finished().request.settings()})
+    assert GenerationRequest.parse({k: take.settings[k] for k in finished().request.settings()})
     assert json.loads(json.dumps(take.settings)) == take.settings
     assert take.settings["made_s"] == 0.75
     assert take.settings["speed_x"] == 1.23
@@ -57,7 +59,7 @@ def test_every_kind_of_file_gives_the_settings_back(ending, channels, tmp_path):
     (file,) = tmp_path.iterdir()
     assert notes == ("A note.",)
     held = takes.read_settings(file)
-    assert GenerationRequest(**{k: held[k] for k in take.request.settings()}) == take.request
+    assert GenerationRequest.parse({k: held[k] for k in take.request.settings()}) == take.request
     samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     assert rate == RATE and samples.shape == (RATE, channels)
 
@@ -101,14 +103,14 @@ import sys
 from pathlib import Path
 from tests.helpers.takes import finished
 from musicgen_ui import files, takes
-from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import load
 from musicgen_ui.cli import generate
 assert sys.getfilesystemencoding() == "ascii"
 prompt = generate._as_typed(sys.argv[1])
 assert prompt == "caf\u00e9 \u66f2", ascii(prompt)
 take = takes.save(finished(prompt=prompt), Path(sys.argv[2]))
 assert takes.read_settings(take.wav)["prompt"] == takes.read_settings(take.flac)["prompt"] == prompt
-assert audio.read(files.expanded(sys.argv[2] + "/caf\u00e9.wav")).full_s == 1
+assert load.read(files.expanded(sys.argv[2] + "/caf\u00e9.wav")).full_s == 1
 """
 
 
@@ -182,7 +184,7 @@ def test_unknown_keys_and_wrong_results_are_dropped(tmp_path):
     found = GOOD | {"evil": 1, "audio_prompt": "x", "speed_x": "fast", "stopped": 1, "made_s": True}
     path = tmp_path / "a.flac"
     clip.write(finished().clip, path, {"comment": json.dumps({takes.MARK: found})})
-    assert takes.read_settings(path) == GenerationRequest(**GOOD).settings()
+    assert takes.read_settings(path) == GenerationRequest.parse(GOOD).settings()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.audio.spectrogram import mel_db
-from musicgen_ui.request import Clip
 from training.prompts import PROMPTS
 
 SECONDS = 8.0

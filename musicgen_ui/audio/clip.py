@@ -1,14 +1,13 @@
-"""Clips in and out: bounded reading, resampling, joining, loudness, writing with tags.
+"""Clips: resampling, joining, loudness and encoding.
 
-`read` comes from `reading`, which trusts no file. Everything here works on whole clips in memory:
-a take is at most a few minutes. Files are encoded in memory too and then appear under their name
-complete or not at all.
+Everything here works on whole clips in memory: a take is at most a few minutes.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,9 @@ import soundfile
 import soxr
 
 from musicgen_ui import files
-from musicgen_ui.audio.load import Reading, cancels, read
-from musicgen_ui.request import Clip
 
-__all__ = [
-    "Reading",
-    "clip_to_full_scale",
-    "convert",
-    "encode",
-    "join",
-    "loudness_lufs",
-    "normalize",
-    "read",
-    "true_peak_dbtp",
-    "write",
-]
-
+SILENCE = 1e-4  # -80 dBFS
+CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
 # Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3) and 230 (Ogg) in stereo at
 # 32 kHz, where neither can be told from the WAV.
 LOSSY: dict[str, dict[str, Any]] = {
@@ -42,6 +28,40 @@ LOSSY: dict[str, dict[str, Any]] = {
 ENCODED_AT_ONCE = 65_536  # samples
 JOIN_FADE_S = 0.020
 LOUDNESS_BLOCK_S = 0.4  # BS.1770's gating block: nothing shorter can be measured
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A piece of audio: `samples` float32 [channels, samples], nominally within ±1.
+
+    Where the samples were decoded from codes, these may come along, and with them a continuation
+    needs no encoding.
+    """
+
+    samples: np.ndarray
+    sampling_rate: int  # Hz
+    codes: np.ndarray | None = None  # int16 [codebooks, frames]
+    codec: str = ""  # which codec the codes belong to
+
+    @property
+    def channels(self) -> int:
+        """1 for mono, 2 for stereo."""
+        return self.samples.shape[0]
+
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return self.samples.shape[1] / self.sampling_rate
+
+
+def cancels(samples: np.ndarray) -> bool:
+    """Whether channels, float32 [channels, samples], are of opposite phase: their mean is next to
+    nothing although they sound.
+    """
+    mean = samples.mean(axis=0)
+    return len(samples) > 1 and float(np.vdot(mean, mean)) < CANCELLED * float(
+        np.vdot(samples, samples) / len(samples)
+    )
 
 
 def convert(clip: Clip, sampling_rate: int, channels: int) -> Clip:

@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 MIN_RATE_HZ, MAX_RATE_HZ, MAX_CHANNELS = 4_000, 400_000, 8
 KEPT_RATE_HZ = 48_000  # more is never heard by a checkpoint, and 400 kHz would fill the memory

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from musicgen_ui.audio.clip import SILENCE, Clip, cancels
 from musicgen_ui.audio.decode import End, decode_end
-from musicgen_ui.request import Clip, RequestError
+from musicgen_ui.errors import RequestError
 
-SILENCE = 1e-4  # -80 dBFS
-CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
 KINDS = {
     "WAV": "wav wave",
     "WAVEX": "wav wave",
@@ -72,16 +71,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # too long, not text of this system
         return False
-
-
-def cancels(samples: np.ndarray) -> bool:
-    """Whether channels, float32 [channels, samples], are of opposite phase: their mean is next to
-    nothing although they sound.
-    """
-    mean = samples.mean(axis=0)
-    return len(samples) > 1 and float(np.vdot(mean, mean)) < CANCELLED * float(
-        np.vdot(samples, samples) / len(samples)
-    )
 
 
 def _level(samples: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from musicgen_ui.server.job_log import Record
 from musicgen_ui.ui.live_player import about
 

@@ -29,7 +29,8 @@ from musicgen_ui.engine.cpu.machine_code import STORE
 from musicgen_ui.engine.device import Place
 from musicgen_ui.engine.protocol import Description, Event, Health, Progress
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 IDLE_S = 1800.0
 LOOKUPS = 500  # requests that are being prepared at once; a server's queue is shorter

@@ -26,7 +26,7 @@ from musicgen_ui.engine.device import give_memory_back
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import Worker
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 Say = Callable[[str], None]
 

@@ -27,11 +27,13 @@ import torch
 
 from musicgen_ui import files
 from musicgen_ui.audio import clip
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.zerogpu_worker import MODELS, PACE, Part, Spent, StopFile, compose
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Loaded, Source
 from musicgen_ui.engine.protocol import Chunk, Description, Event, Finished, Health, Progress
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from musicgen_ui.engine import worker
 from musicgen_ui.engine.cuda_graph import Graphed
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 PART_S = (0.25, 1.0)  # between two parts, at least and at most
 MARGIN, SLACK_S = 1.25, 2.0  # what is asked for beyond the seconds that calls needed before

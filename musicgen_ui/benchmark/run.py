@@ -53,7 +53,7 @@ from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 PRECISIONS = {  # ours, by device
     "cuda": ["bfloat16", "float16", "float32"],

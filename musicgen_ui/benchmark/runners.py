@@ -35,7 +35,8 @@ from musicgen_ui.engine.job import CHUNK_FRAMES
 from musicgen_ui.engine.linear import computing_dtype
 from musicgen_ui.engine.protocol import Chunk, Event
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 PROMPT = "80s pop track with bassy drums and a bright synth lead"
 GUIDANCE_SCALE, TOP_K = 3.0, 250

@@ -16,7 +16,7 @@ from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.config import Configuration, size_in_words
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import BYTES_A_WEIGHT, Place
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 # Of each device, the most exact one first.
 PRECISIONS = {"cuda": ("float32", "bfloat16"), "mps": ("float32",), "cpu": ("float32", "int8")}

@@ -13,7 +13,7 @@ from typing import Any
 from musicgen_ui.audio import untrusted
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints.config import Configuration
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 # A decoder's model type, and that of the whole model.
 _WHOLE = {"musicgen_decoder": "musicgen", "musicgen_melody_decoder": "musicgen_melody"}

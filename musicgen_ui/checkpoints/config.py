@@ -15,7 +15,8 @@ from typing import Any
 
 from musicgen_ui.audio import untrusted
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
-from musicgen_ui.request import WINDOW_S, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import WINDOW_S
 
 # "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
 Configuration = dict[str, dict[str, Any]]

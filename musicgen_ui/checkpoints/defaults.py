@@ -14,7 +14,8 @@ from typing import Any
 
 from musicgen_ui.audio import untrusted
 from musicgen_ui.checkpoints.config import Configuration
-from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, coerce
 
 FILE = "generation_config.json"
 
@@ -48,7 +49,7 @@ def _held(name: str, value: Any) -> Any:
     if value is None:
         return None
     try:
-        return getattr(GenerationRequest(**{name: value}), name)
+        return coerce(name, value)
     except RequestError:
         return None
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import get_session
 from tqdm import tqdm
 
 from musicgen_ui.checkpoints.hub_errors import explained
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # The forms of weights, the best first: safetensors cannot run code and are mapped, not read.

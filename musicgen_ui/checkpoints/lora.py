@@ -15,7 +15,8 @@ from musicgen_ui.audio import untrusted
 from musicgen_ui.checkpoints import hub, registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # by older peft, in place of the second

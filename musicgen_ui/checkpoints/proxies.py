@@ -11,7 +11,7 @@ import os
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KINDS = ("http", "https", "socks5", "socks5h")

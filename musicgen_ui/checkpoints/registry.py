@@ -25,8 +25,8 @@ from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.engine.protocol import Description
+from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import RequestError
 
 if TYPE_CHECKING:
     import torch

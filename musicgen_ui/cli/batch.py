@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from musicgen_ui import takes
-from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import load
 from musicgen_ui.cli import generate, rows
 from musicgen_ui.cli.generate import DONE, ENDINGS, FAILED, INTERRUPTED, STDOUT, Bar
 from musicgen_ui.cli.rows import Piece
 from musicgen_ui.engine.protocol import Engine, Finished, Progress
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError, completed
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
 MAX_JOBS = 512
 SHOWN_LINES = 20  # failed ones named in the summary
@@ -204,12 +205,12 @@ class Batch:
         notes: list[str] = []
         clips = {}
         for name, path in piece.clips.items():
-            reading = await asyncio.to_thread(audio.read, path, CLIP_FIELDS[name])
+            reading = await asyncio.to_thread(load.read, path, CLIP_FIELDS[name])
             clips[name] = reading.clip
             notes += reading.notes
         defaults_of = lambda name: engine.describe(name).defaults  # noqa: E731
         values = await asyncio.to_thread(completed, piece.values, defaults_of)
-        events: Any = engine.stream(GenerationRequest(**{**values, **clips}), self.stop)
+        events: Any = engine.stream(GenerationRequest.parse({**values, **clips}), self.stop)
         async with contextlib.aclosing(events):
             async for event in events:
                 if isinstance(event, Finished):

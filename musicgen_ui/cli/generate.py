@@ -24,14 +24,8 @@ from tqdm import tqdm
 from musicgen_ui import files
 from musicgen_ui.cli import console
 from musicgen_ui.engine.protocol import Event, Finished, Progress
-from musicgen_ui.request import (
-    CHECKPOINT_FIELDS,
-    CLIP_FIELDS,
-    FIELDS,
-    GenerationRequest,
-    RequestError,
-    completed,
-)
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
 ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
@@ -85,7 +79,7 @@ def run(flags: argparse.Namespace) -> int:
         RequestError: a request that cannot be run.
     """
     values, notes = _read(vars(flags))
-    check_checkpoint(GenerationRequest(**values))
+    check_checkpoint(GenerationRequest.parse(values))
     output = None if flags.output == STDOUT else output_path(flags.output)
     if not output:
         _check_stdout(values)
@@ -95,7 +89,7 @@ def run(flags: argparse.Namespace) -> int:
     with contextlib.closing(manager), stop_on_interrupt() as stop:
         try:
             own = completed(values, lambda name: manager.describe(name).defaults)
-            request = GenerationRequest(**own)
+            request = GenerationRequest.parse(own)
             # Closed whatever happens: a lease that ends while Python shuts down may hang there.
             events: Any = manager.stream_sync(request, stop)
             with contextlib.closing(events):
@@ -113,7 +107,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _check_stdout(values: dict[str, Any]) -> None:
-    if GenerationRequest(**values).variations > 1:
+    if GenerationRequest.parse(values).variations > 1:
         raise RequestError(
             "Standard output takes one WAV: leave out --variations, or name a folder after -o."
         )
@@ -180,9 +174,9 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     notes: list[str] = []
     for name, keep_s in CLIP_FIELDS.items():
         if values[name] is not None:
-            from musicgen_ui.audio import clip
+            from musicgen_ui.audio import load
 
-            reading = clip.read(files.expanded(flags[name]), keep_s)
+            reading = load.read(files.expanded(flags[name]), keep_s)
             values[name] = reading.clip
             notes += reading.notes
     values["sections"] = sections_in(values["sections"], Path())

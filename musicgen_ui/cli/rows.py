@@ -23,8 +23,10 @@ import numpy as np
 
 from musicgen_ui import files, takes
 from musicgen_ui.audio import load
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.cli.generate import sections_in
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # For a clip that is not read yet: neither short nor silent, whatever that one may turn out to be.
@@ -52,7 +54,7 @@ class Piece:
     @functools.cached_property
     def request(self) -> GenerationRequest:
         """One variation as far as it is known without the checkpoint and with clips unread."""
-        return GenerationRequest(**{**self.values, **dict.fromkeys(self.clips, STAND_IN)})
+        return GenerationRequest.parse({**self.values, **dict.fromkeys(self.clips, STAND_IN)})
 
     @property
     def asked(self) -> str:
@@ -143,7 +145,7 @@ class Pieces:
         clips = dict(self._clips(row))
         values = {n: v for n, v in {**self.defaults, **row.values}.items() if n not in CLIP_FIELDS}
         values["sections"] = sections_in(values.get("sections"), self.folder)
-        request = GenerationRequest(**{**values, **dict.fromkeys(clips, STAND_IN)})
+        request = GenerationRequest.parse({**values, **dict.fromkeys(clips, STAND_IN)})
         asked = {n: v for n, v in request.settings().items() if values.get(n) is not None}
         name = f"{row.line:04d}-{takes.slug(request.prompt) or 'untitled'}-"
         name += self._digest(asked, clips)

@@ -22,7 +22,7 @@ from transformers import EncodecConfig, EncodecModel
 
 from musicgen_ui.engine.codec_layers import Past, Precision, assemble, through
 from musicgen_ui.engine.finite import require_finite, require_finite_weight
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 PIECE_FRAMES = 100  # one-shot work goes in pieces, so that memory does not grow with the length
 

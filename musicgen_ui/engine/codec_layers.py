@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 Precision = Literal["float32", "int16"]
 State = tuple[Tensor, Tensor]  # of an LSTM: h and c, each [layers, batch, hidden]

@@ -29,7 +29,8 @@ from musicgen_ui.engine.lora import OUTSIDE, Rows, Worn
 from musicgen_ui.engine.melody import Extractor, MelodyEncoder
 from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.engine.shelf import Shelf
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
 

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from musicgen_ui.engine.linear import PRECISIONS
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 CPU_PRECISION = "int8"  # what "auto" means on a CPU
 THREADS = torch.get_num_threads()  # that torch works with, unless it is told otherwise

@@ -11,20 +11,14 @@ from __future__ import annotations
 import asyncio
 import re
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import Fault, RequestError
 
-MEMORY = (
-    "The memory of this machine is full: try a shorter length, fewer variations or a smaller "
-    "checkpoint."
-)
-DEVICE = "The device failed while this was made, and the model is loaded again: try once more soon."
-WORKER = "The server's engine failed while this was made, and was started again: try once more."
-LOST = "The device of this server failed, so the app must be started again: try in a few minutes."
-NUMBERS = (
-    "The model's numbers overflowed, so it was ended before there was noise: try another seed, a "
-    "lower guidance or another precision."
-)
-OTHER = "Something broke on the server while this was made: try once more."
+MEMORY = Fault.MEMORY.sentence
+DEVICE = Fault.DEVICE.sentence
+WORKER = Fault.WORKER.sentence
+LOST = Fault.DEVICE_LOST.sentence
+NUMBERS = Fault.NUMBERS.sentence
+OTHER = Fault.OTHER.sentence
 # What ends a thread or a task. Everything else ends what it came up in: also what is no Exception,
 # as the panics of libraries in Rust (tokenizers, safetensors).
 EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 
 @torch.no_grad()

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import delay_pattern, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.lora import Worn
 from musicgen_ui.engine.protocol import Chroma, Chunk, Finished, Progress
 from musicgen_ui.engine.transformer import Sequence
-from musicgen_ui.request import WINDOW_S, Clip, GenerationRequest
+from musicgen_ui.request import WINDOW_S, GenerationRequest
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other jobs

@@ -17,7 +17,7 @@ from musicgen_ui.engine import faults
 from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.job_queue import Entry, Line, Ticket
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.request import GenerationRequest
 
 Stage = Literal["waiting", "loading", "composing"]
 

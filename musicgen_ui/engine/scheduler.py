@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner
@@ -32,7 +33,7 @@ from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.engine.stepper import Eager
 from musicgen_ui.engine.transformer import Decoder
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.request import GenerationRequest
 
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec

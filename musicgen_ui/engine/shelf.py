@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from musicgen_ui.engine.faults import EXITS
 from musicgen_ui.engine.lora import OUTSIDE, Adapter, Patch, Place, Worn
 from musicgen_ui.engine.transformer import Decoder
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # by older peft, in place of the second

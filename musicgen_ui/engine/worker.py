@@ -21,7 +21,8 @@ from musicgen_ui.engine import faults
 from musicgen_ui.engine.device import give_memory_back
 from musicgen_ui.engine.protocol import Event, Finished, Progress
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 WAIT_S = 0.1  # between two looks whether a failed device is back
 

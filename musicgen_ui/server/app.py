@@ -32,7 +32,7 @@ from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.checkpoints import proxies
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.protocol import Engine
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from musicgen_ui.server import logs
 from musicgen_ui.server.limits import (
     SESSIONS,

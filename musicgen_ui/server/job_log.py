@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Stage
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from musicgen_ui.request import FIELDS, MAX_DURATION_S, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS, MAX_DURATION_S
 
 PREFIX = "MUSICGEN_UI_"
 DEVICES = ("auto", "cuda", "mps", "cpu")

@@ -9,21 +9,14 @@ before that hears the music as its checkpoint is meant to be heard, too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from musicgen_ui.audio import clip
+from musicgen_ui.audio import load
 from musicgen_ui.engine.protocol import Engine
-from musicgen_ui.request import (
-    CLIP_FIELDS,
-    FIELDS,
-    Clip,
-    GenerationRequest,
-    RequestError,
-    completed,
-)
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, coerce, completed
 
 
 def following(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,13 +32,8 @@ class Asking:
         self._max_duration_s = max_duration_s
 
     def check(self, values: Mapping[str, Any]) -> GenerationRequest:
-        """Everything that can be known before the clips are read: raises RequestError.
-
-        Gives the request with other clips than the true ones.
-        """
-        stand_in = Clip(np.ones((1, 32_000), np.float32), 32_000)
-        clips = {name: stand_in if values.get(name) else None for name in CLIP_FIELDS}
-        request = GenerationRequest(**{**values, **clips})
+        """The request as far as it is known before its clips are read; raises RequestError."""
+        request = GenerationRequest.parse({**values, **dict.fromkeys(CLIP_FIELDS)})
         if values.get("duration_s") is not None and request.duration_s > self._max_duration_s:
             raise RequestError(
                 f"This server makes at most {self._max_duration_s:g} s at once: choose a shorter "
@@ -57,15 +45,15 @@ class Asking:
     def read(self, values: Mapping[str, Any]) -> tuple[GenerationRequest, tuple[str, ...]]:
         """The request with its clips read; what is to be said about them."""
         values = completed(values, self._stated)
-        self.check(values)
+        request = self.check(values)
         readings = {
-            name: clip.read(Path(values[name]), keep_s)
+            name: load.read(Path(values[name]), keep_s)
             for name, keep_s in CLIP_FIELDS.items()
             if values.get(name)
         }
-        clips = {n: readings[n].clip if n in readings else None for n in CLIP_FIELDS}
+        clips = {name: coerce(name, reading.clip) for name, reading in readings.items()}
         notes = tuple(note for reading in readings.values() for note in reading.notes)
-        return GenerationRequest(**{**values, **clips}).with_seed(), notes
+        return replace(request, **clips).with_seed(), notes
 
     def _stated(self, checkpoint: str) -> dict[str, Any]:
         """What a checkpoint states, and a length that this server makes."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui.audio import clip as audio
-from musicgen_ui.request import CLIP_FIELDS, GenerationRequest, RequestError
+from musicgen_ui.audio import load
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, check_melody
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.components import clip, slider, switch
 from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
@@ -91,8 +92,8 @@ def read_melody(path: str | None, duration_s: float, tune: dict) -> dict[str, An
         kept = tune if tune.get("refused") else {}
         return {"tune": {}, "melody_line": melody_line(kept, duration_s)}
     try:
-        reading = audio.read(Path(path), keep_s=CLIP_FIELDS["melody"])
-        GenerationRequest(melody=reading.clip)
+        reading = load.read(Path(path), keep_s=CLIP_FIELDS["melody"])
+        check_melody(reading.clip)
     except RequestError as error:
         tune = {"refused": str(error)}
         return {"tune": tune, "melody": None, "melody_line": melody_line(tune, duration_s)}

@@ -27,13 +27,8 @@ from musicgen_ui import takes
 from musicgen_ui.backends.admission import Desk, Visitor
 from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.engine.protocol import Chunk, Engine, Finished, Progress
-from musicgen_ui.request import (
-    CHECKPOINT_FIELDS,
-    FIELDS,
-    MAX_DURATION_S,
-    GenerationRequest,
-    RequestError,
-)
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S, GenerationRequest
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.ui import asking, take_panel
 from musicgen_ui.ui.asking import Asking

@@ -18,9 +18,9 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Progress
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import Clip
 
 RESENT = 3  # chunks in a message: as many as one update may swallow
 IDLE = "Press Generate: the music plays here while it is being made."

@@ -14,9 +14,8 @@ import gradio as gr
 from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Desk, Ledger
-from musicgen_ui.coercion import KEYS
 from musicgen_ui.engine.protocol import Engine
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.server.settings import Settings
 from musicgen_ui.ui import audio_panel, notice, request_form, take_panel

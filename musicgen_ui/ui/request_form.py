@@ -13,16 +13,10 @@ from typing import Any
 import gradio as gr
 from anyio import to_thread
 
-from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import load
 from musicgen_ui.engine.protocol import Engine
-from musicgen_ui.request import (
-    CHECKPOINT_FIELDS,
-    FIELDS,
-    MAX_DURATION_S,
-    WINDOW_S,
-    RequestError,
-    context_used_s,
-)
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S, WINDOW_S, context_used_s
 from musicgen_ui.ui.notice import notice
 from musicgen_ui.ui.restoring import section_rows, settings_of
 from musicgen_ui.ui.take_panel import Group, chosen_take
@@ -49,7 +43,7 @@ def read_clip(
         line = clip_line(kept, duration_s, context_s, overlap_s)
         return {"clip": {}, "clip_line": line, **no_offer()}
     try:
-        reading = audio.read(Path(path))
+        reading = load.read(Path(path))
     except RequestError as error:
         clip = {"refused": str(error)}
         line = clip_line(clip, duration_s, context_s, overlap_s)

@@ -16,8 +16,7 @@ from typing import Any
 import gradio as gr
 
 from musicgen_ui import takes
-from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio import spectrogram
+from musicgen_ui.audio import load, spectrogram
 from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.files import ASSETS
 
@@ -70,7 +69,7 @@ def draw(take: ShownTake) -> None:
         return
     try:
         length_s = take.settings["prompt_s"] + take.settings["made_s"]
-        clip = audio.read(take.wav, keep_s=length_s + 1).clip
+        clip = load.read(take.wav, keep_s=length_s + 1).clip
         about = take.settings["prompt_s"], take.melody
         take.alt = spectrogram.alt_text(clip, *about)
         take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), *about)

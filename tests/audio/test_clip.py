@@ -6,7 +6,8 @@ import pytest
 import soundfile
 
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.request import Clip
+from musicgen_ui.audio import load
+from musicgen_ui.audio.clip import Clip
 
 RATE = 32_000
 
@@ -156,7 +157,7 @@ def test_16_bit_samples_come_back_bit_for_bit(tmp_path, ending):
     audio.write(Clip(levels.T.astype(np.float32) / 32768, RATE), path)
     assert soundfile.info(path).subtype == "PCM_16"
     assert np.array_equal(soundfile.read(path, dtype="int16")[0], levels)
-    audio.write(audio.read(path).clip, path)
+    audio.write(load.read(path).clip, path)
     assert np.array_equal(soundfile.read(path, dtype="int16")[0], levels)
 
 

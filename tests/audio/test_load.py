@@ -13,8 +13,9 @@ import pytest
 import soundfile
 
 from musicgen_ui.audio import decode
-from musicgen_ui.audio.clip import convert, read
-from musicgen_ui.request import RequestError
+from musicgen_ui.audio.clip import convert
+from musicgen_ui.audio.load import read
+from musicgen_ui.errors import RequestError
 
 
 def tone(seconds, rate, channels=1, hz=440, level=0.3):
@@ -316,8 +317,9 @@ def test_decoding_stops_at_the_bound_on_work(tmp_path, monkeypatch):
 MEASURE = """
 import re, resource, sys
 from pathlib import Path
-from musicgen_ui.audio.clip import convert, read
-from musicgen_ui.request import RequestError
+from musicgen_ui.audio.clip import convert
+from musicgen_ui.audio.load import read
+from musicgen_ui.errors import RequestError
 
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

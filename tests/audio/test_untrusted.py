@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from musicgen_ui.audio import untrusted
 from musicgen_ui.checkpoints import lora, registry
 from musicgen_ui.checkpoints.audiocraft import parts
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import pytest
 
 from musicgen_ui.backends import admission
 from musicgen_ui.backends.admission import Desk, Ledger, Visitor
-from musicgen_ui.request import FIELDS, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.job_log import Record
 from musicgen_ui.server.settings import Settings, settings

@@ -16,7 +16,8 @@ import pytest
 from musicgen_ui.backends import local as module
 from musicgen_ui.backends.local import ModelManager, load_batch
 from musicgen_ui.engine.protocol import Chunk, Event, Finished, Progress
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers import tiny
 
 

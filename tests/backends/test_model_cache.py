@@ -14,7 +14,7 @@ import torch
 from musicgen_ui.backends.model_cache import Residents
 from musicgen_ui.checkpoints.hub import Abandoned
 from musicgen_ui.checkpoints.registry import Source
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from tests.helpers.local import wait_for
 
 A, B, C, D = (Source(name) for name in "ABCD")

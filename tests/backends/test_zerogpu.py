@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from musicgen_ui import files
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import zerogpu, zerogpu_worker
 from musicgen_ui.engine.protocol import Chunk, Event, Finished, Progress
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 HARNESS = Path(__file__).parents[1] / "helpers" / "zerogpu.py"
 

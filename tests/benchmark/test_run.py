@@ -20,7 +20,7 @@ from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 WANTED = (
     *("name", "peer", "device", "precision", "checkpoint", "jobs", "duration_s", "steps_per_s"),

@@ -11,8 +11,9 @@ import soundfile
 from playwright.sync_api import Page, expect
 
 from musicgen_ui import takes
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, Clip, GenerationRequest
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from tests.helpers.browser import Open, download, finished, generate, serving, set_number, unfold
 from tests.helpers.fakes import FakeEngine, tone
 

@@ -9,8 +9,10 @@ import numpy as np
 from playwright.sync_api import Page, expect
 
 from musicgen_ui import takes
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.browser import Open, finished, generate, unfold
 from tests.helpers.fakes import FakeEngine
 

@@ -22,13 +22,15 @@ import yaml
 from safetensors.torch import load_file
 
 from musicgen_ui import __main__ as cli
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import hub, registry
 from musicgen_ui.checkpoints.audiocraft import config as audiocraft
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.checkpoints.audiocraft import weights as exported
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import generated, make_batch, run_job
 from tests.helpers.melody import needs_generate
 

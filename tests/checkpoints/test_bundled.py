@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.engine.worker import stream
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.request import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {name: ROOT / "assets" / name for name in ("bundled", "bundled-stereo")}

@@ -16,7 +16,8 @@ from musicgen_ui.backends.local import load_batch
 from musicgen_ui.checkpoints import catalogue, registry
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.engine import device as devices
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers import tiny
 from tests.helpers.engine import ROCK, generated, make_batch, run_job
 

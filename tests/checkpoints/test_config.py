@@ -11,7 +11,7 @@ import torch
 
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import registry
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 
 

@@ -26,7 +26,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.checkpoints import hub, hub_errors, lora, registry
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers import hub as local_hub
 from tests.helpers import tiny
 
@@ -222,7 +223,7 @@ def test_auto_is_metas_small_one_on_cuda_if_it_can_be_had(served, online, tiny_m
 def run_with(**environment: str) -> subprocess.CompletedProcess:
     code = (
         "from musicgen_ui.checkpoints import hub\n"
-        "from musicgen_ui.request import RequestError\n"
+        "from musicgen_ui.errors import RequestError\n"
         f"try: print(hub.download({TINY!r}, print))\n"
         "except RequestError as error: print('sentence:', error)"
     )

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, MusicgenForCausalLM
 from musicgen_ui.checkpoints import lora, registry
 from musicgen_ui.checkpoints.audiocraft import parts
 from musicgen_ui.checkpoints.loading import Stored
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 
 PROMPTS = ["80s pop with the warm piano", "slow techno", "bright guitar and drums"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from musicgen_ui.checkpoints import registry
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 
 TINY = "someone/musicgen-tiny"

@@ -23,7 +23,8 @@ from musicgen_ui import __main__ as cli
 from musicgen_ui import takes
 from musicgen_ui.cli import generate
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from tests.helpers.fakes import FakeEngine
 
 ROOT = Path(__file__).parents[2]

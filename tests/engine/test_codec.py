@@ -15,7 +15,7 @@ from musicgen_ui.engine import codec_layers
 from musicgen_ui.engine.codec import Codec, push_together
 from musicgen_ui.engine.cpu import codec_kernels
 from musicgen_ui.engine.cpu.recurrence import Lstm
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 
 ASSETS = Path(__file__).parents[2] / "assets"

@@ -13,7 +13,7 @@ import torch
 
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine import device as devices
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 
 def test_the_device_and_its_precision_are_chosen_with_a_reason(monkeypatch):

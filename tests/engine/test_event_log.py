@@ -8,9 +8,11 @@ import threading
 import numpy as np
 import pytest
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.event_log import EventLog
 from musicgen_ui.engine.protocol import Event, Failed, Finished, Progress
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 NOTHING = Clip(np.zeros((1, 0), np.float32), 32_000)
 

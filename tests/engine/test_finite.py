@@ -18,7 +18,8 @@ from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import stream
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers import tiny
 from tests.helpers.engine import ROCK, load
 

@@ -21,7 +21,8 @@ from musicgen_ui.engine.melody import Extractor
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.shelf import CONFIG, PICKLED, WEIGHTS
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers import melody as melodies
 from tests.helpers import tiny
 from tests.helpers.engine import PIANO, ROCK, generated, make_batch, run_job

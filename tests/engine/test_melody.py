@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.melody import Extractor
-from musicgen_ui.request import Clip
 from tests.helpers.melody import tune
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "melody" / "expected.npz")

@@ -17,13 +17,15 @@ import pytest
 import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine import delay_pattern
 from musicgen_ui.engine.melody import Extractor
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import stream
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import PIANO, ROCK, beside, make_batch, noise, run, run_job
 from tests.helpers.melody import DOWN, SCALE, generated, melody_batch, tune
 
@@ -196,7 +198,7 @@ def refused(batch: Batch, request: GenerationRequest) -> list[Exception]:
 )
 def test_clips_without_a_melody_are_refused(clip, said):
     with pytest.raises(RequestError, match=said) as caught:
-        GenerationRequest(melody=clip)
+        GenerationRequest.parse({"melody": clip})
     assert caught.value.field == "melody"
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from musicgen_ui import takes
 from musicgen_ui.engine import job
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import PIANO, ROCK, codes_of, noise, run, whole
 from tests.helpers.sections import switched
 
@@ -23,9 +25,9 @@ def test_words_are_the_prompt_the_section_and_what_training_wrote_behind_it():
     heard = {at_s: request.words(at_s) for at_s in (0, 1.99, 2, 4, 5, 6, 7, 9)}
     assert set(heard.values()) == {"rock.", "rock, piano", "rock, drums"}
     assert heard[1.99] == "rock." and heard[2] == "rock, piano" and heard[6] == "rock."
-    told = dataclasses.replace(request, tempo_bpm=120, key="f♯ MINOR")
-    assert told.words() == "rock. bpm: 120. key: f# minor"
-    assert told.words(7) == "rock, drums. bpm: 120. key: f# minor"
+    keyed = GenerationRequest.parse(request.settings() | {"tempo_bpm": 120, "key": "f♯ MINOR"})
+    assert keyed.words() == "rock. bpm: 120. key: f# minor"
+    assert keyed.words(7) == "rock, drums. bpm: 120. key: f# minor"
     assert GenerationRequest(tempo_bpm=92.5).words() == "bpm: 92.5"
     assert GenerationRequest().words() == ""
     assert request.texts == ["rock.", "rock, piano", "rock, drums"]
@@ -55,26 +57,28 @@ def test_words_are_the_prompt_the_section_and_what_training_wrote_behind_it():
 )
 def test_wrong_sections_are_refused_in_a_sentence(rows, says):
     with pytest.raises(RequestError) as caught:
-        GenerationRequest(sections=rows)
+        GenerationRequest.parse({"sections": rows})
     assert says in str(caught.value) and str(caught.value).endswith((".", "]]."))
     assert caught.value.field == "sections"
 
 
 def test_sections_come_as_json_or_a_table_and_go_with_the_take(tmp_path):
-    rows = GenerationRequest(sections='[[0, "piano"], ["5.5", " drums "]]').sections
+    rows = sections_of('[[0, "piano"], ["5.5", " drums "]]')
     assert rows == ((0.0, "piano"), (5.5, "drums"))
-    minutes = GenerationRequest(
-        sections=[["0:02.5", "a"], ["0:30", "b"], ["1:05", "c"]], duration_s=90
-    )
-    assert [start_s for start_s, _ in minutes.sections] == [2.5, 30, 65]
+    minutes = sections_of([["0:02.5", "a"], ["0:30", "b"], ["1:05", "c"]], duration_s=90)
+    assert [start_s for start_s, _ in minutes] == [2.5, 30, 65]
     table = [[0, "piano"], [None, ""], ["", None], [5.5, "drums"], [float("nan"), ""]]
-    assert GenerationRequest(sections=table).sections == rows
+    assert sections_of(table) == rows
     request = GenerationRequest(sections=rows, tempo_bpm=100, key="C minor", seed=1)
-    assert GenerationRequest(**json.loads(json.dumps(request.settings()))) == request
+    assert GenerationRequest.parse(json.loads(json.dumps(request.settings()))) == request
     finished = takes.Finished(0, noise(0.5), request, 0.0, 1.0)
     take = takes.save(finished, tmp_path)
     for file in (take.wav, take.flac):
-        assert GenerationRequest(**restored(file)) == request
+        assert GenerationRequest.parse(restored(file)) == request
+
+
+def sections_of(value: Any, **settings: Any) -> tuple[tuple[float, str], ...]:
+    return GenerationRequest.parse({"sections": value, **settings}).sections
 
 
 def restored(file: Path) -> dict:
@@ -83,11 +87,11 @@ def restored(file: Path) -> dict:
 
 
 def test_the_longest_words_go_with_the_take(tmp_path):
-    sections = [(i / 10, "🎹" * 120) for i in range(50)]
+    sections = tuple((i / 10, "🎹" * 120) for i in range(50))
     request = GenerationRequest("🎹" * 2000, "🎹" * 2000, sections=sections, seed=1)
     take = takes.save(takes.Finished(0, noise(0.5), request, 0.0, 1.0), tmp_path)
     for file in (take.wav, take.flac):
-        assert GenerationRequest(**restored(file)) == request
+        assert GenerationRequest.parse(restored(file)) == request
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_the_longest_words_go_with_the_take(tmp_path):
 )
 def test_keys_are_those_of_the_list(key, says):
     with pytest.raises(RequestError, match=says):
-        GenerationRequest(key=key)
+        GenerationRequest.parse({"key": key})
 
 
 def test_the_change_is_heard_from_its_frame_on_and_nothing_is_taken_in_again(folder, batch):

@@ -451,7 +451,8 @@ from tests.helpers.engine import make_batch
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.worker import Worker
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 device, folder = sys.argv[1], Path(sys.argv[2])
 made = lambda: make_batch(folder, device=device, graphs=True)

@@ -12,13 +12,14 @@ from transformers import (
     MusicgenForConditionalGeneration,
 )
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import delay_pattern
 from musicgen_ui.engine.cpu.codec_kernels import Convolution16
 from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.protocol import Event, Finished
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import Clip, GenerationRequest
+from musicgen_ui.request import GenerationRequest
 
 ROCK = "80s rock with drums and bass"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import (
     Chroma,
     Chunk,
@@ -21,7 +22,8 @@ from musicgen_ui.engine.protocol import (
     Health,
     Progress,
 )
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 
 STEREO = {"auto": "choice", "mono": "never", "wide": "always"}
 OWN = {"wide": {"temperature": 0.7, "top_k": 50}}  # what a checkpoint states of its sampling

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.request import Clip
 
 
 def tune(*notes: int, note_s: float = 0.5, rate: int = 32_000) -> Clip:

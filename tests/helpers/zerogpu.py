@@ -105,9 +105,11 @@ def main(checkpoint: str) -> dict[str, Any]:
 
     import numpy as np
 
+    from musicgen_ui.audio.clip import Clip
     from musicgen_ui.backends import zerogpu, zerogpu_worker
     from musicgen_ui.engine.protocol import Chunk, Finished
-    from musicgen_ui.request import Clip, GenerationRequest, RequestError
+    from musicgen_ui.errors import RequestError
+    from musicgen_ui.request import GenerationRequest
 
     whole_load = zerogpu._loaded
 

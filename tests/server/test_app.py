@@ -16,7 +16,8 @@ import pytest
 
 from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.engine.protocol import Progress
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.limits import YOUNG_S, BodyLimit, Sweeper
 from musicgen_ui.server.settings import Settings, settings, table, variable
 from tests.helpers.fakes import FakeEngine

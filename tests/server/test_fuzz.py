@@ -31,9 +31,10 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 from musicgen_ui import takes
-from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import load
 from musicgen_ui.cli import rows
-from musicgen_ui.request import FIELDS, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers import mutated
@@ -45,9 +46,9 @@ from tests.helpers.fakes import FakeEngine
 def examine(path: Path) -> str:
     """Reads a file as an upload is read; "music" or the sentence that refuses it."""
     held = takes.read_settings(path)
-    assert held is None or GenerationRequest(**{k: v for k, v in held.items() if k in FIELDS})
+    assert held is None or GenerationRequest.parse({k: v for k, v in held.items() if k in FIELDS})
     try:
-        reading = audio.read(path)
+        reading = load.read(path)
     except RequestError as error:
         said = str(error)
         assert said.endswith(".") and said[0].isupper() and len(said) < 400
@@ -122,14 +123,14 @@ REQUEST = st.dictionaries(st.sampled_from(list(FIELDS)), ANYTHING, max_size=6)
 
 def check_request(values: dict) -> None:
     try:
-        request = GenerationRequest(**values)
+        request = GenerationRequest.parse(values)
     except RequestError as error:
         said = str(error)
         assert error.field in FIELDS and len(said) < 600 and said.isprintable(), said
         return
     told = request.settings()
     assert json.loads(json.dumps(told)) == told
-    assert GenerationRequest(**told).settings() == told  # what a file carries makes it again
+    assert GenerationRequest.parse(told).settings() == told  # what a file carries makes it again
     for name, value in told.items():
         about = FIELDS[name].metadata
         if isinstance(value, (int, float)) and not isinstance(value, bool):

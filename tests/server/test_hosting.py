@@ -21,7 +21,7 @@ from gradio_client import Client
 from starlette.routing import Route
 
 from musicgen_ui import __main__ as cli
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 from musicgen_ui.server import limits, sign_in
 from musicgen_ui.server.app import close, launch, serve
 from musicgen_ui.server.settings import Settings, settings

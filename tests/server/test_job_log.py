@@ -13,7 +13,8 @@ import gradio as gr
 import pytest
 
 from musicgen_ui.backends.admission import Desk
-from musicgen_ui.request import FIELDS, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS
 from musicgen_ui.server.job_log import Journal, Record, line
 from musicgen_ui.ui.handlers import Handlers
 from tests.helpers.fakes import FakeEngine

@@ -10,8 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress
-from musicgen_ui.request import Clip, GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.server.metrics import Metrics, routes
 from tests.helpers.fakes import FakeEngine

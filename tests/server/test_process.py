@@ -24,7 +24,8 @@ from musicgen_ui.backends.admission import Desk, Visitor
 from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.checkpoints import proxies
 from musicgen_ui.engine.linear import PRECISIONS
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server import app, limits, logs, middleware, settings
 from tests.helpers.fakes import FakeEngine
 from tests.helpers.local import free_port, wait_for

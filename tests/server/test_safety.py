@@ -719,7 +719,8 @@ def hostile(tiny_mono: Path, tmp_path: Path) -> Path:
 
 def test_a_checkpoints_own_code_is_never_run(hostile, tmp_path):
     from musicgen_ui.backends.local import ModelManager
-    from musicgen_ui.request import GenerationRequest, RequestError
+    from musicgen_ui.errors import RequestError
+    from musicgen_ui.request import GenerationRequest
 
     manager = ModelManager(device="cpu")
     try:
@@ -738,7 +739,7 @@ def test_a_pickle_that_runs_something_is_refused(tiny_mono, tmp_path):
     import torch
 
     from musicgen_ui.checkpoints import registry
-    from musicgen_ui.request import RequestError
+    from musicgen_ui.errors import RequestError
 
     class Bomb:
         def __reduce__(self) -> tuple:
@@ -767,7 +768,7 @@ def test_a_pickle_that_runs_something_is_refused(tiny_mono, tmp_path):
 def test_on_a_public_server_visitors_name_listed_checkpoints_alone(named, hostile, monkeypatch):
     from musicgen_ui.backends.local import ModelManager
     from musicgen_ui.checkpoints import hub
-    from musicgen_ui.request import RequestError
+    from musicgen_ui.errors import RequestError
 
     monkeypatch.setattr(hub, "config_file", lambda name: pytest.fail(f"asked the Hub for {name}"))
     manager = ModelManager(device="cpu", allow_any=False)
@@ -798,7 +799,7 @@ def test_what_visitors_put_on_the_disk_is_no_checkpoint_and_no_adapter(
 ):
     from musicgen_ui import files
     from musicgen_ui.checkpoints import lora, registry
-    from musicgen_ui.request import RequestError
+    from musicgen_ui.errors import RequestError
 
     (own := tmp_path / "own").mkdir()
     monkeypatch.setattr(files, "TAKES", files.TAKES | {own})

@@ -18,7 +18,8 @@ import soundfile
 from musicgen_ui import takes
 from musicgen_ui.backends.admission import Desk
 from musicgen_ui.engine.protocol import Progress
-from musicgen_ui.request import FIELDS, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import request_form, take_panel
 from musicgen_ui.ui.handlers import SORRY, Handlers
 from musicgen_ui.ui.live_player import LiveStream, status_text
@@ -275,7 +276,7 @@ def test_status_lines() -> None:
 
 
 def test_a_message_carries_the_last_three_chunks() -> None:
-    from musicgen_ui.request import Clip
+    from musicgen_ui.audio.clip import Clip
     from tests.helpers.fakes import tone
 
     live = LiveStream(10.0)

@@ -13,9 +13,8 @@ from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
 from musicgen_ui.ui.restoring import Restoring
 from tests.helpers.fakes import FakeEngine
-from tests.helpers.page import clip, compose, handlers, state
+from tests.helpers.page import compose, state
 
-__all__ = ["clip", "handlers"]  # fixtures
 WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
 

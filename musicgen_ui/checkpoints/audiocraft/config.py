@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from musicgen_ui.audio import untrusted
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 # Of a melody checkpoint: the window of its spectrogram.
 CHROMA_WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"

@@ -29,7 +29,7 @@ from musicgen_ui.checkpoints.audiocraft import parts
 from musicgen_ui.checkpoints.audiocraft import weights as exported
 from musicgen_ui.checkpoints.audiocraft.weights import CODEC, LANGUAGE_MODEL, Exported
 from musicgen_ui.checkpoints.unusable import Unusable
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
     import torch

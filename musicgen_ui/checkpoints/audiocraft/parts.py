@@ -18,7 +18,7 @@ from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import hub
 from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ from musicgen_ui.checkpoints import hub
 from musicgen_ui.checkpoints.audiocraft import config
 from musicgen_ui.checkpoints.unusable import Unusable, check_files
 from musicgen_ui.checkpoints.weight_names import plain_names
-from musicgen_ui.request import RequestError
+from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
