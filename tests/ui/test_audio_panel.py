@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from musicgen_ui.ui import audio_panel
-from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
+from musicgen_ui.ui.components import CONTINUE, FOLLOW
 
 WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
@@ -71,7 +71,7 @@ def test_the_choice_takes_the_clip_along(scale):
 
 
 def test_the_choice_is_offered_where_the_checkpoint_can_follow():
-    assert audio_panel.allow({"melody": True})["clip_use"]["visible"]
+    assert audio_panel.clip_uses({"melody": True})["clip_use"]["visible"]
     for facts in ({"melody": False}, {}):
-        told = audio_panel.allow(facts)["clip_use"]
+        told = audio_panel.clip_uses(facts)["clip_use"]
         assert not told["visible"] and told["value"] == CONTINUE
