@@ -159,7 +159,7 @@ def lay_out_form(c: Components, settings: Settings) -> None:
     request, form = c.request, c.form
     place(request.prompt, form.prompt_count, form.ideas)
     lay_out_audio(c)
-    with gr.Group(elem_id="length"):
+    with gr.Column(elem_id="length"):
         place(request.duration_s, form.length_choice)
     with gr.Row(elem_id="tonality"):
         place(request.tempo_bpm, request.key)
@@ -188,9 +188,9 @@ def lay_out_form(c: Components, settings: Settings) -> None:
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, form.restore)
+    place(form.checkpoint_facts, form.checkpoint_defaults)
     with gr.Row(elem_id="go"):
         place(form.generate, form.stop)
-    place(form.checkpoint_facts, form.checkpoint_defaults)
 
 
 def lay_out_audio(c: Components) -> None:
@@ -245,7 +245,7 @@ def request_fields(settings: Settings) -> RequestFields:
             elem_id="sections",
             render=False,
         ),
-        tempo_bpm=number("tempo_bpm", "beats a minute; 0 leaves it open"),
+        tempo_bpm=number("tempo_bpm", "beats a minute; 0 is open"),
         key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
         ),
@@ -269,8 +269,8 @@ def request_fields(settings: Settings) -> RequestFields:
         temperature=slider("temperature", 0.01, "below 1 safer, above 1 wilder"),
         top_k=number("top_k", "draw from the likeliest k; 0 is all"),
         top_p=slider("top_p", 0.01, "draw from this total share; 0 is off"),
-        seed=number("seed", "same seed, same take; -1 draws one"),
-        variations=slider("variations", 1, "takes at once, each with its seed"),
+        seed=number("seed", "-1 draws one for each take"),
+        variations=slider("variations", 1, "takes at once"),
         normalize=switch("normalize"),
     )
 
@@ -321,7 +321,6 @@ def form(request: RequestFields, settings: Settings) -> Form:
         ),
         keep_seed=gr.Checkbox(
             label="Keep this seed",
-            info="for every take until you unlock it",
             elem_id="keep_seed",
             render=False,
         ),
