@@ -48,8 +48,8 @@ def use(
     else:
         read = read_clip(path, duration_s, context_s, overlap_s, {})
     return {
-        "continued": gr.update(visible=not follow),
-        "followed": gr.update(visible=follow),
+        "continue_column": gr.update(visible=not follow),
+        "melody_column": gr.update(visible=follow),
         "audio_prompt": None if follow else path,
         "melody": path if follow else None,
         **read,

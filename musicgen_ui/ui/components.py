@@ -68,10 +68,10 @@ class Updates(TypedDict, total=False):
     checkpoint_defaults: object
     audio_panel: object
     clip_use: object
-    continued: object
+    continue_column: object
     clip_line: object
     offer: object
-    followed: object
+    melody_column: object
     melody_line: object
     clip: object
     offered: object
@@ -158,10 +158,10 @@ class AudioPanel:
 
     audio_panel: gr.Accordion
     clip_use: gr.Radio
-    continued: gr.Column
+    continue_column: gr.Column
     clip_line: gr.HTML
     offer: gr.Button  # of the settings that a take's file holds
-    followed: gr.Column
+    melody_column: gr.Column
     melody_line: gr.HTML
     clip: gr.State  # what is known of the clip
     offered: gr.State  # the settings on offer

@@ -242,7 +242,7 @@ def audio(events: Events) -> None:
         use.change,
         audio_panel.use,
         [use, audio_prompt, melody, *events.window],
-        [c.audio.continued, c.audio.followed, *events.clip, *events.melody],
+        [c.audio.continue_column, c.audio.melody_column, *events.clip, *events.melody],
         "clip_use",
     )
     read = [melody, length_s, tune]

@@ -201,12 +201,12 @@ def lay_out_audio(c: Components) -> None:
         # On show where the browser says so, see `assets/page.js`.
         text = f'<p class="clip-line">{audio_panel.UNRECORDED}</p>'
         gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
-        place(c.audio.continued, c.audio.followed)
-        with c.audio.continued:
+        place(c.audio.continue_column, c.audio.melody_column)
+        with c.audio.continue_column:
             place(c.request.audio_prompt, c.audio.clip_line, c.audio.offer)
             with gr.Row():
                 place(c.request.include_prompt, c.request.context_s)
-        with c.audio.followed:
+        with c.audio.melody_column:
             place(c.request.melody, c.audio.melody_line)
     place(c.audio.clip, c.audio.offered, c.audio.tune)
 
@@ -366,10 +366,10 @@ def audio() -> AudioPanel:
             elem_id="clip_use",
             render=False,
         ),
-        continued=gr.Column(elem_id="continued", render=False),
+        continue_column=gr.Column(elem_id="continued", render=False),
         clip_line=gr.HTML(audio_panel.clip_line({}, 10, 0, 12), elem_id="clip_line", render=False),
         offer=gr.Button("", visible=False, size="sm", elem_id="offer", render=False),
-        followed=gr.Column(visible=False, elem_id="followed", render=False),
+        melody_column=gr.Column(visible=False, elem_id="followed", render=False),
         melody_line=gr.HTML(audio_panel.melody_line({}, 10), elem_id="melody_line", render=False),
         clip=gr.State({}, render=False),
         offered=gr.State({}, render=False),

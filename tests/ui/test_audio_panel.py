@@ -62,12 +62,12 @@ def test_a_melody_is_heard_from_its_beginning(tmp_path):
 def test_the_choice_takes_the_clip_along(scale):
     told = audio_panel.use(FOLLOW, scale, None, *WINDOW)
     assert told["melody"] == scale and told["audio_prompt"] is None
-    assert told["followed"]["visible"] and not told["continued"]["visible"]
+    assert told["melody_column"]["visible"] and not told["continue_column"]["visible"]
     assert "4.0 s" in told["melody_line"] and told["tune"]["clip_s"] == 4
     back = audio_panel.use(CONTINUE, None, scale, *WINDOW)
     assert "4.0 s" in back["clip_line"] and back["clip"]["clip_s"] == 4
     assert back["audio_prompt"] == scale and back["melody"] is None
-    assert back["continued"]["visible"] and not back["followed"]["visible"]
+    assert back["continue_column"]["visible"] and not back["melody_column"]["visible"]
 
 
 def test_the_choice_is_offered_where_the_checkpoint_can_follow():
