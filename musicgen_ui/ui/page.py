@@ -17,6 +17,7 @@ from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Desk, Ledger
 from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.files import ASSETS
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.server.settings import Settings
@@ -42,7 +43,6 @@ from musicgen_ui.ui.components import (
 )
 from musicgen_ui.ui.events import connect
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.files import ASSETS
 from musicgen_ui.ui.live_player import live_player
 
 PROMPT_IDEAS = {

@@ -21,7 +21,7 @@ from tests.helpers.fakes import FakeEngine, tone
 EVERYTHING = GenerationRequest(
     prompt="slow waltz",
     negative_prompt="drums",
-    sections=[[0, "piano"], [1.5, "strings"]],
+    sections=((0.0, "piano"), (1.5, "strings")),
     tempo_bpm=92.5,
     key="E minor",
     context_s=30,
@@ -129,7 +129,7 @@ def test_a_number_beyond_its_slider_is_said_at_its_field_and_stays_as_typed(
 def test_a_server_with_a_limit_says_what_of_a_file_it_cannot_take(
     open_page: Open, tmp_path: Path
 ) -> None:
-    long = replace(EVERYTHING, duration_s=120, sections=[[0, "piano"], [90, "strings"]])
+    long = replace(EVERYTHING, duration_s=120, sections=((0.0, "piano"), (90.0, "strings")))
     engine = FakeEngine()
     with serving(engine, max_duration_s=4, any_checkpoint=False) as url:
         page = open_page(url=url)
