@@ -202,7 +202,7 @@ def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) 
     prompt.fill("rainy evening.")
     page.get_by_role("button", name="Lo-fi", exact=True).click()
     expect(prompt).to_have_value(re.compile("^rainy evening, lo-fi hip hop"))
-    expect(page.locator("#prompt_count")).to_have_text(re.compile("^[0-9]+ of 2,000$"))
+    expect(page.locator("#prompt_count")).to_have_text(re.compile("[0-9]+ of 2,000"))
     page.get_by_role("button", name="Jazz", exact=True).click()
     page.get_by_role("button", name="Lo-fi", exact=True).click()  # taken out again
     expect(prompt).to_have_value(re.compile("^rainy evening, swing jazz"))
@@ -237,7 +237,8 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
     page.locator("#generate").wait_for()
     for name in ("#prompt", "#generate"):  # above the fold
         box = page.locator(name).bounding_box()
-        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 844
+        assert box is not None and box["y"] >= 0
+        assert box["y"] + box["height"] <= page.evaluate("innerHeight")
 
 
 def test_streaming_moves_nothing(open_page: Open, engine: FakeEngine) -> None:
