@@ -434,7 +434,7 @@ def api() -> Endpoint:
     Not `gr.api`: it gives parameters no description, and files unchecked.
     """
     words = {str: "string", bool: "boolean", int: "integer", float: "number"}
-    kinds: dict[type, dict] = {kind: {"type": word} for kind, word in words.items()}
+    kinds: dict[type, dict[str, Any]] = {kind: {"type": word} for kind, word in words.items()}
     kinds[tuple] = {"type": "array", "items": {}}
     parameters: dict[str, Any] = {}
     with gr.Column(visible=False):
