@@ -266,7 +266,7 @@ def check_melody(clip: Clip) -> Clip:
     return clip
 
 
-def _refusal(spec: dataclasses.Field, text: str) -> RequestError:
+def _refusal(spec: dataclasses.Field[Any], text: str) -> RequestError:
     """The error of a setting: its label, then `text`."""
     return RequestError(f"{spec.metadata['label']} {text}", spec.name)
 
@@ -277,7 +277,7 @@ def _shown(value: Any) -> str:
     return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
 
 
-def _text(spec: dataclasses.Field, value: Any, where: str = "") -> str:
+def _text(spec: dataclasses.Field[Any], value: Any, where: str = "") -> str:
     if not isinstance(value, str):
         raise _refusal(spec, f"{where}must be text.")
     # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
@@ -288,7 +288,7 @@ def _text(spec: dataclasses.Field, value: Any, where: str = "") -> str:
     return text
 
 
-def _key(spec: dataclasses.Field, text: str) -> str:
+def _key(spec: dataclasses.Field[Any], text: str) -> str:
     typed = " ".join(text.replace("♯", "#").replace("♭", "b").lower().split())
     keys = {key.lower(): key for key in KEYS} | {"": ""}
     if typed not in keys:
@@ -296,7 +296,7 @@ def _key(spec: dataclasses.Field, text: str) -> str:
     return keys[typed]
 
 
-def _sections(spec: dataclasses.Field, value: Any) -> Iterator[tuple[float, str]]:
+def _sections(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, str]]:
     """Rows of a start and words, also as JSON; rows with neither are left out."""
     try:
         rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
@@ -324,7 +324,7 @@ def _is_nothing(start_s: Any) -> bool:
     return start_s is None or start_s == "" or start_s != start_s
 
 
-def _start(spec: dataclasses.Field, value: Any, before_s: float, number: int) -> float:
+def _start(spec: dataclasses.Field[Any], value: Any, before_s: float, number: int) -> float:
     if _is_nothing(value):
         raise _refusal(spec, f"row {number} has no start: say at which second its words begin.")
     try:
@@ -355,7 +355,7 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
-def _switch(spec: dataclasses.Field, value: Any) -> bool:
+def _switch(spec: dataclasses.Field[Any], value: Any) -> bool:
     if isinstance(value, str) and value.lower() in SWITCH_WORDS:
         return SWITCH_WORDS[value.lower()]
     if isinstance(value, (bool, int, float, np.bool_)) and value in (0, 1):
@@ -363,7 +363,7 @@ def _switch(spec: dataclasses.Field, value: Any) -> bool:
     raise _refusal(spec, f"must be on or off, not {_shown(value)}.")
 
 
-def _number(spec: dataclasses.Field, value: Any) -> float | int:
+def _number(spec: dataclasses.Field[Any], value: Any) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -37,7 +37,7 @@ from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import Worker, stream
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import FIELDS, GenerationRequest
-from musicgen_ui.ui import request_form
+from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.handlers import Handlers
 from tests.helpers.fakes import FakeEngine
 
@@ -99,7 +99,7 @@ def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     assert end["take_audio"] is None and not end["wav"]["interactive"]
     assert end["generate"]["visible"] and len(handlers.desk) == 0
     assert request_form.same_seed(end["history"], end["chosen"])["seed"] == 41
-    assert request_form.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
+    assert audio_panel.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,12 +46,12 @@ class Clip:
     @property
     def channels(self) -> int:
         """1 for mono, 2 for stereo."""
-        return self.samples.shape[0]
+        return int(self.samples.shape[0])
 
     @property
     def duration_s(self) -> float:
         """Length in seconds."""
-        return self.samples.shape[1] / self.sampling_rate
+        return float(self.samples.shape[1] / self.sampling_rate)
 
 
 def cancels(samples: np.ndarray) -> bool:

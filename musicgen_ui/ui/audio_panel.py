@@ -1,7 +1,8 @@
-"""Start from audio: a clip that is carried on, or one whose tune is followed.
+"""Start from audio: a clip that is continued, or one whose melody is followed.
 
 Each use has a field of its own, the request's, and one of them is on show. The choice between them
-appears only where the checkpoint can follow a melody; making it takes the clip along.
+appears where the checkpoint can follow a melody; making it takes the clip along. A clip is checked
+as soon as it is there, and a mistake is said beside it.
 """
 
 from __future__ import annotations
@@ -14,45 +15,18 @@ import gradio as gr
 
 from musicgen_ui.audio import load
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CLIP_FIELDS, check_melody
-from musicgen_ui.ui import request_form
-from musicgen_ui.ui.components import clip, slider, switch
-from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
+from musicgen_ui.request import CLIP_FIELDS, WINDOW_S, check_melody, context_used_s
+from musicgen_ui.ui.components import CONTINUE, FOLLOW, Updates
+from musicgen_ui.ui.request_form import settings_of
+from musicgen_ui.ui.take_panel import Group, chosen_take
 
-FOLLOWED = "The music follows the tune of your clip, not its sound."
 UNRECORDED = (
-    "Browsers record on pages that come over https or from this computer (localhost) alone, so "
-    "here a clip can only be uploaded."
+    "Browsers record only on pages that come over https or from this computer (localhost): here a "
+    "clip can be uploaded."
 )
 
 
-def layout(parts: dict[str, Any]) -> None:
-    """The panel's components."""
-    parts["clip_use"] = gr.Radio(
-        [CONTINUE, FOLLOW],
-        value=CONTINUE,
-        label="What your clip is for",
-        show_label=False,
-        visible=False,
-        elem_id="clip_use",
-    )
-    # On show where the browser says so, see `assets/page.js`.
-    text = f'<p class="clip-line">{UNRECORDED}</p>'
-    gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
-    with gr.Column(elem_id="continued") as parts["continued"]:
-        parts["audio_prompt"] = clip("audio_prompt")
-        parts["clip_line"] = gr.HTML(request_form.clip_line({}, 10, 0, 12), elem_id="clip_line")
-        parts["offer"] = gr.Button("", visible=False, size="sm", elem_id="offer")
-        with gr.Row():
-            parts["include_prompt"] = switch("include_prompt", "off gives the continuation alone")
-            parts["context_s"] = slider("context_s", 0.5, "seconds of its end; 0 is all that fits")
-    with gr.Column(visible=False, elem_id="followed") as parts["followed"]:
-        parts["melody"] = clip("melody")
-        parts["melody_line"] = gr.HTML(melody_line({}, 10), elem_id="melody_line")
-    parts["tune"] = gr.State({})
-
-
-def allow(facts: dict[str, Any]) -> dict[str, Any]:
+def clip_uses(facts: dict[str, Any]) -> Updates:
     """Offers the choice where the chosen checkpoint can follow a melody."""
     if facts.get("melody"):
         return {"clip_use": gr.update(visible=True)}
@@ -66,29 +40,71 @@ def use(
     duration_s: float,
     context_s: float,
     overlap_s: float,
-) -> dict[str, Any]:
-    """Shows the chosen field with the clip in it, checked: a field that appears tells nothing."""
+) -> Updates:
+    """Shows the chosen field with the clip in it, checked: a field that appears has no event."""
     follow, path = choice == FOLLOW, audio_prompt or melody
     if follow:
         read = read_melody(path, duration_s, {})
     else:
-        read = request_form.read_clip(path, duration_s, context_s, overlap_s, {})
+        read = read_clip(path, duration_s, context_s, overlap_s, {})
     return {
-        "continued": gr.update(visible=not follow),
-        "followed": gr.update(visible=follow),
+        "continue_column": gr.update(visible=not follow),
+        "melody_column": gr.update(visible=follow),
         "audio_prompt": None if follow else path,
         "melody": path if follow else None,
         **read,
     }
 
 
-def read_melody(path: str | None, duration_s: float, tune: dict) -> dict[str, Any]:
-    """Checks a melody as soon as it is there: how much of it is followed, or what is wrong.
+def read_clip(
+    path: str | None,
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
+    clip: dict[str, Any],
+) -> Updates:
+    """Checks a clip to continue: what it is, how much of it is used, or what is wrong.
+
+    `clip` is what is known of the last one; the answer's "clip" replaces it.
+    """
+    if not path:
+        # A refused clip is taken out of its field, which calls this again: keep the sentence.
+        kept = clip if clip.get("refused") else {}
+        line = clip_line(kept, duration_s, context_s, overlap_s)
+        return {"clip": {}, "clip_line": line, **no_offer()}
+    try:
+        reading = load.read(Path(path))
+    except RequestError as error:
+        clip = {"refused": str(error)}
+        line = clip_line(clip, duration_s, context_s, overlap_s)
+        return {"clip": clip, "audio_prompt": None, "clip_line": line, **no_offer()}
+    clip = {"full_s": reading.full_s, "clip_s": reading.clip.duration_s, "notes": reading.notes}
+    line = clip_line(clip, duration_s, context_s, overlap_s)
+    return {"clip": clip, "clip_line": line, **offer(Path(path))}
+
+
+def clip_line(clip: dict[str, Any], duration_s: float, context_s: float, overlap_s: float) -> str:
+    """How much of the clip the model hears beside the new music, as HTML."""
+    if refused := clip.get("refused"):
+        return _refused(refused)
+    if not clip:
+        return '<p class="clip-line">Your clip is continued from its end.</p>'
+    duration_s = duration_s or 0  # an emptied field
+    used_s = context_used_s(clip["clip_s"], context_s, duration_s, overlap_s)
+    facts = [f"last {used_s:.1f} s of {clip['full_s']:.1f} s", f"{duration_s:.1f} s new"]
+    if used_s + duration_s > WINDOW_S + 0.05:
+        facts.append(f"{WINDOW_S:g} s at a time")
+    elif used_s + duration_s >= WINDOW_S - 0.05:
+        facts.append(f"the {WINDOW_S:g} s window is full")
+    return _line(", ".join(facts), clip.get("notes", ()))
+
+
+def read_melody(path: str | None, duration_s: float, tune: dict[str, Any]) -> Updates:
+    """Checks a melody: how much of it is followed, or what is wrong.
 
     `tune` is what is known of the last one; the answer's "tune" replaces it.
     """
     if not path:
-        # A refused clip is taken out of its field, which brings us here again: keep the sentence.
         kept = tune if tune.get("refused") else {}
         return {"tune": {}, "melody_line": melody_line(kept, duration_s)}
     try:
@@ -101,29 +117,73 @@ def read_melody(path: str | None, duration_s: float, tune: dict) -> dict[str, An
     return {"tune": tune, "melody_line": melody_line(tune, duration_s)}
 
 
+def melody_line(tune: dict[str, Any], duration_s: float) -> str:
+    """How much of the melody will be followed, as HTML."""
+    if refused := tune.get("refused"):
+        return _refused(refused)
+    if not tune:
+        return _line("The music follows the tune of your clip, not its sound.")
+    clip_s, duration_s = tune["clip_s"], duration_s or 0  # an emptied field
+    text = f"The tune of all {clip_s:.1f} s is followed."
+    if clip_s > duration_s + 0.05:
+        text = f"The tune of the first {duration_s:.1f} s of {clip_s:.1f} s is followed."
+    elif clip_s < duration_s - 0.05:
+        text = f"The tune of {clip_s:.1f} s is repeated for {duration_s:.1f} s."
+    return _line(text, tune.get("notes", ()))
+
+
+def _refused(sentence: str) -> str:
+    return f'<p class="clip-line wrong" role="alert">{html.escape(sentence)}</p>'
+
+
+def _line(text: str, notes: tuple[str, ...] = ()) -> str:
+    below = "".join(f"<br>{html.escape(note)}" for note in notes)
+    return f'<p class="clip-line">{text}{below}</p>'
+
+
 def dropped(
     path: str | None, choice: str, duration_s: float, context_s: float, overlap_s: float
-) -> dict[str, Any]:
+) -> Updates:
     """Takes a file that was dropped on the page as the clip."""
     if not path:
         return {}
     if choice != FOLLOW:
-        return request_form.with_clip(path, duration_s, context_s, overlap_s)
-    filled = {"melody": path, "audio_panel": gr.update(open=True)}
+        return with_clip(path, duration_s, context_s, overlap_s)
+    filled: Updates = {"melody": path, "audio_panel": gr.update(open=True)}
     return filled | read_melody(path, duration_s, {})
 
 
-def melody_line(tune: dict, duration_s: float) -> str:
-    """How much of the melody will be followed, as HTML."""
-    if refused := tune.get("refused"):
-        return f'<p class="clip-line wrong" role="alert">{html.escape(refused)}</p>'
-    text = FOLLOWED
-    if tune:
-        clip_s, duration_s = tune["clip_s"], duration_s or 0  # an emptied field
-        text = f"The tune of all {clip_s:.1f} s is followed."
-        if clip_s > duration_s + 0.05:
-            text = f"The tune of the first {duration_s:.1f} s of {clip_s:.1f} s is followed."
-        elif clip_s < duration_s - 0.05:
-            text = f"The tune of {clip_s:.1f} s is repeated for {duration_s:.1f} s."
-    notes = "".join(f"<br>{html.escape(note)}" for note in tune.get("notes", ()))
-    return f'<p class="clip-line">{text}{notes}</p>'
+def continue_take(
+    history: list[Group],
+    chosen: list[int],
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
+    variation: int | None = None,
+) -> Updates:
+    """Makes the chosen take the clip to continue."""
+    take = chosen_take(history, chosen, variation)
+    if take.wav is None:
+        return {}  # it could not be saved: its notes say so
+    filled = with_clip(str(take.wav), duration_s, context_s, overlap_s)
+    return {**filled, "clip_use": CONTINUE}
+
+
+def with_clip(path: str, duration_s: float, context_s: float, overlap_s: float) -> Updates:
+    """Fills a clip in, checked, and opens its fold: a field in a closed one has no events."""
+    filled: Updates = {"audio_prompt": path, "audio_panel": gr.update(open=True)}
+    return filled | read_clip(path, duration_s, context_s, overlap_s, {})
+
+
+def offer(path: Path) -> Updates:
+    """Offers the settings that a take's file holds."""
+    settings = settings_of(path)
+    if not settings:
+        return no_offer()
+    label = f"This is a take with seed {settings.get('seed', '?')}: use its settings"
+    return {"offer": gr.update(value=label, visible=True), "offered": settings}
+
+
+def no_offer() -> Updates:
+    """Nothing to take settings from."""
+    return {"offer": gr.update(visible=False), "offered": {}}

@@ -1,37 +1,249 @@
-"""A setting of the request as a component: its label, help, limits and id come from the field.
+"""The page's components by name. `page` makes and places them, `events` connects them.
 
-There is one set of limits, the request's, and the request refuses a value beyond them, in a
-sentence at the field: see `gradio_patches.leave_limits_to_the_request`.
+`RequestFields` holds one component for each setting of a request, under the field's name, with
+the label, help and limits of the field. A request refuses a value beyond its limits in a sentence
+at the field: see `gradio_patches.leave_limits_to_the_request`.
+
+Handlers answer with `Updates`: what components show from now on, by the component's name. The
+dataclasses and `Updates` name the same components; a test holds them equal.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
 import gradio as gr
 
 from musicgen_ui.request import FIELDS
 
 DEFAULTS: dict[str, Any] = {name: spec.default for name, spec in FIELDS.items()}
+CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
+SECTION_ROWS = 3
+
+
+class Updates(TypedDict, total=False):
+    """What components show from now on, by name: a value or `gr.update`."""
+
+    prompt: object
+    negative_prompt: object
+    sections: object
+    tempo_bpm: object
+    key: object
+    audio_prompt: object
+    context_s: object
+    include_prompt: object
+    melody: object
+    checkpoint: object
+    adapter: object
+    adapter_strength: object
+    stereo: object
+    duration_s: object
+    overlap_s: object
+    guidance_scale: object
+    do_sample: object
+    temperature: object
+    top_k: object
+    top_p: object
+    seed: object
+    variations: object
+    normalize: object
+    status_line: object
+    unload: object
+    notice: object
+    dropped_file: object
+    timer: object
+    ideas: object
+    prompt_count: object
+    length_choice: object
+    keep_seed: object
+    add_section: object
+    reset_sampling: object
+    checkpoint_line: object
+    restore: object
+    generate: object
+    stop: object
+    checkpoint_facts: object
+    checkpoint_defaults: object
+    audio_panel: object
+    clip_use: object
+    continue_column: object
+    clip_line: object
+    offer: object
+    melody_column: object
+    melody_line: object
+    clip: object
+    offered: object
+    tune: object
+    live: object
+    take_title: object
+    take_variation: object
+    take_audio: object
+    spectrogram: object
+    wav: object
+    flac: object
+    continue_take: object
+    same_seed: object
+    take_facts: object
+    take_notes: object
+    take_history: object
+    history: object
+    chosen: object
+    tab_key: object
+    watch: object
+
+
+@dataclass(frozen=True)
+class RequestFields:
+    """A component for each field of `GenerationRequest`, in its order and by its name."""
+
+    prompt: gr.Textbox
+    negative_prompt: gr.Textbox
+    sections: gr.Dataframe
+    tempo_bpm: gr.Number
+    key: gr.Dropdown
+    audio_prompt: gr.Audio
+    context_s: gr.Slider
+    include_prompt: gr.Checkbox
+    melody: gr.Audio
+    checkpoint: gr.Dropdown
+    adapter: gr.Textbox
+    adapter_strength: gr.Slider
+    stereo: gr.Checkbox
+    duration_s: gr.Slider
+    overlap_s: gr.Slider
+    guidance_scale: gr.Slider
+    do_sample: gr.Checkbox
+    temperature: gr.Slider
+    top_k: gr.Number
+    top_p: gr.Slider
+    seed: gr.Number
+    variations: gr.Slider
+    normalize: gr.Checkbox
+
+
+@dataclass(frozen=True)
+class Head:
+    """What concerns the whole page."""
+
+    status_line: gr.HTML  # what is loaded, where
+    unload: gr.Button
+    notice: gr.HTML
+    dropped_file: gr.UploadButton  # a file dropped anywhere; see assets/page.js
+    timer: gr.Timer  # asks for the status line
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form beside the request's fields."""
+
+    ideas: gr.Dataset
+    prompt_count: gr.HTML
+    length_choice: gr.Radio
+    keep_seed: gr.Checkbox
+    add_section: gr.Button
+    reset_sampling: gr.Button
+    checkpoint_line: gr.HTML
+    restore: gr.UploadButton
+    generate: gr.Button
+    stop: gr.Button
+    checkpoint_facts: gr.State  # of the chosen checkpoint
+    checkpoint_defaults: gr.JSON  # as the form was last given them; kept in the browser with it
+
+
+@dataclass(frozen=True)
+class AudioPanel:
+    """Start from audio: a clip to continue, or one whose melody is followed."""
+
+    audio_panel: gr.Accordion
+    clip_use: gr.Radio
+    continue_column: gr.Column
+    clip_line: gr.HTML
+    offer: gr.Button  # of the settings that a take's file holds
+    melody_column: gr.Column
+    melody_line: gr.HTML
+    clip: gr.State  # what is known of the clip
+    offered: gr.State  # the settings on offer
+    tune: gr.State  # what is known of the melody
+
+
+@dataclass(frozen=True)
+class TakePanel:
+    """The player, the take on show and the earlier ones."""
+
+    live: gr.HTML
+    take_title: gr.HTML
+    take_variation: gr.Radio
+    take_audio: gr.Audio
+    spectrogram: gr.Image
+    wav: gr.DownloadButton
+    flac: gr.DownloadButton
+    continue_take: gr.Button
+    same_seed: gr.Button
+    take_facts: gr.HTML
+    take_notes: gr.HTML
+    take_history: gr.Radio
+    history: gr.State
+    chosen: gr.State  # which take of the history is on show
+    tab_key: gr.Textbox  # see `sessions`
+    watch: gr.Timer  # for a take that an earlier page began
+
+
+@dataclass(frozen=True)
+class Components:
+    """All of the page that events read or change."""
+
+    request: RequestFields
+    head: Head
+    form: Form
+    audio: AudioPanel
+    take: TakePanel
+
+    def by_name(self) -> dict[str, Any]:
+        """Every component by the name that `Updates` has for it."""
+        groups = (getattr(self, group.name) for group in fields(self))
+        return {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The API's `generate`."""
+
+    trigger: gr.Button
+    parameters: dict[str, Any]  # by the request's field
+    files: gr.File
+    settings: gr.JSON
+
+
+def in_words(name: str) -> str:
+    """What a setting is and its limits, for the API's description."""
+    metadata = FIELDS[name].metadata
+    low, high, unit = (metadata[key] for key in ("min", "max", "unit"))
+    if high is None:
+        return str(metadata["help"])
+    if isinstance(DEFAULTS[name], (str, tuple)):
+        unit = "rows" if isinstance(DEFAULTS[name], tuple) else "characters"
+        return f"{metadata['help']}; up to {high:,} {unit}"
+    return f"{metadata['help']}; {low:.15g} to {high:,.15g} {unit}".rstrip()
+
+
+def notice(text: str, items: Sequence[str] = (), wrong: bool = False) -> dict[str, Any]:
+    """A message of the page's notice: a sentence, others below it; `wrong` where it failed."""
+    return {"text": text, "items": list(items), "wrong": wrong}
 
 
 def about(name: str, info: str | None = None) -> dict[str, Any]:
     """A setting's label, help and id; errors name a setting by the same label."""
-    told = FIELDS[name].metadata
-    help = told["help"] if info is None else info or None
-    return {"label": told["label"], "info": help, "elem_id": name}
+    metadata = FIELDS[name].metadata
+    help = metadata["help"] if info is None else info or None
+    return {"label": metadata["label"], "info": help, "elem_id": name, "render": False}
 
 
-def in_words(name: str) -> str:
-    """What a setting is and what it may be, for the API's description."""
-    about_it = FIELDS[name].metadata
-    low, high, unit = (about_it[key] for key in ("min", "max", "unit"))
-    if high is None:
-        return about_it["help"]
-    if isinstance(DEFAULTS[name], (str, tuple)):
-        unit = "rows" if isinstance(DEFAULTS[name], tuple) else "characters"
-        return f"{about_it['help']}; up to {high:,} {unit}"
-    return f"{about_it['help']}; {low:.15g} to {high:,.15g} {unit}".rstrip()
+def textbox(name: str, info: str | None = None, **options: Any) -> gr.Textbox:
+    """A setting as text."""
+    most = FIELDS[name].metadata["max"]
+    return gr.Textbox(max_length=most, **{"lines": 1, **about(name, info), **options})
 
 
 def slider(
@@ -54,7 +266,7 @@ def number(name: str, info: str | None = None) -> gr.Number:
 
 def switch(name: str, info: str | None = None) -> gr.Checkbox:
     """A setting that is on or off."""
-    return gr.Checkbox(DEFAULTS[name], **about(name, info))
+    return gr.Checkbox(DEFAULTS[name], min_width=140, **about(name, info))
 
 
 def clip(name: str) -> gr.Audio:
@@ -65,4 +277,11 @@ def clip(name: str) -> gr.Audio:
         type="filepath",
         sources=["upload", "microphone"],
         buttons=[],
+        render=False,
     )
+
+
+def section_rows(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The table of sections with an empty row after `rows`, and some to begin with."""
+    shown = [[f"{at:.10g}" if isinstance(at, float) else at, words] for at, words in rows]
+    return shown + [["", ""]] * max(1, SECTION_ROWS - len(shown))

@@ -1,4 +1,4 @@
-"""Which event calls which handler. Handlers answer with updates by name; here names are parts."""
+"""Which event calls which handler. Handlers answer with `Updates`, by the component's name."""
 
 from __future__ import annotations
 
@@ -10,58 +10,317 @@ from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.server.limits import ClosedPages
-from musicgen_ui.ui import audio_panel, request_form, restoring, sessions, take_panel
+from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
+from musicgen_ui.ui.components import Components, Endpoint, Updates
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.pages import Pages, back
-from musicgen_ui.ui.restoring import Restoring
+from musicgen_ui.ui.request_form import SETTINGS, CheckpointFacts, Restoring
 
-
-class Parts(dict[str, Any]):
-    """The page's components by name, each name given once."""
-
-    def __setitem__(self, name: str, component: Any) -> None:
-        if name in self:
-            raise KeyError(f"two components would be called {name!r}: one would never be read")
-        super().__setitem__(name, component)
-
-
-TAKE = [
-    *("history", "chosen", "take_title", "take_audio", "wav", "flac", "spectrogram"),
-    *("take_facts", "take_notes", "take_variation", "take_history"),
-]
-# What the answers about a clip and about a melody read, and what they show.
-WINDOW = ["duration_s", "context_s", "overlap_s"]
-CLIP = (
-    ["audio_prompt", *WINDOW, "clip"],
-    ["clip", "audio_prompt", "clip_line", "offer", "offered"],
-)
-MELODY = (["melody", "duration_s", "tune"], ["tune", "melody", "melody_line"])
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+# In the browser: an answer of the server could come after the user has typed on.
+TOGGLE_IDEA = """(index, prompt) => {
+  const words = IDEAS[index], typed = prompt.trim();
+  if (!typed.includes(words)) return typed ? typed.replace(/[,.;]+$/, '') + ', ' + words : words;
+  return typed.replace(words, '').replace(/,\\s*,/g, ',').replace(/^[,\\s]+|[,\\s]+$/g, '');
+}"""
+COUNT_CHARACTERS = "(text) => text ? `${text.length.toLocaleString('en')} of MOST` : ''"
+MARK_LENGTH = "(length_s) => CHOICES.includes(length_s) ? length_s : null"
+MARK_SEED = "(seed) => seed !== null && seed >= 0"
+
+
+class Events:
+    """Connects the page's components to their handlers."""
+
+    def __init__(self, c: Components) -> None:
+        self.c = c
+        self.by_name = c.by_name()
+        request, audio, take = c.request, c.audio, c.take
+        self.settings: list[Any] = [self.by_name[name] for name in SETTINGS]
+        self.shown_take: list[Block] = [
+            *(take.history, take.chosen, take.take_title, take.take_audio, take.wav, take.flac),
+            *(take.spectrogram, take.take_facts, take.take_notes, take.take_variation),
+            take.take_history,
+        ]
+        # What decides how much of a clip the model hears, and what a clip's answers change.
+        self.window: list[Block] = [request.duration_s, request.context_s, request.overlap_s]
+        self.clip: list[Block] = [
+            *(audio.clip, request.audio_prompt, audio.clip_line, audio.offer, audio.offered),
+        ]
+        self.melody: list[Block] = [audio.tune, request.melody, audio.melody_line]
+
+    def on(
+        self,
+        event: Callable[..., Any],
+        handler: Callable[..., Any],
+        inputs: Sequence[Block],
+        outputs: Sequence[Block],
+        api_name: str,
+    ) -> Any:
+        """A private event outside the queue, without a progress bar."""
+        call = self.named(handler)
+        return event(call, list(inputs), list(outputs), api_name=api_name, **QUIET)
+
+    def named(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        """The handler with its `Updates` keyed by component, as Gradio takes them."""
+
+        def placed(updates: Updates) -> Any:
+            return {self.by_name[name]: value for name, value in updates.items()} or gr.skip()
+
+        async def many(*args: Any, **values: Any) -> Any:
+            # The browser merges two answers that reach it in one frame, and what only the first
+            # one held would be lost: so each repeats all before it. Only changes travel.
+            all_so_far: Updates = {}
+            async with aclosing(handler(*args, **values)) as answers:
+                async for updates in answers:
+                    all_so_far.update(updates)
+                    yield placed(all_so_far)
+
+        async def later(*args: Any, **values: Any) -> Any:
+            return placed(await handler(*args, **values))
+
+        def once(*args: Any, **values: Any) -> Any:
+            return placed(handler(*args, **values))
+
+        call: Any = once
+        if inspect.isasyncgenfunction(handler):
+            call = many
+        elif inspect.iscoroutinefunction(handler):
+            call = later
+        functools.update_wrapper(call, handler)
+        # A method's own signature, as `wraps` would copy it, still names `self`.
+        call.__signature__ = inspect.signature(handler)
+        return call
 
 
 def connect(
-    parts: Parts, handlers: Handlers, engine: Engine, page: gr.Blocks, adapters: bool
+    c: Components,
+    handlers: Handlers,
+    engine: Engine,
+    page: gr.Blocks,
+    endpoint: Endpoint,
+    adapters: bool,
 ) -> None:
     """Connects everything on the page; `adapters` is whether it shows the adapter."""
-    done = jobs(parts, handlers)
-    facts = request_form.CheckpointFacts(engine, handlers.max_duration_s)
-    filling_in(parts, facts)
-    restored = Restoring(handlers.max_duration_s, adapters)
-    bringing_back(parts, restored)
-    the_take(parts)
-    timer = parts["timer"] = gr.Timer(request_form.SOON_S)
-    told = ["checkpoint", "checkpoint_line", "stereo", "facts"]
-    loaded = on(parts, page.load, facts.load, [], told, "load")
-    the_checkpoint(parts, loaded, "_at_load")
-    tick, line = named(facts.tick, parts), [parts["engine"], timer]
-    gr.on([page.load, timer.tick], tick, None, line, api_name="status", **QUIET)
+    events = Events(c)
+    facts = CheckpointFacts(engine, handlers.max_duration_s)
+    restoring = Restoring(handlers.max_duration_s, adapters)
+    done = jobs(events, handlers, endpoint)
+    typing(c)
+    form(events)
+    checkpoint(events, facts, page)
+    audio(events)
+    settings_from_files(events, restoring)
+    take(events)
+    status(events, facts, page, done)
+    pages(events, handlers, restoring, page)
+
+
+def jobs(events: Events, handlers: Handlers, endpoint: Endpoint) -> Any:
+    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries.
+
+    Returns the event of Generate.
+    """
+    c = events.c
+    done = gr.on(
+        [c.form.generate.click],
+        events.named(handlers.compose),
+        inputs=[c.take.history, c.form.checkpoint_defaults],
+        inputs_kwargs={name: events.by_name[name] for name in FIELDS},
+        outputs=[c.take.live, c.form.generate, c.form.stop, *events.shown_take],
+        validator=handlers.validate,
+        concurrency_limit=None,
+        show_progress="hidden",
+        api_name="compose",
+        api_visibility="private",
+    )
+    events.on(c.form.stop.click, handlers.stop, [], [c.form.generate, c.form.stop], "stop")
+    endpoint.trigger.click(
+        handlers.generate,
+        inputs_kwargs=endpoint.parameters,
+        outputs=[endpoint.files, endpoint.settings],
+        concurrency_limit=None,
+        api_name="generate",
+    )
+    return done
+
+
+def typing(c: Components) -> None:
+    """What the browser answers alone."""
+    ideas = json.dumps([words for (words,) in c.form.ideas.raw_samples])
+    prompt, length_s = c.request.prompt, c.request.duration_s
+    c.form.ideas.click(None, [c.form.ideas, prompt], prompt, js=TOGGLE_IDEA.replace("IDEAS", ideas))
+    most = f"{FIELDS['prompt'].metadata['max']:,}"
+    prompt.change(None, prompt, c.form.prompt_count, js=COUNT_CHARACTERS.replace("MOST", most))
+    choice = c.form.length_choice
+    choices = json.dumps([value for _, value in choice.choices])
+    choice.input(None, choice, length_s, js="(length_s) => length_s")
+    length_s.change(None, length_s, choice, js=MARK_LENGTH.replace("CHOICES", choices))
+    c.request.seed.change(None, c.request.seed, c.form.keep_seed, js=MARK_SEED)
+
+
+def form(events: Events) -> None:
+    """Buttons of the form."""
+    c = events.c
+    sections = [c.request.sections]
+    events.on(c.form.add_section.click, request_form.add_section, sections, sections, "add_row")
+    shown = [c.take.history, c.take.chosen, c.take.take_variation]
+    events.on(
+        c.form.keep_seed.input,
+        request_form.keep_seed,
+        [c.form.keep_seed, c.request.seed, *shown],
+        [c.request.seed, c.head.notice],
+        "keep_seed",
+    )
+    defaults = c.form.checkpoint_defaults
+    events.on(
+        c.form.reset_sampling.click,
+        request_form.reset_sampling,
+        [c.form.checkpoint_facts, defaults],
+        [defaults, *(events.by_name[name] for name in request_form.SAMPLING)],
+        "reset_sampling",
+    )
+
+
+def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
+    """The chosen checkpoint, and what follows once its facts are known.
+
+    Events of their own: while facts are asked for, the user goes on changing the form. Not those
+    of the State, which only tells of changes that came by Gradio's queue.
+    """
+    c = events.c
+    chosen, line = c.request.checkpoint, c.form.checkpoint_line
+    known = [line, c.request.stereo, c.form.checkpoint_facts]
+    changed = events.on(chosen.change, facts.choose, [chosen], known, "checkpoint")
+    loaded = events.on(page.load, facts.load, [], [chosen, *known], "load")
+    values = [events.by_name[name] for name in CHECKPOINT_FIELDS]
+    defaults = c.form.checkpoint_defaults
+    for event, at in ((changed, ""), (loaded, "_at_load")):
+        events.on(
+            event.then,
+            request_form.follow_checkpoint,
+            [c.form.checkpoint_facts, defaults, *values],
+            [defaults, line, *values],
+            f"follow{at}",
+        )
+        events.on(
+            event.then,
+            audio_panel.clip_uses,
+            [c.form.checkpoint_facts],
+            [c.audio.clip_use],
+            f"clip_uses{at}",
+        )
+
+
+def audio(events: Events) -> None:
+    """A clip: what it is for, and how much of it is used."""
+    c = events.c
+    audio_prompt, melody, length_s = c.request.audio_prompt, c.request.melody, c.request.duration_s
+    use, tune = c.audio.clip_use, c.audio.tune
+    events.on(
+        audio_prompt.change,
+        audio_panel.read_clip,
+        [audio_prompt, *events.window, c.audio.clip],
+        events.clip,
+        "clip",
+    )
+    for setting in (c.request.duration_s, c.request.context_s, c.request.overlap_s):
+        setting.change(
+            audio_panel.clip_line,
+            [c.audio.clip, *events.window],
+            c.audio.clip_line,
+            api_name="window",
+            trigger_mode="always_last",
+            **QUIET,
+        )
+    events.on(
+        use.change,
+        audio_panel.use,
+        [use, audio_prompt, melody, *events.window],
+        [c.audio.continue_column, c.audio.melody_column, *events.clip, *events.melody],
+        "clip_use",
+    )
+    read = [melody, length_s, tune]
+    events.on(melody.change, audio_panel.read_melody, read, events.melody, "melody")
+    length_s.change(
+        audio_panel.melody_line,
+        [tune, length_s],
+        c.audio.melody_line,
+        api_name="melody_line",
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    events.on(
+        c.head.dropped_file.upload,
+        audio_panel.dropped,
+        [c.head.dropped_file, use, *events.window],
+        [*events.clip, *events.melody, c.audio.audio_panel],
+        "dropped",
+    )
+
+
+def settings_from_files(events: Events, restoring: Restoring) -> None:
+    """Settings that a take's file holds."""
+    c = events.c
+    filled = [*events.settings, c.form.checkpoint_defaults]
+    filled += [c.audio.offer, c.audio.offered, c.head.notice]
+    offered, file = [c.audio.offered], [c.form.restore]
+    events.on(c.audio.offer.click, restoring.settings, offered, filled, "use_settings")
+    events.on(c.form.restore.upload, restoring.file, file, filled, "restore")
+
+
+def take(events: Events) -> None:
+    """The lists of takes and what can be done with the one on show."""
+    c, panel = events.c, events.c.take
+    history, chosen, variation = panel.history, panel.chosen, panel.take_variation
+    events.on(
+        variation.input,
+        take_panel.choose_variation,
+        [history, chosen, variation],
+        events.shown_take,
+        "take_variation",
+    )
+    events.on(
+        panel.take_history.input,
+        take_panel.choose_earlier,
+        [history, panel.take_history],
+        events.shown_take,
+        "take_history",
+    )
+    events.on(
+        panel.continue_take.click,
+        audio_panel.continue_take,
+        [history, chosen, *events.window, variation],
+        [*events.clip, c.audio.audio_panel, c.audio.clip_use],
+        "continue",
+    )
+    events.on(
+        panel.same_seed.click,
+        request_form.same_seed,
+        [history, chosen, variation],
+        [c.request.seed, c.head.notice],
+        "same_seed",
+    )
+
+
+def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Any) -> None:
+    """The line that says what is loaded."""
+    head = events.c.head
+    tick, shown = events.named(facts.tick), [head.status_line, head.timer]
+    gr.on([page.load, head.timer.tick], tick, None, shown, api_name="status", **QUIET)
     # The job may have loaded another checkpoint.
-    done.then(tick, None, line, api_name="status_then", **QUIET)
-    parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
+    done.then(tick, None, shown, api_name="status_then", **QUIET)
+    head.unload.click(facts.unload, None, head.status_line, api_name="unload", **QUIET)
+
+
+def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blocks) -> None:
+    """A page that is opened, opened again, or left."""
+    c = events.c
     closed = ClosedPages(page)
 
     def left(request: gr.Request) -> None:
@@ -69,168 +328,19 @@ def connect(
         closed.add(request.session_hash or "")
 
     page.unload(left)
-    pages = Pages(handlers.recall, restored)
-    told = [*restoring.SETTINGS, "own", "live", "generate", "stop", "watch", *TAKE]
+    opened = Pages(handlers.recall, restoring)
+    typed: list[Any] = [c.form.checkpoint_defaults, *events.settings]
+    shown = [c.take.live, c.form.generate, c.form.stop, c.take.watch, *events.shown_take]
     entered = page.load(
-        named(pages.enter, parts), parts["tab_key"], [parts[n] for n in told], js=sessions.ENTER,
-        api_name="enter", **QUIET,
-    )  # fmt: skip
-    in_the_browser(parts, entered)
-    on(parts, parts["watch"].tick, pages.news, [], told, "news")
-
-
-def in_the_browser(parts: Parts, entered: Any) -> None:
-    """Keeps the form there, and fills it in again once a page has `entered`."""
-    form_of = [parts[name] for name in ("own", *restoring.SETTINGS)]
-    entered.then(None, [parts["live"], *form_of], [parts["live"], *form_of], js=back())
-    gr.on([each.change for each in form_of], None, form_of, None, js=sessions.KEEP)
-
-
-def jobs(parts: Parts, handlers: Handlers) -> Any:
-    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries.
-
-    Gives the event of Generate.
-    """
-    done = gr.on(
-        [parts["generate"].click],
-        named(handlers.compose, parts),
-        inputs=[parts["history"], parts["own"]],
-        inputs_kwargs={name: parts[name] for name in FIELDS},
-        outputs=[parts[n] for n in ("live", "generate", "stop", *TAKE)],
-        validator=handlers.validate,
-        concurrency_limit=None,
-        show_progress="hidden",
-        api_name="compose",
-        api_visibility="private",
+        events.named(opened.enter),
+        c.take.tab_key,
+        [*typed, *shown],
+        js=sessions.ENTER,
+        api_name="enter",
+        **QUIET,
     )
-    on(parts, parts["stop"].click, handlers.stop, [], ["generate", "stop"], "stop")
-    parts["api"].click(
-        handlers.generate,
-        inputs_kwargs={name: parts["api:" + name] for name in FIELDS},
-        outputs=[parts["api:files"], parts["api:settings"]],
-        concurrency_limit=None,
-        api_name="generate",
-    )
-    return done
-
-
-def filling_in(parts: Parts, facts: request_form.CheckpointFacts) -> None:
-    """The form's own answers."""
-    ideas = json.dumps(parts["ideas"].raw_samples)
-    # In the browser: an answer from afar could come after the user has typed on.
-    parts["ideas"].click(
-        None, parts["ideas"], [parts["prompt"], parts["duration_s"]], js=f"(i) => ({ideas})[i]"
-    )
-    on(
-        parts,
-        parts["add_section"].click,
-        request_form.add_section,
-        ["sections"],
-        ["sections"],
-        "add_row",
-    )
-    on(parts, parts["audio_prompt"].change, request_form.read_clip, *CLIP, "clip")
-    for name in WINDOW:
-        parts[name].change(
-            request_form.clip_line, [parts[n] for n in ("clip", *WINDOW)], parts["clip_line"],
-            api_name="window", trigger_mode="always_last", **QUIET,
-        )  # fmt: skip
-    line = ["checkpoint_line", "stereo", "facts"]
-    chosen = on(parts, parts["checkpoint"].change, facts.choose, ["checkpoint"], line, "checkpoint")
-    the_checkpoint(parts, chosen)
-    the_melody(parts)
-
-
-def bringing_back(parts: Parts, back: Restoring) -> None:
-    """Settings from a file, and a file that was dropped anywhere."""
-    filled = restoring.FILLED
-    on(parts, parts["offer"].click, back.settings, ["offered"], filled, "use_settings")
-    on(parts, parts["restore"].upload, back.file, ["restore"], filled, "restore")
-    given = ["dropped", "clip_use", *WINDOW]
-    told = [*CLIP[1], *MELODY[1], "audio_panel"]
-    on(parts, parts["dropped"].upload, audio_panel.dropped, given, told, "dropped")
-
-
-def the_checkpoint(parts: Parts, known: Any, at: str = "") -> None:
-    """What follows once a checkpoint's facts are known.
-
-    Events of their own: while facts are asked for, the user goes on changing the form. Not those
-    of the State, which only tells of changes that came by Gradio's queue.
-    """
-    follow = ["facts", "own", *CHECKPOINT_FIELDS]
-    told = ["own", "checkpoint_line", *CHECKPOINT_FIELDS]
-    on(parts, known.then, request_form.follow, follow, told, "follow" + at)
-    on(parts, known.then, audio_panel.allow, ["facts"], ["clip_use"], "clip_uses" + at)
-
-
-def the_melody(parts: Parts) -> None:
-    """What a clip is for, and a melody's own answers."""
-    given = ["clip_use", "audio_prompt", "melody", *WINDOW]
-    shown = ["continued", "followed", *CLIP[1], *MELODY[1]]
-    on(parts, parts["clip_use"].change, audio_panel.use, given, shown, "clip_use")
-    on(parts, parts["melody"].change, audio_panel.read_melody, *MELODY, "melody")
-    parts["duration_s"].change(
-        audio_panel.melody_line, [parts["tune"], parts["duration_s"]], parts["melody_line"],
-        api_name="melody_line", trigger_mode="always_last", **QUIET,
-    )  # fmt: skip
-
-
-def the_take(parts: Parts) -> None:
-    """The lists of takes and what can be done with the one on show."""
-    chosen = ["history", "chosen"]
-    for name, answer, given in (
-        ("take_variation", take_panel.choose_variation, [*chosen, "take_variation"]),
-        ("take_history", take_panel.choose_earlier, ["history", "take_history"]),
-    ):
-        on(parts, parts[name].input, answer, given, TAKE, name)
-    told = [*CLIP[1], "audio_panel", "clip_use"]
-    given = [*chosen, *WINDOW, "take_variation"]
-    on(parts, parts["continue"].click, request_form.continue_take, given, told, "continue")
-    told = ["seed", "notice"]
-    given = [*chosen, "take_variation"]
-    on(parts, parts["same_seed"].click, request_form.same_seed, given, told, "same_seed")
-
-
-def on(
-    parts: Parts,
-    event: Callable,
-    handler: Callable,
-    given: Sequence[str],
-    told: Sequence[str],
-    api_name: str,
-) -> Any:
-    """One quiet, private event whose handler answers with updates by name."""
-    inputs, outputs = [parts[n] for n in given], [parts[n] for n in told]
-    return event(named(handler, parts), inputs, outputs, api_name=api_name, **QUIET)
-
-
-def named(handler: Callable, parts: Parts) -> Callable:
-    """The handler with its answers keyed by component, as Gradio takes them."""
-
-    def placed(updates: dict[str, Any]) -> dict[Any, Any]:
-        return {parts[name]: value for name, value in updates.items()} or gr.skip()
-
-    async def many(*args: Any, **values: Any) -> Any:
-        # Two answers that reach the browser in one frame become one there: what only the first
-        # one said would be lost, so each says all that was said before. Only changes travel.
-        told: dict[str, Any] = {}
-        async with aclosing(handler(*args, **values)) as answers:
-            async for updates in answers:
-                told |= updates
-                yield placed(told)
-
-    async def later(*args: Any, **values: Any) -> Any:
-        return placed(await handler(*args, **values))
-
-    def once(*args: Any, **values: Any) -> Any:
-        return placed(handler(*args, **values))
-
-    call: Any = once
-    if inspect.isasyncgenfunction(handler):
-        call = many
-    elif inspect.iscoroutinefunction(handler):
-        call = later
-    functools.update_wrapper(call, handler)
-    # A method's own signature, as `wraps` would copy it, still names `self`.
-    call.__signature__ = inspect.signature(handler)
-    return call
+    # The browser keeps the form, and fills it in again once the page has entered.
+    kept = [c.take.live, *typed]
+    entered.then(None, kept, kept, js=back())
+    gr.on([each.change for each in typed], None, typed, None, js=sessions.KEEP)
+    events.on(c.take.watch.tick, opened.news, [], shown, "news")

@@ -32,6 +32,7 @@ from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S, Gener
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.ui import asking, take_panel
 from musicgen_ui.ui.asking import Asking
+from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.live_player import LiveStream, status_text
 from musicgen_ui.ui.sessions import Recall, keep, outliving
 
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 SORRY = "Something went wrong on the server; your settings are kept. Try again in a moment."
 STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as they come
 NEW_AT_LEAST_S = 0.02  # a take with less new music than a frame is none
-
-Updates = dict[str, Any]  # what a component of that name should show
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ class Handlers:
         if saved:  # a stopped take is as long as what was made
             live.total_s = saved[0].take.settings["made_s"]
         done_s = live.total_s if group else 0.0
-        end = {"live": live.message(*ending(saved, group), done_s=done_s)}
+        end: Updates = {"live": live.message(*ending(saved, group), done_s=done_s)}
         if not group:
             yield busy(False) | end
             return

@@ -58,6 +58,7 @@ def live_player() -> gr.HTML:
         js_on_load=(ASSETS / "live_player.js").read_text(encoding="utf-8"),
         apply_default_css=False,
         elem_id="live",
+        render=False,  # `page` places it
     )
 
 

@@ -1,43 +1,70 @@
-"""The page: what is where. No logic.
+"""The page: its components, and what is where. No logic.
 
-Two columns on a desk, one on a phone, in the order of the work: words, a clip, length, Generate,
-the take. Components carry the request's field names; `wire` connects them to the handlers, whose
-answers are updates by component name.
+Two columns on a desktop, one on a phone, in the order of a musician's work: words, a clip, length,
+tempo and key, variations and seed, the model, Generate, the take. `events.connect` connects the
+components to their handlers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Desk, Ledger
 from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.files import ASSETS
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS
 from musicgen_ui.server.job_log import Journal
 from musicgen_ui.server.settings import Settings
-from musicgen_ui.ui import audio_panel, notice, request_form, take_panel
-from musicgen_ui.ui.components import about, in_words, number, slider, switch
-from musicgen_ui.ui.events import Parts, connect
+from musicgen_ui.ui import audio_panel, request_form, take_panel
+from musicgen_ui.ui.components import (
+    CONTINUE,
+    FOLLOW,
+    AudioPanel,
+    Components,
+    Endpoint,
+    Form,
+    Head,
+    RequestFields,
+    TakePanel,
+    about,
+    clip,
+    in_words,
+    number,
+    section_rows,
+    slider,
+    switch,
+    textbox,
+)
+from musicgen_ui.ui.events import connect
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.live_player import live_player
-from musicgen_ui.ui.restoring import section_rows
 
-IDEAS = {
-    "80s pop": ("80s pop with warm synth pads, gated drums and a catchy bass line", 10),
-    "Lo-fi": ("lo-fi hip hop, mellow electric piano, vinyl crackle, slow relaxed beat", 10),
-    "Techno": ("techno with a hard kick and synth bass, driving and dark", 10),
-    "Jazz": ("swing jazz with saxophone and walking bass", 10),
-    "Funk": ("funk with slap bass, clean guitar and a tight drum groove", 10),
-    "Ambient": ("ambient, slow evolving pads, calm and spacious", 20),
+PROMPT_IDEAS = {
+    "80s pop": "80s pop with warm synth pads, gated drums and a catchy bass line",
+    "Lo-fi": "lo-fi hip hop, mellow electric piano, vinyl crackle, slow relaxed beat",
+    "Techno": "techno with a hard kick and synth bass, driving and dark",
+    "Jazz": "swing jazz with saxophone and walking bass",
+    "Funk": "funk with slap bass, clean guitar and a tight drum groove",
+    "Ambient": "ambient, slow evolving pads, calm and spacious",
 }
-
-EXAMPLE_CLIP = {"path": "clip.wav", "url": "clip.wav", "meta": {"_type": "gradio.FileData"}}
+LENGTHS_S = {"5 s": 5, "10 s": 10, "20 s": 20, "30 s": 30, "1 min": 60, "2 min": 120, "5 min": 300}
 WAVEFORM = gr.WaveformOptions(
     waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
 )
+# Never rendered again, so that the script may write into it: nothing here depends on the value.
+NOTICE = """
+<div class="notice" hidden>
+  <div class="notice-words" role="status" aria-live="polite"></div>
+  <button type="button" class="notice-close" aria-label="Close this message">✕</button>
+</div>
+"""
+EXAMPLE_CLIP = {"path": "clip.wav", "url": "clip.wav", "meta": {"_type": "gradio.FileData"}}
 
 
 def build(
@@ -56,15 +83,9 @@ def build(
     handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
     # Not Gradio's delete_cache: it goes by the computer's clock, see `limits.Sweeper`.
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
-        parts = Parts()
-        head(parts, engine)
-        with gr.Row(elem_id="desk", equal_height=False):
-            with gr.Column(elem_id="compose", min_width=340):
-                compose(parts, settings)
-            with gr.Column(elem_id="take", min_width=340):
-                take(parts)
-        api(parts)
-        connect(parts, handlers, engine, page, adapters=settings.any_checkpoint)
+        c = create(settings)
+        lay_out(c, settings)
+        connect(c, handlers, engine, page, api(), adapters=settings.any_checkpoint)
     page.recall, page.desk, page.engine = handlers.recall, desk, engine
     return page
 
@@ -107,172 +128,315 @@ def theme() -> gr.themes.Base:
     )
 
 
-def head(parts: Parts, engine: Engine) -> None:
-    """Name, what is loaded, unload; what is said of the whole page, and files dropped on it."""
+def create(settings: Settings) -> Components:
+    """The components, not placed yet."""
+    request = request_fields(settings)
+    return Components(request, head(), form(request, settings), audio(), take())
+
+
+def place(*blocks: Block) -> None:
+    """Puts components here, below each other or into the row around them."""
+    for block in blocks:
+        render: Callable[[], object] = block.render
+        render()
+
+
+def lay_out(c: Components, settings: Settings) -> None:
+    """Places every component."""
     with gr.Row(elem_id="head"):
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
-        parts["engine"] = gr.HTML("", elem_id="engine", apply_default_css=False)
-        parts["unload"] = gr.Button("Unload", elem_id="unload", size="sm", variant="secondary")
-    parts["notice"] = notice.component()
-    parts["dropped"] = gr.UploadButton("Dropped file", visible="hidden", elem_id="dropped")
+        place(c.head.status_line, c.head.unload)
+    place(c.head.notice, c.head.dropped_file, c.head.timer)
+    with gr.Row(elem_id="desk", equal_height=False):
+        with gr.Column(elem_id="compose", min_width=340):
+            lay_out_form(c, settings)
+        with gr.Column(elem_id="take", min_width=340):
+            lay_out_take(c.take)
 
 
-def compose(parts: Parts, settings: Settings) -> None:
-    """The form."""
-    longest_s = settings.max_duration_s
-    parts["prompt"] = gr.Textbox(
-        lines=3,
-        max_lines=6,
-        max_length=FIELDS["prompt"].metadata["max"],
-        placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
-        **about("prompt", ""),
-    )
-    parts["ideas"] = gr.Dataset(
-        label="Ideas",
-        elem_id="ideas",
-        components=[gr.Textbox(visible=False), gr.Number(visible=False)],
-        samples=[[words, min(length_s, longest_s)] for words, length_s in IDEAS.values()],
-        sample_labels=list(IDEAS),
-        type="values",
-        show_label=False,
-    )
-    with gr.Accordion("Start from audio", open=False, elem_id="audio_panel") as panel:
-        parts["audio_panel"] = panel
-        audio_panel.layout(parts)
-    with gr.Row(elem_id="main_settings"):
-        parts["duration_s"] = slider("duration_s", 0.5, highest=longest_s)
-        parts["guidance_scale"] = slider("guidance_scale", 0.1, "to the words; 1 is off")
-    parts["stereo"] = switch("stereo", request_form.STEREO_INFO["choice"])
+def lay_out_form(c: Components, settings: Settings) -> None:
+    """The settings of the next take."""
+    request, form = c.request, c.form
+    place(request.prompt, form.prompt_count, form.ideas)
+    lay_out_audio(c)
+    with gr.Column(elem_id="length"):
+        place(request.duration_s, form.length_choice)
+    with gr.Row(elem_id="tonality"):
+        place(request.tempo_bpm, request.key)
+    with gr.Row(elem_id="drawn"):
+        place(request.variations)
+        with gr.Column(elem_id="seed_column", min_width=140):
+            place(request.seed, form.keep_seed)
+    with gr.Row(elem_id="sound"):
+        place(request.guidance_scale, request.stereo)
+    place(request.checkpoint, form.checkpoint_line)
     with gr.Accordion("Change over time", open=False, elem_id="over_time"):
-        over_time(parts)
+        gr.HTML(
+            '<p class="clip-line">From a time on (20 or 0:20), these words join your prompt, until '
+            "the next row. The prompt itself goes for the whole piece.</p>"
+        )
+        place(request.sections, form.add_section, request.overlap_s)
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+        place(request.do_sample)
+        with gr.Row():
+            place(request.temperature, request.top_k)
+        with gr.Row():
+            place(request.top_p)
+        place(form.reset_sampling)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        advanced(parts, settings)
+        place(request.negative_prompt)
+        with gr.Row(visible=settings.any_checkpoint):
+            place(request.adapter, request.adapter_strength)
+        place(request.normalize, form.restore)
+    place(form.checkpoint_facts, form.checkpoint_defaults)
     with gr.Row(elem_id="go"):
-        parts["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
-        parts["stop"] = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", visible=False)
+        place(form.generate, form.stop)
 
 
-def over_time(parts: Parts) -> None:
-    """What joins the prompt from when on, and how windows hang together."""
-    gr.HTML(
-        '<p class="clip-line">From a time on (20 or 0:20), these words join your prompt, until the '
-        "next row. The prompt itself goes for the whole piece.</p>"
-    )
-    parts["sections"] = gr.Dataframe(
-        section_rows([]),
-        headers=["From", "these words join"],
-        datatype="str",
-        type="array",
-        column_count=2,
-        column_widths=["32%", "68%"],
-        interactive=True,
-        wrap=True,
-        buttons=[],
-        label=FIELDS["sections"].metadata["label"],
-        elem_id="sections",
-    )
-    parts["add_section"] = gr.Button("Add a row", size="sm", elem_id="add_section")
-    parts["overlap_s"] = slider("overlap_s", 0.5)
+def lay_out_audio(c: Components) -> None:
+    """Start from audio: each use of a clip has a field of its own, and one of them is on show."""
+    place(c.audio.audio_panel)
+    with c.audio.audio_panel:
+        place(c.audio.clip_use)
+        # On show where the browser says so, see `assets/page.js`.
+        text = f'<p class="clip-line">{audio_panel.UNRECORDED}</p>'
+        gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
+        place(c.audio.continue_column, c.audio.melody_column)
+        with c.audio.continue_column:
+            place(c.request.audio_prompt, c.audio.clip_line, c.audio.offer)
+            with gr.Row():
+                place(c.request.include_prompt, c.request.context_s)
+        with c.audio.melody_column:
+            place(c.request.melody, c.audio.melody_line)
+    place(c.audio.clip, c.audio.offered, c.audio.tune)
 
 
-def advanced(parts: Parts, settings: Settings) -> None:
-    """What most takes do without."""
-    parts["checkpoint"] = gr.Dropdown(
-        [settings.checkpoint],
-        value=settings.checkpoint,
-        allow_custom_value=True,
-        **about("checkpoint"),
-    )
-    parts["checkpoint_line"] = gr.HTML("", elem_id="checkpoint_line")
-    with gr.Row(visible=settings.any_checkpoint):
-        parts["adapter"] = gr.Textbox(
-            lines=1,
-            max_length=FIELDS["adapter"].metadata["max"],
-            **about("adapter", "a LoRA by its Hub id or folder; empty is none"),
-        )
-        parts["adapter_strength"] = slider("adapter_strength", 0.05, "1 is as trained")
-    parts["negative_prompt"] = gr.Textbox(
-        lines=1,
-        max_length=FIELDS["negative_prompt"].metadata["max"],
-        **about("negative_prompt"),
-    )
-    with gr.Row():
-        parts["variations"] = slider("variations", 1, "takes at once, each with its seed")
-        parts["seed"] = number("seed", "same seed, same take; -1 draws one")
-    with gr.Row():
-        parts["tempo_bpm"] = number("tempo_bpm", "beats a minute; 0 is open")
-        parts["key"] = gr.Dropdown(
+def lay_out_take(take: TakePanel) -> None:
+    """What was made."""
+    place(take.live, take.take_title, take.take_variation, take.take_audio, take.spectrogram)
+    with gr.Row(elem_id="take_actions"):
+        place(take.wav, take.flac, take.continue_take, take.same_seed)
+    place(take.take_facts, take.take_notes, take.take_history)
+    place(take.history, take.chosen, take.tab_key, take.watch)
+
+
+def request_fields(settings: Settings) -> RequestFields:
+    """The settings of a take."""
+    return RequestFields(
+        prompt=textbox(
+            "prompt",
+            "",
+            lines=3,
+            max_lines=6,
+            placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
+        ),
+        negative_prompt=textbox("negative_prompt"),
+        sections=gr.Dataframe(
+            section_rows([]),
+            headers=["From", "these words join"],
+            datatype="str",
+            type="array",
+            column_count=2,
+            column_widths=["32%", "68%"],
+            interactive=True,
+            wrap=True,
+            buttons=[],
+            label=FIELDS["sections"].metadata["label"],
+            elem_id="sections",
+            render=False,
+        ),
+        tempo_bpm=number("tempo_bpm", "beats a minute; 0 is open"),
+        key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
-        )
-    parts["do_sample"] = switch("do_sample")
-    with gr.Row():
-        parts["temperature"] = slider("temperature", 0.01, "below 1 safer, above 1 wilder")
-        parts["top_k"] = number("top_k", "draw from the likeliest k; 0 is all")
-    with gr.Row():
-        parts["top_p"] = slider("top_p", 0.01, "draw from this total share; 0 is off")
-        parts["normalize"] = switch("normalize")
-    parts["restore"] = gr.UploadButton(
-        "Take the settings from a file …", size="sm", elem_id="restore", file_types=["audio"]
+        ),
+        audio_prompt=clip("audio_prompt"),
+        context_s=slider("context_s", 0.5, "seconds of its end; 0 is all that fits"),
+        include_prompt=switch("include_prompt", "off gives the continuation alone"),
+        melody=clip("melody"),
+        checkpoint=gr.Dropdown(
+            [settings.checkpoint],
+            value=settings.checkpoint,
+            allow_custom_value=True,
+            **about("checkpoint"),
+        ),
+        adapter=textbox("adapter", "a LoRA by its Hub id or folder; empty is none"),
+        adapter_strength=slider("adapter_strength", 0.05, "1 is as trained"),
+        stereo=switch("stereo", request_form.STEREO_INFO["choice"]),
+        duration_s=slider("duration_s", 0.5, highest=settings.max_duration_s),
+        overlap_s=slider("overlap_s", 0.5),
+        guidance_scale=slider("guidance_scale", 0.1),
+        do_sample=switch("do_sample"),
+        temperature=slider("temperature", 0.01, "below 1 safer, above 1 wilder"),
+        top_k=number("top_k", "draw from the likeliest k; 0 is all"),
+        top_p=slider("top_p", 0.01, "draw from this total share; 0 is off"),
+        seed=number("seed", "-1 draws one for each take"),
+        variations=slider("variations", 1, "takes at once"),
+        normalize=switch("normalize"),
     )
 
 
-def take(parts: Parts) -> None:
+def head() -> Head:
+    """The page's head, its notice, and a file dropped on it."""
+    return Head(
+        status_line=gr.HTML("", elem_id="engine", apply_default_css=False, render=False),
+        unload=gr.Button("Unload", elem_id="unload", size="sm", variant="secondary", render=False),
+        notice=gr.HTML(
+            value=None,
+            html_template=NOTICE,
+            js_on_load=(ASSETS / "page.js").read_text(encoding="utf-8"),
+            apply_default_css=False,
+            elem_id="notice",
+            render=False,
+        ),
+        dropped_file=gr.UploadButton(
+            "Dropped file", visible="hidden", elem_id="dropped", render=False
+        ),
+        timer=gr.Timer(request_form.SOON_S, render=False),
+    )
+
+
+def form(request: RequestFields, settings: Settings) -> Form:
+    """What belongs to the form and is no setting."""
+    lengths = [(label, s) for label, s in LENGTHS_S.items() if s <= settings.max_duration_s]
+    length_s = request.duration_s.value
+    return Form(
+        ideas=gr.Dataset(
+            label="Ideas",
+            elem_id="ideas",
+            components=[gr.Textbox(render=False)],
+            samples=[[words] for words in PROMPT_IDEAS.values()],
+            sample_labels=list(PROMPT_IDEAS),
+            type="values",
+            show_label=False,
+            render=False,
+        ),
+        prompt_count=gr.HTML("", elem_id="prompt_count", apply_default_css=False, render=False),
+        length_choice=gr.Radio(
+            lengths,
+            value=length_s if length_s in dict(lengths).values() else None,
+            label="Usual lengths",
+            show_label=False,
+            elem_id="length_choice",
+            render=False,
+        ),
+        keep_seed=gr.Checkbox(
+            label="Keep this seed",
+            elem_id="keep_seed",
+            render=False,
+        ),
+        add_section=gr.Button("Add a row", size="sm", elem_id="add_section", render=False),
+        reset_sampling=gr.Button(
+            "Back to the model's defaults", size="sm", elem_id="reset_sampling", render=False
+        ),
+        checkpoint_line=gr.HTML("", elem_id="checkpoint_line", render=False),
+        restore=gr.UploadButton(
+            "Take the settings from a file …",
+            size="sm",
+            elem_id="restore",
+            file_types=["audio"],
+            render=False,
+        ),
+        generate=gr.Button(
+            "Generate", variant="primary", size="lg", elem_id="generate", render=False
+        ),
+        stop=gr.Button(
+            "Stop", variant="stop", size="lg", elem_id="stop", visible=False, render=False
+        ),
+        checkpoint_facts=gr.State({}, render=False),
+        checkpoint_defaults=gr.JSON(
+            {name: getattr(request, name).value for name in CHECKPOINT_FIELDS},
+            visible=False,
+            render=False,
+        ),
+    )
+
+
+def audio() -> AudioPanel:
+    """Start from audio, beside the two clips themselves."""
+    return AudioPanel(
+        audio_panel=gr.Accordion(
+            "Start from audio", open=False, elem_id="audio_panel", render=False
+        ),
+        clip_use=gr.Radio(
+            [CONTINUE, FOLLOW],
+            value=CONTINUE,
+            label="What your clip is for",
+            show_label=False,
+            visible=False,
+            elem_id="clip_use",
+            render=False,
+        ),
+        continue_column=gr.Column(elem_id="continued", render=False),
+        clip_line=gr.HTML(audio_panel.clip_line({}, 10, 0, 12), elem_id="clip_line", render=False),
+        offer=gr.Button("", visible=False, size="sm", elem_id="offer", render=False),
+        melody_column=gr.Column(visible=False, elem_id="followed", render=False),
+        melody_line=gr.HTML(audio_panel.melody_line({}, 10), elem_id="melody_line", render=False),
+        clip=gr.State({}, render=False),
+        offered=gr.State({}, render=False),
+        tune=gr.State({}, render=False),
+    )
+
+
+def take() -> TakePanel:
     """What was made, and at first an example of it."""
     opening = take_panel.example()
-    parts["live"] = live_player()
-    parts["take_title"] = gr.HTML(
-        f'<p class="intro">{take_panel.INTRO}</p>{take_panel.title_html(opening)}',
-        elem_id="take_title",
+    intro = f'<p class="intro">{take_panel.INTRO}</p>{take_panel.title_html(opening)}'
+    small: dict[str, Any] = {"size": "sm", "min_width": 60, "render": False}
+    return TakePanel(
+        live=live_player(),
+        take_title=gr.HTML(intro, elem_id="take_title", render=False),
+        take_variation=gr.Radio(
+            label="Variations",
+            show_label=False,
+            visible=False,
+            elem_id="take_variation",
+            render=False,
+        ),
+        take_audio=gr.Audio(
+            str(opening.wav),
+            label="Take",
+            show_label=False,
+            interactive=False,
+            elem_id="take_audio",
+            buttons=[],
+            waveform_options=WAVEFORM,
+            render=False,
+        ),
+        spectrogram=gr.Image(
+            str(opening.picture),
+            label="Spectrogram",
+            show_label=False,
+            interactive=False,
+            elem_id="spectrogram",
+            alt_text=opening.alt,
+            buttons=["fullscreen"],
+            render=False,
+        ),
+        wav=gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small),
+        flac=gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small),
+        continue_take=gr.Button("Continue this", elem_id="continue", **small),
+        same_seed=gr.Button("Same seed", elem_id="same_seed", **small),
+        take_facts=gr.HTML(take_panel.facts_line(opening), elem_id="take_facts", render=False),
+        take_notes=gr.HTML("", visible=False, elem_id="take_notes", render=False),
+        take_history=gr.Radio(
+            label="Takes of this session", visible=False, elem_id="take_history", render=False
+        ),
+        history=gr.State([], render=False),
+        chosen=gr.State([0, 0], render=False),
+        tab_key=gr.Textbox(visible=False, render=False),
+        watch=gr.Timer(1, active=False, render=False),
     )
-    parts["take_variation"] = gr.Radio(
-        [], label="Variations", show_label=False, visible=False, elem_id="take_variation"
-    )
-    parts["take_audio"] = gr.Audio(
-        str(opening.wav),
-        label="Take",
-        show_label=False,
-        interactive=False,
-        elem_id="take_audio",
-        buttons=[],
-        waveform_options=WAVEFORM,
-    )
-    parts["spectrogram"] = gr.Image(
-        str(opening.picture),
-        label="Spectrogram",
-        show_label=False,
-        interactive=False,
-        elem_id="spectrogram",
-        alt_text=opening.alt,
-        buttons=["fullscreen"],
-    )
-    small: dict[str, Any] = {"size": "sm", "min_width": 60}
-    with gr.Row(elem_id="take_actions"):
-        parts["wav"] = gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small)
-        parts["flac"] = gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small)
-        parts["continue"] = gr.Button("Continue this", elem_id="continue", **small)
-        parts["same_seed"] = gr.Button("Same seed", elem_id="same_seed", **small)
-    parts["take_facts"] = gr.HTML(take_panel.facts_line(opening), elem_id="take_facts")
-    parts["take_notes"] = gr.HTML("", visible=False, elem_id="take_notes")
-    parts["take_history"] = gr.Radio(
-        [], label="Takes of this session", visible=False, elem_id="take_history"
-    )
-    parts["history"] = gr.State([])
-    parts["tab_key"] = gr.Textbox(visible=False)  # see `recall`
-    parts["watch"] = gr.Timer(1, active=False)  # for a take that an earlier page began
-    parts["chosen"] = gr.State([0, 0])
-    parts["clip"] = gr.State({})
-    parts["offered"] = gr.State({})
-    parts["facts"] = gr.State({})  # of the chosen checkpoint
-    # Not a State: the browser keeps it with the form.
-    own = {name: parts[name].value for name in CHECKPOINT_FIELDS}
-    parts["own"] = gr.JSON(own, visible=False)
 
 
-def api(parts: Parts) -> None:
-    """The API's parameters and answers: the request's fields, and what they are for."""
+def api() -> Endpoint:
+    """The API's parameters and answers, described.
+
+    Not `gr.api`: it gives parameters no description, and files unchecked.
+    """
     words = {str: "string", bool: "boolean", int: "integer", float: "number"}
-    kinds: dict[type, dict] = {kind: {"type": word} for kind, word in words.items()}
+    kinds: dict[type, dict[str, Any]] = {kind: {"type": word} for kind, word in words.items()}
     kinds[tuple] = {"type": "array", "items": {}}
+    parameters: dict[str, Any] = {}
     with gr.Column(visible=False):
         for name, spec in FIELDS.items():
             if name in CLIP_FIELDS:
@@ -284,13 +448,13 @@ def api(parts: Parts) -> None:
                 default = None if name in CHECKPOINT_FIELDS else spec.default
                 component = Api(default, kinds[type(spec.default)], name)
             described(component, in_words(name))
-            parts["api:" + name] = component
-        parts["api"] = gr.Button("generate")
+            parameters[name] = component
+        trigger = gr.Button("generate")
         files = gr.File(file_count="multiple", label="files")
         described(files, "a WAV and a FLAC of each variation in turn")
-        told = gr.JSON(label="settings")
-        described(told, "what the takes were made with, the seed that was drawn included")
-        parts["api:files"], parts["api:settings"] = files, told
+        made = gr.JSON(label="settings")
+        described(made, "what the takes were made with, the seed that was drawn included")
+    return Endpoint(trigger, parameters, files, made)
 
 
 def described(component: Any, text: str) -> None:

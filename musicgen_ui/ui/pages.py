@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import gradio as gr
 
 from musicgen_ui.backends.admission import Visitor
 from musicgen_ui.ui import take_panel
+from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.handlers import busy
 from musicgen_ui.ui.live_player import LiveStream
-from musicgen_ui.ui.restoring import Restoring
+from musicgen_ui.ui.request_form import Restoring
 from musicgen_ui.ui.sessions import BACK, Recall
 
 UNDER_WAY = "Your take is still being made: it comes here when it is done."
@@ -32,7 +32,7 @@ class Pages:
         self.recall = recall
         self.restoring = restoring or Restoring()
 
-    def enter(self, key: str, request: gr.Request) -> dict[str, Any]:
+    def enter(self, key: str, request: gr.Request) -> Updates:
         """A page was opened: shows again what its tab had before."""
         visitor = Visitor.of(request)
         tab = self.recall.enter(visitor.tab, key, visitor.address)
@@ -49,7 +49,7 @@ class Pages:
             shown["live"] = LiveStream(1.0).message("finished", DONE, done_s=1.0)
         return shown
 
-    def news(self, request: gr.Request) -> dict[str, Any]:
+    def news(self, request: gr.Request) -> Updates:
         """Whether the take is done that a page found under way."""
         tab = self.recall.of(Visitor.of(request).tab)
         if tab and tab.jobs:

@@ -1,28 +1,37 @@
-"""The form's answers while it is filled in: the clip, the window, stereo, settings from a file.
+"""The form's answers: seed, sections, the chosen checkpoint, settings that come back.
 
-Nothing here starts a job. A mistake is said beside the field that it belongs to, and nothing
-that was typed is lost.
+Nothing here starts a job, and nothing that was typed is lost.
+
+Settings come back from a file or to a page that is opened again. A file may come from another
+server or from the command line, so it may hold what this server does not take. Such a value is
+brought to the nearest that it does, and the user is told which: what the form shows is what the
+next take is made with.
 """
 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from anyio import to_thread
 
-from musicgen_ui.audio import load
+from musicgen_ui import takes
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S, WINDOW_S, context_used_s
-from musicgen_ui.ui.notice import notice
-from musicgen_ui.ui.restoring import section_rows, settings_of
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
+from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
-CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
-SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and where that is settled
+SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once that is settled
+CLIPS = {
+    "prompt_s": "It continued an audio prompt, which its file does not hold",
+    "melody_s": "It followed a melody, which its file does not hold",
+}
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
     "always": "this model always makes stereo",
@@ -30,129 +39,91 @@ STEREO_INFO = {
 }
 
 
-def read_clip(
-    path: str | None, duration_s: float, context_s: float, overlap_s: float, clip: dict
-) -> dict[str, Any]:
-    """Checks a clip as soon as it is there: what it is, what of it will be heard, or what is wrong.
-
-    `clip` is what is known of the last one; the answer's "clip" replaces it.
-    """
-    if not path:
-        # A refused clip is taken out of its field, which brings us here again: keep the sentence.
-        kept = clip if clip.get("refused") else {}
-        line = clip_line(kept, duration_s, context_s, overlap_s)
-        return {"clip": {}, "clip_line": line, **no_offer()}
-    try:
-        reading = load.read(Path(path))
-    except RequestError as error:
-        clip = {"refused": str(error)}
-        line = clip_line(clip, duration_s, context_s, overlap_s)
-        return {"clip": clip, "audio_prompt": None, "clip_line": line, **no_offer()}
-    clip = {"full_s": reading.full_s, "clip_s": reading.clip.duration_s, "notes": reading.notes}
-    line = clip_line(clip, duration_s, context_s, overlap_s)
-    return {"clip": clip, "clip_line": line, **offer(Path(path))}
-
-
-def clip_line(clip: dict, duration_s: float, context_s: float, overlap_s: float) -> str:
-    """How much of the clip the model will hear beside the new music, as HTML."""
-    if refused := clip.get("refused"):
-        return f'<p class="clip-line wrong" role="alert">{html.escape(refused)}</p>'
-    if not clip:
-        return '<p class="clip-line">Your clip is carried on from its end.</p>'
-    duration_s = duration_s or 0  # an emptied field
-    used_s = context_used_s(clip["clip_s"], context_s, duration_s, overlap_s)
-    parts = [f"last {used_s:.1f} s of {clip['full_s']:.1f} s", f"{duration_s:.1f} s new"]
-    if used_s + duration_s > WINDOW_S + 0.05:
-        parts.append(f"{WINDOW_S:g} s at a time")
-    elif used_s + duration_s >= WINDOW_S - 0.05:
-        parts.append(f"the {WINDOW_S:g} s window is full")
-    text = ", ".join(parts)
-    notes = "".join(f"<br>{html.escape(note)}" for note in clip.get("notes", ()))
-    return f'<p class="clip-line">{text}{notes}</p>'
-
-
-def offer(path: Path) -> dict[str, Any]:
-    """Offers a take's own settings where the file holds them."""
-    settings = settings_of(path)
-    if not settings:
-        return no_offer()
-    label = f"This is a take with seed {settings.get('seed', '?')}: use its settings"
-    return {"offer": gr.update(value=label, visible=True), "offered": settings}
-
-
-def no_offer() -> dict[str, Any]:
-    """Nothing to take settings from."""
-    return {"offer": gr.update(visible=False), "offered": {}}
-
-
-def add_section(rows: list[list[Any]]) -> dict[str, Any]:
+def add_section(rows: list[list[Any]]) -> Updates:
     """Gives the table of sections another row."""
     return {"sections": section_rows(rows)}
 
 
-def same_seed(
-    history: list[Group], chosen: list[int], variation: int | None = None
-) -> dict[str, Any]:
+def same_seed(history: list[Group], chosen: list[int], variation: int | None = None) -> Updates:
     """Takes over the seed of the chosen take, and says that it stays."""
     seed = chosen_take(history, chosen, variation).settings["seed"]
-    text = f"Seed {seed} is set: every take from now on uses it. -1 under Seed draws a new one."
+    text = f"Seed {seed} is kept: every take uses it until you unlock it."
     return {"seed": seed, "notice": notice(text)}
 
 
-def continue_take(
+def keep_seed(
+    keep: bool,
+    seed: float | None,
     history: list[Group],
     chosen: list[int],
-    duration_s: float,
-    context_s: float,
-    overlap_s: float,
     variation: int | None = None,
-) -> dict[str, Any]:
-    """Makes the chosen take the clip to continue."""
-    take = chosen_take(history, chosen, variation)
-    if take.wav is None:
-        return {}  # it could not be saved: its notes say so
-    filled = with_clip(str(take.wav), duration_s, context_s, overlap_s)
-    return {**filled, "clip_use": CONTINUE}
+) -> Updates:
+    """Keeps the seed of the form, or else of the take on show; or draws one for every take."""
+    if not keep:
+        return {"seed": DEFAULTS["seed"]}
+    return {} if seed is not None and seed >= 0 else same_seed(history, chosen, variation)
 
 
-def with_clip(path: str, duration_s: float, context_s: float, overlap_s: float) -> dict[str, Any]:
-    """Fills a clip in, checked, and opens its fold: a field in a closed one tells of no change."""
-    filled = {"audio_prompt": path, "audio_panel": gr.update(open=True)}
-    return filled | read_clip(path, duration_s, context_s, overlap_s, {})
+def reset_sampling(facts: dict[str, Any], defaults: dict[str, Any]) -> Updates:
+    """The sampling that the chosen checkpoint states, else ours."""
+    values = {name: facts.get("defaults", {}).get(name, DEFAULTS[name]) for name in SAMPLING}
+    return _updates(values) | {"checkpoint_defaults": {**defaults, **values}}
 
 
-def checkpoint_line(summary: str, kept: dict[str, Any] | None = None) -> str:
-    """What a checkpoint is, and what it states that the form does not show, as HTML."""
-    words = {True: "on", False: "off"}
-    own = [
-        f"{FIELDS[name].metadata['label'].lower()} {words[v] if v in (True, False) else f'{v:g}'}"
-        for name, v in (kept or {}).items()
-    ]
-    parts = [summary, *([f"made for {', '.join(own)}; yours is kept"] if own else [])]
-    return f'<p class="clip-line">{html.escape(" · ".join(parts))}</p>'
+def _updates(values: Mapping[str, Any]) -> Updates:
+    """Values of settings, by name, as updates."""
+    updates: Updates = {}
+    for name in SETTINGS:
+        if name in values:
+            updates[name] = values[name]  # type: ignore[literal-required]
+    return updates
 
 
-def follow(facts: dict[str, Any], own: dict[str, Any], *values: Any) -> dict[str, Any]:
-    """The settings that the chosen checkpoint states, in place of those that the last one did.
+def _in_words(values: Mapping[str, Any]) -> str:
+    """Settings as part of a sentence: "temperature 0.7, top-k 50"."""
+    switch = {True: "on", False: "off"}
+    return ", ".join(
+        f"{FIELDS[name].metadata['label'].lower()} "
+        + (switch[value] if isinstance(value, bool) else f"{value:g}")
+        for name, value in values.items()
+    )
+
+
+def checkpoint_line(
+    summary: str,
+    changed: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> str:
+    """What a checkpoint is, and what its defaults did to the form, as HTML."""
+    sentences = [summary]
+    sentences += [f"sets {_in_words(changed)}"] if changed else []
+    sentences += [f"made for {_in_words(kept)}; yours is kept"] if kept else []
+    return f'<p class="clip-line">{html.escape(" · ".join(sentences))}</p>'
+
+
+def follow_checkpoint(facts: dict[str, Any], defaults: dict[str, Any], *values: Any) -> Updates:
+    """Sets what the chosen checkpoint states in place of what the last one did, and says so.
 
     Args:
-        facts: of the chosen checkpoint.
-        own: what followed the last checkpoint; a value that isn't so any more is the user's, and
-            stays.
+        facts: of the chosen checkpoint; empty where there is no such checkpoint.
+        defaults: of the last checkpoint; a value that differs from them is the user's, and stays.
         values: the form's, of `CHECKPOINT_FIELDS`.
     """
-    if not facts:  # there is no such checkpoint
+    if not facts:
         return {}
     stated = facts["defaults"]
     now = {name: stated.get(name, FIELDS[name].default) for name in CHECKPOINT_FIELDS}
     now["duration_s"] = min(now["duration_s"], facts["longest_s"])
     shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
-    free = {name for name in own if shown[name] == own[name]}
+    free = [name for name in defaults if shown[name] == defaults[name]]
     kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
+    changed = {name: now[name] for name in free if now[name] != shown[name]}
     # Only what is new: while this answer is on its way the user may change the others.
-    told = {"own": now, **{name: now[name] for name in free if now[name] != shown[name]}}
-    # Said again only where there is more to say: the next choice may have been answered already.
-    return told | ({"checkpoint_line": checkpoint_line(facts["summary"], kept)} if kept else {})
+    updates: Updates = _updates(changed) | {"checkpoint_defaults": now}
+    # Only where there is more to say: the next choice may have been answered already.
+    if changed or kept:
+        updates["checkpoint_line"] = checkpoint_line(facts["summary"], changed, kept)
+    return updates
 
 
 class CheckpointFacts:
@@ -162,13 +133,13 @@ class CheckpointFacts:
         self.engine = engine
         self.longest_s = longest_s
 
-    async def choose(self, checkpoint: str) -> dict[str, Any]:
+    async def choose(self, checkpoint: str) -> Updates:
         """The stereo toggle, the line under a chosen checkpoint, and what it states."""
         try:
             facts = await to_thread.run_sync(self.engine.describe, (checkpoint or "auto").strip())
         except RequestError as error:
             text = f'<p class="clip-line wrong" role="alert">{html.escape(str(error))}</p>'
-            return {"checkpoint_line": text, "facts": {}}
+            return {"checkpoint_line": text, "checkpoint_facts": {}}
         toggle: dict[str, Any] = {
             "info": STEREO_INFO[facts.stereo],
             "interactive": facts.stereo == "choice",
@@ -178,7 +149,7 @@ class CheckpointFacts:
         return {
             "checkpoint_line": checkpoint_line(facts.summary),
             "stereo": gr.update(**toggle),
-            "facts": {
+            "checkpoint_facts": {
                 "summary": facts.summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
@@ -186,21 +157,89 @@ class CheckpointFacts:
             },
         }
 
-    async def load(self) -> dict[str, Any]:
+    async def load(self) -> Updates:
         """What only the engine knows when the page opens: the checkpoints, facts of the first."""
         names = await to_thread.run_sync(self.engine.checkpoints)
-        return {"checkpoint": gr.update(choices=names)} | await self.choose(names[0])
+        offered: Updates = {"checkpoint": gr.update(choices=names)}
+        return offered | await self.choose(names[0])
 
     def status(self) -> str:
         """The line in the page's head."""
         return f'<span class="engine">{html.escape(self.engine.status())}</span>'
 
-    def tick(self) -> dict[str, Any]:
+    def tick(self) -> Updates:
         """The line, and when to look again: every tab asks, and few things change."""
         loads = not self.engine.health().models and "nothing loaded" not in self.engine.status()
-        return {"engine": self.status(), "timer": gr.Timer(SOON_S if loads else LATER_S)}
+        return {"status_line": self.status(), "timer": gr.Timer(SOON_S if loads else LATER_S)}
 
     async def unload(self) -> str:
         """Gives memory back and says what is loaded now."""
         await to_thread.run_sync(self.engine.unload)
         return self.status()
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a take file made here was made with; empty for any other file."""
+    held = takes.read_settings(path) or {}
+    return {name: held[name] for name in (*SETTINGS, *CLIPS) if name in held}
+
+
+class Restoring:
+    """Fills the form with settings.
+
+    Args:
+        longest_s: the greatest length of a take on this server.
+        adapters: whether the form shows the adapter. What it does not show is not restored: it
+            would count for every take from then on, and nobody could see or change it.
+    """
+
+    def __init__(self, longest_s: float = MAX_DURATION_S, adapters: bool = True) -> None:
+        self._longest_s = longest_s
+        self._adapters = adapters
+
+    def file(self, path: str | None) -> Updates:
+        """Fills the form from a take file, or says that it holds no settings."""
+        settings = settings_of(Path(path)) if path else {}
+        if not settings:
+            text = "This file holds no settings: choose a WAV or FLAC that was made here."
+            return {"notice": notice(text, wrong=True)}
+        missing = [
+            f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)
+        ]
+        return self.settings(settings, missing)
+
+    def settings(self, settings: Mapping[str, Any], missing: list[str] | None = None) -> Updates:
+        """Fills the form with a take's settings; says what had to change and what is `missing`."""
+        if not settings:
+            return {}
+        shown, changes = self.form(settings)
+        return {
+            **shown,
+            "variations": 1,  # a file is one take
+            "notice": notice("The settings are filled in.", [*changes, *(missing or ())]),
+            "offer": gr.update(visible=False),
+            "offered": {},
+        }
+
+    def form(self, settings: Mapping[str, Any]) -> tuple[Updates, list[str]]:
+        """The form with settings as this server takes them, and a sentence for each change."""
+        values = {name: value for name, value in settings.items() if name in SETTINGS}
+        changes = []
+        if not self._adapters:
+            if values.get("adapter"):
+                changes.append(f"Adapter {values['adapter']} is left out: this server takes none.")
+            values |= {name: FIELDS[name].default for name in ("adapter", "adapter_strength")}
+        length_s = values.get("duration_s", 0.0)
+        if length_s > self._longest_s:
+            values["duration_s"] = self._longest_s
+            changes.append(
+                f"Length is {self._longest_s:g} s instead of {length_s:g} s: this server makes no "
+                "more at once."
+            )
+        sections = values.get("sections", [])
+        kept = [row for row in sections if row[0] < self._longest_s]
+        if len(kept) < len(sections):
+            changes.append(f"Sections from {self._longest_s:g} s on are left out.")
+        # Nothing follows the checkpoint any more: the file's settings are the user's.
+        values["sections"] = section_rows(kept)
+        return _updates(values) | {"checkpoint_defaults": {}}, changes

@@ -19,6 +19,7 @@ from musicgen_ui import takes
 from musicgen_ui.audio import load, spectrogram
 from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.files import ASSETS
+from musicgen_ui.ui.components import Updates
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def example() -> ShownTake:
     )
 
 
-def show(history: list[Group], which: int, variation: int) -> dict[str, Any]:
+def show(history: list[Group], which: int, variation: int) -> Updates:
     """The updates that show one take of the history, and the lists around it."""
     history = history[-KEPT_GROUPS:]
     which %= len(history)
@@ -112,7 +113,7 @@ def show(history: list[Group], which: int, variation: int) -> dict[str, Any]:
     }
 
 
-def picture(take: ShownTake) -> dict[str, Any]:
+def picture(take: ShownTake) -> Updates:
     """The updates for what comes a moment after the music."""
     shape = ["two-channels"] * (take.settings["channels"] == 2)
     shape += ["with-melody"] * (take.melody is not None)
@@ -187,13 +188,13 @@ def notes_html(notes: list[str]) -> str:
     return '<ul class="notes">' + "".join(f"<li>{html.escape(n)}</li>" for n in notes) + "</ul>"
 
 
-def choose_variation(history: list[Group], chosen: list[int], variation: int) -> dict[str, Any]:
+def choose_variation(history: list[Group], chosen: list[int], variation: int) -> Updates:
     """Shows another variation of the same click."""
     draw(history[chosen[0]][variation])
     return show(history, chosen[0], variation)
 
 
-def choose_earlier(history: list[Group], which: int) -> dict[str, Any]:
+def choose_earlier(history: list[Group], which: int) -> Updates:
     """Shows the takes of an earlier click."""
     return show(history, which, 0)
 

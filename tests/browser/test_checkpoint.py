@@ -16,7 +16,7 @@ def choose(page: Page, checkpoint: str) -> None:
 
 def test_a_chosen_checkpoints_own_settings_come_with_it_and_the_users_stay(open_page: Open) -> None:
     page = open_page()
-    unfold(page, "Advanced")
+    unfold(page, "Sampling")
     temperature, top_k = (
         page.locator(f"#{n} input[type=number]") for n in ("temperature", "top_k")
     )
@@ -24,6 +24,7 @@ def test_a_chosen_checkpoints_own_settings_come_with_it_and_the_users_stay(open_
     choose(page, "wide")
     expect(temperature).to_have_value("0.7")
     expect(top_k).to_have_value("50")
+    expect(page.locator("#checkpoint_line")).to_contain_text("sets temperature 0.7, top-k 50")
     set_number(page, "temperature", 1.3)
     choose(page, "mono")
     expect(top_k).to_have_value("250")
@@ -32,4 +33,5 @@ def test_a_chosen_checkpoints_own_settings_come_with_it_and_the_users_stay(open_
     expect(top_k).to_have_value("50")
     expect(page.locator("#checkpoint_line")).to_contain_text("temperature 0.7; yours is kept")
     expect(temperature).to_have_value("1.3")
+    unfold(page, "Advanced")
     expect(page.locator("#adapter")).to_be_visible()

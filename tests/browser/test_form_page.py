@@ -21,7 +21,7 @@ from tests.helpers.fakes import FakeEngine, tone
 EVERYTHING = GenerationRequest(
     prompt="slow waltz",
     negative_prompt="drums",
-    sections=[[0, "piano"], [1.5, "strings"]],
+    sections=((0.0, "piano"), (1.5, "strings")),
     tempo_bpm=92.5,
     key="E minor",
     context_s=30,
@@ -106,14 +106,14 @@ def test_a_number_beyond_its_slider_is_said_at_its_field_and_stays_as_typed(
     expect(guidance).to_have_value("25")
     assert len(engine.requests) == asked
     set_number(page, "guidance_scale", 20)
-    unfold(page, "Advanced")
+    unfold(page, "Sampling")
     set_number(page, "temperature", 0.01)
     temperature = page.locator("#temperature input[type=number]")
     temperature.fill("")  # emptied: as it was
     temperature.press("Tab")
     expect(temperature).to_have_value("0.01")
     set_number(page, "top_k", 2_000_000)
-    unfold(page, "Advanced")  # closed: what is wrong is brought into view
+    unfold(page, "Sampling")  # closed: what is wrong is brought into view
     page.locator("#generate").click()
     expect(page.locator("#top_k .validation-error").first).to_be_in_viewport()
     set_number(page, "top_k", 1_000_000)
@@ -129,11 +129,10 @@ def test_a_number_beyond_its_slider_is_said_at_its_field_and_stays_as_typed(
 def test_a_server_with_a_limit_says_what_of_a_file_it_cannot_take(
     open_page: Open, tmp_path: Path
 ) -> None:
-    long = replace(EVERYTHING, duration_s=120, sections=[[0, "piano"], [90, "strings"]])
+    long = replace(EVERYTHING, duration_s=120, sections=((0.0, "piano"), (90.0, "strings")))
     engine = FakeEngine()
     with serving(engine, max_duration_s=4, any_checkpoint=False) as url:
         page = open_page(url=url)
-        page.get_by_role("button", name="Ambient").click()  # an idea of 20 s
         expect(page.locator("#duration_s input[type=number]")).to_have_value("4")
         restore(page, saved(long, tmp_path))
         told = page.locator(".notice-words")

@@ -114,10 +114,13 @@ def test_an_upload_is_continued_and_a_take_too(
     page.locator("#continue").click()
     expect(page.locator("#clip_line")).to_contain_text("of 5.0 s")
     expect(page.locator("#offer")).to_have_text(re.compile("use its settings"))
-    unfold(page, "Advanced")
     page.locator("#same_seed").click()
     seed = str(engine.requests[-1].seed)
     expect(page.locator("#seed input")).to_have_value(seed)
+    lock = page.get_by_label("Keep this seed")
+    expect(lock).to_be_checked()
+    lock.uncheck()
+    expect(page.locator("#seed input")).to_have_value("-1")
 
 
 def test_a_melody_is_followed_where_the_checkpoint_can(
@@ -130,7 +133,6 @@ def test_a_melody_is_followed_where_the_checkpoint_can(
     page.locator("#audio_prompt input[type=file]").set_input_files(clip)
     expect(page.locator("#clip_line")).to_contain_text("last 2.0 s")
     expect(page.locator("#clip_use")).to_be_hidden()
-    unfold(page, "Advanced")
     choose_checkpoint(page, "wide")
     page.locator("#clip_use").get_by_label("follow its melody").click()
     expect(page.locator("#melody_line")).to_contain_text("2.0 s is repeated for 10.0 s")
@@ -183,7 +185,6 @@ def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
     generate(page, length_s=1)
     finished(page)
     assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
-    unfold(page, "Advanced")
     model = page.get_by_label("Checkpoint")
     for name, on in (("mono", False), ("wide", True)):
         model.fill(name)
@@ -197,9 +198,16 @@ def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
 
 def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) -> None:
     page = open_page()
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("rainy evening.")
     page.get_by_role("button", name="Lo-fi", exact=True).click()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("^lo-fi hip hop"))
-    unfold(page, "Advanced")
+    expect(prompt).to_have_value(re.compile("^rainy evening, lo-fi hip hop"))
+    expect(page.locator("#prompt_count")).to_have_text(re.compile("[0-9]+ of 2,000"))
+    page.get_by_role("button", name="Jazz", exact=True).click()
+    page.get_by_role("button", name="Lo-fi", exact=True).click()  # taken out again
+    expect(prompt).to_have_value(re.compile("^rainy evening, swing jazz"))
+    page.locator("#length_choice").get_by_label("2 min").check()
+    expect(page.locator("#duration_s input[type=number]")).to_have_value("120")
     set_number(page, "variations", 3)
     set_number(page, "seed", 40)
     set_number(page, "duration_s", 1)
@@ -229,7 +237,8 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
     page.locator("#generate").wait_for()
     for name in ("#prompt", "#generate"):  # above the fold
         box = page.locator(name).bounding_box()
-        assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= 844
+        assert box is not None and box["y"] >= 0
+        assert box["y"] + box["height"] <= page.evaluate("innerHeight")
 
 
 def test_streaming_moves_nothing(open_page: Open, engine: FakeEngine) -> None:

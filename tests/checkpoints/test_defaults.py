@@ -13,7 +13,7 @@ from musicgen_ui.checkpoints import defaults, registry
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.restoring import Restoring
+from musicgen_ui.ui.request_form import Restoring
 from tests.helpers.fakes import OWN, FakeEngine
 from tests.helpers.page import compose, handlers, state
 
@@ -88,20 +88,24 @@ def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(h
 
 
 def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
-    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))["facts"]
-    told = request_form.follow(facts, APPS, *APPS.values())
+    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))[
+        "checkpoint_facts"
+    ]
+    told = request_form.follow_checkpoint(facts, APPS, *APPS.values())
     assert (told["temperature"], told["top_k"]) == (0.7, 50)
     # What does not change is not said: the user may be changing it while the answer is on its way.
     assert not {"guidance_scale", "duration_s"} & set(told)
-    assert "checkpoint_line" not in told  # nothing to add to what the choice said
+    assert "sets temperature 0.7, top-k 50" in told["checkpoint_line"]
     mine = {**APPS, "temperature": 1.2}
-    told = request_form.follow(facts, APPS, *mine.values())
+    told = request_form.follow_checkpoint(facts, APPS, *mine.values())
     assert "temperature" not in told and told["top_k"] == 50
     assert "temperature 0.7; yours is kept" in told["checkpoint_line"]
     # Another one that states nothing: what followed goes back, what was changed stays.
     shown = {**mine, "top_k": 50}
-    other = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("mono"))["facts"]
-    back = request_form.follow(other, told["own"], *shown.values())
+    other = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("mono"))[
+        "checkpoint_facts"
+    ]
+    back = request_form.follow_checkpoint(other, told["checkpoint_defaults"], *shown.values())
     assert back["top_k"] == 250 and "temperature" not in back
 
 
@@ -120,14 +124,16 @@ def test_a_click_before_the_page_knows_its_checkpoint_leaves_its_settings_to_it(
 
 def test_what_a_file_restored_stays_whatever_its_checkpoint_states(handlers: Handlers):
     del handlers
-    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))["facts"]
+    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))[
+        "checkpoint_facts"
+    ]
     restored = Restoring().settings({"temperature": 1.0, "checkpoint": "wide"})
-    told = request_form.follow(facts, restored["own"], *APPS.values())
+    told = request_form.follow_checkpoint(facts, restored["checkpoint_defaults"], *APPS.values())
     assert not set(CHECKPOINT_FIELDS) & set(told)
 
 
 def test_a_stated_length_is_no_more_than_the_server_makes():
     facts = asyncio.run(request_form.CheckpointFacts(FakeEngine(), longest_s=5.0).choose("wide"))[
-        "facts"
+        "checkpoint_facts"
     ]
-    assert request_form.follow(facts, APPS, *APPS.values())["duration_s"] == 5.0
+    assert request_form.follow_checkpoint(facts, APPS, *APPS.values())["duration_s"] == 5.0

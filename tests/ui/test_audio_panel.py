@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from musicgen_ui.ui import audio_panel
-from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
+from musicgen_ui.ui.components import CONTINUE, FOLLOW
 
 WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
@@ -62,16 +62,16 @@ def test_a_melody_is_heard_from_its_beginning(tmp_path):
 def test_the_choice_takes_the_clip_along(scale):
     told = audio_panel.use(FOLLOW, scale, None, *WINDOW)
     assert told["melody"] == scale and told["audio_prompt"] is None
-    assert told["followed"]["visible"] and not told["continued"]["visible"]
+    assert told["melody_column"]["visible"] and not told["continue_column"]["visible"]
     assert "4.0 s" in told["melody_line"] and told["tune"]["clip_s"] == 4
     back = audio_panel.use(CONTINUE, None, scale, *WINDOW)
     assert "4.0 s" in back["clip_line"] and back["clip"]["clip_s"] == 4
     assert back["audio_prompt"] == scale and back["melody"] is None
-    assert back["continued"]["visible"] and not back["followed"]["visible"]
+    assert back["continue_column"]["visible"] and not back["melody_column"]["visible"]
 
 
 def test_the_choice_is_offered_where_the_checkpoint_can_follow():
-    assert audio_panel.allow({"melody": True})["clip_use"]["visible"]
+    assert audio_panel.clip_uses({"melody": True})["clip_use"]["visible"]
     for facts in ({"melody": False}, {}):
-        told = audio_panel.allow(facts)["clip_use"]
+        told = audio_panel.clip_uses(facts)["clip_use"]
         assert not told["visible"] and told["value"] == CONTINUE

@@ -1,7 +1,8 @@
-"""The page's parts: what reads what, and what its limits and descriptions say."""
+"""The page's components: what reads what, their limits and the API's descriptions."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
 from musicgen_ui.server.settings import Settings
 from musicgen_ui.ui import page
-from musicgen_ui.ui.events import Parts
+from musicgen_ui.ui.components import (
+    AudioPanel,
+    Form,
+    Head,
+    RequestFields,
+    TakePanel,
+    Updates,
+)
 from tests.helpers.fakes import FakeEngine
 
 
@@ -24,29 +32,44 @@ def event(built: gr.Blocks, api_name: str) -> Any:
     return next(fn for fn in built.fns.values() if fn.api_name == api_name)
 
 
-def test_generate_reads_every_setting_from_the_field_that_shows_it(built: gr.Blocks) -> None:
+def names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def test_updates_name_exactly_the_components() -> None:
+    groups = (RequestFields, Head, Form, AudioPanel, TakePanel)
+    every = [name for group in groups for name in names(group)]
+    assert len(set(every)) == len(every)
+    assert set(every) == set(Updates.__annotations__)
+
+
+def test_request_fields_are_those_of_a_request() -> None:
+    assert names(RequestFields) == list(FIELDS)
+
+
+def test_every_component_is_placed_on_the_page(tmp_path: Path) -> None:
+    with gr.Blocks() as blocks:
+        components = page.create(Settings())
+        page.lay_out(components, Settings())
+    assert all(each._id in blocks.blocks for each in components.by_name().values())
+
+
+def test_generate_reads_every_setting(built: gr.Blocks) -> None:
     read = [component.elem_id for component in event(built, "compose").inputs]
-    assert read == [None, None, *FIELDS]  # the takes and what follows the checkpoint come first
+    assert read == [None, None, *FIELDS]  # the takes and the checkpoint's defaults come first
 
 
 @pytest.mark.parametrize("api_name", ["use_settings", "restore", "enter"])
-def test_settings_come_back_to_the_fields_that_show_them(built: gr.Blocks, api_name: str) -> None:
+def test_settings_come_back_to_their_fields(built: gr.Blocks, api_name: str) -> None:
     filled = {component.elem_id for component in event(built, api_name).outputs}
     assert set(FIELDS) - set(CLIP_FIELDS) <= filled
 
 
-def test_an_idea_fills_the_form_without_asking_the_server(built: gr.Blocks) -> None:
-    """Its answer could come after the user has typed on."""
+def test_ideas_are_added_by_the_browser_alone(built: gr.Blocks) -> None:
+    """An answer of the server could come after the user has typed on."""
     ideas = next(block for block in built.blocks.values() if block.elem_id == "ideas")
     idea = next(fn for fn in built.fns.values() if ideas in fn.inputs)
     assert idea.fn is None and "lo-fi" in idea.js
-
-
-def test_a_name_is_given_to_one_component_alone() -> None:
-    parts = Parts()
-    parts["key"] = "the drop-down"
-    with pytest.raises(KeyError, match="key"):
-        parts["key"] = "the tab's"
 
 
 def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
@@ -63,7 +86,7 @@ def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
     short = page.build(FakeEngine(), Settings(max_duration_s=5), tmp_path)
     at = {b.elem_id: b for b in short.blocks.values() if getattr(b, "elem_id", None)}
     assert at["duration_s"].maximum == at["duration_s"].value == 5
-    assert all(seconds <= 5 for _, seconds in at["ideas"].samples)
+    assert [seconds for _, seconds in at["length_choice"].choices] == [5]
     # The page counts its own length as nobody's choice, so a checkpoint's own may follow.
     own = next(c for c in event(short, "compose").inputs if isinstance(c, gr.JSON) and c.value)
     assert own.value == {name: at[name].value for name in CHECKPOINT_FIELDS}

@@ -9,9 +9,9 @@ import pytest
 
 from musicgen_ui.engine.protocol import Health
 from musicgen_ui.ui import audio_panel, request_form
+from musicgen_ui.ui.components import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.request_form import CONTINUE, FOLLOW
-from musicgen_ui.ui.restoring import Restoring
+from musicgen_ui.ui.request_form import Restoring
 from tests.helpers.fakes import FakeEngine
 from tests.helpers.page import compose, state
 
@@ -19,12 +19,12 @@ WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
 
 def test_the_window_is_explained(clip: str) -> None:
-    told = request_form.read_clip(clip, 25.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(clip, 25.0, 0.0, 12.0, {})
     assert "last 5.0 s of 5.0 s, 25.0 s new, the 30 s window is full" in told["clip_line"]
-    assert "last 2.0 s of 5.0 s, 10.0 s new<" in request_form.clip_line(
+    assert "last 2.0 s of 5.0 s, 10.0 s new<" in audio_panel.clip_line(
         told["clip"], 10.0, 2.0, 12.0
     )
-    assert "last 5.0 s of 5.0 s, 30.0 s new, 30 s at a time" in request_form.clip_line(
+    assert "last 5.0 s of 5.0 s, 30.0 s new, 30 s at a time" in audio_panel.clip_line(
         told["clip"], 30.0, 0.0, 12.0
     )
 
@@ -32,17 +32,17 @@ def test_the_window_is_explained(clip: str) -> None:
 def test_a_file_that_is_no_audio_is_refused_beside_its_field(tmp_path: Path) -> None:
     page = tmp_path / "page.wav"
     page.write_text("<html>hello</html>")
-    told = request_form.read_clip(str(page), 10.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(str(page), 10.0, 0.0, 12.0, {})
     assert told["audio_prompt"] is None and 'role="alert"' in told["clip_line"]
     # The field is empty now, which asks again: the sentence must still be there.
-    again = request_form.read_clip(None, 10.0, 0.0, 12.0, told["clip"])
+    again = audio_panel.read_clip(None, 10.0, 0.0, 12.0, told["clip"])
     assert again["clip_line"] == told["clip_line"]
-    assert "alert" not in request_form.read_clip(None, 10.0, 0.0, 12.0, again["clip"])["clip_line"]
+    assert "alert" not in audio_panel.read_clip(None, 10.0, 0.0, 12.0, again["clip"])["clip_line"]
 
 
 def test_a_take_offers_its_settings(handlers: Handlers) -> None:
     end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
-    told = request_form.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
     assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
     filled = Restoring().settings(told["offered"])
     assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7
@@ -52,11 +52,11 @@ def test_a_take_offers_its_settings(handlers: Handlers) -> None:
 
 def test_a_take_can_be_continued(handlers: Handlers) -> None:
     end = state(compose(handlers))
-    told = request_form.continue_take(end["history"], end["chosen"], *WINDOW)
+    told = audio_panel.continue_take(end["history"], end["chosen"], *WINDOW)
     assert told["audio_prompt"] == end["take_audio"]
     # Its fold may be closed, and then its field would not have it checked.
     assert "of 1.0 s" in told["clip_line"] and told["offered"]["seed"] == 7
-    assert request_form.continue_take([], [0, 0], *WINDOW)["audio_prompt"].endswith("example.wav")
+    assert audio_panel.continue_take([], [0, 0], *WINDOW)["audio_prompt"].endswith("example.wav")
 
 
 @pytest.mark.parametrize("use", [CONTINUE, FOLLOW])
@@ -105,10 +105,26 @@ def test_what_is_marked_counts_before_the_page_shows_it(handlers: Handlers) -> N
     end = state(compose(handlers, variations=2))
     history, shown = end["history"], [0, 0]
     assert request_form.same_seed(history, shown, 1)["seed"] == 8
-    assert request_form.continue_take(history, shown, *WINDOW, 1)["audio_prompt"] == str(
+    assert audio_panel.continue_take(history, shown, *WINDOW, 1)["audio_prompt"] == str(
         history[0][1].wav
     )
     assert request_form.same_seed(history, shown, 2)["seed"] == 7  # marked in a list that is gone
+
+
+def test_the_lock_keeps_a_seed_until_it_is_opened(handlers: Handlers) -> None:
+    end = state(compose(handlers))
+    shown = end["history"], end["chosen"]
+    assert request_form.keep_seed(True, -1, *shown)["seed"] == 7
+    assert request_form.keep_seed(True, 12, *shown) == {}
+    assert request_form.keep_seed(False, 12, *shown) == {"seed": -1}
+
+
+def test_reset_gives_the_checkpoints_sampling_back() -> None:
+    facts = {"defaults": {"temperature": 0.7, "guidance_scale": 2.0}}
+    reset = request_form.reset_sampling(facts, {"top_k": 9, "guidance_scale": 4})
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 250, "top_p": 0.0}
+    # They follow the next checkpoint again; guidance is none of the fold's.
+    assert reset == {**sampling, "checkpoint_defaults": {**sampling, "guidance_scale": 4}}
 
 
 @pytest.mark.parametrize(
