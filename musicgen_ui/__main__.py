@@ -101,11 +101,11 @@ def convert(arguments: list[str]) -> int:
 
 def checkpoints(arguments: list[str]) -> int:
     """lists the published checkpoints and what fits here"""
-    from musicgen_ui.checkpoints import catalogue
+    from musicgen_ui.cli import checkpoints as table
 
     parser = _parser("checkpoints", "Lists the published checkpoints and what fits here.")
-    catalogue.add_flags(parser)
-    catalogue.run(parser.parse_args(arguments))
+    table.add_flags(parser)
+    table.run(parser.parse_args(arguments))
     return DONE
 
 

@@ -26,7 +26,6 @@ ORDER = (
 )
 # Imports that still point up; none may join them.
 POINTING_UP = {
-    ("audio.spectrogram", "engine.protocol"),
     ("backends.admission", "server.job_log"),
     ("backends.admission", "ui.live_player"),
     ("takes", "engine.protocol"),

@@ -20,8 +20,7 @@ import torch
 from anyio import CapacityLimiter, to_thread
 
 from musicgen_ui.backends.model_cache import Resident, Residents, Say
-from musicgen_ui.checkpoints import catalogue, hub, lora, registry
-from musicgen_ui.checkpoints import config as configuration
+from musicgen_ui.checkpoints import hub, lora, memory, registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine import worker
@@ -135,7 +134,7 @@ class ModelManager:
         if self.place.reason:
             parts[-1] += f" ({self.place.reason})"
         if loaded:
-            parts.append(configuration.size_in_words(sum(r.nbytes for r in loaded)))
+            parts.append(memory.size_in_words(sum(r.nbytes for r in loaded)))
         return " · ".join(parts)
 
     def health(self) -> Health:
@@ -254,7 +253,7 @@ class ModelManager:
     def _source(self, request: GenerationRequest) -> Source:
         source = self._resolve(request.checkpoint, request.stereo)
         if request.melody:
-            registry.hold_melody(source)
+            registry.require_melody(source)
         return registry.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
@@ -295,8 +294,9 @@ class ModelManager:
             RequestError: its weights alone are more than the budget.
         """
         config = registry.config_of(source)
-        catalogue.hold_fits(source.name, config, self.place, self.budget_bytes)
-        return configuration.estimate_bytes(config, self.place.bytes_a_weight)
+        others = registry.known_configs()
+        memory.require_fits(source.name, config, self.place, self.budget_bytes, others)
+        return memory.estimate_bytes(config, self.place.bytes_a_weight)
 
 
 def _named(checkpoint: str) -> list[Source]:

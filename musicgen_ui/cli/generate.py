@@ -223,7 +223,7 @@ def check_checkpoint(request: GenerationRequest) -> None:
         source = registry.resolve(request.checkpoint, request.stereo)
         registry.describe(source)
         if request.melody:
-            registry.hold_melody(source)
+            registry.require_melody(source)
 
 
 @contextlib.contextmanager

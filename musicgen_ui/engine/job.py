@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.clip import Clip
+from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine import delay_pattern, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.lora import Worn
-from musicgen_ui.engine.protocol import Chroma, Chunk, Finished, Progress
+from musicgen_ui.engine.protocol import Chunk, Finished, Progress
 from musicgen_ui.engine.transformer import Sequence
 from musicgen_ui.request import WINDOW_S, GenerationRequest
 

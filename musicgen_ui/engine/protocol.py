@@ -12,10 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
-from musicgen_ui.audio.clip import Clip
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.request import WINDOW_S, GenerationRequest
 
 Stage = Literal["waiting", "loading", "composing"]
 
@@ -40,14 +38,6 @@ class Chunk:
 
     variation: int
     clip: Clip
-
-
-@dataclass(frozen=True, eq=False)
-class Chroma:
-    """A melody's strongest pitch classes over time, as the music followed them."""
-
-    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B
-    column_s: float  # seconds from column to column
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +145,7 @@ class Description:
     sampling_rate: int  # Hz
     summary: str  # a line for the page: parameters, memory, licence
     melody: bool = False  # it can follow one
+    window_s: float = WINDOW_S  # longer takes are made of several windows
     defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
 
 

@@ -528,7 +528,7 @@ def test_a_folder_with_something_in_it_is_left_alone(checkpoint, tmp_path):
     assert weights_of(converted(checkpoint, tmp_path / "empty"))
     before = sorted((tmp_path / "empty").iterdir())
     for taken in (tmp_path / "empty", checkpoint / "state_dict.bin"):
-        with pytest.raises(RequestError, match="is there already"):
+        with pytest.raises(RequestError, match="exists already"):
             converted(checkpoint, taken)
     assert sorted((tmp_path / "empty").iterdir()) == before
     with pytest.raises(RequestError, match="cannot be written"):

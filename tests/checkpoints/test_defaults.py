@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_ui.checkpoints import defaults, registry
+from musicgen_ui.checkpoints import registry
+from musicgen_ui.checkpoints.config import GENERATION_FILE
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
@@ -31,7 +32,7 @@ def defaults_of(folder: Path) -> dict:
 
 
 def test_only_what_the_file_states_counts(folder):
-    file = folder / defaults.FILE
+    file = folder / GENERATION_FILE
     file.write_text(json.dumps({"temperature": 0.8, "top_k": 40, "max_length": 1503}))
     assert defaults_of(folder) == {"temperature": 0.8, "top_k": 40}
     file.write_text(json.dumps({"do_sample": False, "guidance_scale": 4, "top_p": 1.0}))
@@ -41,7 +42,7 @@ def test_only_what_the_file_states_counts(folder):
 
 
 def test_a_length_is_a_default_where_it_is_less_than_the_apps(folder):
-    file = folder / defaults.FILE
+    file = folder / GENERATION_FILE
     file.write_text(json.dumps({"max_length": 253}))  # three columns more than frames
     assert defaults_of(folder) == {"duration_s": 5.0}
     file.write_text(json.dumps({"max_new_tokens": 153, "max_length": 253}))
@@ -56,7 +57,7 @@ def test_a_length_is_a_default_where_it_is_less_than_the_apps(folder):
     ],
 )
 def test_what_no_request_may_have_is_left_out(folder, text):
-    (folder / defaults.FILE).write_text(text)
+    (folder / GENERATION_FILE).write_text(text)
     assert defaults_of(folder) == {}
 
 

@@ -185,11 +185,13 @@ def test_parts_that_do_not_fit_are_refused_before_the_download(served, tiny_mono
 
 
 def test_a_repository_without_a_checkpoint_is_a_sentence(served, tiny_mono, tmp_path):
-    (tmp_path / "README.md").write_text("nothing here")
-    served.repositories[TINY] = tmp_path
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "README.md").write_text("nothing here")
+    served.repositories[TINY] = folder
     with pytest.raises(RequestError, match="no checkpoint"):
         load(TINY)
-    shutil.copy(tiny_mono / "config.json", tmp_path)
+    shutil.copy(tiny_mono / "config.json", folder)
     with pytest.raises(RequestError, match="no weights"):
         hub.download(TINY, print)
 
