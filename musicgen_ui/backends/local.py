@@ -57,6 +57,7 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
         precision=place.precision,
         codec_device=place.codec_device,
         max_jobs=max_jobs,
+        window_s=loaded.window_s,
     )
 
 
@@ -110,12 +111,16 @@ class ModelManager:
         known = [source.name for source in registry.known().values() if self._is_offered(source)]
         return list(dict.fromkeys(["auto", *self._also, *(n for n in known if "stereo" not in n)]))
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do, without loading it. Asks the Hub about an unknown id.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do, without loading it; "auto" is the adapter's base if it has one.
+
+        Asks the Hub about an unknown id.
 
         Raises:
-            RequestError: there is no such checkpoint, or it is not allowed.
+            RequestError: there is no such checkpoint or adapter, or it is not allowed.
         """
+        if adapter and checkpoint == "auto":
+            checkpoint = self._adapted(GenerationRequest(adapter=adapter))[0].checkpoint
         source = self._resolve(checkpoint, False)
         told = registry.describe(source, self.place.bytes_a_weight)
         if told.stereo == "choice" and not self._has_stereo(checkpoint):
@@ -241,14 +246,16 @@ class ModelManager:
         """The request with its adapter's base, its checkpoint, and the folder of its adapter."""
         folder = None
         if request.adapter:
-            if not self._allow_any:
-                raise RequestError(
-                    "This server puts no adapters on: leave the field empty.", "adapter"
-                )
-            found = lora.find(request.adapter)
-            folder = lora.fetch(found)
-            request = lora.with_base(request, found, folder, self.place.device)
+            request, folder = self._adapted(request)
         return request, self._source(request), folder
+
+    def _adapted(self, request: GenerationRequest) -> tuple[GenerationRequest, Path]:
+        """The request with its adapter's base, and the adapter's folder."""
+        if not self._allow_any:
+            raise RequestError("LoRA adapters are disabled on this server.", "adapter")
+        found = lora.find(request.adapter)
+        folder = lora.fetch(found)
+        return lora.with_base(request, found, folder, self.place.device), folder
 
     def _source(self, request: GenerationRequest) -> Source:
         source = self._resolve(request.checkpoint, request.stereo)

@@ -111,8 +111,10 @@ class Backend(Protocol):
         """The names that the page offers, the default first."""
         ...
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
+
+        May read a folder or ask the Hub, so it can block for a while.
 
         Raises:
             RequestError: there is no such checkpoint.
@@ -183,8 +185,10 @@ class Engine(Protocol):
         """The names that the page offers, the default first."""
         ...
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
+
+        May read a folder or ask the Hub, so it can block for a while.
 
         Raises:
             RequestError: there is no such checkpoint.

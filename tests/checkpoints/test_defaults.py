@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from musicgen_ui.checkpoints import registry
+from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.checkpoints import lora, registry
 from musicgen_ui.checkpoints.config import GENERATION_FILE
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import request_form
@@ -68,13 +71,30 @@ def test_the_bundled_checkpoints_state_what_they_were_measured_with():
 
 
 def test_what_is_asked_for_wins_and_a_complete_request_asks_no_checkpoint():
-    def own(checkpoint: str) -> dict:
+    def own(checkpoint: str, adapter: str) -> dict:
         assert checkpoint == "wide"
         return OWN["wide"]
 
     values = completed({"checkpoint": "wide", "top_k": 9, "temperature": None}, own)
     assert values == {"checkpoint": "wide", "top_k": 9, "temperature": 0.7}
-    assert completed(APPS, lambda name: pytest.fail("asked")) == APPS
+    assert completed(APPS, lambda *names: pytest.fail("asked")) == APPS
+
+
+def test_an_adapter_alone_takes_its_bases_settings(folder, tmp_path):
+    """The bundled checkpoint, which "auto" is without an adapter, states temperature 0.7."""
+    (folder / GENERATION_FILE).write_text(json.dumps({"temperature": 1.3, "top_k": 40}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / lora.CONFIG).write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    save_file({"a": torch.zeros(1)}, adapter / lora.WEIGHTS)
+    manager = ModelManager(device="cpu")
+    stated = lambda *names: manager.describe(*names).defaults  # noqa: E731
+    values = completed({"adapter": str(adapter)}, stated)
+    assert (values["temperature"], values["top_k"]) == (1.3, 40)
+    assert completed({}, stated)["temperature"] == 0.7
+    named = completed({"adapter": str(adapter), "checkpoint": "bundled"}, stated)
+    assert named["temperature"] == 0.7
+    manager.close()
 
 
 def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(handlers: Handlers):

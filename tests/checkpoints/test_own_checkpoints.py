@@ -142,6 +142,8 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(own):
         lambda name: "_orig_mod." + name,  # torch.compile
         lambda name: "module." + name,  # DDP
         lambda name: "model.module._orig_mod." + name,
+        lambda name: "musicgen." + name,
+        lambda name: "base_model.model." + name,  # peft, after a merge
         lambda name: name.replace("decoder.layers.", "decoder.layers._orig_mod."),
         lambda name: name.replace("text_encoder.", "text_encoder._fsdp_wrapped_module."),
     ],
@@ -151,6 +153,12 @@ def test_names_that_training_wraps_are_unwrapped(own, wrap):
     store(own, {wrap(name): weight for name, weight in weights.items()})
     found = Stored([own / WEIGHTS]).get(weights)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_unknown_names_of_weights_are_named(own):
+    weights = load_file(own / WEIGHTS)
+    store(own, {f"ema.{name}": weight for name, weight in weights.items()})
+    refused(own, r"unknown names, such as ema\.")
 
 
 def test_a_compiled_model_loads(own):
