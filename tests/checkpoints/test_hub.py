@@ -189,7 +189,7 @@ def test_a_repository_without_a_checkpoint_is_a_sentence(served, tiny_mono, tmp_
     folder.mkdir()
     (folder / "README.md").write_text("nothing here")
     served.repositories[TINY] = folder
-    with pytest.raises(RequestError, match="no checkpoint"):
+    with pytest.raises(RequestError, match="not a checkpoint"):
         load(TINY)
     shutil.copy(tiny_mono / "config.json", folder)
     with pytest.raises(RequestError, match="no weights"):
