@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from musicgen_ui import files
-from musicgen_ui.checkpoints import proxies
+from musicgen_ui import environment
 from musicgen_ui.cli import console
 from musicgen_ui.errors import RequestError
 
@@ -45,9 +44,9 @@ def _run(arguments: list[str]) -> int:
                 "PYTHONOPTIMIZE=2 and -OO take away docstrings, which transformers needs: leave "
                 "them out, or use PYTHONOPTIMIZE=1."
             )
-        files.give_caches_a_home()
+        environment.ensure_cache_folder()
         command = COMMANDS[parser.parse_args(arguments[:1]).command]
-        proxies.prepare()
+        environment.prepare_proxies()
         return command(arguments[1:])
     except RequestError as error:
         print(error, file=sys.stderr)
@@ -101,11 +100,11 @@ def convert(arguments: list[str]) -> int:
 
 def checkpoints(arguments: list[str]) -> int:
     """lists the published checkpoints and what fits here"""
-    from musicgen_ui.checkpoints import catalogue
+    from musicgen_ui.cli import checkpoints as table
 
     parser = _parser("checkpoints", "Lists the published checkpoints and what fits here.")
-    catalogue.add_flags(parser)
-    catalogue.run(parser.parse_args(arguments))
+    table.add_flags(parser)
+    table.run(parser.parse_args(arguments))
     return DONE
 
 

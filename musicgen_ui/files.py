@@ -8,7 +8,6 @@ nobody holds. Process numbers would not tell: containers that share a folder cou
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import secrets
@@ -148,22 +147,6 @@ def delete_private() -> None:
     for path in list(_LOCKS):
         if path.name.startswith(PRIVATE):
             delete(path)
-
-
-def give_caches_a_home() -> None:
-    """Where the user has no folder for caches, as in some containers, libraries get a private one.
-
-    They compile, measure fonts and download into it, so call this before they are imported.
-    """
-    own = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    with suppress(OSError):
-        if own.is_absolute():
-            own.mkdir(parents=True, exist_ok=True)
-            if os.access(own, os.W_OK | os.X_OK):
-                return
-    folder = private_folder()
-    os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
-    atexit.register(delete, folder)
 
 
 def delete_leftovers(takes: Path | None) -> None:

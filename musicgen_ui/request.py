@@ -145,13 +145,12 @@ class GenerationRequest:
             )
         return request
 
-    @property
-    def context_used_s(self) -> float:
+    def context_used_s(self, window_s: float = WINDOW_S) -> float:
         """Seconds of the audio prompt's end that the model hears; 0 without a clip."""
         if self.audio_prompt is None:
             return 0.0
         clip_s = self.audio_prompt.duration_s
-        return context_used_s(clip_s, self.context_s, self.duration_s, self.overlap_s)
+        return context_used_s(clip_s, self.context_s, self.duration_s, self.overlap_s, window_s)
 
     def words(self, at_s: float = 0.0) -> str:
         """The model's text `at_s` seconds into the new music: prompt, section, tempo, key.
@@ -203,27 +202,42 @@ CHECKPOINT_FIELDS = (
 
 
 def completed(
-    values: Mapping[str, Any], defaults_of: Callable[[str], Mapping[str, Any]]
+    values: Mapping[str, Any], defaults_of: Callable[[str, str], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """`values` of a request with the checkpoint's defaults for those that are None or missing.
 
-    `defaults_of` gives a checkpoint's defaults by its name; it is called only where one of
-    `CHECKPOINT_FIELDS` is missing.
+    `defaults_of` gives what a checkpoint states, by its name and that of the adapter, whose base
+    "auto" is. It is called only where one of `CHECKPOINT_FIELDS` is missing.
     """
     missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
     if not missing:
         return dict(values)
-    stated = defaults_of(values.get("checkpoint") or "auto")
+    stated = defaults_of(values.get("checkpoint") or "auto", values.get("adapter") or "")
     return {**values, **{name: stated[name] for name in missing if name in stated}}
 
 
-def context_used_s(clip_s: float, context_s: float, duration_s: float, overlap_s: float) -> float:
-    """Seconds of a clip's end that the model hears: `context_s`, or all that fits where it is 0.
+def context_used_s(
+    clip_s: float,
+    context_s: float,
+    duration_s: float,
+    overlap_s: float,
+    window_s: float = WINDOW_S,
+) -> float:
+    """How much of a clip's end the model hears: what is asked for, else all that fits.
 
-    Where clip and new music do not fit into one window, at least the overlap.
+    A piece that does not fit into one window with its clip hears at least the overlap. `window_s`
+    is the checkpoint's.
     """
-    fitting_s = max(WINDOW_S - duration_s, overlap_s)
-    return min(clip_s, context_s or fitting_s, WINDOW_S - MIN_NEW_S)
+    fitting_s = max(window_s - duration_s, overlap_used_s(overlap_s, window_s))
+    return min(clip_s, context_s or fitting_s, window_s - MIN_NEW_S)
+
+
+def overlap_used_s(overlap_s: float, window_s: float = WINDOW_S) -> float:
+    """The overlap of two windows: at most the share of a window that `overlap_s` may have of 30 s.
+
+    Otherwise a default of 12 s would not fit a window of 10 s.
+    """
+    return min(overlap_s, window_s * FIELDS["overlap_s"].metadata["max"] / WINDOW_S)
 
 
 def coerce(name: str, value: Any) -> Any:

@@ -24,8 +24,8 @@ import soundfile
 
 from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.protocol import Chroma, Finished
+from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 

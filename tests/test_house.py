@@ -22,11 +22,10 @@ GRADIO = ("ui", "server")
 # Each package may import itself and what stands after it.
 ORDER = (
     *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints", "engine"),
-    *("takes", "request", "audio", "errors", "files"),
+    *("takes", "request", "audio", "environment", "errors", "files"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP = {
-    ("audio.spectrogram", "engine.protocol"),
     ("backends.admission", "server.job_log"),
     ("backends.admission", "ui.live_player"),
     ("takes", "engine.protocol"),

@@ -94,11 +94,11 @@ def test_context_used_is_at_most_what_fits(seconds, context_s, duration_s, used)
     request = GenerationRequest(
         audio_prompt=clip(seconds), context_s=context_s, duration_s=duration_s
     )
-    assert request.context_used_s == used
+    assert request.context_used_s() == used
 
 
 def test_context_used_is_zero_without_a_clip():
-    assert GenerationRequest(context_s=5).context_used_s == 0
+    assert GenerationRequest(context_s=5).context_used_s() == 0
 
 
 def test_variations_count_up_from_the_seed():

@@ -54,6 +54,14 @@ class Clip:
         return float(self.samples.shape[1] / self.sampling_rate)
 
 
+@dataclass(frozen=True, eq=False)
+class Chroma:
+    """A melody's strongest pitch class over time, as the music followed it."""
+
+    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B
+    column_s: float  # seconds from column to column
+
+
 def cancels(samples: np.ndarray) -> bool:
     """Whether channels, float32 [channels, samples], are of opposite phase: their mean is next to
     nothing although they sound.

@@ -19,8 +19,7 @@ import numpy as np
 
 from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.protocol import Chroma
+from musicgen_ui.audio.clip import Chroma, Clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,8 +20,7 @@ import torch
 from anyio import CapacityLimiter, to_thread
 
 from musicgen_ui.backends.model_cache import Resident, Residents, Say
-from musicgen_ui.checkpoints import catalogue, hub, lora, registry
-from musicgen_ui.checkpoints import config as configuration
+from musicgen_ui.checkpoints import hub, lora, memory, registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine import worker
@@ -58,6 +57,7 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
         precision=place.precision,
         codec_device=place.codec_device,
         max_jobs=max_jobs,
+        window_s=loaded.window_s,
     )
 
 
@@ -111,12 +111,16 @@ class ModelManager:
         known = [source.name for source in registry.known().values() if self._is_offered(source)]
         return list(dict.fromkeys(["auto", *self._also, *(n for n in known if "stereo" not in n)]))
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do, without loading it. Asks the Hub about an unknown id.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do, without loading it; "auto" is the adapter's base if it has one.
+
+        Asks the Hub about an unknown id.
 
         Raises:
-            RequestError: there is no such checkpoint, or it is not allowed.
+            RequestError: there is no such checkpoint or adapter, or it is not allowed.
         """
+        if adapter and checkpoint == "auto":
+            checkpoint = self._adapted(GenerationRequest(adapter=adapter))[0].checkpoint
         source = self._resolve(checkpoint, False)
         told = registry.describe(source, self.place.bytes_a_weight)
         if told.stereo == "choice" and not self._has_stereo(checkpoint):
@@ -135,7 +139,7 @@ class ModelManager:
         if self.place.reason:
             parts[-1] += f" ({self.place.reason})"
         if loaded:
-            parts.append(configuration.size_in_words(sum(r.nbytes for r in loaded)))
+            parts.append(memory.size_in_words(sum(r.nbytes for r in loaded)))
         return " · ".join(parts)
 
     def health(self) -> Health:
@@ -242,19 +246,21 @@ class ModelManager:
         """The request with its adapter's base, its checkpoint, and the folder of its adapter."""
         folder = None
         if request.adapter:
-            if not self._allow_any:
-                raise RequestError(
-                    "This server puts no adapters on: leave the field empty.", "adapter"
-                )
-            found = lora.find(request.adapter)
-            folder = lora.fetch(found)
-            request = lora.with_base(request, found, folder, self.place.device)
+            request, folder = self._adapted(request)
         return request, self._source(request), folder
+
+    def _adapted(self, request: GenerationRequest) -> tuple[GenerationRequest, Path]:
+        """The request with its adapter's base, and the adapter's folder."""
+        if not self._allow_any:
+            raise RequestError("LoRA adapters are disabled on this server.", "adapter")
+        found = lora.find(request.adapter)
+        folder = lora.fetch(found)
+        return lora.with_base(request, found, folder, self.place.device), folder
 
     def _source(self, request: GenerationRequest) -> Source:
         source = self._resolve(request.checkpoint, request.stereo)
         if request.melody:
-            registry.hold_melody(source)
+            registry.require_melody(source)
         return registry.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
@@ -295,8 +301,9 @@ class ModelManager:
             RequestError: its weights alone are more than the budget.
         """
         config = registry.config_of(source)
-        catalogue.hold_fits(source.name, config, self.place, self.budget_bytes)
-        return configuration.estimate_bytes(config, self.place.bytes_a_weight)
+        others = registry.known_configs()
+        memory.require_fits(source.name, config, self.place, self.budget_bytes, others)
+        return memory.estimate_bytes(config, self.place.bytes_a_weight)
 
 
 def _named(checkpoint: str) -> list[Source]:

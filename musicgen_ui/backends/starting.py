@@ -101,9 +101,9 @@ class BackgroundEngine:
         names = self._get().checkpoints()
         return [self._checkpoint, *(n for n in names if n != self._checkpoint)]
 
-    def describe(self, checkpoint: str) -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
         """See `Engine.describe`."""
-        return self._get().describe(checkpoint)
+        return self._get().describe(checkpoint, adapter)
 
     def status(self) -> str:
         """See `Engine.status`."""

@@ -90,7 +90,7 @@ class ZeroEngine:
         names = (word for word, stereo in self._sources if not stereo)
         return list(dict.fromkeys([self._first, *names]))
 
-    def describe(self, checkpoint: str) -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
         """See `Engine.describe`."""
         return registry.describe(self._source(checkpoint, False), bytes_a_weight=2)
 

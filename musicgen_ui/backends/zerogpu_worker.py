@@ -136,6 +136,7 @@ def _batch(name: str) -> Batch:
             precision="bfloat16" if on_gpu else "float32",
             max_jobs=4,
             graphs=False,
+            window_s=loaded.window_s,
         )
         if (
             on_gpu

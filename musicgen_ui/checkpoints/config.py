@@ -1,8 +1,8 @@
-"""A checkpoint's configuration: what its `config.json` says and what follows from it.
+"""A checkpoint's configuration: `config.json`, checked, with every value filled in.
 
-The number of parameters, the memory a model will need and whether its parts fit each other are all
-known from the configuration, before a weight is read and without importing transformers. The
-counts equal those of the models that transformers builds; a test compares them.
+Whether the parts of a checkpoint fit each other is known from the configuration, before a weight is
+read and without importing transformers. The settings that a checkpoint states for its own sampling,
+in `generation_config.json`, are read here too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from musicgen_ui.audio import untrusted
-from musicgen_ui.checkpoints.unusable import Unusable, check_files
+from musicgen_ui.checkpoints import file_checks
+from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import WINDOW_S
+from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, WINDOW_S, coerce
 
-# "text_encoder", "audio_encoder", "decoder", and "melody", which is empty without melody
+# Keys: "text_encoder", "audio_encoder", "decoder", "melody" (empty where the checkpoint follows no
+# melodies) and "training": the window in seconds, and whether it was trained on sound effects.
 Configuration = dict[str, dict[str, Any]]
 
 # Meta's sizes: layers, hidden size, heads, feed-forward size of the decoder. The rest is the same.
@@ -27,14 +28,21 @@ META_SIZES = {
     "medium": (48, 1536, 24, 6144),
     "large": (48, 2048, 32, 8192),
 }
-# Meta's checkpoints, each mono and stereo, by the word that names them: size, and whether they
-# follow melodies.
+# Meta's MusicGen checkpoints, each mono and stereo, by short name: size, and whether they follow
+# melodies.
 META_WORDS = {size: (size, False) for size in META_SIZES} | {
     "melody": ("medium", True),
     "melody-large": ("large", True),
 }
 MELODY = {"num_chroma": 12, "chroma_length": 235}  # pitch classes, and columns of them in 30 s
-# What a configuration means where it is silent: Meta's values.
+# The checkpoints on the Hub that have a short name: their ids by it.
+PUBLISHED = {
+    **{s + word: f"facebook/musicgen-{s}{word}" for s in ("", "stereo-") for word in META_WORDS},
+    "audiogen": "facebook/audiogen-medium",  # sound effects; in audiocraft's format alone
+}
+GENERATION_FILE = "generation_config.json"
+_WINDOWS_S = (1.0, WINDOW_S)  # the shortest and the longest window that a configuration may state
+# The values of what a configuration leaves out: Meta's.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "text_encoder": {
         "model_type": "t5",
@@ -78,8 +86,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-_MOST_OF_ANYTHING = 2**20
-_MOST = {  # of what is counted in a configuration, far beyond any model
+_LARGEST_COUNT = 2**20
+_LARGEST = {  # counts in a configuration, far beyond any model
     **dict.fromkeys(("num_layers", "num_hidden_layers", "num_heads", "num_attention_heads"), 1024),
     **dict.fromkeys(("num_lstm_layers", "num_residual_layers", "num_codebooks"), 64),
     **dict.fromkeys(("kernel_size", "last_kernel_size", "residual_kernel_size"), 1024),
@@ -90,17 +98,17 @@ _MOST = {  # of what is counted in a configuration, far beyond any model
     "num_labels": 1024,
 }
 _LONGEST_LIST = 32
-_MOST_OVERLAP = 16  # windows that a sample of a melody is in; published ones have 4
-_MOST_ENTRIES = 2**27  # of a table that is no weight: half a GB
+_MOST_OVERLAP = 16  # analysis windows that a sample of a melody is in; published ones have 4
+_LARGEST_TABLE = 2**27  # entries of a table that is computed, not stored: half a GB
 
 
 def decoder_defaults(keys: Iterable[str]) -> dict[str, Any]:
-    """What a decoder's configuration means where it is silent."""
+    """The values of what a decoder's configuration leaves out."""
     return {key: _DEFAULTS["decoder"][key] for key in keys}
 
 
 def meta(word: str, stereo: bool) -> Configuration:
-    """The configuration of one of Meta's checkpoints: "small", "melody" …, see `META_WORDS`."""
+    """The configuration of one of Meta's MusicGen checkpoints by short name, see `META_WORDS`."""
     size, melody = META_WORDS[word]
     layers, hidden, heads, ffn = META_SIZES[size]
     decoder = {
@@ -114,24 +122,46 @@ def meta(word: str, stereo: bool) -> Configuration:
     return _filled({"decoder": decoder}, melody)
 
 
+def audiogen() -> Configuration:
+    """The configuration of AudioGen (Kreuk et al. 2022, arXiv 2209.15352) as Meta published it."""
+    layers, hidden, heads, ffn = META_SIZES["medium"]
+    decoder = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_dim": ffn,
+    }
+    t5_large = {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+    codec = {"sampling_rate": 16000, "upsampling_ratios": [8, 5, 4, 2]}
+    config = {"text_encoder": t5_large, "audio_encoder": codec, "decoder": decoder}
+    return _filled({**config, "window_s": 10.0, "sound_effects": True}, melody=False)
+
+
+def published(word: str) -> Configuration:
+    """The configuration of a checkpoint on the Hub that has this short name, see `PUBLISHED`."""
+    if word == "audiogen":
+        return audiogen()
+    return meta(word.removeprefix("stereo-"), word.startswith("stereo-"))
+
+
 def read(name: str, file: Path) -> Configuration:
-    """`config.json`, every value that this module needs filled in.
+    """The configuration in a `config.json`, those values that the app needs filled in.
 
     Raises:
         RequestError: it cannot be read, or is not MusicGen's.
     """
     try:
         check_files([file])
-        config = untrusted.read_object(file)
-    except Unusable as error:
+        config = file_checks.read_object(file)
+    except UnusableError as error:
         raise RequestError(f"{name} cannot be used: {error}.", "checkpoint") from error
     except (OSError, ValueError) as error:
         raise _unreadable(name) from error
-    return of(name, config)
+    return parse(name, config)
 
 
-def of(name: str, config: Any) -> Configuration:
-    """What `config.json` holds, every value that this module needs filled in.
+def parse(name: str, config: Any) -> Configuration:
+    """The values of a `config.json`, those that the app needs filled in.
 
     Raises:
         RequestError: it is not MusicGen's.
@@ -156,7 +186,7 @@ def of(name: str, config: Any) -> Configuration:
 
 def _unreadable(name: str) -> RequestError:
     return RequestError(
-        f"{name} is no checkpoint: it has no readable config.json. Choose a folder with a "
+        f"{name} is not a checkpoint: it has no readable config.json. Choose a folder with a "
         'checkpoint in transformers\' format, or "bundled".',
         "checkpoint",
     )
@@ -167,20 +197,33 @@ def _filled(config: dict[str, Any], melody: bool) -> Configuration:
     filled["melody"] = {key: config.get(key, value) for key, value in MELODY.items() if melody}
     for part, values in (_DEFAULTS | {"melody": MELODY if melody else {}}).items():
         for key, default in values.items():
-            _hold_kind(part, key, filled[part][key], default)
-    _hold_calm(config, filled)
+            _require_kind(part, key, filled[part][key], default)
+    sound_effects = config.get("sound_effects") is True
+    filled["training"] = {"window_s": _window_s(config), "sound_effects": sound_effects}
+    _require_bounded(config, filled)
     return filled
+
+
+def _window_s(config: dict[str, Any]) -> float:
+    """The seconds of a training example, a key that our converter adds to transformers' format."""
+    shortest_s, longest_s = _WINDOWS_S
+    window_s = config.get("window_s", longest_s)
+    if type(window_s) not in (int, float) or not shortest_s <= window_s <= longest_s:
+        raise _ValueOutOfBoundsError(
+            f"window_s is {reprlib.repr(window_s)} instead of {shortest_s:g} to {longest_s:g}"
+        )
+    return float(window_s)
 
 
 class _ValueOutOfBoundsError(ValueError):
     """A configuration has a value that no model has."""
 
 
-def _hold_kind(part: str, key: str, value: Any, default: Any) -> None:
+def _require_kind(part: str, key: str, value: Any, default: Any) -> None:
     """Raises ValueError unless `value` is of its default's kind; numbers must be positive and
-    within `_MOST`, before anything is computed with them."""
+    within `_LARGEST`, before anything is computed with them."""
     numbers = value if isinstance(default, list) else [value] if type(default) is int else []
-    most = _MOST.get(key, _MOST_OF_ANYTHING)
+    most = _LARGEST.get(key, _LARGEST_COUNT)
     if (
         not isinstance(value, type(default))
         or isinstance(value, bool) != isinstance(default, bool)
@@ -192,34 +235,34 @@ def _hold_kind(part: str, key: str, value: Any, default: Any) -> None:
         )
 
 
-def _hold_calm(config: dict[str, Any], filled: Configuration) -> None:
-    """Raises ValueError for what transformers would make large, or would fetch, beside weights."""
+def _require_bounded(config: dict[str, Any], filled: Configuration) -> None:
+    """Raises ValueError for what would make transformers allocate or download more than weights."""
     codec, decoder = filled["audio_encoder"], filled["decoder"]
-    if math.prod(codec["upsampling_ratios"]) > _MOST_OF_ANYTHING:
-        raise _ValueOutOfBoundsError("audio_encoder.upsampling_ratios are too many samples")
+    if math.prod(codec["upsampling_ratios"]) > _LARGEST_COUNT:
+        raise _ValueOutOfBoundsError("audio_encoder.upsampling_ratios multiply to too many samples")
     dilation = codec["dilation_growth_rate"] ** (codec["num_residual_layers"] - 1)
-    if dilation > _MOST["kernel_size"]:
+    if dilation > _LARGEST["kernel_size"]:
         raise _ValueOutOfBoundsError("audio_encoder.dilation_growth_rate is too large")
     width = config.get("audio_encoder", {}).get("codebook_dim") or codec["hidden_size"]
-    _hold_kind("audio_encoder", "codebook_dim", width, codec["hidden_size"])
+    _require_kind("audio_encoder", "codebook_dim", width, codec["hidden_size"])
     entries = decoder["num_codebooks"] * codec["codebook_size"] * width
     positions = decoder["max_position_embeddings"] * decoder["hidden_size"]
-    if entries > _MOST_ENTRIES or positions > _MOST_ENTRIES:
+    if entries > _LARGEST_TABLE or positions > _LARGEST_TABLE:
         raise _ValueOutOfBoundsError("the table of positions or of codes is too large")
     for part in (config, *(config.get(name) or {} for name in _DEFAULTS)):
         if "num_labels" in part:  # of classifiers; transformers makes a name for each
-            _hold_kind("config", "num_labels", part["num_labels"], 2)
+            _require_kind("config", "num_labels", part["num_labels"], 2)
         for key in ("attn_implementation", "_attn_implementation"):  # may be code on the Hub
             if "/" in str(part.get(key)):
                 raise _ValueOutOfBoundsError(f"{key} names code on the Hub")
 
 
 def check(name: str, config: Configuration, folder: Path | None = None) -> None:
-    """Holds that text encoder, decoder and codec fit, and `folder`'s processor with them.
+    """Requires that text encoder, decoder and codec fit each other, and `folder`'s processor.
 
     Raises:
         RequestError: they do not; the sentence names the two values.
-        Unusable: the processor's file cannot be read.
+        UnusableError: the processor's file cannot be read.
     """
     codec, decoder = config["audio_encoder"], config["decoder"]
     if codec["model_type"] != "encodec" or config["text_encoder"]["model_type"] != "t5":
@@ -261,30 +304,30 @@ def extractors(folder: Path) -> Iterator[dict[str, Any]]:
     for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
         if file.is_file():
             try:
-                values = untrusted.read_object(file)
+                values = file_checks.read_object(file)
                 held = values.get("feature_extractor", values)
                 if not isinstance(held, dict):
                     raise ValueError("it holds no feature extractor")
             except (OSError, ValueError) as error:
                 why = f"{file.name} cannot be read ({error})"
-                raise Unusable(why, "copy or save the processor again") from error
+                raise UnusableError(why, "copy or save the processor again") from error
             yield held
 
 
 def _check_processor(name: str, config: Configuration, folder: Path) -> None:
-    """The feature extractor's own idea of the sampling rate, where there is one.
+    """The feature extractor's sampling rate, where it states one.
 
-    Not that of the channels: clips never go through it, and transformers plays a stereo checkpoint
-    with a mono one's processor as well.
+    Its channels are not checked: clips never go through it, and transformers runs a stereo
+    checkpoint with the processor of a mono one too.
     """
     for values in extractors(folder):
         if config["melody"]:
             _check_melody(name, config, values)
             continue
-        rate, wanted = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
-        if rate not in (None, wanted):
-            said = reprlib.repr(rate)
-            raise _misfit(name, f"its processor expects {said} Hz and its codec {wanted} Hz")
+        rate, codec_rate = values.get("sampling_rate"), config["audio_encoder"]["sampling_rate"]
+        if rate not in (None, codec_rate):
+            stated = reprlib.repr(rate)
+            raise _misfit(name, f"its processor expects {stated} Hz and its codec {codec_rate} Hz")
 
 
 def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -> None:
@@ -292,14 +335,14 @@ def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -
     for key in ("sampling_rate", "n_fft", "hop_length", "num_chroma"):
         value = extractor.get(key, 1)
         if type(value) is not int or not 0 < value <= 2**20:
-            said = reprlib.repr(value)
-            raise _misfit(name, f"its feature extractor has a {key} of {said}")
+            stated = reprlib.repr(value)
+            raise _misfit(name, f"its feature extractor has a {key} of {stated}")
     window, hop = extractor.get("n_fft", 1), extractor.get("hop_length", 1)
     if window > 2**16 or window > _MOST_OVERLAP * hop:
         raise _misfit(name, f"its feature extractor has windows of {window} samples every {hop}")
-    classes, wanted = extractor.get("num_chroma", 12), config["melody"]["num_chroma"]
-    if classes != wanted:
-        raise _misfit(name, f"its processor hears {classes} pitch classes and its decoder {wanted}")
+    classes, needed = extractor.get("num_chroma", 12), config["melody"]["num_chroma"]
+    if classes != needed:
+        raise _misfit(name, f"its processor has {classes} pitch classes and its decoder {needed}")
 
 
 def _misfit(name: str, why: str) -> RequestError:
@@ -315,79 +358,50 @@ def _codebooks(codec: dict[str, Any]) -> int:
     return int(1000 * codec["target_bandwidths"][-1] // (frame_rate * bits))
 
 
-def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
-    """Memory for the weights and for the keys and values of one take of `WINDOW_S` seconds.
+def read_generation(folder: Path) -> dict[str, Any]:
+    """What `folder`'s `generation_config.json` holds; empty where there is no readable one."""
+    try:
+        return file_checks.read_object(folder / GENERATION_FILE)
+    except (OSError, ValueError):
+        return {}
 
-    With guidance a take has two rows; `bytes_a_weight` is 4 in float32, 2 in half precision.
+
+def own_defaults(generation: dict[str, Any], config: Configuration) -> dict[str, Any]:
+    """The settings that `generation` states, by the request's names.
+
+    Only what the file states counts: transformers would fill the rest with values of its own (a
+    top-k of 50), which nobody chose for this checkpoint. A value that no request may have is left
+    out. The stated length is the longest that the checkpoint was made for, so it is a default only
+    where it is shorter than the app's own.
+
+    Args:
+        generation: what `generation_config.json` holds; it is not trusted.
+        config: the checkpoint's configuration, which says how long a step is.
     """
+    values = {name: generation.get(name) for name in CHECKPOINT_FIELDS}
+    values["duration_s"] = _length_s(generation, config)
+    if isinstance(values["top_p"], (int, float)) and values["top_p"] >= 1:
+        values["top_p"] = 0.0  # transformers' word for off
+    return {
+        name: valid for name, value in values.items() if (valid := _valid(name, value)) is not None
+    }
+
+
+def _valid(name: str, value: Any) -> Any:
+    """The value as a request has it; None where it is not valid."""
+    if value is None:
+        return None
+    try:
+        return coerce(name, value)
+    except RequestError:
+        return None
+
+
+def _length_s(generation: dict[str, Any], config: Configuration) -> float | None:
     codec, decoder = config["audio_encoder"], config["decoder"]
-    frames = WINDOW_S * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
-    positions = frames + config["melody"].get("chroma_length", 0)
-    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
-    return round((count_parameters(config) + cached) * bytes_a_weight)
-
-
-def count_parameters(config: Configuration) -> int:
-    """The number of parameters of text encoder, decoder, codec and the projection between."""
-    text, decoder = config["text_encoder"], config["decoder"]
-    d, hidden = text["d_model"], decoder["hidden_size"]
-    projection = 0 if d == hidden else d * hidden + hidden
-    chroma = config["melody"]["num_chroma"] if config["melody"] else hidden
-    return (
-        projection
-        + (0 if chroma == hidden else (chroma + 1) * hidden)
-        + _count_text(text)
-        + count_decoder(config)
-        + _count_codec(config["audio_encoder"])
-    )
-
-
-def _count_text(text: dict[str, Any]) -> int:
-    d, inner = text["d_model"], text["num_heads"] * text["d_kv"]
-    feed_forward = (3 if text["feed_forward_proj"].startswith("gated") else 2) * d * text["d_ff"]
-    layers = text["num_layers"] * (4 * d * inner + feed_forward + 2 * d)
-    return (
-        text["vocab_size"] * d
-        + layers
-        + text["relative_attention_num_buckets"] * text["num_heads"]
-        + d
-    )
-
-
-def count_decoder(config: Configuration) -> int:
-    """The number of the decoder's parameters."""
-    decoder, attentions = config["decoder"], 1 if config["melody"] else 2
-    hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
-    layer = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
-    layer += 2 * hidden * decoder["ffn_dim"] + 2 * hidden
-    heads_and_embeddings = decoder["num_codebooks"] * (2 * codes + 1) * hidden
-    return decoder["num_hidden_layers"] * layer + heads_and_embeddings + 2 * hidden
-
-
-def _count_codec(codec: dict[str, Any]) -> int:
-    def conv(inputs: int, outputs: int, kernel: int) -> int:
-        return inputs * outputs * kernel + 2 * outputs  # a bias and a norm a channel
-
-    def resnet(n: int) -> int:
-        inner = n // codec["compress"]
-        block = conv(n, inner, codec["residual_kernel_size"]) + conv(inner, n, 1)
-        shortcut = conv(n, n, 1) if codec["use_conv_shortcut"] else 0
-        return codec["num_residual_layers"] * (block + shortcut)
-
-    width, total = codec["num_filters"], 0
-    for ratio in reversed(codec["upsampling_ratios"]):
-        down = conv(width, 2 * width, 2 * ratio)
-        # Upwards a layer has its biases on the narrow side and its norms on the wide one.
-        up = 2 * width * width * 2 * ratio + width + 2 * width
-        total += 2 * resnet(width) + down + up
-        width *= 2
-    total += 2 * codec["num_lstm_layers"] * (8 * width**2 + 8 * width)
-    total += conv(codec["audio_channels"], codec["num_filters"], codec["kernel_size"])
-    total += conv(codec["num_filters"], codec["audio_channels"], codec["last_kernel_size"])
-    total += conv(width, codec["hidden_size"], codec["last_kernel_size"])
-    return total + conv(codec["hidden_size"], width, codec["kernel_size"])
-
-
-def size_in_words(n_bytes: float) -> str:
-    """ "2.4 GB", or "17 MB" below one GB."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+    steps = generation.get("max_new_tokens") or generation.get("max_length")
+    if type(steps) is not int:
+        return None
+    frames = steps - (decoder["num_codebooks"] // decoder["audio_channels"] - 1)
+    length_s = frames * math.prod(codec["upsampling_ratios"]) / codec["sampling_rate"]
+    return length_s if length_s < FIELDS["duration_s"].default else None

@@ -1,11 +1,10 @@
 """Checkpoints from the Hugging Face Hub: what is here already, what is there, the download.
 
-A checkpoint that lies complete in the Hub's cache is used without asking the network, so a second
+A checkpoint that is complete in the Hub's cache is used without asking the network, so a second
 start is quick and works offline. Otherwise `huggingface_hub` downloads the few files that are
-needed, one form of the weights alone; it takes up a transfer that breaks off where it stopped, and
-keeps finished files for the next attempt. What came is held against the hashes that the Hub states
-for it, and no answer is waited for longer than `_ANSWER_S`. Whatever goes wrong becomes one
-sentence.
+needed, with one form of the weights; it resumes a transfer that breaks off, keeps finished files
+for the next attempt and verifies what came against the Hub's hashes. No answer is waited for longer
+than `_ANSWER_S`. Every failure becomes one sentence for the user, by its cause (`explained`).
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-import hashlib
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -29,6 +27,8 @@ from tqdm import tqdm
 
 from musicgen_ui.checkpoints.hub_errors import explained
 from musicgen_ui.errors import RequestError
+
+Report = Callable[[str], None]  # is called with what is being done, in words
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # The forms of weights, the best first: safetensors cannot run code and are mapped, not read.
@@ -61,7 +61,7 @@ OTHERS = (
     "spiece.model",
 )
 _LOOK_S = 3.0  # how long to wait for the Hub where there is another choice
-_ANSWER_S = 20.0  # and where there is none; the client itself would wait for ever
+_ANSWER_S = 20.0  # and where there is none; the client itself sets no limit
 _PIECE_BYTES = 2**18  # of a file that is not downloaded
 
 
@@ -84,14 +84,14 @@ def id_of(name: str, field: str = "checkpoint") -> str:
         if "://" not in name:
             return name
         raise RequestError(
-            f"{name[:120]} is no link to the Hub: download what it leads to and name the folder.",
+            f"{name[:120]} is not a link to the Hub: download its files and name their folder.",
             field,
         )
     path = path[1:] if path[:1] == ["models"] else path
     found = "/".join(path[:2])
     if not ID.fullmatch(found) or path[0] in ("datasets", "spaces", "collections", "papers"):
         raise RequestError(
-            f"{name[:120]} is no link to a model: paste the address of the model's page.", field
+            f"{name[:120]} is not a link to a model: paste the address of the model's page.", field
         )
     if len(path) > 3 and path[3] != "main":
         raise RequestError(
@@ -102,10 +102,10 @@ def id_of(name: str, field: str = "checkpoint") -> str:
     return found
 
 
-def download(repo_id: str, say: Callable[[str], None]) -> Path:
+def download(repo_id: str, report: Report) -> Path:
     """The folder with the checkpoint's files, downloaded where the cache lacks them.
 
-    `say` hears how far it is, in words; what it raises ends the download.
+    `report` is called with the progress in words; an exception that it raises ends the download.
 
     Raises:
         RequestError: there is no such checkpoint, or no network, or the download broke off, or
@@ -114,7 +114,7 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
     folder = cached(repo_id)
     if folder:
         return folder
-    say(f"asking the Hub for {repo_id}")
+    report(f"asking the Hub for {repo_id}")
     names = _names(repo_id)
     weights = weights_among(names) or audiocraft_among(names)
     if not weights:
@@ -123,7 +123,7 @@ def download(repo_id: str, say: Callable[[str], None]) -> Path:
             "audiocraft's: choose another checkpoint.",
             "checkpoint",
         )
-    return _fetched(repo_id, [*OTHERS, *weights], say)
+    return _fetched(repo_id, [*OTHERS, *weights], report)
 
 
 def names_on_the_hub(repo_id: str, field: str = "checkpoint") -> list[str]:
@@ -135,12 +135,12 @@ def names_on_the_hub(repo_id: str, field: str = "checkpoint") -> list[str]:
     Raises:
         RequestError: there is no such repository, or no network.
     """
-    with _one_of_few(_LOOKING, field):
+    with _limited(_LOOKING, field):
         return _names(repo_id, field)
 
 
-def _names(repo_id: str, field: str = "checkpoint") -> list[str]:
-    with _explained(repo_id, field):
+def _names(repo_id: str, field: str = "checkpoint", what: str = "") -> list[str]:
+    with _explained(repo_id, field, what):
         found = HfApi().model_info(repo_id, timeout=_ANSWER_S)
         return [file.rfilename for file in found.siblings or ()]
 
@@ -154,13 +154,13 @@ def opened(repo_id: str, file: str) -> Iterator[IO[bytes]]:
     """
     from huggingface_hub import HfFileSystem
 
-    with _one_of_few(_LOOKING, "checkpoint"), _explained(repo_id):
+    with _limited(_LOOKING, "checkpoint"), _explained(repo_id):
         files = HfFileSystem(skip_instance_cache=True)  # it would remember what is not there
         with files.open(f"{repo_id}/{file}", block_size=_PIECE_BYTES) as opened:
             yield opened
 
 
-def tokenizer(repo_id: str, say: Callable[[str], None]) -> Path | None:
+def tokenizer(repo_id: str, report: Report) -> Path | None:
     """The folder with a repository's tokenizer, downloaded where the cache lacks it; None where
     the repository has none.
 
@@ -171,9 +171,10 @@ def tokenizer(repo_id: str, say: Callable[[str], None]) -> Path | None:
         folder = cached_with(repo_id, vocabulary)
         if folder:
             return folder
-    if not {*VOCABULARIES} & {*_names(repo_id)}:
+    what = f"The tokenizer of {repo_id}"  # the rest of the repository may well be here
+    if not {*VOCABULARIES} & {*_names(repo_id, what=what)}:
         return None
-    return _fetched(repo_id, [*_TOKENIZER], say)
+    return _fetched(repo_id, [*_TOKENIZER], report, what)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -181,52 +182,49 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
-def _fetched(repo_id: str, patterns: list[str], say: Callable[[str], None]) -> Path:
-    """A snapshot of the files that match; fetched once more where something came damaged."""
-    bars = _bars(f"downloading {repo_id}", say)
-    for _ in range(2):
-        with _explained(repo_id):
-            # Not hf_hub_download: without a network it tries for 23 s before it says so.
-            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, tqdm_class=bars))
-            say(f"checking {repo_id}")
-            if not _delete_damaged(folder):
-                return folder
-    raise RequestError(
-        f"{repo_id} came damaged from the Hub, twice, and was deleted: check the network and try "
-        "again.",
-        "checkpoint",
-    )
+def _fetched(repo_id: str, patterns: list[str], report: Report, what: str = "") -> Path:
+    """A snapshot of the files that match; damaged ones are downloaded once more."""
+    bars = _progress_bars(f"downloading {repo_id}", report)
+    with _explained(repo_id, what=what):
+        # Not hf_hub_download: without a network it tries for 23 s before it says so.
+        folder = Path(snapshot_download(repo_id, allow_patterns=patterns, tqdm_class=bars))
+        report(f"checking {repo_id}")
+        damaged = _damaged(repo_id) if folder.is_dir() else []  # no file matched
+        if damaged:
+            snapshot_download(repo_id, allow_patterns=damaged, tqdm_class=bars, force_download=True)
+            damaged = _damaged(repo_id)
+    if damaged:
+        for name in damaged:
+            (folder / name).resolve().unlink()
+            (folder / name).unlink(missing_ok=True)
+        raise RequestError(
+            f"{repo_id} came damaged from the Hub, twice, and was deleted: check the network and "
+            "try again.",
+            "checkpoint",
+        )
+    return folder
 
 
-def _delete_damaged(folder: Path) -> int:
-    """Deletes a cached snapshot's files that are not what the Hub holds; how many there were."""
-    found = damaged(folder)
-    for path in found:
-        path.resolve().unlink()
-        path.unlink()
-    return len(found)
+def _damaged(repo_id: str) -> list[str]:
+    """The files of the cached snapshot whose hashes are not the Hub's."""
+    found = HfApi().verify_repo_checksums(repo_id)
+    return [mismatch["path"] for mismatch in found.mismatches]
 
 
-def damaged(folder: Path) -> list[Path]:
-    """The files of a cached snapshot that are not what the Hub holds.
-
-    Each is a link to a file that is called by the Hub's hash of it: SHA-256, or git's for a small
-    one. Where the system has no links there is no such name, and nothing is checked.
+def delete_damaged(repo_id: str) -> list[str]:
+    """Deletes the cached files whose hashes are not the Hub's, so that they are downloaded again;
+    their names. Without a network nothing is known, and nothing is deleted.
     """
-    return [path for path in folder.glob("*") if path.is_symlink() and not _is_whole(path)]
-
-
-def _is_whole(path: Path) -> bool:
-    stated = path.resolve().name
-    digest = {64: hashlib.sha256(), 40: hashlib.sha1(usedforsecurity=False)}.get(len(stated))
-    if digest is None:
-        return True
-    if len(stated) == 40:
-        digest.update(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest() == stated
+    folder = cached(repo_id)
+    try:
+        damaged = _damaged(repo_id) if folder else []
+    except Exception:  # no network, a Hub that fails, a cache without the branch's name
+        return []
+    for name in damaged:
+        path = cast(Path, folder) / name
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    return damaged
 
 
 def cached(repo_id: str) -> Path | None:
@@ -288,7 +286,7 @@ def files(repo_id: str, names: tuple[str, ...], field: str) -> Path:
     folder = _cached_snapshot(repo_id, [*names])
     if folder and all((folder / name).is_file() for name in names):
         return folder
-    with _one_of_few(_FETCHING, field), _explained(repo_id, field):
+    with _limited(_FETCHING, field), _explained(repo_id, field):
         return Path(snapshot_download(repo_id, allow_patterns=[*names]))
 
 
@@ -302,7 +300,7 @@ def config_file(repo_id: str) -> Path:
     """
     folder = cached_with(repo_id, "config.json")
     if folder is None:
-        with _one_of_few(_LOOKING, "checkpoint"):
+        with _limited(_LOOKING, "checkpoint"):
             _names(repo_id)
             folder = _fetched(repo_id, [*_FACTS], lambda _: None)
     return folder / "config.json"
@@ -323,18 +321,18 @@ def _reachable(repo_id: str, minute: int) -> bool:
     return True
 
 
-# Callers wait in threads, which are few. A Hub that is silent keeps each of them for long.
+# Callers wait in threads, which are few, and a silent Hub keeps each of them for long.
 _LOOKING, _FETCHING = threading.BoundedSemaphore(8), threading.BoundedSemaphore(8)
 
 
 @contextlib.contextmanager
-def _one_of_few(places: threading.BoundedSemaphore, field: str) -> Iterator[None]:
-    """Takes one of the places for as long as the Hub is asked.
+def _limited(callers: threading.BoundedSemaphore, field: str) -> Iterator[None]:
+    """Counts as one of the callers for as long as the Hub is asked.
 
     Raises:
-        RequestError: none is free; it names `field` of the request.
+        RequestError: there are too many; it names `field` of the request.
     """
-    if not places.acquire(blocking=False):
+    if not callers.acquire(blocking=False):
         raise RequestError(
             f"The Hub is slow, and is being asked for other {field}s: try again in a minute, or "
             "choose one that is on this computer.",
@@ -343,41 +341,44 @@ def _one_of_few(places: threading.BoundedSemaphore, field: str) -> Iterator[None
     try:
         yield
     finally:
-        places.release()
+        callers.release()
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str, field: str = "checkpoint") -> Iterator[None]:
-    """Turns what the Hub's client raises into the sentence that the user reads."""
+def _explained(repo_id: str, field: str = "checkpoint", what: str = "") -> Iterator[None]:
+    """Turns what the Hub's client raises into the sentence that the user reads.
+
+    `what` is what the sentence says is missing, where that is not the repository as a whole.
+    """
     try:
         hooks = get_session().event_hooks["request"]
-        if _wait_for_an_end not in hooks:
-            hooks.append(_wait_for_an_end)
+        if _limit_waiting not in hooks:
+            hooks.append(_limit_waiting)
         yield
     except (RequestError, Abandoned):
         raise
     except Exception as error:
-        raise explained(error, repo_id, field) from error
+        raise explained(error, repo_id, field, what) from error
 
 
-def _wait_for_an_end(request: Any) -> None:
-    """Gives a request of the client the limits that it lacks (a hook of httpx)."""
+def _limit_waiting(request: Any) -> None:
+    """Gives a request of the client the time limits that it lacks (a hook of httpx)."""
     limits = request.extensions.get("timeout") or {}
     phases = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {phase: limits.get(phase) or _ANSWER_S for phase in phases}
 
 
 class Abandoned(Exception):  # noqa: N818 - nothing went wrong
-    """Raised out of `say` when nobody waits for the download any more."""
+    """Raised by a report callback when nobody waits for the download any more."""
 
 
-def _bars(action: str, say: Callable[[str], None]) -> type[tqdm]:
-    """A tqdm class whose bars draw nothing: those that count bytes are put in words.
+def _progress_bars(action: str, report: Report) -> type[tqdm]:
+    """A tqdm class whose bars draw nothing: those that count bytes are reported in words.
 
     The client may keep one bar for bytes received and one for bytes written: the further one is
-    told, at most five times a second.
+    reported, at most five times a second.
     """
-    told_s = 0.0
+    reported_s = 0.0
     most = 0
 
     class Words(tqdm):
@@ -387,14 +388,14 @@ def _bars(action: str, say: Callable[[str], None]) -> type[tqdm]:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal told_s, most
+            nonlocal reported_s, most
             self.n += n or 0
             if not self.counts_bytes or not self.total:
                 return
             most = max(most, self.n)
-            if time.monotonic() - told_s >= 0.2 or most >= self.total:
-                told_s = time.monotonic()
-                say(f"{action}: {_of(most, self.total)}")
+            if time.monotonic() - reported_s >= 0.2 or most >= self.total:
+                reported_s = time.monotonic()
+                report(f"{action}: {_of(most, self.total)}")
 
     return Words
 

@@ -1,8 +1,4 @@
-"""What went wrong between here and the Hub, in words: by status, by errno and by class.
-
-The Hub's client wraps most failures in others, "cannot find the file on the local disk" among them,
-so the whole chain of causes is looked through for the one that a user can do something about.
-"""
+"""What went wrong between here and the Hub, in words: by status, by errno and by class."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import json
 import re
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import constants
@@ -35,7 +31,7 @@ _NOT_WRITABLE = (
 _BUNDLED = 'choose the checkpoint "bundled", which needs no network'
 _LONGEST_DETAIL = 200  # characters of another program's message
 
-Told = tuple[str, str]  # what is wrong, and what to do
+Explanation = tuple[str, str]  # what is wrong, and what to do
 
 
 class HubError(RequestError):
@@ -53,23 +49,22 @@ class HubError(RequestError):
         self.remedy = remedy
 
 
-def explained(error: Exception, name: str, field: str) -> HubError:
-    """The sentence for what the Hub's client raised about the repository `name`."""
-    chain = list(_chain(error))
-    kinds: tuple[Callable[[list[BaseException], str, str], Told | None], ...] = (
-        _by_mode,
-        _by_status,
-        _by_errno,
-        _by_answer,
-        _by_connection,
+def explained(error: Exception, name: str, field: str, what: str = "") -> HubError:
+    """The sentence for what the Hub's client raised about the repository `name`.
+
+    The client wraps most failures in others, "cannot find the file on the local disk" among them,
+    so the chain of causes is searched for the one that a user can do something about.
+    """
+    chain, what = list(_chain(error)), what or name
+    explanation = (
+        _by_mode(chain, what)
+        or _by_status(chain, name, field)
+        or _by_errno(chain, name)
+        or _by_answer(chain)
+        or _by_connection(chain, what)
+        or (f"{what} could not be downloaded ({_detail(error)})", f"try again, or {_BUNDLED}")
     )
-    for kind in kinds:
-        told = kind(chain, name, field)
-        if told:
-            return HubError(*told, field)
-    return HubError(
-        f"{name} could not be downloaded ({_detail(error)})", f"try again, or {_BUNDLED}", field
-    )
+    return HubError(*explanation, field)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -89,7 +84,7 @@ def _detail(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_DETAIL else text[:_LONGEST_DETAIL] + " …"
 
 
-def _by_mode(chain: list[BaseException], name: str, field: str) -> Told | None:
+def _by_mode(chain: list[BaseException], name: str) -> Explanation | None:
     if _first(chain, OfflineModeIsEnabled):
         return (
             f"{name} is not on this computer and the Hub's offline mode is on",
@@ -100,7 +95,7 @@ def _by_mode(chain: list[BaseException], name: str, field: str) -> Told | None:
     return None
 
 
-def _by_status(chain: list[BaseException], name: str, field: str) -> Told | None:
+def _by_status(chain: list[BaseException], name: str, field: str) -> Explanation | None:
     failed = next((e for e in chain if getattr(e, "response", None) is not None), None)
     response: Any = getattr(failed, "response", None)
     if response is None:
@@ -130,7 +125,7 @@ def _by_status(chain: list[BaseException], name: str, field: str) -> Told | None
     return _by_number(response, status, signed, name)
 
 
-def _by_number(response: Any, status: int, signed: bool, name: str) -> Told:
+def _by_number(response: Any, status: int, signed: bool, name: str) -> Explanation:
     if status == 403:
         who = "Your access token may not read" if signed else "The Hub refuses access to"
         return (
@@ -153,7 +148,7 @@ def _by_number(response: Any, status: int, signed: bool, name: str) -> Told:
     return f"The Hub refused to send {name} (status {status})", f"choose another one, or {_BUNDLED}"
 
 
-def _by_errno(chain: list[BaseException], name: str, field: str) -> Told | None:
+def _by_errno(chain: list[BaseException], name: str) -> Explanation | None:
     for error in chain:
         number, file = getattr(error, "errno", None), getattr(error, "filename", None)
         if not isinstance(error, OSError):  # the client's part in Rust has it in its text
@@ -176,7 +171,7 @@ def _by_errno(chain: list[BaseException], name: str, field: str) -> Told | None:
     return None
 
 
-def _by_connection(chain: list[BaseException], name: str, field: str) -> Told | None:
+def _by_connection(chain: list[BaseException], name: str) -> Explanation | None:
     certificate = _first(chain, ssl.SSLCertVerificationError)
     if certificate:
         return (
@@ -216,7 +211,7 @@ def _by_connection(chain: list[BaseException], name: str, field: str) -> Told | 
     return None
 
 
-def _by_answer(chain: list[BaseException], name: str, field: str) -> Told | None:
+def _by_answer(chain: list[BaseException]) -> Explanation | None:
     odd = {"InvalidURL", "UnsupportedProtocol", "DecodingError"}
     if _first(chain, (FileMetadataError, json.JSONDecodeError)) or any(
         type(error).__name__ in odd for error in chain

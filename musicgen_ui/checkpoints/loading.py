@@ -1,13 +1,19 @@
-"""A checkpoint's weights by name, read from their files layer by layer as they are packed.
+"""Reading a checkpoint's model and tokenizer from files in transformers' format.
 
 The decoder's layers are nearly all of a large model. Read at once they would fill the memory before
 the first of them is packed, in float32 where the files hold half precision. So transformers builds
 the rest of the model, and each layer gets its weights, in the type that they are stored in, when
-its turn comes; what was mapped for it is let go before the next one.
+its turn comes; the files mapped for it are closed before the next one.
+
+Weights may have longer names than the model's: torch.compile, FSDP, DDP, Lightning and peft wrap a
+model, and their prefixes are removed. A LoRA that was not merged is recognised by its names too.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -17,21 +23,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musicgen_ui.audio import untrusted
-from musicgen_ui.checkpoints import defaults, hub
-from musicgen_ui.checkpoints.audiocraft import parts
-from musicgen_ui.checkpoints.unusable import AGAIN, Unusable
-from musicgen_ui.checkpoints.weight_names import plain_names
+from musicgen_ui.checkpoints import file_checks, hub
+from musicgen_ui.checkpoints.config import GENERATION_FILE, PUBLISHED
+from musicgen_ui.checkpoints.file_checks import AGAIN, UnusableError, check_files
+from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.engine.faults import out_of_memory
+from musicgen_ui.errors import RequestError
 
 LAYERS = "decoder.model.decoder.layers."
 Shapes = dict[str, tuple[int, ...]]
-# How names begin, of a whole model and of a decoder alone.
+# How names begin in a whole model and in a decoder alone.
 _WHOLE = ("text_encoder.", "audio_encoder.", "decoder.", "enc_to_dec_proj.", "audio_enc_to_dec_")
 _ALONE = ("model.decoder.", "lm_heads.")
 _SAVE = "save the whole model again with save_pretrained"
-_PLAIN = ("F64", "F32", "F16", "BF16")  # safetensors' words for numbers as they are
+_PLAIN = ("F64", "F32", "F16", "BF16")  # safetensors' names of unquantised types
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_TOKENIZER_AGAIN = "copy or save the tokenizer again"
+T5_VOCABULARY = 32128  # of every T5, whose tokenizers are one and the same
+_T5 = "google-t5/t5-base"
+_SAME_TOKENIZER = (_T5, "t5-base", *PUBLISHED.values())
+# Parts of a weight's path that a wrapper adds; MusicGen and EnCodec have no module of these names.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
+)
+_OUTER = ("model.", "musicgen.", "base_model.")  # where a model is an attribute of another one
+_LORA = re.compile(r"(?<![^.])(?:lora_\w+|base_layer|modules_to_save)(?![^.])")
+
+
+def plain_names(names: Iterable[str], beginnings: tuple[str, ...]) -> dict[str, str]:
+    """The name that each weight has in the model, by its name in a file.
+
+    Args:
+        names: as they are stored.
+        beginnings: of the model's own names, such as "decoder.".
+
+    Raises:
+        UnusableError: two weights would have the same name, no name is one of the model's, or there
+            is a LoRA that was not merged.
+    """
+    names = list(names)
+    lora = next(filter(_LORA.search, names), None)
+    if lora:
+        raise UnusableError(
+            f"its weights hold a LoRA that is not merged into them ({lora[:120]})",
+            "save the model again after peft's merge_and_unload(), or save the adapter alone and "
+            "name it as the adapter",
+        )
+    plain = {name: _plain(name, beginnings) for name in names}
+    if names and not any(name.startswith(beginnings) for name in plain.values()):
+        raise UnusableError(
+            f"its weights have unknown names, such as {names[0][:120]} where {beginnings[0]}… is "
+            "expected",
+            _SAVE,
+        )
+    if len(set(plain.values())) < len(plain):
+        taken = sorted(plain.values())
+        double = next(a for a, b in itertools.pairwise(taken) if a == b)
+        raise UnusableError(
+            f"two of its weights are {double}, under different prefixes",
+            "save the model without the wrapper of training around it",
+        )
+    return plain
+
+
+def _plain(name: str, beginnings: tuple[str, ...]) -> str:
+    unwrapped = inner = _WRAPPERS.sub("", name)
+    while not inner.startswith(beginnings):
+        outer = next((prefix for prefix in _OUTER if inner.startswith(prefix)), None)
+        if outer is None:
+            return unwrapped
+        inner = inner.removeprefix(outer)
+    return inner
 
 
 class Stored:
@@ -42,7 +104,7 @@ class Stored:
         prefix: comes before the names in the files, of a decoder alone.
 
     Raises:
-        Unusable: a file cannot be read, or its weights are not those of a model.
+        UnusableError: a file cannot be read, or its weights are not those of a model.
     """
 
     def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
@@ -52,7 +114,7 @@ class Stored:
         self._quantized: list[str] = []
         for file in files:
             try:
-                untrusted.require_weights(file)
+                file_checks.require_weights(file)
                 if file.suffix == ".safetensors":
                     self._look(file)
                 else:
@@ -60,11 +122,11 @@ class Stored:
             except Exception as error:
                 if out_of_memory(error):
                     raise
-                raise Unusable(
+                raise UnusableError(
                     f"{file.name} is damaged, cut short or holds more than weights", AGAIN
                 ) from error
         if weights := [name for name in self._quantized if name.endswith((".weight", ".bias"))]:
-            raise Unusable(
+            raise UnusableError(
                 f"its weights are quantized ({weights[0][:120]})",
                 "save the model in float32, float16 or bfloat16: int8 is made here",
             )
@@ -122,8 +184,8 @@ class Stored:
         return joined
 
 
-class Held:
-    """Weights that are in memory, or mapped, already."""
+class InMemory:
+    """Weights that are in memory, or mapped, already; see `Stored`."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
@@ -135,7 +197,7 @@ class Held:
 
 
 class Layers:
-    """The decoder's layers, each made when its turn comes and forgotten after it.
+    """The decoder's layers, each built when its turn comes and dropped after it.
 
     Args:
         kind: transformers' class of a layer.
@@ -143,10 +205,10 @@ class Layers:
         stored: its weights, under their names in the whole model.
 
     Raises:
-        Unusable: one is missing or of another shape.
+        UnusableError: one is missing or of another shape.
     """
 
-    def __init__(self, kind: Any, config: Any, stored: Stored | Held) -> None:
+    def __init__(self, kind: Any, config: Any, stored: Stored | InMemory) -> None:
         self._kind, self._config, self._stored = kind, config, stored
         names = {name: tuple(w.shape) for name, w in self._empty().state_dict().items()}
         self._names = list(names)
@@ -154,7 +216,7 @@ class Layers:
             for name, shape in names.items():
                 key = f"{LAYERS}{index}.{name}"
                 if key not in stored.shapes:
-                    raise Unusable(f"its weights lack {key}", _SAVE)
+                    raise UnusableError(f"its weights lack {key}", _SAVE)
                 if stored.shapes[key] != shape:
                     raise _misshapen(key, stored.shapes[key], shape)
 
@@ -176,8 +238,8 @@ class Layers:
             yield layer.eval()
 
 
-def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) -> Unusable:
-    return Unusable(
+def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) -> UnusableError:
+    return UnusableError(
         f"its config.json describes other weights: {name} is {list(found)} and not "
         f"{list(described)}",
         "copy the config.json that belongs to them",
@@ -185,33 +247,33 @@ def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) ->
 
 
 def read(folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: bool) -> Any:
-    """The model whose decoder is in `folder` and whose other parts are in `rest`, most often the
-    same.
+    """The model whose decoder is in `folder` and whose other parts are in `rest`, usually the same
+    folder.
 
     Raises:
-        Unusable: files are damaged, or their weights are not those of the model.
+        UnusableError: files are damaged, or their weights are not those of the model.
     """
     from transformers import GenerationConfig, MusicgenConfig, MusicgenMelodyConfig
 
-    parts.quieten()
+    quieten()
     config: Any = (MusicgenMelodyConfig if melody else MusicgenConfig).from_pretrained(rest)
     stored = Stored(hub.weights_in(rest))
     if rest != folder:
         config.decoder = type(config.decoder).from_pretrained(folder)
         stored = stored.with_decoder(Stored(hub.weights_in(folder), "decoder."))
-    made = model(melody, config, stored, dtype, streamed)
-    if (rest / defaults.FILE).is_file():
+    loaded = model(melody, config, stored, dtype, streamed)
+    if (rest / GENERATION_FILE).is_file():
         try:
-            made.generation_config = GenerationConfig.from_pretrained(rest)
+            loaded.generation_config = GenerationConfig.from_pretrained(rest)
         except Exception as error:
-            why = f"{defaults.FILE} cannot be read ({str(error).splitlines()[0][:160]})"
-            remedy = "mend it, or give it another name and the usual settings count"
-            raise Unusable(why, remedy) from error
-    return made
+            why = f"{GENERATION_FILE} cannot be read ({str(error).splitlines()[0][:160]})"
+            remedy = "correct it, or rename it so that the app's defaults apply"
+            raise UnusableError(why, remedy) from error
+    return loaded
 
 
 def model(
-    melody: bool, config: Any, stored: Stored | Held, dtype: torch.dtype, streamed: bool
+    melody: bool, config: Any, stored: Stored | InMemory, dtype: torch.dtype, streamed: bool
 ) -> Any:
     """transformers' model with the weights in `stored`, as `dtype`.
 
@@ -223,7 +285,7 @@ def model(
         streamed: whether the decoder's layers are `Layers`, read as they are asked for.
 
     Raises:
-        Unusable: a weight is missing or of another shape.
+        UnusableError: a weight is missing or of another shape.
     """
     import transformers
     from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
@@ -239,14 +301,14 @@ def model(
     names = [name for name in stored.shapes if not (streamed and name.startswith(LAYERS))]
     count = config.decoder.num_hidden_layers
     config.decoder.num_hidden_layers = 0 if streamed else count
-    # None: no folder, all that there is to read is at hand.
+    # None: no folder, the weights are given.
     made, found = kind.from_pretrained(
         None,
         config=config,
         state_dict=stored.get(names),
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told here
+        ignore_mismatched_sizes=True,  # reported below
     )
     if found["mismatched_keys"]:
         key, shape, described = min(found["mismatched_keys"])
@@ -254,7 +316,7 @@ def model(
     missing = sorted(key for key in found["missing_keys"] if not key.endswith(_REBUILT))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise Unusable(f"its weights lack {', '.join(missing[:3])}{more}", _SAVE)
+        raise UnusableError(f"its weights lack {', '.join(missing[:3])}{more}", _SAVE)
     if streamed:
         made.decoder.config.num_hidden_layers = count
         del made.decoder.model.decoder.layers
@@ -264,3 +326,108 @@ def model(
 
 # What older checkpoints leave out and transformers fills in, or only training uses.
 _REBUILT = ("embed_positions.weights", "embed_avg", "cluster_size", "inited")
+
+
+def with_tokenizer(folder: Path, repo_id: str | None, vocabulary: int, report: hub.Report) -> Path:
+    """The folder with a text encoder's tokenizer: `folder`, or the one of a replacement.
+
+    A checkpoint on the Hub has its own downloaded. Where it has none, a text encoder with T5's
+    vocabulary takes T5's, which all published checkpoints use.
+
+    Args:
+        folder: of the text encoder's weights.
+        repo_id: the repository that `folder` is a snapshot of; None if it is not from the Hub.
+        vocabulary: the size of the text encoder's vocabulary.
+        report: is called with the progress of a download.
+
+    Raises:
+        RequestError: there is none, or it cannot be had now.
+    """
+    if hub.has_tokenizer(folder):
+        return folder
+    try:
+        own = hub.tokenizer(repo_id, report) if repo_id else None
+    except HubError:
+        if repo_id not in _SAME_TOKENIZER:
+            raise
+        own = None
+    if own:
+        return own
+    if vocabulary != T5_VOCABULARY:
+        raise RequestError(
+            f"{folder} has no tokenizer ({' or '.join(hub.VOCABULARIES)}), without which all "
+            "prompts sound alike: copy that of the checkpoint it was trained from into it, or save "
+            "it there with the processor's save_pretrained.",
+            "checkpoint",
+        )
+    for name in _SAME_TOKENIZER:
+        for file in hub.VOCABULARIES:
+            found = hub.cached_with(name, file)
+            if found:
+                return found
+    try:
+        found = hub.tokenizer(_T5, report)
+    except HubError as error:
+        raise HubError(
+            f"{folder} has no tokenizer, and {error.why[:1].lower()}{error.why[1:]}",
+            f"{error.remedy}; or copy the {hub.VOCABULARIES[0]} of the checkpoint that it was "
+            "trained from into it",
+            "checkpoint",
+        ) from error
+    assert found, "t5-base on the Hub has a tokenizer"
+    return found
+
+
+def tokenizer(folder: Path, vocabulary: int) -> Any:
+    """transformers' tokenizer in `folder`, for a text encoder whose vocabulary has this size.
+
+    Raises:
+        UnusableError: it cannot be read, is empty or is another text encoder's.
+    """
+    from transformers import AutoTokenizer
+
+    _check_tokenizer(folder)
+    try:
+        file_checks.require_small_tokenizer(folder)
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        file_checks.require_bounded_tokenizer(made)
+    except Exception as error:
+        why = f"its tokenizer cannot be read ({str(error)[:160]})"
+        raise UnusableError(why, _TOKENIZER_AGAIN) from error
+    ids = set(made.get_vocab().values())
+    # transformers makes an empty tokenizer where it finds none.
+    if len(ids - set(made.all_special_ids)) < 2:
+        raise UnusableError("its tokenizer knows no words", _TOKENIZER_AGAIN)
+    if max(ids) >= vocabulary:
+        raise UnusableError(
+            f"its tokenizer has {max(ids) + 1} tokens and its text encoder {vocabulary}",
+            "copy the tokenizer that belongs to the text encoder",
+        )
+    return made
+
+
+def _check_tokenizer(folder: Path) -> None:
+    check_files(folder / name for name in (*hub.VOCABULARIES, "tokenizer_config.json"))
+    pieces = folder / "spiece.model"
+    if pieces.is_file() and not (folder / "tokenizer.json").is_file():
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2  # transformers reads it with these
+
+        model: Any = sentencepiece_model_pb2
+        try:
+            model.ModelProto.FromString(pieces.read_bytes())
+        except DecodeError as error:
+            raise UnusableError("spiece.model is damaged or cut short") from error
+
+
+def quieten() -> None:
+    """Turns off transformers' progress bars and one harmless warning."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_the_start_token)
+
+
+def _not_the_start_token(record: logging.LogRecord) -> bool:
+    """False for the warning that MusicGen's start token is one past the codes, as it must be."""
+    return not re.search(r"(pad|bos)_token_id must be .* vocabulary", record.getMessage())

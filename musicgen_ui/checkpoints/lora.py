@@ -1,8 +1,8 @@
 """LoRA adapters by name: a folder or a Hub id, as peft saves them, and the base they belong to.
 
-What an adapter does to a checkpoint is `engine.adapter`'s; here it is found and fetched. An adapter
-names the checkpoint that it was trained on: with "auto" that one is taken, and another published
-one is refused, since some share all their shapes.
+`engine.lora` applies an adapter to a checkpoint; here it is found and downloaded. An adapter names
+the checkpoint that it was trained on: "auto" takes that one, and another published checkpoint is
+refused, since some have the same shapes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import dataclasses
 import pickle
 from pathlib import Path
 
-from musicgen_ui.audio import untrusted
-from musicgen_ui.checkpoints import hub, registry
+from musicgen_ui.checkpoints import file_checks, hub, registry
+from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
 from musicgen_ui.checkpoints.registry import Source
-from musicgen_ui.checkpoints.unusable import Unusable, check_files
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"  # by older peft, in place of the second
+PICKLED = "adapter_model.bin"  # by older peft, in place of WEIGHTS
 
 
 def find(name: str) -> Source:
@@ -48,33 +47,34 @@ def fetch(source: Source) -> Path:
     """The folder with the adapter's files, downloaded where it is on the Hub.
 
     Raises:
-        RequestError: it cannot be had, or is none.
+        RequestError: it cannot be had, or is not an adapter.
     """
     folder = source.folder or _downloaded(source.name)
-    held = [folder / file for file in (WEIGHTS, PICKLED) if (folder / file).is_file()]
-    if not (folder / CONFIG).is_file() or not held:
-        if source.folder and registry.holds_checkpoint(folder) and not held:
+    found = [folder / file for file in (WEIGHTS, PICKLED) if (folder / file).is_file()]
+    if not (folder / CONFIG).is_file() or not found:
+        if source.folder and registry.holds_checkpoint(folder) and not found:
             raise RequestError(
                 f"{source.name} is a checkpoint, not a LoRA adapter: choose it as the checkpoint.",
                 "adapter",
             )
         lacking = WEIGHTS if (folder / CONFIG).is_file() else CONFIG
         raise RequestError(
-            f"{source.name} is no adapter: it has no {lacking}. Name what peft's save_pretrained "
-            "wrote.",
+            f"{source.name} is not an adapter: it has no {lacking}. Name the folder that peft's "
+            "save_pretrained wrote.",
             "adapter",
         )
     try:
-        check_files([folder / CONFIG, held[0]])
-        untrusted.read_object(folder / CONFIG)
-        untrusted.require_weights(held[0])
-    except Unusable as error:
+        check_files([folder / CONFIG, found[0]])
+        file_checks.read_object(folder / CONFIG)
+        file_checks.require_weights(found[0])
+    except UnusableError as error:
         raise RequestError(
             f"The adapter {source.name} cannot be used: {error}.", "adapter"
         ) from error
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise RequestError(
-            f"{source.name} is no readable adapter ({error}): save it again with peft.", "adapter"
+            f"{source.name} is not a readable adapter ({error}): save it again with peft.",
+            "adapter",
         ) from error
     return folder
 
@@ -116,7 +116,7 @@ def with_base(
 def base_of(folder: Path) -> Source | None:
     """The checkpoint that an adapter says it was trained on; None where it cannot be had."""
     try:
-        config = untrusted.read_object(folder / CONFIG)
+        config = file_checks.read_object(folder / CONFIG)
         return registry.resolve(config["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a RequestError too: it is not here, or named by a path of its trainer's

@@ -208,7 +208,7 @@ class Batch:
             reading = await asyncio.to_thread(load.read, path, CLIP_FIELDS[name])
             clips[name] = reading.clip
             notes += reading.notes
-        defaults_of = lambda name: engine.describe(name).defaults  # noqa: E731
+        defaults_of = lambda *names: engine.describe(*names).defaults  # noqa: E731
         values = await asyncio.to_thread(completed, piece.values, defaults_of)
         events: Any = engine.stream(GenerationRequest.parse({**values, **clips}), self.stop)
         async with contextlib.aclosing(events):

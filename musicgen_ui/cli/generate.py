@@ -88,7 +88,7 @@ def run(flags: argparse.Namespace) -> int:
     manager = ModelManager(device=flags.device, precision=flags.precision)
     with contextlib.closing(manager), stop_on_interrupt() as stop:
         try:
-            own = completed(values, lambda name: manager.describe(name).defaults)
+            own = completed(values, lambda *names: manager.describe(*names).defaults)
             request = GenerationRequest.parse(own)
             # Closed whatever happens: a lease that ends while Python shuts down may hang there.
             events: Any = manager.stream_sync(request, stop)
@@ -223,7 +223,7 @@ def check_checkpoint(request: GenerationRequest) -> None:
         source = registry.resolve(request.checkpoint, request.stereo)
         registry.describe(source)
         if request.melody:
-            registry.hold_melody(source)
+            registry.require_melody(source)
 
 
 @contextlib.contextmanager

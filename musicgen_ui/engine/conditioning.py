@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.device import own
 from musicgen_ui.engine.finite import require_finite
 from musicgen_ui.engine.lora import OUTSIDE, Rows, Worn
 from musicgen_ui.engine.melody import Extractor, MelodyEncoder
-from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest

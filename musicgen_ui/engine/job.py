@@ -6,15 +6,16 @@ written go to the codec's stream. The audio prompt goes through that stream firs
 the codec then hears prompt and new frames as one piece, and the new audio is what `generate` would
 give from its first sample.
 
-The columns are those of a window, the 30 s that the model was trained on. A longer piece is made
-of several, as in audiocraft (`GenModel._generate_tokens`): a window is written to its end, the
-last codebooks of its last frames included, and the codes of its last frames, the overlap, stand
-where the audio prompt's would at the head of the next one. There they are delayed anew, after a
-column of start tokens and with start tokens before the delayed codebooks: the only head of a window
-that the model knows. So each window is what `generate` makes of the overlap's codes. To go on from
-the columns as they are would save as many steps a window as codebooks are delayed, 3 of 900, and
-begin every window with a head that no training piece had. The codec's stream knows no windows, so
-nothing is decoded twice and there is no seam.
+The columns are those of a window, which is as long as the model's training examples: 30 s for
+MusicGen, 10 s for AudioGen. A longer piece is made of several, as in audiocraft
+(`GenModel._generate_tokens`): a window is written to its end, the last codebooks of its last frames
+included, and the codes of its last frames, the overlap, stand where the audio prompt's would at the
+head of the next one. There they are delayed anew, after a column of start tokens and with start
+tokens before the delayed codebooks: the only head of a window that the model knows. So each window
+is what `generate` makes of the overlap's codes. To go on from the columns as they are would save as
+many steps a window as codebooks are delayed, 3 of 900, and begin every window with a head that no
+training piece had. The codec's stream knows no windows, so nothing is decoded twice and there is no
+seam.
 """
 
 from __future__ import annotations
@@ -29,23 +30,25 @@ import torch
 from torch import Tensor
 
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.clip import Clip
+from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine import delay_pattern, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.lora import Worn
-from musicgen_ui.engine.protocol import Chroma, Chunk, Finished, Progress
+from musicgen_ui.engine.protocol import Chunk, Finished, Progress
 from musicgen_ui.engine.transformer import Sequence
-from musicgen_ui.request import WINDOW_S, GenerationRequest
+from musicgen_ui.request import WINDOW_S, GenerationRequest, overlap_used_s
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that something is heard early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other jobs
 
 
-def steps_for(request: GenerationRequest, codec: Codec, codebooks: int) -> int:
+def steps_for(
+    request: GenerationRequest, codec: Codec, codebooks: int, window_s: float = WINDOW_S
+) -> int:
     """Steps that a variation of `request` takes, about; known before its `Job` is made."""
     delayed = codebooks // codec.channels - 1
-    context = round(request.context_used_s * codec.frame_rate)
+    context = round(request.context_used_s(window_s) * codec.frame_rate)
     return round(request.duration_s * codec.frame_rate) + delayed + _pieces(context)
 
 
@@ -64,6 +67,7 @@ class Job:
         codebooks: rows of codes: 4 in mono, 8 in stereo for Meta's.
         start_token: of the decoder.
         device: of the decoder.
+        window_s: the length of the decoder's training examples.
     """
 
     sequence: Sequence  # given by the batch, which knows the decoder
@@ -79,8 +83,10 @@ class Job:
         codebooks: int,
         start_token: int,
         device: torch.device,
+        window_s: float = WINDOW_S,
     ) -> None:
         self.request = request
+        self.window_s = min(window_s, WINDOW_S)
         self.variation = variation
         self.codec = codec
         self.new_frames = round(request.duration_s * codec.frame_rate)
@@ -113,7 +119,7 @@ class Job:
     def _lay_out(self, start: int, known: Tensor) -> None:
         """Begins the window at frame `start` with the codes of its first frames."""
         self.start = start  # frames before the window
-        self.window_frames = min(self.frames - start, round(WINDOW_S * self.codec.frame_rate))
+        self.window_frames = min(self.frames - start, round(self.window_s * self.codec.frame_rate))
         self.known_frames = known.shape[1]
         self.columns = delay_pattern.delayed(
             known, self.window_frames, self.codec.channels, self.start_token
@@ -126,7 +132,8 @@ class Job:
 
         It waits for the codec where that lags behind the overlap.
         """
-        overlap = min(round(self.request.overlap_s * self.codec.frame_rate), self.window_frames - 1)
+        overlap_s = overlap_used_s(self.request.overlap_s, self.window_s)
+        overlap = min(round(overlap_s * self.codec.frame_rate), self.window_frames - 1)
         start = self.start + self.window_frames - overlap
         if self.done or self.written < self.positions or self.decoded_frames < start:
             return False
@@ -159,7 +166,7 @@ class Job:
         """Frames of the clip's end that the model hears; 0 without a clip."""
         if self.clip is None:
             return 0
-        room = int(self.request.context_used_s * self.codec.frame_rate + 1e-6)
+        room = int(self.request.context_used_s(self.window_s) * self.codec.frame_rate + 1e-6)
         return min(room, self.clip.samples.shape[1] // self.codec.hop)
 
     def _encode_context(self) -> Iterator[Tensor]:

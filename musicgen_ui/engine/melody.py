@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from transformers.audio_utils import chroma_filter_bank
 
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.clip import Clip
+from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine.lora import OUTSIDE, Rows, Worn
-from musicgen_ui.engine.protocol import Chroma
 from musicgen_ui.request import GenerationRequest
 
 PIECE_COLUMNS = 256  # transformed at once, so that memory does not grow with the clip

@@ -12,10 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
-from musicgen_ui.audio.clip import Clip
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.request import WINDOW_S, GenerationRequest
 
 Stage = Literal["waiting", "loading", "composing"]
 
@@ -40,14 +38,6 @@ class Chunk:
 
     variation: int
     clip: Clip
-
-
-@dataclass(frozen=True, eq=False)
-class Chroma:
-    """A melody's strongest pitch classes over time, as the music followed them."""
-
-    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B
-    column_s: float  # seconds from column to column
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +111,10 @@ class Backend(Protocol):
         """The names that the page offers, the default first."""
         ...
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
+
+        May read a folder or ask the Hub, so it can block for a while.
 
         Raises:
             RequestError: there is no such checkpoint.
@@ -155,6 +147,7 @@ class Description:
     sampling_rate: int  # Hz
     summary: str  # a line for the page: parameters, memory, licence
     melody: bool = False  # it can follow one
+    window_s: float = WINDOW_S  # longer takes are made of several windows
     defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
 
 
@@ -192,8 +185,10 @@ class Engine(Protocol):
         """The names that the page offers, the default first."""
         ...
 
-    def describe(self, checkpoint: str) -> Description:
-        """What `checkpoint` can do. May read a folder or ask the Hub, so it can block for a while.
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+        """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
+
+        May read a folder or ask the Hub, so it can block for a while.
 
         Raises:
             RequestError: there is no such checkpoint.

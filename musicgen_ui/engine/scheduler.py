@@ -33,7 +33,7 @@ from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.shelf import Shelf
 from musicgen_ui.engine.stepper import Eager
 from musicgen_ui.engine.transformer import Decoder
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.request import WINDOW_S, GenerationRequest
 
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
@@ -72,8 +72,10 @@ class Batch:
         max_jobs: int = 8,
         graphs: bool | None = None,
         extractor: Mapping[str, Any] | None = None,
+        window_s: float = WINDOW_S,
     ) -> None:
         self.checkpoint = checkpoint
+        self.window_s = window_s
         self.device = torch.device(device)
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
@@ -147,7 +149,7 @@ class Batch:
         """
         request = dataclasses.replace(request.with_seed(), checkpoint=self.checkpoint)
         stop = stop or threading.Event()
-        steps = steps_for(request, self.codec, self.decoder.codebooks)
+        steps = steps_for(request, self.codec, self.decoder.codebooks, self.window_s)
         ticket = Ticket(request, stop, deliver, request.variations, steps, visitor)
         self.line.add(ticket)
         return ticket
@@ -205,7 +207,15 @@ class Batch:
     def _start(self, ticket: Ticket, index: int) -> Job:
         request = ticket.request.variation(index)
         decoder = self.decoder
-        job = Job(request, index, self.codec, decoder.codebooks, decoder.start_token, self.device)
+        job = Job(
+            request,
+            index,
+            self.codec,
+            decoder.codebooks,
+            decoder.start_token,
+            self.device,
+            self.window_s,
+        )
         job.worn = self.adapters.worn(request)
         # Now, not in the end: a take that is made should not be lost to what its words bring about.
         job.notes, job.melody = self._notes(request), self.conditioner.followed(request)

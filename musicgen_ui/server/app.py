@@ -27,9 +27,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from musicgen_ui import files
+from musicgen_ui import environment, files
 from musicgen_ui.backends.starting import BackgroundEngine
-from musicgen_ui.checkpoints import proxies
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.errors import RequestError
@@ -360,7 +359,7 @@ def serve(chosen: Settings, engine: Engine | None = None) -> int:
     check_folder(chosen)
     check_checkpoints(chosen)
     check_address(chosen)
-    proxies.prepare(chosen.host)
+    environment.prepare_proxies(chosen.host)
     with stop_signals() as asked:
         try:
             if engine is None and os.environ.get("SPACES_ZERO_GPU"):

@@ -55,8 +55,8 @@ class Asking:
         notes = tuple(note for reading in readings.values() for note in reading.notes)
         return replace(request, **clips).with_seed(), notes
 
-    def _stated(self, checkpoint: str) -> dict[str, Any]:
+    def _stated(self, checkpoint: str, adapter: str) -> dict[str, Any]:
         """What a checkpoint states, and a length that this server makes."""
-        stated = self._engine.describe(checkpoint).defaults
+        stated = self._engine.describe(checkpoint, adapter).defaults
         length_s = stated.get("duration_s", FIELDS["duration_s"].default)
         return {**stated, "duration_s": min(length_s, self._max_duration_s)}

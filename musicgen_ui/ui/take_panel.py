@@ -17,7 +17,7 @@ import gradio as gr
 
 from musicgen_ui import takes
 from musicgen_ui.audio import load, spectrogram
-from musicgen_ui.engine.protocol import Chroma
+from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.files import ASSETS
 from musicgen_ui.ui.components import Updates
 

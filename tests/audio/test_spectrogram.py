@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from musicgen_ui.audio import spectrogram
-from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.protocol import Chroma
+from musicgen_ui.audio.clip import Chroma, Clip
 
 
 def tone(hz, seconds=1.0, rate=32_000, level=0.5, channels=1):

@@ -17,7 +17,7 @@ import transformers
 from musicgen_ui.benchmark import machine, quantization_error, report, runners
 from musicgen_ui.benchmark import run as bench
 from musicgen_ui.checkpoints import config as configuration
-from musicgen_ui.checkpoints import registry
+from musicgen_ui.checkpoints import memory, registry
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.errors import RequestError
@@ -98,7 +98,7 @@ def test_random_checkpoints_have_metas_sizes(size):
     with torch.device("meta"):
         model = transformers.MusicgenForConditionalGeneration(runners.random_config(size))
     count = sum(p.numel() for p in model.parameters())
-    assert count == configuration.count_parameters(configuration.meta(size, stereo=False))
+    assert count == memory.count_parameters(configuration.meta(size, stereo=False))
 
 
 def test_the_codec_is_timed_on_the_decoders_thread_alone():

@@ -23,19 +23,22 @@ from safetensors.torch import load_file
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.local import load_batch
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import hub, registry
 from musicgen_ui.checkpoints.audiocraft import config as audiocraft
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.checkpoints.audiocraft import weights as exported
+from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import generated, make_batch, run_job
+from tests.helpers.engine import generated, make_batch, run, run_job, whole
 from tests.helpers.melody import needs_generate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXT_ENCODER = GOLDEN / "text_encoder"
+CPU = devices.choose("cpu", "float32")
 
 
 def quiet(_: str) -> None:
@@ -528,7 +531,7 @@ def test_a_folder_with_something_in_it_is_left_alone(checkpoint, tmp_path):
     assert weights_of(converted(checkpoint, tmp_path / "empty"))
     before = sorted((tmp_path / "empty").iterdir())
     for taken in (tmp_path / "empty", checkpoint / "state_dict.bin"):
-        with pytest.raises(RequestError, match="is there already"):
+        with pytest.raises(RequestError, match="exists already"):
             converted(checkpoint, taken)
     assert sorted((tmp_path / "empty").iterdir()) == before
     with pytest.raises(RequestError, match="cannot be written"):
@@ -689,3 +692,91 @@ def test_a_bandwidth_pays_for_its_codebooks_and_no_more():
                 codec = {"sampling_rate": rate, "upsampling_ratios": ratios}
                 codec |= {"codebook_size": size, "target_bandwidths": [bandwidth]}
                 assert configuration._codebooks(codec) == codebooks
+
+
+# AudioGen: 16 kHz, t5-large by name, windows of 10 s
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """audiocraft's own layout, with its text encoder beside it."""
+    folder = tmp_path_factory.mktemp("audiogen") / "audiogen"
+    shutil.copytree(GOLDEN / "audiogen", folder)
+    shutil.copytree(TEXT_ENCODER, folder / "text_encoder")
+    return folder
+
+
+def test_audiogen_gives_audiocrafts_tokens_and_sound(sounds, tmp_path):
+    expected = np.load(GOLDEN / "audiogen" / "expected.npz")
+    for folder in (sounds, converted(sounds, tmp_path / "converted", None)):
+        batch = load_batch(registry.resolve(str(folder)), CPU, 2, quiet)
+        assert (batch.codec.sampling_rate, batch.codec.frame_rate) == (16_000, 50)
+        for prompt, codes in zip(expected["prompts"], expected["greedy_single"], strict=True):
+            assert len(np.unique(codes)) > 10
+            assert np.array_equal(greedy(batch, str(prompt)), codes)
+        prompt, codes = str(expected["prompts"][0]), expected["greedy_unguided"][0]
+        assert np.array_equal(greedy(batch, prompt, guidance_scale=1), codes)
+        clip = Clip(expected["clip"], 16_000)
+        encoded = batch.codec.encode(torch.from_numpy(clip.samples))
+        assert np.array_equal(encoded, expected["clip_codes"][0])
+        continued = greedy(batch, prompt, 30, audio_prompt=clip)
+        assert np.array_equal(continued, expected["continuation"][0])
+        for codes, audio in zip(expected["greedy_single"], expected["audio_single"], strict=True):
+            made = batch.codec.decode(torch.from_numpy(codes)).numpy()
+            assert np.abs(audio).max() > 0.01 and np.abs(made - audio).max() < 1e-4
+
+
+def test_audiogen_goes_on_after_10_s_as_audiocraft_does(sounds):
+    """12.5 s in windows of 10 s with a stride of 2 s: the window is the checkpoint's."""
+    expected = np.load(GOLDEN / "audiogen" / "expected.npz")
+    batch = load_batch(registry.resolve(str(sounds)), CPU, 1, quiet)
+    assert batch.window_s == 10
+    request = GenerationRequest(
+        str(expected["prompts"][0]), duration_s=12.5, overlap_s=8, do_sample=False
+    )
+    windows, finished, _ = run(batch, request)
+    assert list(windows) == [0, 100, 200]
+    assert np.array_equal(whole(windows)[:, :625], expected["extended"][0][:, :625])
+    assert finished.clip.duration_s == 12.5
+
+
+def test_audiogen_is_described_as_sound_effects(sounds, tmp_path):
+    out = converted(sounds, tmp_path / "converted", None)
+    for folder in (sounds, out):
+        described = registry.describe(registry.resolve(str(folder)))
+        assert described.summary.startswith("sound effects · ")
+        assert (described.window_s, described.sampling_rate) == (10, 16_000)
+    assert json.loads((out / "generation_config.json").read_text())["max_length"] == 503
+    for name in ("audiogen", "audiogen-medium", "facebook/audiogen-medium"):
+        described = registry.describe(registry.resolve(name))
+        assert described.checkpoint == "facebook/audiogen-medium" and described.window_s == 10
+        assert "sound effects" in described.summary and "CC-BY-NC" in described.summary
+
+
+def test_a_window_that_no_model_has_is_refused(sounds, tmp_path):
+    out = converted(sounds, tmp_path / "converted", None)
+    for value in (0, -1, 31, "10", True, None):
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {"window_s": value}))
+        with pytest.raises(RequestError, match="window_s"):
+            registry.describe(registry.resolve(str(out)))
+
+
+# How often files are opened
+
+
+def test_an_audiocraft_pickle_is_opened_once_a_load(sounds, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(sounds, tmp_path / "checkpoint"))
+    opened: list[str] = []
+    open_file = exported.read
+    monkeypatch.setattr(exported, "read", lambda file: opened.append(file.name) or open_file(file))
+    source = registry.resolve(str(folder))
+    registry.load(source, torch.float32, quiet)
+    assert sorted(opened) == ["compression_state_dict.bin", "state_dict.bin"]
+    opened.clear()
+    registry.describe(source)
+    registry.fetch(source, quiet)
+    assert opened == []  # the settings are known
+    (folder / "state_dict.bin").touch()
+    registry.describe(registry.resolve(str(folder)))
+    assert len(opened) == 2  # another training may have written it

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from musicgen_ui.checkpoints import config as configuration
-from musicgen_ui.checkpoints import registry
+from musicgen_ui.checkpoints import memory, registry
 from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 
@@ -36,7 +36,7 @@ def test_counted_parameters_are_those_of_the_models_that_transformers_builds(tmp
         with torch.device("meta"):
             model = kind[1](kind[0].from_pretrained(folder))
         count = sum(parameter.numel() for parameter in model.parameters())
-        assert configuration.count_parameters(read) == count
+        assert memory.count_parameters(read) == count
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_melody_processor_that_does_not_fit_is_refused(tiny_melody, tmp_path, 
 
 def test_memory_grows_with_size_and_with_precision():
     sizes = [configuration.meta(size, False) for size in ("small", "medium", "large")]
-    needed = [configuration.estimate_bytes(config) for config in sizes]
+    needed = [memory.estimate_bytes(config) for config in sizes]
     assert needed == sorted(needed)
     assert 2.3e9 < needed[0] < 3.5e9
-    assert configuration.estimate_bytes(sizes[0], 2) * 2 == needed[0]
+    assert memory.estimate_bytes(sizes[0], 2) * 2 == needed[0]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from musicgen_ui.checkpoints import defaults, registry
+from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.checkpoints import lora, registry
+from musicgen_ui.checkpoints.config import GENERATION_FILE
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
@@ -31,7 +35,7 @@ def defaults_of(folder: Path) -> dict:
 
 
 def test_only_what_the_file_states_counts(folder):
-    file = folder / defaults.FILE
+    file = folder / GENERATION_FILE
     file.write_text(json.dumps({"temperature": 0.8, "top_k": 40, "max_length": 1503}))
     assert defaults_of(folder) == {"temperature": 0.8, "top_k": 40}
     file.write_text(json.dumps({"do_sample": False, "guidance_scale": 4, "top_p": 1.0}))
@@ -41,7 +45,7 @@ def test_only_what_the_file_states_counts(folder):
 
 
 def test_a_length_is_a_default_where_it_is_less_than_the_apps(folder):
-    file = folder / defaults.FILE
+    file = folder / GENERATION_FILE
     file.write_text(json.dumps({"max_length": 253}))  # three columns more than frames
     assert defaults_of(folder) == {"duration_s": 5.0}
     file.write_text(json.dumps({"max_new_tokens": 153, "max_length": 253}))
@@ -56,7 +60,7 @@ def test_a_length_is_a_default_where_it_is_less_than_the_apps(folder):
     ],
 )
 def test_what_no_request_may_have_is_left_out(folder, text):
-    (folder / defaults.FILE).write_text(text)
+    (folder / GENERATION_FILE).write_text(text)
     assert defaults_of(folder) == {}
 
 
@@ -67,13 +71,30 @@ def test_the_bundled_checkpoints_state_what_they_were_measured_with():
 
 
 def test_what_is_asked_for_wins_and_a_complete_request_asks_no_checkpoint():
-    def own(checkpoint: str) -> dict:
+    def own(checkpoint: str, adapter: str) -> dict:
         assert checkpoint == "wide"
         return OWN["wide"]
 
     values = completed({"checkpoint": "wide", "top_k": 9, "temperature": None}, own)
     assert values == {"checkpoint": "wide", "top_k": 9, "temperature": 0.7}
-    assert completed(APPS, lambda name: pytest.fail("asked")) == APPS
+    assert completed(APPS, lambda *names: pytest.fail("asked")) == APPS
+
+
+def test_an_adapter_alone_takes_its_bases_settings(folder, tmp_path):
+    """The bundled checkpoint, which "auto" is without an adapter, states temperature 0.7."""
+    (folder / GENERATION_FILE).write_text(json.dumps({"temperature": 1.3, "top_k": 40}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / lora.CONFIG).write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    save_file({"a": torch.zeros(1)}, adapter / lora.WEIGHTS)
+    manager = ModelManager(device="cpu")
+    stated = lambda *names: manager.describe(*names).defaults  # noqa: E731
+    values = completed({"adapter": str(adapter)}, stated)
+    assert (values["temperature"], values["top_k"]) == (1.3, 40)
+    assert completed({}, stated)["temperature"] == 0.7
+    named = completed({"adapter": str(adapter), "checkpoint": "bundled"}, stated)
+    assert named["temperature"] == 0.7
+    manager.close()
 
 
 def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(handlers: Handlers):

@@ -185,11 +185,13 @@ def test_parts_that_do_not_fit_are_refused_before_the_download(served, tiny_mono
 
 
 def test_a_repository_without_a_checkpoint_is_a_sentence(served, tiny_mono, tmp_path):
-    (tmp_path / "README.md").write_text("nothing here")
-    served.repositories[TINY] = tmp_path
-    with pytest.raises(RequestError, match="no checkpoint"):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "README.md").write_text("nothing here")
+    served.repositories[TINY] = folder
+    with pytest.raises(RequestError, match="not a checkpoint"):
         load(TINY)
-    shutil.copy(tiny_mono / "config.json", tmp_path)
+    shutil.copy(tiny_mono / "config.json", folder)
     with pytest.raises(RequestError, match="no weights"):
         hub.download(TINY, print)
 
@@ -404,6 +406,19 @@ def test_a_cache_that_another_program_filled_without_the_tokenizer_is_completed(
     served.refusal = 503, {}
     with pytest.raises(RequestError, match="503"):
         registry.fetch(source, print)
+    served.refusal = None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RequestError, match=f"^The tokenizer of {TINY} is not on this computer"):
+        registry.fetch(source, print)
+
+
+def test_a_damaged_file_of_the_cache_is_deleted_and_downloaded_again(served):
+    load(TINY)
+    cached = hub.cached(TINY) / "model.safetensors"
+    cached.resolve().write_bytes(cached.read_bytes()[:-9])
+    with pytest.raises(RequestError, match=r"model\.safetensors in the Hub's cache was damaged"):
+        load(TINY)
+    assert load(TINY).name == TINY
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MusicgenForCausalLM
 
-from musicgen_ui.checkpoints import lora, registry
-from musicgen_ui.checkpoints.audiocraft import parts
+from musicgen_ui.checkpoints import loading, lora, registry
 from musicgen_ui.checkpoints.loading import Stored
 from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
@@ -100,10 +99,10 @@ def test_a_text_encoder_with_t5s_vocabulary_takes_t5s_tokenizer(own, tmp_path, m
     cached = tmp_path / "t5"
     cached.mkdir()
     shutil.copy(own / "tokenizer.json", cached)
-    set_vocabulary(without_tokenizer(own), parts.T5_VOCABULARY)
+    set_vocabulary(without_tokenizer(own), loading.T5_VOCABULARY)
     refused(own, r"t5-base.*HF_HUB_OFFLINE")
     monkeypatch.setattr(
-        parts.hub, "cached_with", lambda name, file: cached if name == "t5-base" else None
+        loading.hub, "cached_with", lambda name, file: cached if name == "t5-base" else None
     )
     assert len({tuple(ids) for ids in load(own).tokenizer(PROMPTS).input_ids}) == 3
 
@@ -127,7 +126,7 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(own):
     set_vocabulary(without_tokenizer(own), 200)
     (own / "spiece.model").write_bytes(written.getvalue())
     theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    made = parts.tokenizer(own, 200)
+    made = loading.tokenizer(own, 200)
     for prompt, ids in zip(PROMPTS, made(PROMPTS).input_ids, strict=True):
         assert ids == [*theirs.encode(prompt), 1]
     (own / "spiece.model").write_bytes(written.getvalue()[:-9])
@@ -143,6 +142,8 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(own):
         lambda name: "_orig_mod." + name,  # torch.compile
         lambda name: "module." + name,  # DDP
         lambda name: "model.module._orig_mod." + name,
+        lambda name: "musicgen." + name,
+        lambda name: "base_model.model." + name,  # peft, after a merge
         lambda name: name.replace("decoder.layers.", "decoder.layers._orig_mod."),
         lambda name: name.replace("text_encoder.", "text_encoder._fsdp_wrapped_module."),
     ],
@@ -152,6 +153,12 @@ def test_names_that_training_wraps_are_unwrapped(own, wrap):
     store(own, {wrap(name): weight for name, weight in weights.items()})
     found = Stored([own / WEIGHTS]).get(weights)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+def test_unknown_names_of_weights_are_named(own):
+    weights = load_file(own / WEIGHTS)
+    store(own, {f"ema.{name}": weight for name, weight in weights.items()})
+    refused(own, r"unknown names, such as ema\.")
 
 
 def test_a_compiled_model_loads(own):

@@ -163,7 +163,7 @@ def test_a_window_waits_for_the_codec_where_it_lags_behind_the_overlap(batch, mo
 
 def test_audio_prompt_gives_at_least_the_overlap_to_a_piece_beyond_the_window():
     def used(clip_s: float, **settings: float) -> float:
-        return GenerationRequest(audio_prompt=noise(clip_s), **settings).context_used_s
+        return GenerationRequest(audio_prompt=noise(clip_s), **settings).context_used_s()
 
     assert used(20, duration_s=25) == 12
     assert used(20, duration_s=290) == 12

@@ -206,7 +206,7 @@ def test_a_request_names_a_folder_and_its_take_says_what_it_wore(base, adapter):
 def test_a_server_with_listed_checkpoints_alone_puts_nothing_on(base, adapter):
     with closing(ModelManager(device="cpu", allow_any=False, also=[str(base)])) as manager:
         request = GenerationRequest(**GREEDY, checkpoint=str(base), adapter=str(adapter))
-        with pytest.raises(RequestError, match="puts no adapters on") as error:
+        with pytest.raises(RequestError, match="adapters are disabled") as error:
             list(manager.stream_sync(request))
         assert error.value.field == "adapter"
 

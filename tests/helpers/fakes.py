@@ -131,7 +131,7 @@ class FakeEngine:
     def checkpoints(self) -> list[str]:
         return list(STEREO)
 
-    def describe(self, checkpoint: str) -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> Description:
         if checkpoint not in STEREO:
             raise RequestError(
                 f"There is no checkpoint “{checkpoint}”: choose one from the list.", "checkpoint"

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from musicgen_ui.checkpoints import catalogue
-from musicgen_ui.cli import generate
+from musicgen_ui.cli import checkpoints, generate
 from musicgen_ui.request import CLIP_FIELDS, FIELDS
 from musicgen_ui.server import settings as server_settings
 
@@ -54,10 +53,10 @@ def settings() -> str:
 def models() -> str:
     """The checkpoints that have a name."""
     rows = []
-    for entry in catalogue.entries():
+    for entry in checkpoints.entries():
         name, *rest = entry.row()
         rows.append([name.replace(entry.word, f"`{entry.word}`", 1), *rest])
-    return table(catalogue.HEADS, rows)
+    return table(checkpoints.HEADS, rows)
 
 
 def server() -> str:

@@ -20,9 +20,9 @@ import pytest
 import soundfile
 
 from musicgen_ui import __main__ as cli
+from musicgen_ui import environment
 from musicgen_ui.backends.admission import Desk, Visitor
 from musicgen_ui.backends.starting import BackgroundEngine
-from musicgen_ui.checkpoints import proxies
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which a server is begun."""
     monkeypatch.setattr(app, "launch", lambda *_: pytest.fail("it was begun"))
-    monkeypatch.setattr(proxies, "getproxies", dict)
+    monkeypatch.setattr(environment, "getproxies", dict)
 
 
 WRONG = [
@@ -133,7 +133,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 )
 def test_this_computer_is_reached_without_the_proxies(variables: Any, values: dict) -> None:
     variables(**values)
-    proxies.prepare("192.0.2.7")
+    environment.prepare_proxies("192.0.2.7")
     client = httpx.Client()  # raises where it does not understand them
     for host in ("localhost", "127.0.0.1", "[::1]", "192.0.2.7"):
         mine = client._transport_for_url(httpx.URL(f"http://{host}:7860/"))
@@ -146,7 +146,7 @@ def test_this_computer_is_reached_without_the_proxies(variables: Any, values: di
 
 def test_without_proxies_no_variable_is_set(variables: Any) -> None:
     variables()
-    proxies.prepare()
+    environment.prepare_proxies()
     assert "no_proxy" not in os.environ and "http_proxy" not in os.environ
 
 

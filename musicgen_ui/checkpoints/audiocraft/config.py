@@ -1,11 +1,11 @@
-"""What an audiocraft checkpoint says, in transformers' words: its settings and its names.
+"""An audiocraft checkpoint's settings and weight names, translated to transformers'.
 
-audiocraft, where MusicGen was made (Copet et al. 2023, arXiv 2306.05284), exports a checkpoint as
-two pickles: the language model with the projections of its conditions, and the codec. Each holds
-its weights and the settings it was trained with, a YAML text in which one value may point to
-another. The architecture is the one that transformers has under other names, as long as the
-settings that change it are at MusicGen's values: each one is checked, since weights would fit a
-model that computes something else.
+audiocraft, where MusicGen (Copet et al. 2023, arXiv 2306.05284) and AudioGen (Kreuk et al. 2022,
+arXiv 2209.15352) were made, exports a checkpoint as two pickles: the language model with the
+projections of its conditions, and the codec. Each holds its weights and the settings it was trained
+with, a YAML text in which one value may point to another. transformers has the same architecture
+under other names, as long as the settings that change it have MusicGen's values: each is checked,
+since the weights would also fit a model that computes something else.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from musicgen_ui.audio import untrusted
+from musicgen_ui.checkpoints import file_checks
 from musicgen_ui.errors import RequestError
 
 # Of a melody checkpoint: the window of its spectrogram.
 CHROMA_WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"
 TOP_K = 250  # audiocraft's default; transformers would take 50
 _LONGEST_TEXT = 200_000  # characters, far more than settings have; parsing more takes long
-_MOST = 1_000_000  # of anything that is counted, so that no model of absurd size is built
-_PARTS = 4096  # layers or codebooks
-_RATIOS = 16  # of the codec's layers
+_LARGEST_COUNT = 1_000_000  # so that no model of absurd size is built
+_MOST_LAYERS = 4096  # or codebooks
+_MOST_RATIOS = 16  # of the codec's layers
 
 # Settings that change what is computed, where transformers has one way.
 _LANGUAGE_MODEL: dict[str, Any] = {
@@ -38,7 +38,7 @@ _LANGUAGE_MODEL: dict[str, Any] = {
     "transformer_lm.positional_embedding": "sin",
     "conditioners.description.model": "t5",
 }
-_LANGUAGE_MODEL_OFF: dict[str, Any] = {  # may be unsaid
+_LANGUAGE_MODEL_OPTIONAL: dict[str, Any] = {
     "transformer_lm.past_context": None,
     "transformer_lm.layer_scale": None,
     "transformer_lm.xpos": False,
@@ -60,7 +60,7 @@ _CODEC: dict[str, Any] = {
     "seanet.activation": "ELU",
     "seanet.norm": "weight_norm",
 }
-_CODEC_OFF: dict[str, Any] = {
+_CODEC_OPTIONAL: dict[str, Any] = {
     "encodec.causal": False,
     "encodec.renormalize": False,
     "seanet.causal": False,
@@ -86,7 +86,7 @@ class Settings:
                 return
             if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
                 raise ValueError("no text, or far too much")
-            self.values = untrusted.read_yaml(text)
+            self.values = file_checks.read_yaml(text)
             if not isinstance(self.values, dict):
                 raise ValueError("no settings")
         except ValueError as error:
@@ -97,8 +97,8 @@ class Settings:
             ) from error
 
     def get(self, path: str, default: Any = None) -> Any:
-        """The value at "a.b.c"; `default` if there is none. "${a.b}" is what stands at a.b."""
-        for _ in range(8):  # pointers to pointers; more go round
+        """The value at "a.b.c", else `default`. "${a.b}" stands for the value at a.b."""
+        for _ in range(8):  # pointers to pointers; more would be a loop
             value = self.values
             for key in path.split("."):
                 if not isinstance(value, dict) or key not in value:
@@ -110,20 +110,20 @@ class Settings:
             path = pointer[1]
         raise self.refusal(path, value)
 
-    def number(self, path: str, most: int = _MOST, default: int | None = None) -> int:
+    def number(self, path: str, most: int = _LARGEST_COUNT, default: int | None = None) -> int:
         """A whole number from 1 to `most`."""
         value = self.get(path, default)
         if type(value) is not int or not 0 < value <= most:
             raise self.refusal(path, value)
         return value
 
-    def hold(self, stated: dict[str, Any], unless_stated: dict[str, Any]) -> None:
-        """Holds that settings have these values."""
-        for path, wanted in stated.items():
-            if self.get(path) != wanted:
+    def require(self, stated: dict[str, Any], optional: dict[str, Any]) -> None:
+        """Requires that settings have these values; the optional ones may be missing."""
+        for path, value in stated.items():
+            if self.get(path) != value:
                 raise self.refusal(path, self.get(path))
-        for path, wanted in unless_stated.items():
-            if self.get(path, wanted) != wanted:
+        for path, value in optional.items():
+            if self.get(path, value) != value:
                 raise self.refusal(path, self.get(path))
 
     def refusal(self, path: str, value: Any) -> RequestError:
@@ -137,9 +137,9 @@ class Settings:
 
 def decoder(settings: Settings) -> dict[str, Any]:
     """transformers' configuration of the language model."""
-    settings.hold(_LANGUAGE_MODEL, _LANGUAGE_MODEL_OFF)
+    settings.require(_LANGUAGE_MODEL, _LANGUAGE_MODEL_OPTIONAL)
     stereo = settings.get("interleave_stereo_codebooks.use", False) is True
-    channels, codebooks = 2 if stereo else 1, settings.number("transformer_lm.n_q", _PARTS)
+    channels, codebooks = 2 if stereo else 1, settings.number("transformer_lm.n_q", _MOST_LAYERS)
     if settings.get("channels", channels) != channels:
         raise settings.refusal("channels", settings.get("channels"))
     delays = [book // channels for book in range(codebooks)]
@@ -152,7 +152,7 @@ def decoder(settings: Settings) -> dict[str, Any]:
     return {
         "model_type": "musicgen_melody_decoder" if melody(settings) else "musicgen_decoder",
         "vocab_size": codes,
-        "num_hidden_layers": settings.number("transformer_lm.num_layers", _PARTS),
+        "num_hidden_layers": settings.number("transformer_lm.num_layers", _MOST_LAYERS),
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "ffn_dim": hidden * settings.number("transformer_lm.hidden_scale", default=4),
@@ -165,7 +165,7 @@ def decoder(settings: Settings) -> dict[str, Any]:
 
 
 def melody(settings: Settings) -> dict[str, int]:
-    """What a melody checkpoint's chroma is: chroma_length, num_chroma, …; empty without melody.
+    """The settings of a melody checkpoint's chroma: chroma_length, num_chroma, …; else empty.
 
     Hop and window are in samples, `chroma_length` in columns of the training's 30 s.
     """
@@ -177,12 +177,12 @@ def melody(settings: Settings) -> dict[str, int]:
     both = ["self_wav", "description"]
     if names != set(both) or prepended not in (both, both[::-1]) or crossed != []:
         raise settings.refusal("conditioners", names)
-    settings.hold({"conditioners.self_wav.model": "chroma_stem"}, {})
+    settings.require({"conditioners.self_wav.model": "chroma_stem"}, {})
     chroma = "conditioners.self_wav.chroma_stem."
-    settings.hold({chroma + "argmax": True, chroma + "n_chroma": 12}, {})
+    settings.require({chroma + "argmax": True, chroma + "n_chroma": 12}, {})
     window = 2 ** max(4, settings.number(chroma + "radix2_exp", 20))
     rate = settings.number(chroma + "sample_rate", default=settings.number("sample_rate"))
-    length_s = settings.number("dataset.segment_duration", default=30)
+    length_s = window_s(settings)
     return {
         "num_chroma": 12,
         "chroma_length": 1 + rate * length_s // (window // 4),
@@ -193,12 +193,17 @@ def melody(settings: Settings) -> dict[str, int]:
     }
 
 
+def window_s(settings: Settings) -> int:
+    """The seconds of a training example: 30 for MusicGen, 10 for AudioGen."""
+    return settings.number("dataset.segment_duration", default=30)
+
+
 def generation(settings: Settings, codec: dict[str, Any]) -> dict[str, Any]:
-    """How audiocraft samples from the checkpoint, and the length it was trained on."""
+    """transformers' generation settings: how audiocraft samples, and one window's length."""
     codes, books = settings.number("transformer_lm.card"), settings.number("transformer_lm.n_q")
     channels = 2 if settings.get("interleave_stereo_codebooks.use", False) is True else 1
     frame_rate = codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
-    length = settings.number("dataset.segment_duration", default=30) * frame_rate
+    length = window_s(settings) * frame_rate
     guidance = "classifier_free_guidance.inference_coef"
     scale = settings.get(guidance, 3.0)
     if not isinstance(scale, (int, float)) or not 1 <= scale <= 100:
@@ -216,17 +221,18 @@ def generation(settings: Settings, codec: dict[str, Any]) -> dict[str, Any]:
 
 def codec(settings: Settings) -> dict[str, Any]:
     """transformers' configuration of the codec."""
-    settings.hold(_CODEC, _CODEC_OFF)
+    settings.require(_CODEC, _CODEC_OPTIONAL)
     ratios = settings.get("seanet.ratios")
     if (
         not isinstance(ratios, list)
-        or len(ratios) > _RATIOS
+        or len(ratios) > _MOST_RATIOS
         or not all(type(r) is int and 0 < r <= 64 for r in ratios)
     ):
         raise settings.refusal("seanet.ratios", ratios)
     if settings.get("seanet.pad_mode") not in ("reflect", "constant"):
         raise settings.refusal("seanet.pad_mode", settings.get("seanet.pad_mode"))
     rate, size = settings.number("sample_rate"), settings.number("rvq.bins")
+    codebooks = settings.number("rvq.n_q", _MOST_LAYERS)
     width = settings.number("seanet.dimension")
     return {
         "model_type": "encodec",
@@ -249,7 +255,7 @@ def codec(settings: Settings) -> dict[str, Any]:
         "residual_kernel_size": settings.number("seanet.residual_kernel_size"),
         "dilation_growth_rate": settings.number("seanet.dilation_base"),
         "compress": settings.number("seanet.compress"),
-        "target_bandwidths": [_bandwidth(settings.number("rvq.n_q", _PARTS), rate, ratios, size)],
+        "target_bandwidths": [_bandwidth(codebooks, rate, ratios, size)],
     }
 
 

@@ -1,11 +1,11 @@
-"""audiocraft's checkpoints into transformers' format, as a folder or straight into memory.
+"""audiocraft's checkpoints in transformers' format, written to a folder or read into memory.
 
-The configuration made from a checkpoint's settings says which weights transformers expects; every
-one must be there in its shape and no other, else nothing is written. The weights are mapped and
-keep the precision they are stored in. The text encoder is not in the checkpoint: it is the one
-given, or one in its subfolder `text_encoder`, or the one that its settings name, from the Hub or
-its cache. The app reads such a folder as it is: the weights only change their names, and no second
-copy of gigabytes fills the disk or goes stale.
+The configuration made from a checkpoint's settings says which weights transformers expects; exactly
+these must be there in their shapes, else nothing is written. They keep the precision that they are
+stored in. The text encoder is not in the checkpoint: it is the one given, or one in its subfolder
+`text_encoder`, or the one that its settings name, from the Hub or its cache; audiocraft writes T5's
+ids without their owner ("t5-base"). The app also reads such a folder as it is, so converting it is
+not necessary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from musicgen_ui import files
 from musicgen_ui.checkpoints import config as configuration
-from musicgen_ui.checkpoints import hub
+from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.audiocraft import config as audiocraft
-from musicgen_ui.checkpoints.audiocraft import parts
 from musicgen_ui.checkpoints.audiocraft import weights as exported
-from musicgen_ui.checkpoints.audiocraft.weights import CODEC, LANGUAGE_MODEL, Exported
-from musicgen_ui.checkpoints.unusable import Unusable
+from musicgen_ui.checkpoints.audiocraft.weights import CODEC, LANGUAGE_MODEL, ExportedFile
+from musicgen_ui.checkpoints.file_checks import UnusableError
+from musicgen_ui.checkpoints.hub import Report
+from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.errors import RequestError
+from musicgen_ui.request import WINDOW_S
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +43,16 @@ _TEXT_ADVICE = (
     f"one called {TEXT_ENCODER} beside {LANGUAGE_MODEL}"
 )
 _CODEC_ADVICE = f"put that codec's own {CODEC} in place of the one here"
-_OTHER_FILES = ("text_encoder.", "audio_encoder.")  # where these weights of the model are from
+_NOT_IN_LANGUAGE_MODEL = ("text_encoder.", "audio_encoder.")  # weights from other files
 _TEXT_PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 
 Config = dict[str, Any]
-Say = Callable[[str], None]
+Files = tuple[ExportedFile, ExportedFile]  # the language model and the codec
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint in transformers' terms, checked and in memory, or mapped."""
+    """A checkpoint converted and checked, its weights in memory or memory-mapped."""
 
     config: Config
     generation: Config
@@ -77,7 +79,7 @@ def run(flags: argparse.Namespace) -> None:
     print(destination)
 
 
-def convert(source: Path, destination: Path, text_encoder: str | None, say: Say) -> None:
+def convert(source: Path, destination: Path, text_encoder: str | None, report: Report) -> None:
     """Writes the checkpoint in `source` into `destination` in transformers' format.
 
     Raises:
@@ -85,15 +87,15 @@ def convert(source: Path, destination: Path, text_encoder: str | None, say: Say)
             encoder or codec cannot be had; or `destination` is not empty or cannot be written.
     """
     destination = destination.resolve()
-    _hold_empty(destination)
+    _require_empty(destination)
     if not exported.language_model(source).is_file():
         raise RequestError(
             f"There is no {LANGUAGE_MODEL} in {source}: name a folder with a checkpoint as "
             "audiocraft exports it.",
             "checkpoint",
         )
-    made = read(source, text_encoder, say)
-    say(f"writing {destination}")
+    made = read(source, exported.read_both(source), text_encoder, report)
+    report(f"writing {destination}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".convert-") as temporary:
@@ -109,13 +111,13 @@ def convert(source: Path, destination: Path, text_encoder: str | None, say: Say)
         ) from error
 
 
-def _hold_empty(destination: Path) -> None:
+def _require_empty(destination: Path) -> None:
     try:
         taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
     except OSError as error:
         raise RequestError(f"{destination} cannot be read: {error.strerror}.") from error
     if taken:
-        raise RequestError(f"{destination} is there already: name a new or an empty folder.")
+        raise RequestError(f"{destination} exists already: name a new or an empty folder.")
 
 
 def _write(made: Converted, folder: Path) -> None:
@@ -141,18 +143,20 @@ def _write(made: Converted, folder: Path) -> None:
     for name, values in files.items():
         text = json.dumps(values, indent=2, sort_keys=True)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read
+    weights.chmod(
+        (folder / "config.json").stat().st_mode
+    )  # safetensors makes it readable to the owner alone
 
 
-def config_of(folder: Path) -> Config:
-    """transformers' configuration of the checkpoint in `folder`; reads no weights.
+def config_of(folder: Path, files: Files) -> Config:
+    """transformers' configuration of the checkpoint in `folder`, from its files' settings.
 
     Raises:
         RequestError: as `read`.
     """
-    model, codec = exported.read_both(folder)
+    model, codec = files
     name = _text_encoder(folder, model, None)
-    return _config(model, _codec_config(codec), parts.read_config(name, _TEXT_ADVICE))
+    return _config(model, _codec_config(codec), _read_config(name, _TEXT_ADVICE))
 
 
 @functools.lru_cache(maxsize=16)
@@ -169,36 +173,36 @@ def config_on_the_hub(repo_id: str) -> Config:
         with hub.opened(repo_id, CODEC) as file:
             codec = exported.outline(f"{repo_id}/{CODEC}", file)
     name = _text_encoder(None, model, None)
-    return _config(model, _codec_config(codec), parts.read_config(name, _TEXT_ADVICE))
+    return _config(model, _codec_config(codec), _read_config(name, _TEXT_ADVICE))
 
 
-def generation_of(folder: Path) -> Config:
-    """How audiocraft samples from the checkpoint in `folder`, in transformers' words.
+def generation_of(files: Files) -> Config:
+    """How audiocraft samples from the checkpoint, as transformers' generation settings.
 
     Raises:
         RequestError: as `read`.
     """
-    model, codec = exported.read_both(folder)
+    model, codec = files
     return audiocraft.generation(model.settings, _codec_config(codec))
 
 
-def fetch(folder: Path, say: Say) -> None:
-    """Downloads what `load` will need beside the files in `folder` and the Hub's cache lacks.
+def fetch(folder: Path, files: Files, report: Report) -> None:
+    """Downloads what `read` needs beside the files in `folder` and the Hub's cache lacks.
 
     Raises:
         RequestError: it cannot be had.
     """
-    model, codec = exported.read_both(folder)
+    model, codec = files
     text_encoder = _text_encoder(folder, model, None)
-    text = parts.fetched(text_encoder, _TEXT_ADVICE, say)
-    _tokenizer_folder(text, text_encoder, parts.read_config(text, _TEXT_ADVICE), say)
+    text = _fetched(text_encoder, _TEXT_ADVICE, report)
+    _tokenizer_folder(text, text_encoder, _read_config(text, _TEXT_ADVICE), report)
     if codec.pointer:
-        parts.fetched(codec.pointer, _CODEC_ADVICE, say)
+        _fetched(codec.pointer, _CODEC_ADVICE, report)
 
 
-def load(folder: Path, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Config]:
+def load(folder: Path, files: Files, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Config]:
     """transformers' model with the weights in `folder` as `dtype`, its tokenizer, and the
-    configuration of its feature extractor. `streamed` is as for `weights.model`.
+    configuration of its feature extractor. `streamed` is as for `loading.model`.
 
     Raises:
         RequestError: as `read`.
@@ -207,61 +211,67 @@ def load(folder: Path, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Co
 
     from musicgen_ui.checkpoints import loading
 
-    made = read(folder, None, lambda _: None)
+    made = read(folder, files, None, lambda _: None)
     melody = made.config["model_type"] == "musicgen_melody"
-    model = loading.model(melody, made.config, loading.Held(made.weights), dtype, streamed)
+    model = loading.model(melody, made.config, loading.InMemory(made.weights), dtype, streamed)
     model.generation_config = GenerationConfig(**made.generation)
     return model, made.tokenizer, made.extractor
 
 
-def read(folder: Path, text_encoder: str | None, say: Say) -> Converted:
-    """The checkpoint in `folder` in transformers' terms, every weight accounted for.
+def read(folder: Path, files: Files, text_encoder: str | None, report: Report) -> Converted:
+    """The checkpoint in `folder` converted, every weight accounted for.
 
     Raises:
         RequestError: it is damaged or of another architecture, or its text encoder or codec cannot
             be had.
     """
-    parts.quieten()
-    say(f"reading {folder}")
-    model, codec = exported.read_both(folder)
+    from musicgen_ui.checkpoints import loading  # torch: seconds
+
+    loading.quieten()
+    model, codec = files
     where = _text_encoder(folder, model, text_encoder)
-    text = parts.fetched(where, _TEXT_ADVICE, say)
+    text = _fetched(where, _TEXT_ADVICE, report)
     codec_config = _codec_config(codec)
-    config = _config(model, codec_config, parts.read_config(text, _TEXT_ADVICE))
+    config = _config(model, codec_config, _read_config(text, _TEXT_ADVICE))
     _check(folder, config, model)
     shapes = _shapes(config)
-    mine = {key: s for key, s in shapes.items() if not key.startswith(_OTHER_FILES)}
+    of_model = {k: s for k, s in shapes.items() if not k.startswith(_NOT_IN_LANGUAGE_MODEL)}
     melody = audiocraft.melody(model.settings)
     weights = exported.without_window(model.weights, melody.get("n_fft", 0))
-    weights = exported.renamed(exported.language_model(folder), weights, mine, codec_config)
+    weights = exported.renamed(exported.language_model(folder), weights, of_model, codec_config)
     if codec.pointer:
-        weights |= parts.codec(parts.fetched(codec.pointer, _CODEC_ADVICE, say))
+        codec_folder = _fetched(codec.pointer, _CODEC_ADVICE, report)
+        weights |= exported.codec_weights(codec_folder)
     else:
-        mine = {key: s for key, s in shapes.items() if key.startswith("audio_encoder.")}
-        weights |= exported.renamed(folder / CODEC, codec.weights, mine, codec_config)
-    tokenizer, text_weights = _tokenizer(text, where, config, say), parts.text_encoder(text)
+        of_codec = {key: s for key, s in shapes.items() if key.startswith("audio_encoder.")}
+        weights |= exported.renamed(folder / CODEC, codec.weights, of_codec, codec_config)
+    tokenizer = _tokenizer(text, where, config, report)
+    weights |= exported.text_encoder_weights(text)
     generation = audiocraft.generation(model.settings, codec_config)
-    extractor = _extractor(config, melody)
-    return Converted(config, generation, extractor, weights | text_weights, tokenizer)
+    return Converted(config, generation, _extractor(config, melody), weights, tokenizer)
 
 
-def _tokenizer_folder(text: Path, where: Path | str, config: Config, say: Say) -> Path:
+def _tokenizer_folder(text: Path, where: Path | str, config: Config, report: Report) -> Path:
     """The folder with the tokenizer of the text encoder in `text`, whose configuration is given."""
-    repo_id = parts.hub_id(where) if isinstance(where, str) else None
-    vocabulary = config.get("vocab_size", parts.T5_VOCABULARY)
-    return parts.with_tokenizer(text, repo_id, vocabulary, say)
+    from musicgen_ui.checkpoints import loading
+
+    repo_id = _hub_id(where) if isinstance(where, str) else None
+    vocabulary = config.get("vocab_size", loading.T5_VOCABULARY)
+    return loading.with_tokenizer(text, repo_id, vocabulary, report)
 
 
-def _tokenizer(text: Path, where: Path | str, config: Config, say: Say) -> Any:
+def _tokenizer(text: Path, where: Path | str, config: Config, report: Report) -> Any:
+    from musicgen_ui.checkpoints import loading
+
     encoder = config["text_encoder"]
     try:
-        folder = _tokenizer_folder(text, where, encoder, say)
-        return parts.tokenizer(folder, encoder.get("vocab_size", parts.T5_VOCABULARY))
-    except Unusable as error:
-        raise RequestError(f"{text} cannot be used: {error}.", parts.FIELD) from error
+        folder = _tokenizer_folder(text, where, encoder, report)
+        return loading.tokenizer(folder, encoder.get("vocab_size", loading.T5_VOCABULARY))
+    except UnusableError as error:
+        raise RequestError(f"{text} cannot be used: {error}.", "checkpoint") from error
 
 
-def _config(model: Exported, codec: Config, text_encoder: Config) -> Config:
+def _config(model: ExportedFile, codec: Config, text_encoder: Config) -> Config:
     melody = audiocraft.melody(model.settings)
     config = {
         "architectures": [f"Musicgen{'Melody' if melody else ''}ForConditionalGeneration"],
@@ -271,13 +281,16 @@ def _config(model: Exported, codec: Config, text_encoder: Config) -> Config:
         "text_encoder": text_encoder,
         "audio_encoder": codec,
         "decoder": audiocraft.decoder(model.settings),
+        # Keys of this app, which transformers ignores:
+        "window_s": float(min(audiocraft.window_s(model.settings), WINDOW_S)),
+        "sound_effects": model.settings.get("solver") == "audiogen",
     }
     return config | {key: melody[key] for key in ("num_chroma", "chroma_length") if melody}
 
 
-def _codec_config(codec: Exported) -> Config:
+def _codec_config(codec: ExportedFile) -> Config:
     if codec.pointer:
-        return parts.read_config(codec.pointer, _CODEC_ADVICE)
+        return _read_config(codec.pointer, _CODEC_ADVICE)
     return audiocraft.codec(codec.settings)
 
 
@@ -305,9 +318,9 @@ def _extractor(config: Config, melody: Config) -> Config:
     }
 
 
-def _check(folder: Path, config: Config, model: Exported) -> None:
-    """Holds that the parts fit, before shapes are compared."""
-    configuration.check(str(folder), configuration.of(str(folder), config))
+def _check(folder: Path, config: Config, model: ExportedFile) -> None:
+    """Requires that the parts fit, before shapes are compared."""
+    configuration.check(str(folder), configuration.parse(str(folder), config))
     width, hidden = config["text_encoder"].get("d_model"), config["decoder"]["hidden_size"]
     projection = model.weights.get(_TEXT_PROJECTION)
     if projection is not None and projection.dim() == 2 and projection.shape[1] != width:
@@ -341,13 +354,77 @@ def _kind(config: Config) -> Any:
     return getattr(transformers, config["architectures"][0])
 
 
-def _text_encoder(folder: Path | None, model: Exported, given: str | None) -> Path | str:
+def _text_encoder(folder: Path | None, model: ExportedFile, given: str | None) -> Path | str:
     """The folder of the text encoder, or its id on the Hub: given, beside the model or named."""
     if given:
-        return parts.place(given)
+        return _named(given)
     if folder and (folder / TEXT_ENCODER / "config.json").is_file():
         return folder / TEXT_ENCODER
     name = model.settings.get("conditioners.description.t5.name")
-    if not isinstance(name, str) or not hub.ID.fullmatch(parts.hub_id(name)):
+    if not isinstance(name, str) or not hub.ID.fullmatch(_hub_id(name)):
         raise model.settings.refusal("conditioners.description.t5.name", name)
     return name
+
+
+def _hub_id(name: str) -> str:
+    """ "t5-base", as audiocraft writes it, is "google-t5/t5-base" on the Hub."""
+    return name if "/" in name else f"google-t5/{name}"
+
+
+def _named(name: str) -> Path | str:
+    """The folder with a `config.json` that a user names, or else an id on the Hub.
+
+    A name inside a checkpoint is always an id: a folder that happens to have that name must not
+    replace the Hub's.
+    """
+    folder = files.expanded(name)
+    return folder if (folder / "config.json").is_file() or not _is_id(name) else name
+
+
+def _read_config(where: Path | str, advice: str) -> dict[str, Any]:
+    """The `config.json` of a folder or of an id on the Hub.
+
+    Raises:
+        RequestError: it cannot be had, with `advice`, what to do then.
+    """
+    if isinstance(where, str):
+        file = _from_hub(where, advice, hub.config_file)
+    else:
+        file = _folder(where, advice) / "config.json"
+    try:
+        config = file_checks.read_object(file)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{where} has no readable config.json: {advice}.", "checkpoint"
+        ) from error
+    return config
+
+
+def _fetched(where: Path | str, advice: str, report: Report) -> Path:
+    """The folder of a text encoder or codec: `where` itself, or that of an id on the Hub.
+
+    Raises:
+        RequestError: it cannot be had, with `advice`, what to do then.
+    """
+    if isinstance(where, Path):
+        return _folder(where, advice)
+    return _from_hub(where, advice, lambda repo_id: hub.download(repo_id, report))
+
+
+def _folder(folder: Path, advice: str) -> Path:
+    if not folder.is_dir():
+        raise RequestError(f'There is no folder "{str(folder)[:80]}": {advice}.', "checkpoint")
+    return folder
+
+
+def _is_id(name: str) -> bool:
+    return bool(hub.ID.fullmatch(_hub_id(name)))
+
+
+def _from_hub(name: str, advice: str, ask: Callable[[str], Path]) -> Path:
+    """Asks the Hub or its cache for `name`; a failure says what the checkpoint needs it for."""
+    try:
+        return ask(name if hub.cached(name) else _hub_id(name))
+    except HubError as error:
+        why = f"The checkpoint needs {name}, and {error.why[:1].lower()}{error.why[1:]}"
+        raise HubError(why, f"{error.remedy}; or {advice}", "checkpoint") from error

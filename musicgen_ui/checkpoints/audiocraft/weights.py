@@ -1,10 +1,10 @@
-"""audiocraft's two files: opened without running anything, their weights under other names.
+"""The weights of audiocraft's checkpoints: opened without running code, renamed to transformers'.
 
 A checkpoint is a folder with `state_dict.bin` and `compression_state_dict.bin`, pickles that hold
-the settings as text and the weights under `best_state`. They are read with `weights_only`, and
-mapped: what is copied is copied later, once. The second may name a codec on the Hub instead, or be
-missing where the settings name one. In place of the first may lie what was not exported: dora's
-`checkpoint.th`, or what Replicate's fine-tuner keeps of it, with weights under `model`.
+the settings as text and the weights under `best_state`. They are read with `weights_only` and
+memory-mapped. The second may name a codec on the Hub instead, or be missing where the settings name
+one. The first may also be a training's own file: dora's `checkpoint.th`, or what Replicate's
+fine-tuner keeps of it, with weights under `model`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from musicgen_ui.audio import untrusted
-from musicgen_ui.checkpoints import hub
+from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.audiocraft import config
-from musicgen_ui.checkpoints.unusable import Unusable, check_files
-from musicgen_ui.checkpoints.weight_names import plain_names
+from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
 from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,18 +32,18 @@ if TYPE_CHECKING:
 LANGUAGE_MODEL, CODEC = hub.AUDIOCRAFT
 TRAINED = "checkpoint.th"  # by dora, in place of the first
 _PRETRAINED = "//pretrained/"  # how settings name a published codec
-_BEGINNINGS = {
+_NAMES_BEGIN = {
     False: ("condition_provider.", "emb.", "transformer.", "linears.", "out_norm."),
     True: ("encoder.", "decoder.", "quantizer."),  # of a codec
 }
 _NAMED = 5  # weights named in a sentence
-_MOST_OUTLINE_BYTES = 2**24  # of a pickle without its weights
+_OUTLINE_BYTES = 2**24  # of a pickle without its weights
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFile:
     """One of a checkpoint's two files, opened."""
 
     settings: config.Settings
@@ -65,7 +63,7 @@ def language_model(folder: Path) -> Path:
     return trained if trained.is_file() and not exported.is_file() else exported
 
 
-def read_both(folder: Path) -> tuple[Exported, Exported]:
+def read_both(folder: Path) -> tuple[ExportedFile, ExportedFile]:
     """The language model and the codec in `folder`, their weights mapped.
 
     Raises:
@@ -77,7 +75,7 @@ def read_both(folder: Path) -> tuple[Exported, Exported]:
     return model, codec or read(folder / CODEC)
 
 
-def named_codec(folder: Path, model: Exported) -> Exported | None:
+def named_codec(folder: Path, model: ExportedFile) -> ExportedFile | None:
     """The codec that the settings of the model in `folder` name, if they name one."""
     name = model.settings.get("compression_model_checkpoint")
     if not isinstance(name, str) or _PRETRAINED not in name:
@@ -85,22 +83,24 @@ def named_codec(folder: Path, model: Exported) -> Exported | None:
     return _pointer(folder / CODEC, name.partition(_PRETRAINED)[2])
 
 
-def _pointer(file: Path, name: Any) -> Exported:
+def _pointer(file: Path, name: Any) -> ExportedFile:
     if not isinstance(name, str) or not hub.ID.fullmatch(name):
         raise RequestError(
             f"{file} only names another codec, {reprlib.repr(name)}, which is no Hub id: "
             f"put that codec's own {CODEC} in its place.",
             "checkpoint",
         )
-    return Exported(config.Settings(str(file), "{}"), {}, name)
+    return ExportedFile(config.Settings(str(file), "{}"), {}, name)
 
 
-def read(file: Path) -> Exported:
+def read(file: Path) -> ExportedFile:
     """One of the two pickles, its weights mapped.
 
     Raises:
         RequestError: it is missing or damaged, or holds something else.
     """
+    from musicgen_ui.checkpoints.loading import plain_names  # torch: seconds
+
     package = _unpickled(file)
     pointer = package.get("pretrained")
     if pointer is not None and file.name == CODEC:
@@ -113,15 +113,15 @@ def read(file: Path) -> Exported:
             "checkpoint",
         )
     try:
-        names = plain_names(weights, _BEGINNINGS[file.name == CODEC])
-    except Unusable as error:
+        names = plain_names(weights, _NAMES_BEGIN[file.name == CODEC])
+    except UnusableError as error:
         raise RequestError(f"{file} cannot be used: {error}.", "checkpoint") from error
     try:
-        said = _plain_settings(package.get("xp.cfg"))
+        stated = _plain_settings(package.get("xp.cfg"))
     except RecursionError:
-        said = None  # refused below
-    settings = config.Settings(str(file), said)
-    return Exported(settings, {names[name]: weight for name, weight in weights.items()})
+        stated = None  # refused below
+    settings = config.Settings(str(file), stated)
+    return ExportedFile(settings, {names[name]: weight for name, weight in weights.items()})
 
 
 def _weights(package: dict[Any, Any]) -> Any:
@@ -133,8 +133,8 @@ def _weights(package: dict[Any, Any]) -> Any:
     return package.get("best_state", package.get("model"))
 
 
-class _Omega:
-    """Stands for OmegaConf's classes, in which a training keeps its settings."""
+class _OmegaConf:
+    """Stands in for OmegaConf's classes, in which a training keeps its settings."""
 
 
 _OMEGA = [
@@ -154,7 +154,7 @@ _OMEGA_GLOBALS = {
 
 def _plain_settings(value: Any) -> Any:
     """A training's settings as plain values; whatever else as it is."""
-    if isinstance(value, _Omega):
+    if isinstance(value, _OmegaConf):
         held = vars(value)
         return _plain_settings(held.get("_content", held.get("_val")))
     if isinstance(value, dict):
@@ -164,10 +164,10 @@ def _plain_settings(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _with_stand_ins() -> Iterator[None]:
-    """Lets torch's restricted reader make `_Omega` and nothing more in OmegaConf's place."""
+    """Lets torch's restricted reader make `_OmegaConf` objects in place of OmegaConf's own."""
     import torch
 
-    omega: list[Any] = [(_Omega, name) for name in (*_OMEGA, "typing.Any")]
+    omega: list[Any] = [(_OmegaConf, name) for name in (*_OMEGA, "typing.Any")]
     with torch.serialization.safe_globals([*omega, dict, list, int, float, bool, str, defaultdict]):
         yield
 
@@ -177,11 +177,11 @@ def _unpickled(file: Path) -> dict[Any, Any]:
 
     try:
         check_files([file])
-    except Unusable as error:
+    except UnusableError as error:
         raise RequestError(f"{file.parent} cannot be used: {error}.", "checkpoint") from error
     mapped = zipfile.is_zipfile(file)  # not cut short, nor in the form before torch 1.6
     try:
-        untrusted.require_weights(file, also=_OMEGA_GLOBALS)
+        file_checks.require_weights(file, also=_OMEGA_GLOBALS)
         with _with_stand_ins():
             package = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
@@ -190,7 +190,7 @@ def _unpickled(file: Path) -> dict[Any, Any]:
             "checkpoints is the same.",
             "checkpoint",
         ) from error
-    except Exception as error:  # whatever a broken pickle brings about
+    except Exception as error:  # a broken pickle may raise anything
         if "GLOBAL" in str(error) or (mapped and isinstance(error, pickle.UnpicklingError)):
             why = (
                 "holds more than weights and settings, which is not read, since it could run code: "
@@ -202,26 +202,26 @@ def _unpickled(file: Path) -> dict[Any, Any]:
     return package if isinstance(package, dict) else {}
 
 
-def outline(name: str, file: IO[bytes]) -> Exported:
-    """What one of the two files says of itself, without its weights; nothing in it is run.
+def outline(name: str, file: IO[bytes]) -> ExportedFile:
+    """The settings in one of the two files, without its weights; nothing in it is run.
 
     Args:
         name: of the file, for sentences.
         file: the file, or a way to read pieces of it.
 
     Raises:
-        RequestError: it says nothing that can be read.
+        RequestError: it cannot be read so.
     """
     try:
         with zipfile.ZipFile(file) as packed:
             entry = next(e for e in packed.infolist() if e.filename.endswith("/data.pkl"))
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MOST_OUTLINE_BYTES:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _OUTLINE_BYTES:
                 raise ValueError("not as torch writes it")
             operations = pickletools.genops(packed.read(entry))
             texts = [text for kind, text, _ in operations if "UNICODE" in kind.name]
     except RequestError:
         raise
-    except Exception as error:  # whatever a broken file brings about
+    except Exception as error:  # a broken file may raise anything
         if isinstance(error, OSError):  # the way to the Hub
             raise
         raise RequestError(
@@ -229,10 +229,10 @@ def outline(name: str, file: IO[bytes]) -> Exported:
             "name the folder.",
             "checkpoint",
         ) from error
-    said = dict(itertools.pairwise(texts))  # a key's text comes right before its value's
-    if name.endswith(CODEC) and "pretrained" in said:
-        return _pointer(Path(name), said["pretrained"])
-    return Exported(config.Settings(name, said.get("xp.cfg")), {})
+    values = dict(itertools.pairwise(texts))  # a key's text comes right before its value's
+    if name.endswith(CODEC) and "pretrained" in values:
+        return _pointer(Path(name), values["pretrained"])
+    return ExportedFile(config.Settings(name, values.get("xp.cfg")), {})
 
 
 def _plain(weights: dict[Any, Any], size: int) -> bool:
@@ -252,9 +252,9 @@ def _plain(weights: dict[Any, Any], size: int) -> bool:
 
 
 def without_window(weights: dict[str, Tensor], n_fft: int) -> dict[str, Tensor]:
-    """`weights` but for the window of a melody's spectrogram, if it is Hann's of `n_fft` samples.
+    """`weights` without the window of a melody's spectrogram, if it is Hann's of `n_fft` samples.
 
-    Every reader computes that one itself, so transformers' format has no place for it.
+    It is computed where it is needed, so transformers' format has no place for it.
     """
     import torch
 
@@ -296,10 +296,11 @@ def _compare(file: Path, expected: Shapes, found: Shapes) -> None:
             if found.get(name, shape) != shape
         ],
     }
-    said = [f"{fault}: {_some(names)}" for fault, names in faults.items() if names]
-    if said:
+    differences = [f"{fault}: {_some(names)}" for fault, names in faults.items() if names]
+    if differences:
+        found_differences = "; ".join(differences)
         raise RequestError(
-            f"{file} does not hold the weights that its settings describe ({'; '.join(said)}): "
+            f"{file} does not hold the weights that its settings describe ({found_differences}): "
             "fetch it again, or choose another checkpoint.",
             "checkpoint",
         )
@@ -308,3 +309,48 @@ def _compare(file: Path, expected: Shapes, found: Shapes) -> None:
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def codec_weights(folder: Path) -> dict[str, Tensor]:
+    """EnCodec's weights in `folder`, by their names in transformers' MusicGen.
+
+    Raises:
+        RequestError: they cannot be read.
+    """
+    from transformers import EncodecModel
+
+    return _weights_of("audio_encoder", EncodecModel, folder)
+
+
+def text_encoder_weights(folder: Path) -> dict[str, Tensor]:
+    """T5's weights in `folder`, by their names in transformers' MusicGen.
+
+    Raises:
+        RequestError: they cannot be read.
+    """
+    from transformers import T5EncoderModel
+
+    return _weights_of("text_encoder", T5EncoderModel, folder)
+
+
+def _weights_of(part: str, kind: Any, folder: Path) -> dict[str, Tensor]:
+    """The weights of a model in transformers' format, by their names in MusicGen."""
+    try:
+        check_files(hub.weights_in(folder))
+        for file in hub.weights_in(folder):
+            file_checks.require_weights(file)
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, weights_only=True, output_loading_info=True
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"weights are missing: {sorted(found['missing_keys'])[:5]}")
+    except UnusableError as error:
+        raise RequestError(f"{folder} cannot be used: {error}.", "checkpoint") from error
+    except Exception as error:
+        raise RequestError(
+            f"{folder} could not be read: it must hold {kind.__name__}'s weights in transformers' "
+            "format. Name another folder, or fetch it again.",
+            "checkpoint",
+        ) from error
+    tied = "encoder.embed_tokens.weight"  # T5's; `shared` has it
+    return {f"{part}.{key}": w for key, w in model.state_dict().items() if key != tied}

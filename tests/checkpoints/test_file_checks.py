@@ -20,9 +20,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from musicgen_ui.audio import untrusted
-from musicgen_ui.checkpoints import lora, registry
-from musicgen_ui.checkpoints.audiocraft import parts
+from musicgen_ui.checkpoints import file_checks, lora, registry
+from musicgen_ui.checkpoints.audiocraft import weights as exported
 from musicgen_ui.errors import RequestError
 
 
@@ -163,7 +162,7 @@ def test_a_card_is_bounded(tiny_mono, tmp_path, text):
     with refused_cheaply():
         use(folder)
     with refused_cheaply(ValueError):
-        untrusted.read_yaml(text)
+        file_checks.read_yaml(text)
 
 
 # pickles
@@ -222,7 +221,7 @@ def test_a_pickle_of_many_steps_is_refused(tmp_path):
             f"{names[0].partition('/')[0]}/data.pkl", b"\x80\x02" + b"]" * 400_000 + b"."
         )
     with pytest.raises(pickle.UnpicklingError):
-        untrusted.require_weights(file)
+        file_checks.require_weights(file)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -252,9 +251,9 @@ def test_weights_as_torch_writes_them_are_read(tmp_path, new):
     }
     held["tied"] = held["a"]
     torch.save(held, tmp_path / "weights.bin", _use_new_zipfile_serialization=new)
-    untrusted.require_weights(tmp_path / "weights.bin")
+    file_checks.require_weights(tmp_path / "weights.bin")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "state.bin")
-    untrusted.require_weights(tmp_path / "state.bin")
+    file_checks.require_weights(tmp_path / "state.bin")
 
 
 def test_a_list_of_weights_without_end_is_refused(changeable):
@@ -294,23 +293,23 @@ def test_a_tokenizer_that_makes_texts_long_is_refused(changeable, normalizer):
     with refused_cheaply():
         use(changeable)
     with refused_cheaply():
-        parts.text_encoder(changeable)
+        exported.text_encoder_weights(changeable)
 
 
 def test_what_is_put_around_a_text_is_bounded():
     names = " ".join(["<pad>"] * 20_000)
     around = processors.TemplateProcessing(f"$A {names}", special_tokens=[("<pad>", 0)])
     with refused_cheaply(ValueError):
-        untrusted.require_calm_tokenizer(tokenizer(post_processor=around))
-    untrusted.require_calm_tokenizer(tokenizer(normalizer=normalizers.NFKD()))
+        file_checks.require_bounded_tokenizer(tokenizer(post_processor=around))
+    file_checks.require_bounded_tokenizer(tokenizer(normalizer=normalizers.NFKD()))
 
 
 def test_sentencepieces_replacements_are_bounded():
     state = {"type": "Precompiled"}
     for text, calm in ((b"x" * 18, True), (b"x" * 5_000, False)):
         coded = base64.b64encode(charsmap(text)).decode()
-        grown = untrusted._growth(state | {"precompiled_charsmap": coded})
-        assert (grown <= untrusted.GROWTH) == calm
+        grown = file_checks._growth(state | {"precompiled_charsmap": coded})
+        assert (grown <= file_checks.GROWTH) == calm
 
 
 @pytest.mark.parametrize("text", ["100000000", LONG, "1e300", '"many"', "-1"])

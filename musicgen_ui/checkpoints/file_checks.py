@@ -1,8 +1,10 @@
-"""Files that nobody vouches for: measured before they are opened.
+"""Checks on a checkpoint's files before they are opened.
 
-A checkpoint may come from anywhere. A few bytes of JSON, YAML or pickle can ask for gigabytes or
-minutes of a processor, so each kind of file has bounds that no real checkpoint comes near, and what
-is beyond them raises before anything is allocated. Nothing here imports torch.
+A checkpoint may come from anywhere. A few bytes of JSON, YAML or pickle can ask for gigabytes of
+memory or minutes of processor time, so each kind of file has bounds that no real checkpoint comes
+near, and a file beyond them is refused before anything is allocated. Files that are not what they
+should be, such as a Git LFS pointer or a saved web page, are refused by their cause, with what to
+do about it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,10 +33,10 @@ PICKLE_BYTES, PICKLE_STEPS = 8_000_000, 300_000  # of a pickle without its weigh
 TOKENIZER_BYTES = 20_000_000  # a tokenizer's file; T5's has 2.4 MB, multilingual ones 16 MB
 EXTRA_IDS = 1000  # T5 has 100
 GROWTH = 1000  # how many times longer a tokenizer may make a text
-TEMPLATE_BYTES = 100_000  # what a tokenizer puts around each text
+TEMPLATE_BYTES = 100_000  # what a tokenizer adds to each text
 
-# What a pickle of weights is made of. Others among the names that torch allows make memory of any
-# size out of one number.
+# The globals that a pickle of weights needs. Others that torch allows can allocate memory of any
+# size from one number.
 _GLOBALS = {
     *("collections OrderedDict", "torch Size", "torch device", "torch._utils _rebuild_tensor_v2"),
     *("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v3"),
@@ -48,6 +50,53 @@ _OF_A_TOKENIZER = re.compile(r"token|vocab|merges|spiece|sentencepiece|\.(model|
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a file before torch 1.6
 
 
+AGAIN = "copy or download that file again"
+_HEAD_BYTES = 512
+
+
+class UnusableError(Exception):
+    """A file, or what it holds, cannot be used.
+
+    Args:
+        why: a clause without its full stop, such as "model.safetensors is empty".
+        remedy: what to do, as a clause; `AGAIN` where the file itself is broken.
+    """
+
+    def __init__(self, why: str, remedy: str = AGAIN) -> None:
+        super().__init__(f"{why}. {remedy[:1].upper()}{remedy[1:]}")
+        self.why = why
+        self.remedy = remedy
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Checks the first bytes of each file that exists.
+
+    Raises:
+        UnusableError: a file is empty, a Git LFS pointer or a web page, or cannot be opened.
+    """
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                head = opened.read(_HEAD_BYTES)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            why = f"{file.name} cannot be opened ({error.strerror})"
+            raise UnusableError(why, "let this user read it") from error
+        if not head:
+            raise UnusableError(f"{file.name} is empty")
+        if head.startswith(b"version https://git-lfs"):
+            raise UnusableError(
+                f"{file.name} is a Git LFS pointer, a few lines in place of the file",
+                "run `git lfs pull` in that folder, or download the file itself",
+            )
+        if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            raise UnusableError(
+                f"{file.name} is a web page, saved in place of the file",
+                "download the file itself",
+            )
+
+
 class ForeignPickleError(pickle.UnpicklingError):
     """A pickle holds more than weights and plain values."""
 
@@ -57,7 +106,7 @@ def read_object(file: Path, largest: float = LARGEST) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no object, too long, too deep, or has a number beyond `largest`.
+        ValueError: it is not an object, too long, too deep, or has a number beyond `largest`.
     """
     _require_size(file, TEXT_BYTES)
     try:
@@ -65,7 +114,7 @@ def read_object(file: Path, largest: float = LARGEST) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is too deep") from None
     if not isinstance(held, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     require_plain(held, largest)
     return held
 
@@ -79,14 +128,14 @@ def read_yaml(text: str) -> Any:
     if text.count("[") + text.count("{") > BRACKETS:
         raise ValueError("it has too many brackets")
     try:
-        held = yaml.load(text, Loader=_Plain)
+        held = yaml.load(text, Loader=_AliasFreeLoader)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
-        raise ValueError("it is no plain YAML") from error
+        raise ValueError("it is not plain YAML") from error
     require_plain(held)
     return held
 
 
-class _Plain(yaml.SafeLoader):
+class _AliasFreeLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases")
@@ -99,7 +148,7 @@ class _Plain(yaml.SafeLoader):
 
 
 def require_plain(held: Any, largest: float = LARGEST) -> None:
-    """Raises ValueError for what is too deep, and for a number that is too large or none."""
+    """Raises ValueError for a value nested too deeply and for a number that is too large or NaN."""
     below = [(held, 1)]
     while below:
         value, depth = below.pop()
@@ -110,7 +159,7 @@ def require_plain(held: Any, largest: float = LARGEST) -> None:
         elif isinstance(value, (list, tuple, set)):
             below += [(item, depth + 1) for item in value]
         elif isinstance(value, (int, float)) and not -largest <= value <= largest:
-            raise ValueError("it has a number that is too large")  # NaN too
+            raise ValueError("it has a number that is too large, or NaN")
 
 
 def _integer(digits: str) -> int:
@@ -125,15 +174,15 @@ def _require_size(file: Path, most: int) -> None:
 
 
 def require_weights(file: Path, also: Collection[str] = ()) -> None:
-    """Holds that a file of weights, in safetensors' format or a pickle, makes nothing but them.
+    """Requires that a file of weights, safetensors or pickle, creates nothing but tensors.
 
     Args:
         file: the weights.
-        also: what else a pickle may name, as "module name", since a harmless thing stands for it.
+        also: further globals that the pickle may name, as "module name"; stand-ins replace them.
 
     Raises:
         OSError: it cannot be read.
-        ForeignPickleError: it holds other things than weights.
+        ForeignPickleError: it holds other objects than weights.
         ValueError, pickle.UnpicklingError: it is damaged, or asks for more than it holds.
     """
     if file.suffix == ".safetensors":
@@ -148,7 +197,7 @@ def require_weights(file: Path, also: Collection[str] = ()) -> None:
 
 
 def _require_plain_archive(file: Path, also: Collection[str]) -> None:
-    """An archive as torch writes it: nothing is compressed, so nothing grows."""
+    """Requires an archive as torch writes it: uncompressed, so it cannot expand."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         names = {entry.filename for entry in entries}
@@ -163,24 +212,24 @@ def _require_plain_archive(file: Path, also: Collection[str]) -> None:
 
 
 def _require_old_pickle(opened: BinaryIO, also: Collection[str]) -> None:
-    """A file before torch 1.6: a mark, a version, facts, the list of weights, their order."""
+    """A file from before torch 1.6: magic number, version, system info, weights, their keys."""
     head = io.BytesIO(opened.read(PICKLE_BYTES))
     if _require_plain_pickle(head, also) != [_MAGIC]:
-        raise pickle.UnpicklingError("it is no file of torch")
+        raise pickle.UnpicklingError("it is not a file of torch")
     for _ in range(4):
         _require_plain_pickle(head, also)
 
 
 def _require_plain_pickle(opened: io.BytesIO, also: Collection[str]) -> list[Any]:
-    """Reads a pickle's steps without taking them; the long numbers in it."""
+    """Checks a pickle's opcodes without running them; gives the long integers in it."""
     numbers = []
     try:
         for step, (code, argument, _) in enumerate(pickletools.genops(opened)):
             if step > PICKLE_STEPS:
-                raise pickle.UnpicklingError("it has too many steps")
+                raise pickle.UnpicklingError("it has too many opcodes")
             named = code.name in ("GLOBAL", "STACK_GLOBAL", "INST")
             if named and argument not in _GLOBALS and argument not in also:
-                raise ForeignPickleError(f"GLOBAL {argument or ''} is no part of weights")
+                raise ForeignPickleError(f"GLOBAL {argument or ''} does not belong to weights")
             if code.name == "LONG1":
                 numbers.append(argument)
     except (ValueError, IndexError, UnicodeError, OverflowError) as error:
@@ -189,10 +238,10 @@ def _require_plain_pickle(opened: io.BytesIO, also: Collection[str]) -> list[Any
 
 
 def require_small_tokenizer(folder: Path) -> None:
-    """Holds that the tokenizer in a folder can be read in bounds.
+    """Requires that the files of the tokenizer in a folder are of ordinary size.
 
     Raises:
-        OSError, ValueError: it cannot.
+        OSError, ValueError: they are not.
     """
     for file in folder.iterdir():
         if _OF_A_TOKENIZER.search(file.name) and file.is_file():
@@ -204,8 +253,8 @@ def require_small_tokenizer(folder: Path) -> None:
             raise ValueError(f"{file.name} asks for more than {EXTRA_IDS} extra_ids")
 
 
-def require_calm_tokenizer(tokenizer: Any) -> None:
-    """Holds that a tokenizer makes no endless text of a short one.
+def require_bounded_tokenizer(tokenizer: Any) -> None:
+    """Requires that a tokenizer does not turn a short text into a very long one.
 
     Args:
         tokenizer: transformers', after `require_small_tokenizer`.
@@ -221,7 +270,7 @@ def require_calm_tokenizer(tokenizer: Any) -> None:
     if made.post_processor is not None and len(bytes(made.post_processor.__getstate__())) > (
         TEMPLATE_BYTES
     ):
-        raise ValueError("its tokenizer puts too much around a text")
+        raise ValueError("its tokenizer adds too much to each text")
 
 
 def _state(part: Any) -> dict[str, Any]:

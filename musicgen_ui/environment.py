@@ -1,16 +1,19 @@
-"""The proxy variables, before libraries read them: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY.
+"""Variables of the environment that libraries read when they are imported: proxies, cache folders.
 
 Gradio asks its own server whether it answers, and httpx, which Gradio and the Hub's client use,
-sends that through a proxy too unless NO_PROXY says otherwise. It raises for kinds of proxies that
-it does not know and for some spellings.
+sends that through a proxy too unless NO_PROXY excludes it. httpx also raises for kinds of proxies
+that it does not know and for some spellings.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+from contextlib import suppress
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from musicgen_ui import files
 from musicgen_ui.errors import RequestError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -18,8 +21,8 @@ KINDS = ("http", "https", "socks5", "socks5h")
 SCHEMES = ("http", "https", "all")  # of the addresses that go through a proxy
 
 
-def prepare(*hosts: str) -> None:
-    """Excepts this computer and `hosts` from the proxies. Call it before gradio is imported.
+def prepare_proxies(*hosts: str) -> None:
+    """Excludes this computer and `hosts` from the proxies. Call it before gradio is imported.
 
     Raises:
         RequestError: a variable names a proxy that cannot be used; names the variable.
@@ -30,9 +33,9 @@ def prepare(*hosts: str) -> None:
         return
     for scheme, address in proxies.items():
         os.environ[f"{scheme}_proxy"] = _checked(f"{scheme.upper()}_PROXY", address)
-    excepted = [name.strip(" []") for name in found.get("no", "").split(",")]
-    if "*" not in excepted:
-        names = dict.fromkeys(name for name in (*excepted, *LOOPBACK, *hosts) if name)
+    excluded = [name.strip(" []") for name in found.get("no", "").split(",")]
+    if "*" not in excluded:
+        names = dict.fromkeys(name for name in (*excluded, *LOOPBACK, *hosts) if name)
         os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(names))
 
 
@@ -54,7 +57,7 @@ def _checked(variable: str, address: str) -> str:
         complete = False
     if not complete:
         raise RequestError(
-            f"{variable} is no address of a proxy: change it to one such as "
+            f"{variable} is not the address of a proxy: change it to one such as "
             "http://proxy.example.com:3128, or unset it."
         )
     if kind.startswith("socks"):
@@ -66,3 +69,19 @@ def _checked(variable: str, address: str) -> str:
                 "-r requirements.txt, or unset it."
             ) from error
     return f"{kind}://{rest}"
+
+
+def ensure_cache_folder() -> None:
+    """Gives libraries a private cache folder where the user has none, as in some containers.
+
+    They compile, measure fonts and download into it, so call this before they are imported.
+    """
+    own = files.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    with suppress(OSError):
+        if own.is_absolute():
+            own.mkdir(parents=True, exist_ok=True)
+            if os.access(own, os.W_OK | os.X_OK):
+                return
+    folder = files.private_folder()
+    os.environ |= {"XDG_CACHE_HOME": str(folder), "MPLCONFIGDIR": str(folder / "matplotlib")}
+    atexit.register(files.delete, folder)

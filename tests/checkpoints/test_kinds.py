@@ -13,8 +13,8 @@ import torch
 from transformers import MusicgenForCausalLM, MusicgenForConditionalGeneration
 
 from musicgen_ui.backends.local import load_batch
-from musicgen_ui.checkpoints import catalogue, registry
 from musicgen_ui.checkpoints import config as configuration
+from musicgen_ui.checkpoints import memory, registry
 from musicgen_ui.engine import device as devices
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -140,13 +140,13 @@ def test_a_decoder_that_names_no_base_takes_the_published_one_of_its_shape(tmp_p
     folder = tmp_path / "decoder"
     bundled = MusicgenForCausalLM.from_pretrained(registry.BUNDLED)
     bundled.save_pretrained(folder)
-    assert registry._base_of(registry.resolve(str(folder))).name == "bundled"
+    assert registry.open_checkpoint(registry.resolve(str(folder))).base == "bundled"
     assert load(folder).sampling_rate == 16_000
     config = configuration.meta("stereo-melody".removeprefix("stereo-"), True)["decoder"]
     values = {**config, "model_type": "musicgen_melody_decoder"}
     (folder / "config.json").write_text(json.dumps(values))
-    base = registry._base_of(registry.resolve(str(folder)))
-    assert base.name == "facebook/musicgen-stereo-melody"
+    base = registry.open_checkpoint(registry.resolve(str(folder))).base
+    assert base == "facebook/musicgen-stereo-melody"
     assert registry.describe(registry.resolve(str(folder))).melody
 
 
@@ -162,7 +162,7 @@ def test_a_decoder_without_a_base_or_with_one_that_does_not_fit_is_refused(base,
         load(folder)
     melody = tiny.build(tmp_path / "melody", melody=True)
     tiny.edit_config(folder, base_model=str(melody))
-    with pytest.raises(RequestError, match="two kinds, with melody and without"):
+    with pytest.raises(RequestError, match="only one follows melodies"):
         load(folder)
 
 
@@ -170,15 +170,16 @@ def test_a_decoder_without_a_base_or_with_one_that_does_not_fit_is_refused(base,
 
 
 def test_what_cannot_fit_is_refused_with_a_precision_or_checkpoints_that_do():
-    large = configuration.meta("large", False)
+    large, others = configuration.meta("large", False), registry.known_configs()
     with pytest.raises(RequestError) as error:
-        catalogue.hold_fits("large", large, CPU, 6_000_000_000)
+        memory.require_fits("large", large, CPU, 6_000_000_000, others)
     assert "large needs 13.7 GB of memory in float32" in str(error.value)
     assert "--precision int8, which needs 5.1 GB" in str(error.value)
     assert "such as small (2." in str(error.value) or "stereo-small (2." in str(error.value)
-    catalogue.hold_fits("large", large, devices.choose("cpu", "int8"), 6_000_000_000)
+    int8 = devices.choose("cpu", "int8")
+    memory.require_fits("large", large, int8, 6_000_000_000, others)
     with pytest.raises(RequestError, match="--memory-gb"):
-        catalogue.hold_fits("large", large, CPU, 1000)
+        memory.require_fits("large", large, CPU, 1000, others)
 
 
 def test_the_command_line_lists_every_published_checkpoint():

@@ -1,0 +1,151 @@
+"""The memory that a checkpoint needs, known from its configuration before anything is loaded.
+
+The counts of parameters equal those of the models that transformers builds; a test compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from musicgen_ui.checkpoints.config import Configuration
+from musicgen_ui.errors import RequestError
+
+if TYPE_CHECKING:
+    from musicgen_ui.engine.device import Place
+
+# The precisions to suggest for each device, the most exact first.
+PRECISIONS = {"cuda": ("float32", "bfloat16"), "mps": ("float32",), "cpu": ("float32", "int8")}
+
+
+def require_fits(
+    name: str,
+    config: Configuration,
+    place: Place,
+    budget_bytes: int,
+    others: Mapping[str, Configuration],
+) -> None:
+    """Requires that a checkpoint's weights fit the memory for models.
+
+    Args:
+        name: of the checkpoint, for the sentence.
+        config: of the checkpoint.
+        place: the device and precision that it would run in.
+        budget_bytes: what all models may use together.
+        others: checkpoints to suggest instead, by name.
+
+    Raises:
+        RequestError: they do not fit; the sentence names a precision, or checkpoints, that would.
+    """
+    needed = weight_bytes(config, place.precision)
+    if needed <= budget_bytes:
+        return
+    advice = _advice(config, place, budget_bytes, others)
+    raise RequestError(
+        f"{name} needs {size_in_words(needed)} of memory in {place.precision} and models may use "
+        f"{size_in_words(budget_bytes)} here: {advice}.",
+        "checkpoint",
+    )
+
+
+def _advice(
+    config: Configuration, place: Place, budget_bytes: int, others: Mapping[str, Configuration]
+) -> str:
+    kind = place.device.partition(":")[0]
+    smaller = [
+        f"start the app with --precision {precision}, which needs {size_in_words(needed)}"
+        for precision in PRECISIONS[kind]
+        if (needed := weight_bytes(config, precision)) <= budget_bytes
+    ]
+    needs = {word: weight_bytes(other, place.precision) for word, other in others.items()}
+    fitting = sorted((needed, word) for word, needed in needs.items() if needed <= budget_bytes)
+    largest = [f"{word} ({size_in_words(needed)})" for needed, word in fitting[-1:-4:-1]]
+    choices = [f"choose one that fits, such as {', '.join(largest)}"] if largest else []
+    return ", or ".join([*smaller[:1], *choices]) or "give models more memory by --memory-gb"
+
+
+def weight_bytes(config: Configuration, precision: str) -> int:
+    """Memory for the weights alone."""
+    from musicgen_ui.engine.device import BYTES_A_WEIGHT  # torch: seconds
+
+    return round(count_parameters(config) * BYTES_A_WEIGHT[precision])
+
+
+def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
+    """Memory for the weights and for the KV cache of one take as long as the window.
+
+    With guidance a take has two rows; `bytes_a_weight` is 4 in float32, 2 in half precision.
+    """
+    codec, decoder = config["audio_encoder"], config["decoder"]
+    frame_rate = codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
+    frames = config["training"]["window_s"] * frame_rate
+    positions = frames + config["melody"].get("chroma_length", 0)
+    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
+    return round((count_parameters(config) + cached) * bytes_a_weight)
+
+
+def count_parameters(config: Configuration) -> int:
+    """The number of parameters of text encoder, decoder, codec and the projection between."""
+    text, decoder = config["text_encoder"], config["decoder"]
+    d, hidden = text["d_model"], decoder["hidden_size"]
+    projection = 0 if d == hidden else d * hidden + hidden
+    chroma = config["melody"]["num_chroma"] if config["melody"] else hidden
+    return (
+        projection
+        + (0 if chroma == hidden else (chroma + 1) * hidden)
+        + _count_text(text)
+        + count_decoder(config)
+        + _count_codec(config["audio_encoder"])
+    )
+
+
+def _count_text(text: dict[str, Any]) -> int:
+    d, inner = text["d_model"], text["num_heads"] * text["d_kv"]
+    feed_forward = (3 if text["feed_forward_proj"].startswith("gated") else 2) * d * text["d_ff"]
+    layers = text["num_layers"] * (4 * d * inner + feed_forward + 2 * d)
+    return (
+        text["vocab_size"] * d
+        + layers
+        + text["relative_attention_num_buckets"] * text["num_heads"]
+        + d
+    )
+
+
+def count_decoder(config: Configuration) -> int:
+    """The number of the decoder's parameters."""
+    decoder, attentions = config["decoder"], 1 if config["melody"] else 2
+    hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
+    layer = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
+    layer += 2 * hidden * decoder["ffn_dim"] + 2 * hidden
+    heads_and_embeddings = decoder["num_codebooks"] * (2 * codes + 1) * hidden
+    return decoder["num_hidden_layers"] * layer + heads_and_embeddings + 2 * hidden
+
+
+def _count_codec(codec: dict[str, Any]) -> int:
+    def conv(inputs: int, outputs: int, kernel: int) -> int:
+        return inputs * outputs * kernel + 2 * outputs  # a bias and a norm a channel
+
+    def resnet(n: int) -> int:
+        inner = n // codec["compress"]
+        block = conv(n, inner, codec["residual_kernel_size"]) + conv(inner, n, 1)
+        shortcut = conv(n, n, 1) if codec["use_conv_shortcut"] else 0
+        return codec["num_residual_layers"] * (block + shortcut)
+
+    width, total = codec["num_filters"], 0
+    for ratio in reversed(codec["upsampling_ratios"]):
+        down = conv(width, 2 * width, 2 * ratio)
+        # Upwards a layer has its biases on the narrow side and its norms on the wide one.
+        up = 2 * width * width * 2 * ratio + width + 2 * width
+        total += 2 * resnet(width) + down + up
+        width *= 2
+    total += 2 * codec["num_lstm_layers"] * (8 * width**2 + 8 * width)
+    total += conv(codec["audio_channels"], codec["num_filters"], codec["kernel_size"])
+    total += conv(codec["num_filters"], codec["audio_channels"], codec["last_kernel_size"])
+    total += conv(width, codec["hidden_size"], codec["last_kernel_size"])
+    return total + conv(codec["hidden_size"], width, codec["kernel_size"])
+
+
+def size_in_words(n_bytes: float) -> str:
+    """ "2.4 GB", or "17 MB" below one GB."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
