@@ -176,7 +176,7 @@ class Recurrence:
         lstm: nn.LSTM = layer.lstm
         self.run: Callable[..., tuple[Tensor, State]] = lstm
         if precision == "int16" and _divides(lstm):
-            from musicgen_ui.engine.cpu.recurrence import Lstm  # imports numba
+            from musicgen_ui.engine.cpu.codec_kernels import Lstm  # imports numba
 
             self.run = Lstm(lstm)
 

@@ -32,7 +32,7 @@ from musicgen_ui.engine.linear import Linear, computing_dtype
 from musicgen_ui.engine.lora import BARE, OUTSIDE, Rows, Worn
 
 if TYPE_CHECKING:
-    from musicgen_ui.engine.cpu.int8 import Int8Cache, Layers, Places
+    from musicgen_ui.engine.cpu.int8 import Int8Cache, Layers, SequenceCaches
 
 Attend = Callable[[int, Tensor], Tensor]
 Caches: TypeAlias = "list[FloatCache] | list[Int8Cache]"  # a layer
@@ -47,7 +47,7 @@ class Sequence:
     prefix: Tensor  # states before the first column, [rows, states, hidden]
     length: int = 0  # columns filled; below 0 while so many states of the prefix are missing
     worn: Worn | None = None  # an adapter beside the weights
-    places: Places | None = None  # of the above, as `compiled` wants them
+    places: SequenceCaches | None = None  # of the above, as `compiled` wants them
 
     @property
     def rows(self) -> int:

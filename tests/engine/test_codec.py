@@ -14,7 +14,7 @@ from transformers import EncodecConfig, EncodecModel, MusicgenForConditionalGene
 from musicgen_ui.engine import codec_layers
 from musicgen_ui.engine.codec import Codec, push_together
 from musicgen_ui.engine.cpu import codec_kernels
-from musicgen_ui.engine.cpu.recurrence import Lstm
+from musicgen_ui.engine.cpu.codec_kernels import Lstm
 from musicgen_ui.errors import RequestError
 from tests.helpers import tiny
 

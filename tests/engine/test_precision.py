@@ -14,8 +14,6 @@ from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 from musicgen_ui.engine import linear
 from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.cpu.int8 import Int8Cache
-from musicgen_ui.engine.cpu.microkernel import kernel
-from musicgen_ui.engine.cpu.vectors import ALL, SIZE, largest
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.transformer import Decoder
 from tests.helpers.engine import CPU, made_in_whole_numbers
@@ -35,20 +33,6 @@ def test_int8_product_is_close_and_a_row_of_zeros_stays_zero():
     found, expected = Linear(weight, "int8", CPU)(x), x @ weight.T
     assert (found - expected).norm() / expected.norm() < 0.02
     assert not found[1].any()
-
-
-@pytest.mark.parametrize("offset", [-50.0, 0.0, 50.0])
-def test_the_largest_number_is_found_on_both_sides_of_zero(offset):
-    numbers = np.random.default_rng(0).normal(offset, 20, 83).astype(np.float32)
-    numbers[80:] = 1e9  # beyond those asked for
-    found = np.empty(2, np.float32)
-    _find_largest(numbers, 80, found)
-    assert found.tolist() == [numbers[:80].max(), np.abs(numbers[:80]).max()]
-
-
-@kernel
-def _find_largest(numbers, count, found):
-    found[0], found[1] = largest(numbers, count, ALL), largest(numbers, count, SIZE)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

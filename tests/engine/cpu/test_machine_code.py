@@ -20,31 +20,22 @@ import pytest
 
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine.cpu import machine_code
-from musicgen_ui.engine.cpu.machine_code import PREFIX, SEAL, STORE, Store, is_whole
-from musicgen_ui.engine.cpu.microkernel import Kernel
+from musicgen_ui.engine.cpu.machine_code import CHECKSUM, PREFIX, STORE, Kernel, Store, is_complete
 
 ROOT = Path(__file__).parents[3]
-ENGINE = ROOT / "musicgen_ui" / "engine"
+CPU = ROOT / "musicgen_ui" / "engine" / "cpu"
 
-# A kernel of which parts were optimised apart from it, and rounded differently, when they were no
-# part of it: the attention that every int8 step is made of.
+# The attention that every int8 step is made of. When parts of it were not inlined, they were
+# optimised apart from the kernel and rounded differently.
 ATTENDING = """
 import hashlib
-import numpy as np
-from musicgen_ui.engine.cpu.kernels import _attend
-from musicgen_ui.engine.cpu.microkernel import kernel
+import torch
+from musicgen_ui.engine.cpu.int8 import Int8Cache
 
-@kernel
-def attend(x, weights, out):
-    at = (x.ctypes.data, x.ctypes.data, x.ctypes.data, x.ctypes.data)
-    codes, sums = np.empty(400, np.int16), np.empty(256, np.int32)
-    for row in range(len(x)):
-        _attend(x[row, :64], at, 60 + row, 64, weights, codes, sums, out[row], 0)
-
-x = np.random.default_rng(0).normal(0, 1, (64, 64)).astype(np.float32)
-out = np.zeros_like(x)
-attend(x, np.zeros(400, np.float32), out)
-print(hashlib.sha256(out.tobytes()).hexdigest())
+torch.manual_seed(0)
+(cache,) = Int8Cache.of_layers(1, (2, 4, 130, 64))
+out = cache.attend(torch.randn(2, 130, 3, 4, 64), 0)
+print(hashlib.sha256(out.numpy().tobytes()).hexdigest())
 """
 
 
@@ -61,32 +52,30 @@ def test_code_that_is_loaded_computes_as_when_it_was_compiled(tmp_path: Path) ->
         return done.stdout
 
     first = start()
-    assert list((tmp_path / "cache").rglob(SEAL))
+    assert list((tmp_path / "cache").rglob(CHECKSUM))
     assert start() == first
 
 
-def test_what_is_compiled_belongs_to_the_version() -> None:
-    decorators = {"compiled", "kernel", "_intrinsic"}
-    for file in ENGINE.glob("*.py"):
-        functions = [
-            n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)
-        ]
+def test_kernels_are_compiled_from_this_package_alone() -> None:
+    decorators = {"compiled", "compiled_in_order", "kernel", "_intrinsic"}
+    for file in (ROOT / "musicgen_ui").rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         named = {d.id for f in functions for d in f.decorator_list if isinstance(d, ast.Name)}
-        assert file.stem in machine_code.SOURCES or not named & decorators, file
-    assert "compiled" in machine_code.SOURCES  # the named tuples that kernels are called with
+        assert file.parent == CPU or not named & decorators, file
 
 
-@pytest.mark.parametrize("source", machine_code.SOURCES)
+@pytest.mark.parametrize("source", sorted(file.name for file in CPU.glob("*.py")))
 def test_a_changed_source_is_another_version(tmp_path: Path, source: str) -> None:
-    for name in (*machine_code.SOURCES, "machine_code"):
-        shutil.copy(ENGINE / f"{name}.py", tmp_path)
+    for file in CPU.glob("*.py"):
+        shutil.copy(file, tmp_path)
     spec = importlib.util.spec_from_file_location("copied", tmp_path / "machine_code.py")
     assert spec and spec.loader
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     before = copied.version()
-    with (tmp_path / f"{source}.py").open("a") as file:
-        file.write("\n# changed\n")
+    with (tmp_path / source).open("a") as changed:
+        changed.write("\n# changed\n")
     copied.version.cache_clear()
     assert copied.version() != before
 
@@ -122,7 +111,7 @@ def replace_by_folder(file: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    *((cut, ending) for ending in (".nbi", ".nbc", SEAL)),
+    *((cut, ending) for ending in (".nbi", ".nbc", CHECKSUM)),
     *((overwrite, ".nbc"), (Path.unlink, ".nbi"), (replace_by_folder, ".nbc")),
 ]
 
@@ -138,7 +127,7 @@ def test_damaged_code_is_compiled_again(
     later = Store([tmp_path])
     assert doubles(later) and not later.trouble
     (kept,) = store.folder.iterdir()
-    assert is_whole(kept)
+    assert is_complete(kept)
 
 
 def test_a_sealed_folder_that_numba_cannot_read_is_compiled_again(tmp_path: Path) -> None:
@@ -147,7 +136,7 @@ def test_a_sealed_folder_that_numba_cannot_read_is_compiled_again(tmp_path: Path
     assert doubles(store) and store.folder
     for file in store.folder.rglob("*.nb?"):
         cut(file)
-        machine_code.seal(file.parents[1])
+        machine_code.write_checksum(file.parents[1])
     assert doubles(Store([tmp_path]))
     assert all(file.stat().st_size > 1000 for file in store.folder.rglob("*.nbc"))
 
@@ -172,7 +161,7 @@ def test_a_full_disk_costs_the_keeping_alone(tmp_path: Path, nbytes: int) -> Non
         assert doubles(store)
     assert str(tmp_path) in store.trouble and store.folder
     assert not list(store.folder.iterdir())
-    assert doubles(Store([tmp_path])) and list(store.folder.rglob(SEAL))
+    assert doubles(Store([tmp_path])) and list(store.folder.rglob(CHECKSUM))
 
 
 def test_without_a_folder_everything_is_compiled(tmp_path: Path) -> None:
