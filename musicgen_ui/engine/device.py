@@ -26,7 +26,7 @@ BYTES_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundred
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.5}
 _CUDA_SHARE = 0.85  # of the card's memory; the rest is for activations and other programs
 _RAM_SHARE = 0.6  # of the computer's memory, where the system and the browser live too
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux's control groups
+GROUPS, PROCESS_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux's control groups
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _groups() -> Iterator[tuple[Path, _Names]]:
     root: folders that are not there hold no limit.
     """
     try:
-        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+        lines = PROCESS_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:  # "0::/path" in version 2, "4:memory:/path" in version 1
@@ -192,8 +192,8 @@ def _numbers(file: Path) -> dict[str, int]:
         return {}
 
 
-def own(module: torch.nn.Module | None) -> None:
-    """Copies weights out of the file that they are mapped from, so that the map can be dropped."""
+def copy_weights(module: torch.nn.Module | None) -> None:
+    """Copies weights out of the file that they are mapped from, so that it can be unmapped."""
     for weight in module.parameters() if module else ():
         weight.data = weight.data.clone()
 

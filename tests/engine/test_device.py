@@ -74,7 +74,7 @@ NO_LIMIT = {V1: "9223372036854771712", V2: "max"}
 def group(tmp_path, monkeypatch):
     """Makes a control group with a limit and its use, of which some is file cache."""
     monkeypatch.setattr(devices, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(devices, "PROCESS_GROUPS", tmp_path / "own")
 
     def make(path, version, limit=None, used=0, cached=0):
         folder = tmp_path / "cgroup" / path

@@ -17,10 +17,10 @@ from safetensors.torch import load, save_file
 
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.checkpoints import lora
-from musicgen_ui.engine.melody import Extractor
+from musicgen_ui.engine.lora import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.shelf import CONFIG, PICKLED, WEIGHTS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers import melody as melodies
@@ -118,8 +118,11 @@ def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(
 
     def first_logits(of: Batch, name: str = "") -> torch.Tensor:
         request = GenerationRequest(**GREEDY, adapter=name)
-        worn, states = of.adapters.worn(request), of.conditioner.conditions(request)
-        sequence = of.decoder.sequence(states, 4, worn=worn)
+        adapter, states = (
+            of.adapters.applied(request),
+            of.conditioner.conditions(request).states,
+        )
+        sequence = of.decoder.sequence(states, 4, adapter=adapter)
         start = torch.full((1, of.decoder.codebooks), of.decoder.start_token)
         return of.decoder.step(start, [sequence])
 
@@ -165,8 +168,11 @@ def test_every_target_changes_in_every_precision_what_it_does_in_float32(targete
 
     def logits(batch: Batch, name: str) -> torch.Tensor:
         request = GenerationRequest(**told, adapter=name)
-        worn, states = batch.adapters.worn(request), batch.conditioner.conditions(request)
-        sequence = batch.decoder.sequence(states, 4, worn=worn)
+        adapter, states = (
+            batch.adapters.applied(request),
+            batch.conditioner.conditions(request).states,
+        )
+        sequence = batch.decoder.sequence(states, 4, adapter=adapter)
         start = torch.full((1, batch.decoder.codebooks), batch.decoder.start_token)
         while sequence.length < 0:
             batch.decoder.prefill(sequence, start.T, 500)
@@ -230,7 +236,7 @@ def assert_refused(eager: Batch) -> Callable[[Path, str], None]:
 
 
 def edit(folder: Path, **values) -> Path:
-    file = folder / CONFIG
+    file = folder / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return folder
 
@@ -274,26 +280,26 @@ def test_what_is_no_plain_lora_is_refused(changeable, assert_refused, values, sa
 
 
 def test_weights_that_would_be_left_out_are_refused(changeable, assert_refused):
-    weights = load((changeable / WEIGHTS).read_bytes())
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
     extra = "base_model.model.text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
-    save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS)
-    assert_refused(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
+    save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS_FILE)
+    assert_refused(changeable, r"changes base_model\.model\.text_encoder.* is not supported")
 
 
 def test_damaged_files_are_refused(changeable, assert_refused, tmp_path):
-    whole = (changeable / WEIGHTS).read_bytes()
-    weights = load((changeable / WEIGHTS).read_bytes())
-    (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    whole = (changeable / WEIGHTS_FILE).read_bytes()
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
+    (changeable / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
     assert_refused(changeable, "no readable adapter_model")
     key = next(iter(weights))
     for value in (float("nan"), float("inf")):
-        save_file({**weights, key: weights[key] * value}, changeable / WEIGHTS)
+        save_file({**weights, key: weights[key] * value}, changeable / WEIGHTS_FILE)
         assert_refused(changeable, re.escape(key))
-    save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS)
+    save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS_FILE)
     assert_refused(changeable, "does not fit|no readable")
-    (changeable / CONFIG).write_text("{")
+    (changeable / CONFIG_FILE).write_text("{")
     assert_refused(changeable, "no readable adapter_config")
-    (changeable / CONFIG).unlink()
+    (changeable / CONFIG_FILE).unlink()
     with pytest.raises(RequestError, match=r"it has no adapter_config\.json"):
         lora.fetch(lora.find(str(changeable)))
     with pytest.raises(RequestError, match='no adapter "nowhere"'):
@@ -303,7 +309,7 @@ def test_damaged_files_are_refused(changeable, assert_refused, tmp_path):
 def test_a_changed_file_is_read_again(base, eager, changeable, tmp_path):
     eager.adapters.add("same", changeable)
     first = codes(eager, "same")
-    shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS, changeable / WEIGHTS)
+    shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS_FILE, changeable / WEIGHTS_FILE)
     assert not torch.equal(codes(eager, "same"), first)
 
 
@@ -318,10 +324,10 @@ def test_a_changed_setting_is_read_again(eager, changeable):
 def test_the_pickle_of_older_peft_is_the_same_adapter(eager, changeable, named):
     eager.adapters.add("one", changeable)
     expected = codes(eager, "one")
-    weights = load((changeable / WEIGHTS).read_bytes())
-    (changeable / WEIGHTS).unlink()
-    torch.save(weights, changeable / PICKLED)
-    path = changeable if named == "folder" else changeable / PICKLED
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
+    (changeable / WEIGHTS_FILE).unlink()
+    torch.save(weights, changeable / PICKLE_FILE)
+    path = changeable if named == "folder" else changeable / PICKLE_FILE
     folder = lora.fetch(lora.find(str(path)))
     eager.adapters.add("old", folder)
     assert torch.equal(codes(eager, "old"), expected)
@@ -330,11 +336,11 @@ def test_the_pickle_of_older_peft_is_the_same_adapter(eager, changeable, named):
 def test_an_adapter_of_a_compiled_model_is_unwrapped(eager, changeable):
     eager.adapters.add("plain", changeable)
     expected = codes(eager, "plain")
-    weights = load((changeable / WEIGHTS).read_bytes())
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
     wrapped = {
         name.replace("model.model.", "model._orig_mod.model."): w for name, w in weights.items()
     }
-    save_file(wrapped, changeable / WEIGHTS)
+    save_file(wrapped, changeable / WEIGHTS_FILE)
     eager.adapters.add("compiled", changeable)
     assert torch.equal(codes(eager, "compiled"), expected)
 
@@ -345,7 +351,7 @@ def test_a_melody_checkpoint_wears_one_on_its_chroma_and_its_prefix_too(tmp_path
     batch = melodies.melody_batch(base)
     batch.adapters.add("one", folder)
     told = {**GREEDY, "melody": melodies.SCALE}
-    chroma = Extractor()(told["melody"])
+    chroma = ChromaExtractor()(told["melody"])
     worn, plain = codes(batch, **told), codes(batch, "", **told)
     whole = merged(base, folder)
     assert torch.equal(worn, melodies.generated(whole, base, ROCK, chroma, 3.0, 25))

@@ -20,7 +20,7 @@ from transformers import MusicgenMelodyForConditionalGeneration
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.local import ModelManager
 from musicgen_ui.engine import delay_pattern
-from musicgen_ui.engine.melody import Extractor
+from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.worker import stream
@@ -56,7 +56,7 @@ def test_greedy_equals_generate(folder, batch, reference, prompt, melody, guidan
         prompt, melody=melody, duration_s=0.6, guidance_scale=guidance_scale, do_sample=False
     )
     _, codes, _ = run_job(batch, request)
-    chroma = Extractor()(melody) if melody else None
+    chroma = ChromaExtractor()(melody) if melody else None
     expected = generated(reference, folder, prompt, chroma, guidance_scale, 30)
     assert len(expected.unique()) > 10  # a sequence that says something
     assert torch.equal(codes, expected)
@@ -78,7 +78,7 @@ def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, referen
     request = GenerationRequest(
         PIANO, negative_prompt=ROCK, melody=SCALE, duration_s=0.5, do_sample=False
     )
-    wanted, unwanted = batch.conditioner.conditions(request)
+    wanted, unwanted = batch.conditioner.conditions(request).states
     assert wanted.shape == unwanted.shape and not wanted[-1].any() and unwanted[-1].any()
     columns = torch.full((2 * batch.decoder.codebooks, 1), batch.decoder.start_token)
     with torch.no_grad():
@@ -100,8 +100,8 @@ def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
         ROCK, audio_prompt=clip, include_prompt=False, melody=SCALE, duration_s=0.6, do_sample=False
     )
     job, codes, finished = run_job(batch, request)
-    melody = Extractor()(SCALE)
-    heard = torch.cat([Extractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
+    melody = ChromaExtractor()(SCALE)
+    heard = torch.cat([ChromaExtractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
     context = delay_pattern.undelayed(job.columns, 0, job.context_frames, batch.codec.channels)
     assert torch.equal(codes, generated(reference, folder, ROCK, heard, 3.0, 30, context))
     assert np.array_equal(finished.melody.classes, melody[:5])
@@ -160,11 +160,11 @@ def test_takes_tell_what_they_followed(batch):
     stop = threading.Event()
     stop.set()
     batch.step()
-    melody = batch.conditioner.followed(request)
-    own = Extractor()(DOWN).numpy()  # 2 s, so it is heard again
+    melody = batch.conditioner.chroma(request)
+    own = ChromaExtractor()(DOWN).numpy()  # 2 s, so it is heard again
     assert melody.column_s == 0.128 and len(melody.classes) == 24
     assert np.array_equal(melody.classes, np.tile(own, 2)[:24])
-    assert batch.conditioner.followed(GenerationRequest(ROCK)) is None
+    assert batch.conditioner.chroma(GenerationRequest(ROCK)) is None
 
 
 def test_plain_checkpoints_refuse_a_melody_and_name_those_that_follow(tiny_mono, tiny_melody):
@@ -210,7 +210,7 @@ def test_melody_moves_along_with_the_windows_of_a_longer_piece(
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, finished, _ = run(batch, request)
     assert list(windows) == [0, 50, 100] and finished.clip.samples.shape[1] == 128_000
-    tune_again = Extractor()(SCALE).repeat(9)
+    tune_again = ChromaExtractor()(SCALE).repeat(9)
     known = None
     for start, window in windows.items():
         first = round(start / 50 / 0.128)
@@ -232,7 +232,7 @@ def test_words_change_at_their_frame_beside_a_melody(batch, reference):
     job, _, _ = run_job(batch, request)
     columns = job.columns[None]  # [1, codebooks, columns]
     for at_s, part in ((0.0, slice(0, 15)), (0.3, slice(15, 30))):
-        (states,) = batch.conditioner.conditions(request, at_s=at_s)
+        (states,) = batch.conditioner.conditions(request, at_s=at_s).states
         with torch.no_grad():
             logits = reference.decoder(
                 columns[0, :, :-1], encoder_hidden_states=states[None]

@@ -204,6 +204,12 @@ class Int8Cache:
                 pairs = codes.reshape(rows, heads, self.room // BLOCK, BLOCK, -1, 2)
                 self.keys[:] = pairs.swapaxes(3, 4)[:, :, :, : self.keys.shape[3]]
 
+    def copy_rows(self, other: Int8Cache, sources: list[int], filled: int) -> None:
+        """Copies row `sources[i]` of `other`, which has as much room, to row i."""
+        self.keys[:] = other.keys[sources]
+        self.values[:] = other.values[sources]
+        self.scales[:] = other.scales[:, sources]
+
     def attend(self, qkv: Tensor, start: int) -> Tensor:
         """As `FloatCache.attend`, float32."""
         rows, columns, _, heads, dim = qkv.shape

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from musicgen_ui.engine.gpu import kernels
 from musicgen_ui.engine.gpu.kernels import Input, Output
+from musicgen_ui.engine.gpu.slots import ROWS, Slots
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.slots import ROWS, Slots
 from musicgen_ui.engine.transformer import Decoder
 
 FUSED_ROWS = 4  # that our own product multiplies
@@ -42,7 +42,7 @@ def tile(outputs: int, inputs: int) -> tuple[int, int, int]:
     return block_outputs, block_inputs, max(1, min(warps, 16))
 
 
-class Step:
+class TritonStep:
     """Takes one step of the first slots each time it is called.
 
     Args:
@@ -269,7 +269,7 @@ class Step:
         )
 
     def _sample(self, slots: int) -> None:
-        decoder, buffers, settings = self.decoder, self.slots, self.slots.settings
+        decoder, buffers, params = self.decoder, self.slots, self.slots.sampling
         self._launch(
             kernels.sample,
             (slots, decoder.codebooks),
@@ -279,11 +279,11 @@ class Step:
             buffers.ready,
             buffers.finite,
             buffers.uniforms,
-            settings.guidance_scale,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.greedy,
+            params.guidance_scale,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.greedy,
             codebooks=decoder.codebooks,
             codes=decoder.codebook_size,
             columns=buffers.columns.shape[2],

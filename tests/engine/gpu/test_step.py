@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musicgen_ui.engine import sampling
-from musicgen_ui.engine.cuda_graph import Graphed
+from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.request import GenerationRequest
@@ -171,7 +171,8 @@ def test_sample_draws_as_torch_does():
     slots, codebooks, codes = len(requests), 2, 50
     logits = (normal(slots, 2, codebooks, codes) * 3).round(decimals=1)
     uniforms = torch.rand(slots, 3, codebooks, generator=torch.Generator().manual_seed(1))
-    settings = sampling.Settings.of(requests, codes, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(request) for request in requests]
+    settings = sampling.SamplingTensors.of(params, codes, torch.device("cpu"))
     columns = torch.full((slots, codebooks, 4), UNWRITTEN)
     columns[4, 1, 2] = 7
     column, ready = torch.ones(slots, dtype=torch.int64), torch.tensor([True] * slots)
@@ -198,7 +199,8 @@ def test_sample_marks_logits_that_are_no_numbers_and_leaves_slots_that_are_not_r
     logits = normal(2, 2, 2, 50)
     logits[:, 0, 1, 3] = torch.nan
     columns, finite = torch.full((2, 2, 3), UNWRITTEN), torch.ones(2, 2, dtype=torch.bool)
-    settings = sampling.Settings.of(requests, 50, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(request) for request in requests]
+    settings = sampling.SamplingTensors.of(params, 50, torch.device("cpu"))
     kernels.sample[(2, 2)](
         *(logits, columns, torch.zeros(2, dtype=torch.int64), torch.tensor([True, False])),
         *(finite, torch.rand(2, 2, 2), settings.guidance_scale, settings.temperature),
@@ -236,7 +238,7 @@ def test_a_step_is_the_plain_one(request, monkeypatch, kind, rows):
     made = []
     for with_triton in (False, True):
         batch = make(folder, graphs=True, max_jobs=2)
-        batch.stepper = Graphed(batch.decoder, 2, triton=with_triton)
+        batch.stepper = CudaGraphStepper(batch.decoder, 2, triton=with_triton)
         assert bool(batch.stepper.triton) == with_triton
         made.append(stepped(batch, asked, steps=5))
     for plain, ours in zip(*made, strict=True):
