@@ -162,13 +162,13 @@ class CudaGraphStepper:
 
     def _place(self, job: Job, slot: int, state: JobState) -> None:
         """Has the job stepped in its slot, or by the eager stepper while it mixes prompts."""
+        self.slots.at[slot] = job.written  # known codes: a graph reads those of idle slots too
         if state.conditions.mixed:
             self._eager.jobs[job] = state
             return
         self._eager.jobs.pop(job, None)
         if self.slots.write_text(slot, job.sequence.text):
             self._graphs.clear()  # they read the old buffers
-        self.slots.at[slot] = job.written
         self._write_sampling(slot, state)
 
     def _write_sampling(self, slot: int, state: JobState) -> None:
