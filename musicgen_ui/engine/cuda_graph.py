@@ -89,9 +89,9 @@ class CudaGraphStepper:
             self.slots = Slots.of(decoder, slots, positions, self.positions)
             self.triton = self._triton_step(triton)
 
-    def _triton_step(self, wanted: bool | None) -> TritonStep | None:
+    def _triton_step(self, triton: bool | None) -> TritonStep | None:
         available = self.decoder.device.type == "cuda" and importlib.util.find_spec("triton")
-        if not (available if wanted is None else wanted):
+        if not (available if triton is None else triton):
             return None
         from musicgen_ui.engine.gpu import step
 

@@ -227,7 +227,7 @@ def test_a_step_is_the_plain_one(request, monkeypatch, kind, rows):
     """Jobs that were admitted one after the other, with other settings and positions."""
     from musicgen_ui.engine.gpu import step
 
-    monkeypatch.setattr(step, "MOST_SPLITS", 2)
+    monkeypatch.setattr(step, "MAX_SPLITS", 2)
     monkeypatch.setattr(step, "FUSED_ROWS", {"few": 8, "many": 0}[rows])
     folder: Path = request.getfixturevalue(f"tiny_{kind}")
     make = melody_batch if kind == "melody" else make_batch
