@@ -62,7 +62,7 @@ def test_greedy_equals_generate(folder, batch, reference, prompt, melody, guidan
     assert torch.equal(codes, expected)
 
 
-def test_two_melodies_give_two_results(batch):
+def test_melody_changes_the_music(batch):
     request = GenerationRequest(ROCK, duration_s=0.6, do_sample=False)
     takes = [
         run_job(batch, dataclasses.replace(request, melody=melody))[1]
@@ -73,7 +73,7 @@ def test_two_melodies_give_two_results(batch):
     assert not torch.equal(takes[1], takes[2])
 
 
-def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, reference):
+def test_shorter_prompt_is_padded_with_zeros(folder, batch, reference):
     """A negative prompt that is longer: the reference gets zeros after the shorter one."""
     request = GenerationRequest(
         PIANO, negative_prompt=ROCK, melody=SCALE, duration_s=0.5, do_sample=False
@@ -93,7 +93,7 @@ def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, referen
     assert not torch.equal(job.columns, plain.columns)
 
 
-def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
+def test_melody_beside_an_audio_prompt(folder, batch, reference):
     """The melody begins with the new music; before it the clip's own chroma stands."""
     clip = noise(1.28, batch.codec.channels)  # ten columns of chroma
     request = GenerationRequest(
@@ -109,7 +109,7 @@ def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
     assert not torch.equal(codes, other)
 
 
-def test_melodies_beside_other_jobs_change_nothing(batch):
+def test_melody_jobs_do_not_affect_others(batch):
     """Jobs of other lengths, prefixes and positions; one of them is admitted late."""
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=0.6, seed=7)
     _, alone, _ = run_job(batch, request)
@@ -167,7 +167,7 @@ def test_takes_tell_what_they_followed(batch):
     assert batch.conditioner.chroma(GenerationRequest(ROCK)) is None
 
 
-def test_plain_checkpoints_refuse_a_melody_and_name_those_that_follow(tiny_mono, tiny_melody):
+def test_melody_is_refused_by_other_checkpoints(tiny_mono, tiny_melody):
     request = GenerationRequest(ROCK, melody=SCALE, checkpoint=str(tiny_mono), duration_s=0.5)
     manager = ModelManager("cpu", "float32")
     with pytest.raises(RequestError, match="cannot follow a melody: choose melody, melody-large"):
@@ -202,9 +202,7 @@ def test_clips_without_a_melody_are_refused(clip, said):
     assert caught.value.field == "melody"
 
 
-def test_melody_moves_along_with_the_windows_of_a_longer_piece(
-    folder, batch, reference, monkeypatch
-):
+def test_melody_moves_along_with_the_windows(folder, batch, reference, monkeypatch):
     """Each window is what `generate` makes of the overlap and the chroma from there on."""
     monkeypatch.setattr("musicgen_ui.engine.job.WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
@@ -220,7 +218,7 @@ def test_melody_moves_along_with_the_windows_of_a_longer_piece(
         known = window[:, -50:]
 
 
-def test_words_change_at_their_frame_beside_a_melody(batch, reference):
+def test_sections_change_at_their_frame_beside_a_melody(batch, reference):
     request = GenerationRequest(
         ROCK,
         sections=[(0.3, PIANO)],

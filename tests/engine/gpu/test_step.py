@@ -192,7 +192,7 @@ def test_sample_draws_as_torch_does():
     assert finite.all()
 
 
-def test_sample_marks_logits_that_are_no_numbers_and_leaves_slots_that_are_not_ready():
+def test_sample_marks_nan_and_skips_idle_slots():
     from musicgen_ui.engine.gpu import kernels
 
     requests = [GenerationRequest("")] * 2
@@ -223,7 +223,7 @@ def stepped(batch: Batch, requests: list[GenerationRequest], steps: int) -> list
 
 @pytest.mark.parametrize("rows", ["few", "many"])
 @pytest.mark.parametrize("kind", ["mono", "melody"])
-def test_a_step_is_the_plain_one(request, monkeypatch, kind, rows):
+def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
     """Jobs that were admitted one after the other, with other settings and positions."""
     from musicgen_ui.engine.gpu import step
 
