@@ -18,7 +18,8 @@ from musicgen_ui.engine.conditioning import Conditions, normalised
 from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.engine.transformer import Decoder
-from musicgen_ui.request import GenerationRequest, RequestError
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import (
     CPU,
     PIANO,
