@@ -24,7 +24,7 @@ import spaces
 
 from musicgen_ui.checkpoints.registry import Loaded
 from musicgen_ui.engine import worker
-from musicgen_ui.engine.cuda_graph import Graphed
+from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.errors import RequestError
@@ -141,7 +141,7 @@ def _batch(name: str) -> Batch:
         if (
             on_gpu
         ):  # without a warm-up, which would capture graphs for lengths that nobody asked for
-            batch.stepper = Graphed(batch.decoder, batch.max_jobs)
+            batch.stepper = CudaGraphStepper(batch.decoder, batch.max_jobs)
     return _BATCHES[name]
 
 

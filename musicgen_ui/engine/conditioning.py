@@ -1,20 +1,25 @@
-"""What the decoder is told: prompts as states of the text encoder, and a melody as its chroma.
+"""What a job's rows are conditioned on: prompts as states of the text encoder, a melody as chroma.
 
-Every prompt is encoded alone and without padding, so what a job hears of its words never depends
-on its neighbours. Most checkpoints attend to the prompt's states by cross-attention, and an empty
-prompt is the null condition: no states at all, which is exact, since MusicGen's null states are
-zeros and its cross-attention has no biases.
+Every prompt is encoded alone and without padding, so its states never depend on other jobs. Most
+checkpoints attend to them by cross-attention, and an empty prompt is the null condition: no states
+at all, which is exact, since MusicGen's null states are zeros and its cross-attention has no
+biases.
 
 A melody checkpoint has no cross-attention: its states are a prefix of the decoder's input, first a
 window's columns of chroma, then the prompt. There silence (class C throughout) and zeros are the
-null conditions, as in audiocraft, and count as positions, so the rows of a job are as long as the
-longer of its two prompts.
+null conditions, as in audiocraft, and count as positions, so the prompts of a job's rows are padded
+with zeros to the longest.
+
+A job may mix several prompts: each has a row of its own, and their logits are mixed by weight
+before guidance (`sampling.mix`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,19 +29,78 @@ from torch import Tensor, nn
 
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.device import own
+from musicgen_ui.engine.device import copy_weights
 from musicgen_ui.engine.finite import require_finite
-from musicgen_ui.engine.lora import OUTSIDE, Rows, Worn
-from musicgen_ui.engine.melody import Extractor, MelodyEncoder
-from musicgen_ui.engine.shelf import Shelf
+from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, LoraStore, RowAdapters
+from musicgen_ui.engine.melody import ChromaExtractor, MelodyEncoder
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
+MAX_PROMPTS = 4  # of a mix: each is a row of every step
+
+
+def normalised(prompts: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """Prompts with weights that sum to 1, in their order.
+
+    Equal prompts are joined, and those of weight 0 left out: they would cost a row for nothing.
+
+    Raises:
+        RequestError: a weight is negative or no number, none is above 0, or there are more than
+            `MAX_PROMPTS`.
+    """
+    weights: dict[str, float] = {}
+    for prompt, weight in prompts:
+        if not 0 <= weight < math.inf:
+            raise RequestError(f"The weight of a prompt must be 0 or more, not {weight}.", "prompt")
+        if weight:
+            weights[prompt] = weights.get(prompt, 0.0) + weight
+    if not weights:
+        raise RequestError("Give at least one prompt a weight above 0.", "prompt")
+    if len(weights) > MAX_PROMPTS:
+        raise RequestError(
+            f"{len(weights)} prompts cannot be mixed: use at most {MAX_PROMPTS}.", "prompt"
+        )
+    total = sum(weights.values())
+    return tuple((prompt, weight / total) for prompt, weight in weights.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """A job's rows: one for each of its prompts, then, when guided, the uncond row."""
+
+    prompts: tuple[str, ...]
+    weights: tuple[float, ...]  # of the prompts; they sum to 1
+    states: list[Tensor | None]  # of the rows, [tokens, hidden]; None is the null condition
+
+    @property
+    def guided(self) -> bool:
+        """There is an uncond row."""
+        return len(self.states) > len(self.prompts)
+
+    @property
+    def mixed(self) -> bool:
+        """There are several prompts."""
+        return len(self.prompts) > 1
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """What tells a job's rows apart: the prompt; None of the uncond row."""
+        return (*self.prompts, None) if self.guided else self.prompts
+
+    def sources(self, before: Conditions) -> list[int]:
+        """For each row, the row of the conditions before whose KV cache it continues.
+
+        A prompt that was there continues its own row. A new one, or a new uncond row, begins with
+        the past of the prompt that had the greatest weight.
+        """
+        heaviest = before.weights.index(max(before.weights))
+        rows = {name: row for row, name in enumerate(before.names)}
+        return [rows.get(name, heaviest) for name in self.names]
 
 
 class Conditioner:
-    """A request's words and melody as states, by the checkpoint's own modules and tokenizer."""
+    """Computes the states of a request's prompts and melody, with the checkpoint's own modules."""
 
     def __init__(
         self,
@@ -47,18 +111,18 @@ class Conditioner:
     ) -> None:
         self.text_encoder = text_encoder
         encoder: Any = text_encoder
-        self._known: int = encoder.get_input_embeddings().num_embeddings  # tokens
+        self._vocabulary: int = encoder.get_input_embeddings().num_embeddings  # tokens
         self.projection = projection  # None where the widths agree already
         self.tokenizer = tokenizer
         self.melody = melody  # None where the checkpoint cannot follow one
-        self.states = lru_cache(maxsize=64)(self._encode)  # visitors repeat prompts and examples
-        self._adapters: Shelf | None = None
+        self.states = lru_cache(maxsize=64)(self._encode)  # prompts are often repeated
+        self._adapters: LoraStore | None = None
 
     @classmethod
     def of(
         cls, model: Any, tokenizer: Any, device: torch.device, extractor: Mapping[str, Any] | None
     ) -> Conditioner:
-        """Takes over what a model has before its decoder.
+        """Takes over the modules that a model has before its decoder.
 
         Args:
             model: transformers'.
@@ -67,27 +131,27 @@ class Conditioner:
             extractor: the feature extractor's configuration, of a melody checkpoint.
 
         Raises:
-            RequestError: a weight is no number.
+            RequestError: a weight is NaN or infinite.
         """
 
-        def taken(name: str) -> Any:
+        def moved(name: str) -> Any:
             module = getattr(model, name, None)  # a projection is only there where widths differ
             require_finite(module, name)
-            own(module)
+            copy_weights(module)
             return None if module is None else module.to(device)
 
         length, melody = getattr(model.config, "chroma_length", None), None
         if length is not None:
-            found = Extractor.of(extractor or {})
-            melody = MelodyEncoder(taken("audio_enc_to_dec_proj"), length, found)
-        return cls(taken("text_encoder"), taken("enc_to_dec_proj"), tokenizer, melody)
+            chroma = ChromaExtractor.of(extractor or {})
+            melody = MelodyEncoder(moved("audio_enc_to_dec_proj"), length, chroma)
+        return cls(moved("text_encoder"), moved("enc_to_dec_proj"), tokenizer, melody)
 
-    def share(self, adapters: Shelf) -> None:
+    def use_adapters(self, adapters: LoraStore) -> None:
         """Lets adapters change the projections too."""
         self._adapters = adapters
-        adapters.allow("enc_to_dec_proj", self.projection)
+        adapters.add_target("enc_to_dec_proj", self.projection)
         if self.melody:
-            adapters.allow("audio_enc_to_dec_proj", self.melody.projection)
+            adapters.add_target("audio_enc_to_dec_proj", self.melody.projection)
 
     @property
     def nbytes(self) -> int:
@@ -98,17 +162,25 @@ class Conditioner:
 
     @torch.inference_mode()
     def conditions(
-        self, request: GenerationRequest, start_s: float = 0.0, at_s: float = 0.0
-    ) -> list[Tensor | None]:
-        """The states of a job's rows, [tokens, hidden] each: what is wanted, then what is not.
+        self,
+        request: GenerationRequest,
+        start_s: float = 0.0,
+        at_s: float = 0.0,
+        *,
+        prompts: tuple[tuple[str, float], ...] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditions:
+        """The rows of a job.
 
-        A job has the first row alone where guidance is off, or could not tell the two apart.
+        The uncond row is left out where guidance is off, or where it would equal the cond row.
 
         Args:
             request: what to make.
             start_s: where in the new music the decoder's window begins, in seconds; below 0 where
                 it begins with that much of the audio prompt. A melody moves along with it.
-            at_s: the time whose words count: a piece's prompt can change.
+            at_s: the time whose prompt counts: it may change by sections.
+            prompts: a mix in place of the request's prompt, as of `normalised`.
+            guidance_scale: in place of the request's.
 
         Raises:
             RequestError: the checkpoint cannot follow a melody.
@@ -117,86 +189,98 @@ class Conditioner:
             raise RequestError(
                 "This checkpoint cannot follow a melody: choose one that can.", "melody"
             )
-        alike = request.texts == [request.negative_prompt] and not request.melody
-        guided = request.guidance_scale > 1 and not alike
-        worn = self._adapters.worn(request) if self._adapters else None
-        texts = [self.states(request.words(at_s), worn)]
+        texts = [text for text, _ in prompts] if prompts else request.texts
+        prompts = prompts or ((request.words(at_s), 1.0),)
+        scale = request.guidance_scale if guidance_scale is None else guidance_scale
+        guided = scale > 1 and (texts != [request.negative_prompt] or bool(request.melody))
+        adapter = self._adapters.applied(request) if self._adapters else None
+        states = [self.states(text, adapter) for text, _ in prompts]
         if guided:
-            texts.append(self.states(request.negative_prompt, worn))
-        return self._prefixes(self.melody, request, start_s, texts, worn) if self.melody else texts
+            states.append(self.states(request.negative_prompt, adapter))
+        if self.melody:
+            columns = [self.melody.window(request, start_s)] * len(prompts)
+            columns += [self.melody.silence] * guided  # the uncond row has no melody
+            states = _prefixes(self.melody, columns, states, adapter)
+        names, weights = zip(*prompts, strict=True)
+        return Conditions(names, weights, states)
 
-    def followed(self, request: GenerationRequest) -> Chroma | None:
+    def chroma(self, request: GenerationRequest) -> Chroma | None:
         """The melody over the whole of the new music; None without one."""
-        return self.melody.followed(request) if self.melody else None
-
-    def _prefixes(
-        self,
-        melody: MelodyEncoder,
-        request: GenerationRequest,
-        start_s: float,
-        texts: list[Tensor | None],
-        worn: Worn | None,
-    ) -> list[Tensor | None]:
-        """Chroma, then text, for each row: what is not wanted is without the melody."""
-        columns = [melody.window(request, start_s), melody.silence]
-        # The null prompt is one token, the end of the text, and its state is zeros.
-        length = max(1 if text is None else len(text) for text in texts)
-        rows: list[Tensor | None] = []
-        for text, heard in zip(texts, columns, strict=False):
-            chroma = melody.states(heard, worn)  # [columns, hidden]
-            text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
-            rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
-        return rows
+        return self.melody.chroma(request) if self.melody else None
 
     @torch.inference_mode()
-    def _encode(self, prompt: str, worn: Worn | None = None) -> Tensor | None:
+    def _encode(self, prompt: str, adapter: AppliedAdapter | None = None) -> Tensor | None:
         """The states of `prompt`, [tokens, hidden]; None for the null condition of ""."""
         if not prompt:
             return None
-        numbers = self._tokens(prompt)
-        if not numbers:
+        tokens = self._tokens(prompt)
+        if not tokens:
             return None
         device: Any = self.text_encoder.device
-        states = self.text_encoder(input_ids=torch.tensor([numbers], device=device))[0][0]
+        states: Tensor = self.text_encoder(input_ids=torch.tensor([tokens], device=device))[0][0]
         if self.projection is None:
             return states
-        rows = Rows.of([(worn, len(states))])
-        return rows.product(OUTSIDE, "enc_to_dec_proj", self.projection, states)
+        adapters = RowAdapters.of([(adapter, len(states))])
+        return adapters.product(NO_LAYER, "enc_to_dec_proj", self.projection, states)
 
-    def cut_after(self, prompt: str) -> str | None:
-        """The last words that are heard of a prompt that is too long; None if all of it is.
+    def truncated_after(self, prompt: str) -> str | None:
+        """The last words used of a prompt that is too long; None if all of it is used.
 
         Raises:
             RequestError: as `_tokens`.
         """
-        if len(self._tokens(prompt, whole=True)) <= MAX_TOKENS:
+        if len(self._tokens(prompt, truncate=False)) <= MAX_TOKENS:
             return None
-        with _of_the_tokenizer():
+        with _tokenizer_errors():
             words = self.tokenizer.decode(self._tokens(prompt), skip_special_tokens=True).split()
         return " ".join(words[-3:])
 
-    def _tokens(self, prompt: str, whole: bool = False) -> list[int]:
-        """The tokens of a prompt's beginning that is heard, or of the whole of it.
+    def _tokens(self, prompt: str, truncate: bool = True) -> list[int]:
+        """The tokens of a prompt, of which the model uses the first `MAX_TOKENS`.
 
         Raises:
-            RequestError: the tokenizer cannot read it, or is not that of the text encoder.
+            RequestError: the tokenizer fails on it, or is not that of the text encoder.
         """
-        cut = {} if whole else {"max_length": MAX_TOKENS}
-        with _of_the_tokenizer():
-            tokens = self.tokenizer(prompt, truncation=not whole, **cut).input_ids
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._known:  # a GPU would fail
+        limit = {"max_length": MAX_TOKENS} if truncate else {}
+        with _tokenizer_errors():
+            tokens: list[int] = self.tokenizer(prompt, truncation=truncate, **limit).input_ids
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:  # a GPU would fail
             raise RequestError(
-                f"The tokenizer of this checkpoint is not its text encoder's, which knows "
-                f"{self._known} tokens: choose another checkpoint, or save it again with its own "
-                "tokenizer.",
+                f"The tokenizer of this checkpoint is not its text encoder's, which has "
+                f"{self._vocabulary} tokens: choose another checkpoint, or save it again with its "
+                "own tokenizer.",
                 "checkpoint",
             )
         return tokens
 
 
+def _prefixes(
+    melody: MelodyEncoder,
+    columns: list[Tensor],
+    states: list[Tensor | None],
+    adapter: AppliedAdapter | None,
+) -> list[Tensor | None]:
+    """Chroma, then text, of each row: [states, hidden], all of one length.
+
+    Args:
+        melody: of the checkpoint.
+        columns: the chroma of each row, int64 [columns].
+        states: the text states of each row, [tokens, hidden].
+        adapter: of the rows.
+    """
+    # The null prompt is one token, the end of the text, and its state is zeros.
+    length = max(1 if text is None else len(text) for text in states)
+    rows: list[Tensor | None] = []
+    for classes, text in zip(columns, states, strict=True):
+        chroma = melody.states(classes, adapter)  # [columns, hidden]
+        text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
+        rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
+    return rows
+
+
 @contextmanager
-def _of_the_tokenizer() -> Iterator[None]:
-    """Tells what a tokenizer makes of words that it cannot read, a panic in Rust included."""
+def _tokenizer_errors() -> Iterator[None]:
+    """Raises a sentence for whatever a tokenizer raises on a prompt, a panic in Rust included."""
     try:
         yield
     except faults.EXITS:
@@ -205,7 +289,7 @@ def _of_the_tokenizer() -> Iterator[None]:
         if faults.out_of_memory(error):
             raise
         raise RequestError(
-            "The tokenizer of this checkpoint cannot read these words: change them, or choose "
-            "another checkpoint.",
+            "The tokenizer of this checkpoint fails on this prompt: change it, or choose another "
+            "checkpoint.",
             "prompt",
         ) from error

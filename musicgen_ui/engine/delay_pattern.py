@@ -1,4 +1,4 @@
-"""The codebook delay pattern, done and undone.
+"""The codebook delay pattern: frames to columns and back.
 
 MusicGen writes the K codebooks of a frame in K successive steps: codebook k of frame f stands in
 column 1 + f + k, after a first column of start tokens (Copet et al. 2023, "Simple and Controllable
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-UNWRITTEN = -1
+UNWRITTEN = -1  # a code that the decoder has yet to write
 
 
 def delays(codebooks: int, channels: int) -> list[int]:
@@ -26,21 +26,21 @@ def delayed(context: Tensor, frames: int, channels: int, start_token: int) -> Te
         context: int64 [codebooks, context frames], may have no frames.
         frames: of the whole piece, context included.
         channels: 1 or 2.
-        start_token: what fills the places that hold no code.
+        start_token: fills the places that hold no code.
 
     Returns:
-        int64 [codebooks, 1 + frames + delay]; `UNWRITTEN` where the decoder is to write.
+        int64 [codebooks, 1 + frames + delay]; `UNWRITTEN` where the decoder will write.
     """
     shifts = delays(context.shape[0], channels)
     columns = context.new_full((context.shape[0], 1 + frames + shifts[-1]), start_token)
     for row, shift in enumerate(shifts):
         columns[row, 1 + shift : 1 + shift + frames] = UNWRITTEN
-    lay(context, columns, 0, channels)
+    write_codes(context, columns, 0, channels)
     return columns
 
 
-def lay(codes: Tensor, columns: Tensor, start: int, channels: int) -> None:
-    """Puts the codes of the frames from `start` on, [codebooks, frames], into their places."""
+def write_codes(codes: Tensor, columns: Tensor, start: int, channels: int) -> None:
+    """Writes the codes of the frames from `start` on, [codebooks, frames], into `columns`."""
     for row, shift in enumerate(delays(columns.shape[0], channels)):
         columns[row, 1 + shift + start : 1 + shift + start + codes.shape[1]] = codes[row]
 

@@ -1,7 +1,7 @@
-"""Where a model runs: the device, the precision that suits it, and how much memory there is.
+"""Where a model runs: the device, its default precision, and how much memory there is.
 
-CUDA with bfloat16 where the card has it comes first, then Apple's MPS, then the CPU. EnCodec gives
-silence on MPS (audiocraft's pull request 612 reports it), so the codec stays on the CPU there.
+CUDA comes first, with bfloat16 where the GPU has it, then Apple's MPS, then the CPU. EnCodec gives
+silence on MPS (reported in audiocraft's pull request 612), so the codec stays on the CPU there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 
 CPU_PRECISION = "int8"  # what "auto" means on a CPU
-THREADS = torch.get_num_threads()  # that torch works with, unless it is told otherwise
-BYTES_A_THREAD = 20_000_000  # of a decoder: threads wait for each other hundreds of times a step
+THREADS = torch.get_num_threads()  # torch's number before anyone changes it
+BYTES_A_THREAD = 20_000_000  # of a decoder; with less a thread costs more time than it saves
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.5}
-_CUDA_SHARE = 0.85  # of the card's memory; the rest is for activations and other programs
-_RAM_SHARE = 0.6  # of the computer's memory, where the system and the browser live too
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux's control groups
+_CUDA_SHARE = 0.85  # of the GPU's memory; the rest is for activations and other programs
+_RAM_SHARE = 0.6  # of the computer's memory; the rest is for the system and the browser
+GROUPS, PROCESS_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux cgroups
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Place:
     device: str  # as torch names it: "cuda", "mps" or "cpu", with an index if one was given
     codec_device: str
     precision: str  # one of `linear.PRECISIONS`
-    label: str  # the device in words
-    reason: str = ""  # why this precision, where it isn't the usual one
+    label: str  # the device's name, for users
+    reason: str = ""  # why it is not the usual precision, for users
 
     @property
     def bytes_a_weight(self) -> float:
@@ -46,7 +46,7 @@ class Place:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Place:
-    """The place that `device` and `precision` name; "auto" leaves the choice to this computer.
+    """The place that `device` and `precision` name; "auto" takes the best of this computer.
 
     Raises:
         RequestError: there is no such device or precision here.
@@ -98,7 +98,7 @@ def _label(device: str) -> str:
 
 
 def threads_for(nbytes: int) -> int:
-    """Threads that a decoder of so many bytes gains from on a CPU."""
+    """The threads that make a decoder of so many bytes fastest on a CPU."""
     return max(1, min(THREADS, nbytes // BYTES_A_THREAD))
 
 
@@ -115,15 +115,15 @@ def _ram_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """Memory that can be had now without being killed for it, beside a GPU's."""
+    """The main memory that this process can still take without being killed."""
     here = psutil.virtual_memory().available + psutil.swap_memory().free
     return max(0, min([here, *(limit - used for limit, used in _group_memory())]))
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of every control group that holds this process.
+    """Limit and use, in bytes, of this process's cgroup and of those above it.
 
-    What limits a group limits the groups inside it, so the ones above count too.
+    A group's limit holds for the groups inside it too.
     """
     for folder, names in _groups():
         held = _numbers(folder / names.stat)
@@ -136,7 +136,7 @@ def _group_memory() -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Names:
-    """A control group's files, and the figures of its file cache, which gives way to others."""
+    """The files of a cgroup, and the names of its file cache's figures, which can be reclaimed."""
 
     limits: tuple[str, ...]
     usage: str
@@ -153,13 +153,13 @@ _V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", 
 
 
 def _groups() -> Iterator[tuple[Path, _Names]]:
-    """The folders of this process's control groups and of those above them.
+    """The folders of this process's cgroups and of those above them.
 
-    A container may be told its path on the host, of which it sees the last folder alone, as the
-    root: folders that are not there hold no limit.
+    In a container the path may be the host's, where only its last folder is visible, as the root:
+    folders that do not exist hold no limit.
     """
     try:
-        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+        lines = PROCESS_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:  # "0::/path" in version 2, "4:memory:/path" in version 1
@@ -192,14 +192,14 @@ def _numbers(file: Path) -> dict[str, int]:
         return {}
 
 
-def own(module: torch.nn.Module | None) -> None:
-    """Copies weights out of the file that they are mapped from, so that the map can be dropped."""
+def copy_weights(module: torch.nn.Module | None) -> None:
+    """Copies weights out of the file that they are mapped from, so that it can be unmapped."""
     for weight in module.parameters() if module else ():
         weight.data = weight.data.clone()
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits until the device has done what it was told to do; a CPU always has."""
+    """Waits until the device has finished its work; a CPU always has."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)
@@ -208,7 +208,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def give_memory_back() -> None:
-    """Returns what was freed to the device and to the system, so that others can use it."""
+    """Returns freed memory to the device and to the system, for other programs."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

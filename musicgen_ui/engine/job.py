@@ -34,7 +34,7 @@ from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine import delay_pattern, sampling
 from musicgen_ui.engine.codec import PIECE_FRAMES, Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
-from musicgen_ui.engine.lora import Worn
+from musicgen_ui.engine.lora import AppliedAdapter
 from musicgen_ui.engine.protocol import Chunk, Finished, Progress
 from musicgen_ui.engine.transformer import Sequence
 from musicgen_ui.request import WINDOW_S, GenerationRequest, overlap_used_s
@@ -71,7 +71,7 @@ class Job:
     """
 
     sequence: Sequence  # given by the batch, which knows the decoder
-    worn: Worn | None = None  # the adapter, given by the batch too
+    adapter: AppliedAdapter | None = None  # given by the batch too
     notes: tuple[str, ...] = ()  # of the take, and what it follows: by the batch as well
     melody: Chroma | None = None
 
@@ -184,7 +184,7 @@ class Job:
     def encode_piece(self) -> None:
         """Lays the codes of some more of the context into their places."""
         codes = next(self._encoding)
-        delay_pattern.lay(codes, self.columns, self.encoded_frames, self.codec.channels)
+        delay_pattern.write_codes(codes, self.columns, self.encoded_frames, self.codec.channels)
         self.encoded_frames += codes.shape[1]
 
     @property

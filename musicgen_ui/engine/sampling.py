@@ -1,13 +1,14 @@
-"""From logits to codes: guidance, temperature, top-k, top-p and the draw, for all jobs at once.
+"""From logits to codes: mixed prompts, guidance, temperature, top-k, top-p and the draw.
 
-Each job draws from a generator of its own, ahead of time: one uniform number for each codebook of
+Each job has its own random generator, drawn ahead of time: one uniform number for each codebook of
 each step. The draw is the inverse of the cumulative distribution in the order of the codebook, so
-a take depends on its seed alone, never on its row or its neighbours, and a rounding difference
-moves a draw only where it crosses an edge between two codes.
+a take depends on its seed alone, never on its row or on other jobs, and a rounding difference
+changes a code only where it crosses the edge between two codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,110 +18,161 @@ from musicgen_ui.request import GenerationRequest
 
 
 def uniforms(seed: int, steps: int, codebooks: int) -> Tensor:
-    """What a take draws from: float32 [steps, codebooks] in [0, 1), the same on every device."""
+    """The random numbers of a take: float32 [steps, codebooks] in [0, 1), on any device alike."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(steps, codebooks, generator=generator)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The sampling settings of the jobs in flight, as tensors that broadcast over their logits."""
+class SamplingParams:
+    """How a job's codes are drawn; a job may get others between two steps."""
+
+    guidance_scale: float  # 1 is off
+    temperature: float
+    top_k: int  # 0 is off
+    top_p: float  # 0 and 1 are off
+    do_sample: bool  # False takes the likeliest code
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> SamplingParams:
+        """Those that a request begins with."""
+        return cls(
+            guidance_scale=request.guidance_scale,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            do_sample=request.do_sample,
+        )
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """The sampling parameters of several jobs, as tensors that broadcast over their logits."""
 
     guidance_scale: Tensor  # [jobs, 1, 1]
     temperature: Tensor  # [jobs, 1, 1]
     top_k: Tensor  # int64 [jobs, 1, 1], at least 1
     top_p: Tensor  # [jobs, 1, 1], 1 is off
     greedy: Tensor  # bool [jobs, 1]
-    # Known here, so that the device is never asked:
-    candidates: int  # the largest top_k
-    alike: bool  # all jobs have that one
-    nucleus: bool  # any job uses top_p
-    draws: bool  # any job draws
-    chooses: bool  # any job takes the likeliest code
+    # Known on the host, so that the device is never asked:
+    max_top_k: int
+    same_top_k: bool  # all jobs have `max_top_k`
+    any_top_p: bool
+    any_sampled: bool  # any job draws
+    any_greedy: bool  # any job takes the likeliest code
 
     @classmethod
     def of(
-        cls, requests: list[GenerationRequest], codebook_size: int, device: torch.device
-    ) -> Settings:
-        """Gathers the settings of `requests` on `device`."""
-        top_k = [min(r.top_k or codebook_size, codebook_size) for r in requests]
+        cls, params: Sequence[SamplingParams], codebook_size: int, device: torch.device
+    ) -> SamplingTensors:
+        """Gathers the parameters of several jobs on `device`."""
+        top_k = [min(p.top_k or codebook_size, codebook_size) for p in params]
 
-        def column(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
         return cls(
-            guidance_scale=column([r.guidance_scale for r in requests]),
-            temperature=column([r.temperature for r in requests]),
+            guidance_scale=column([p.guidance_scale for p in params]),
+            temperature=column([p.temperature for p in params]),
             top_k=column(top_k, torch.int64),
-            top_p=column([r.top_p or 1.0 for r in requests]),
-            greedy=column([not r.do_sample for r in requests], torch.bool).squeeze(-1),
-            candidates=max(top_k),
-            alike=len(set(top_k)) == 1,
-            nucleus=any(0 < r.top_p < 1 for r in requests),
-            draws=any(r.do_sample for r in requests),
-            chooses=not all(r.do_sample for r in requests),
+            top_p=column([p.top_p or 1.0 for p in params]),
+            greedy=column([not p.do_sample for p in params], torch.bool).squeeze(-1),
+            max_top_k=max(top_k),
+            same_top_k=len(set(top_k)) == 1,
+            any_top_p=any(0 < p.top_p < 1 for p in params),
+            any_sampled=any(p.do_sample for p in params),
+            any_greedy=not all(p.do_sample for p in params),
         )
 
-    def of_first(self, jobs: int) -> Settings:
-        """The settings of the first jobs alone, as views."""
-        tensors = ("guidance_scale", "temperature", "top_k", "top_p", "greedy")
-        return replace(self, **{name: getattr(self, name)[:jobs] for name in tensors})
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("guidance_scale", "temperature", "top_k", "top_p", "greedy")
+        return {name: getattr(self, name) for name in names}
+
+    def first(self, jobs: int) -> SamplingTensors:
+        """The parameters of the first jobs alone, as views."""
+        views = {name: tensor[:jobs] for name, tensor in self._tensors.items()}
+        return replace(self, **views)  # type: ignore[arg-type]
+
+    def write(self, job: int, params: SamplingParams) -> None:
+        """Writes the parameters of one job into the tensors, in place."""
+        other = SamplingTensors.of([params], self.max_top_k, self.greedy.device)
+        for name, tensor in self._tensors.items():
+            tensor[job] = other._tensors[name][0]
 
 
-def guide(wanted: Tensor, unwanted: Tensor, scale: Tensor) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): away from `unwanted`, towards `wanted`."""
-    return unwanted + (wanted - unwanted) * scale
+def mix(logits: Tensor, weights: Sequence[float]) -> Tensor:
+    """The cond logits of several prompts as one: sum_i w_i · logits_i, before guidance.
+
+    Args:
+        logits: float32 [prompts, codebooks, codebook_size].
+        weights: of the prompts; they sum to 1.
+
+    Returns:
+        float32 [codebooks, codebook_size]; of a single prompt its logits, bit for bit.
+    """
+    mixed = logits[0] * weights[0]
+    for prompt, weight in zip(logits[1:], weights[1:], strict=True):
+        mixed = mixed + prompt * weight
+    return mixed
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022): away from uncond, past cond."""
+    return uncond + (cond - uncond) * scale
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Whether all logits of a job are numbers: bool [jobs], without asking the device."""
+    """Whether all logits of a job are finite: bool [jobs], without asking the device."""
     return logits.sum((1, 2)).isfinite()
 
 
-def probabilities(logits: Tensor, settings: Settings) -> Tensor:
+def probabilities(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     """The distribution that is drawn from: temperature, then top-k, then top-p, as transformers.
 
     Args:
         logits: float32 [jobs, codebooks, codebook_size].
-        settings: of the same jobs.
+        sampling: of the same jobs.
 
     Returns:
         float32 of the same shape; 0 for the codes that are never drawn.
     """
-    scores = logits / settings.temperature
-    edge = _edge(scores, settings)
-    return scores.masked_fill(scores < edge, -torch.inf).softmax(-1)
+    scores = logits / sampling.temperature
+    threshold = _threshold(scores, sampling)
+    return scores.masked_fill(scores < threshold, -torch.inf).softmax(-1)
 
 
-def _edge(scores: Tensor, settings: Settings) -> Tensor:
+def _threshold(scores: Tensor, sampling: SamplingTensors) -> Tensor:
     """The least score that may be drawn: [jobs, codebooks, 1]."""
-    if settings.alike and not settings.nucleus:  # a third of the time of sorting them
-        return scores.topk(settings.candidates, sorted=False).values.amin(-1, keepdim=True)
-    best = scores.topk(settings.candidates).values  # falling
-    kept = settings.top_k
-    if settings.nucleus:
-        rank = torch.arange(settings.candidates, device=scores.device)
-        shares = best.masked_fill(rank >= settings.top_k, -torch.inf).softmax(-1)
+    if sampling.same_top_k and not sampling.any_top_p:  # a third of the time of sorting them
+        return scores.topk(sampling.max_top_k, sorted=False).values.amin(-1, keepdim=True)
+    best = scores.topk(sampling.max_top_k).values  # falling
+    kept = sampling.top_k
+    if sampling.any_top_p:
+        rank = torch.arange(sampling.max_top_k, device=scores.device)
+        shares = best.masked_fill(rank >= sampling.top_k, -torch.inf).softmax(-1)
         before = shares.cumsum(-1) - shares
-        inside = (before < settings.top_p) & (shares > 0)
+        inside = (before < sampling.top_p) & (shares > 0)
         kept = inside.sum(-1, keepdim=True).clamp_min(1)
     return best.gather(-1, (kept - 1).expand(*best.shape[:-1], 1))
 
 
-def draw(logits: Tensor, settings: Settings, uniform: Tensor) -> Tensor:
+def draw(logits: Tensor, sampling: SamplingTensors, uniform: Tensor) -> Tensor:
     """The next codes, int64 [jobs, codebooks].
 
     Args:
         logits: float32 [jobs, codebooks, codebook_size], guidance applied.
-        settings: of the same jobs.
+        sampling: of the same jobs.
         uniform: float32 [jobs, codebooks] in [0, 1).
     """
-    if not settings.draws:
+    if not sampling.any_sampled:
         return logits.argmax(-1)
     # In double precision u · total stays below total, so the draw never falls off the end. MPS
-    # has no doubles: there the last code stands in, once in 2^24 draws.
+    # has no doubles: there the last code is taken instead, once in 2^24 draws.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    shares = probabilities(logits, settings).to(exact).cumsum(-1)  # rising to 1
-    drawn = torch.searchsorted(shares, uniform[..., None] * shares[..., -1:], right=True)
+    cumulative = probabilities(logits, sampling).to(exact).cumsum(-1)  # rising to 1
+    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)
     drawn = drawn.squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    return torch.where(settings.greedy, logits.argmax(-1), drawn) if settings.chooses else drawn
+    if not sampling.any_greedy:
+        return drawn
+    return torch.where(sampling.greedy, logits.argmax(-1), drawn)

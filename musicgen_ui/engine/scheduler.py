@@ -18,20 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import Codec
-from musicgen_ui.engine.conditioning import Conditioner
-from musicgen_ui.engine.cuda_graph import Graphed
-from musicgen_ui.engine.device import THREADS, own, threads_for
+from musicgen_ui.engine.conditioning import Conditioner, Conditions
+from musicgen_ui.engine.cuda_graph import CudaGraphStepper
+from musicgen_ui.engine.device import THREADS, copy_weights, threads_for
 from musicgen_ui.engine.job import CHUNK_FRAMES, FIRST_CHUNK_FRAMES, Job, steps_for
 from musicgen_ui.engine.job_queue import Entry, Line, Ticket
+from musicgen_ui.engine.lora import LoraStore
 from musicgen_ui.engine.losses import Losses
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.shelf import Shelf
-from musicgen_ui.engine.stepper import Eager
+from musicgen_ui.engine.stepper import EagerStepper
 from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.request import WINDOW_S, GenerationRequest
 
@@ -56,7 +55,7 @@ class Batch:
         precision: see `linear.PRECISIONS`.
         codec_device: where the codec runs, if not on `device`.
         max_jobs: jobs that are stepped together; fewer where a GPU lacks the memory.
-        graphs: whether steps go through `graph.Graphed`; None is on CUDA alone.
+        graphs: whether steps go through `CudaGraphStepper`; None is on CUDA alone.
         extractor: the feature extractor's configuration, of a melody checkpoint.
     """
 
@@ -80,7 +79,7 @@ class Batch:
         self.max_jobs = max_jobs
         channels = model.decoder.config.audio_channels
         self.precision = precision
-        own(model.audio_encoder)
+        copy_weights(model.audio_encoder)
         self.codec = Codec(
             model.audio_encoder,
             channels,
@@ -92,12 +91,18 @@ class Batch:
         self.decoder = Decoder(model.decoder, self.device, precision)
         on_cpu = self.device.type == "cpu"
         self.threads = threads_for(self.decoder.nbytes) if on_cpu else THREADS
-        self.adapters = Shelf(checkpoint, model.decoder.config, self.decoder)
-        self.conditioner.share(self.adapters)
-        self.stepper: Eager | Graphed = Eager(self.decoder)
+        self.adapters = LoraStore(
+            checkpoint,
+            model.decoder.config,
+            self.decoder.dtype,
+            self.device,
+            cross_attention=not self.decoder.prefixed,
+        )
+        self.conditioner.use_adapters(self.adapters)
+        self.stepper: EagerStepper | CudaGraphStepper = EagerStepper(self.decoder)
         if self.device.type == "cuda" if graphs is None else graphs:
             self.max_jobs = self._affordable(max_jobs)
-            self.stepper = Graphed(self.decoder, self.max_jobs)
+            self.stepper = CudaGraphStepper(self.decoder, self.max_jobs)
             self.stepper.warm_up()
         elif precision == "int8":
             self._compile()
@@ -129,7 +134,8 @@ class Batch:
         if self.device.type != "cuda":
             return jobs
         free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, min(jobs, int(CACHE_SHARE * free / Graphed.slot_nbytes(self.decoder))))
+        slot_nbytes = CudaGraphStepper.slot_nbytes(self.decoder)
+        return max(1, min(jobs, int(CACHE_SHARE * free / slot_nbytes)))
 
     def submit(
         self,
@@ -216,14 +222,14 @@ class Batch:
             self.device,
             self.window_s,
         )
-        job.worn = self.adapters.worn(request)
+        job.adapter = self.adapters.applied(request)
         # Now, not in the end: a take that is made should not be lost to what its words bring about.
-        job.notes, job.melody = self._notes(request), self.conditioner.followed(request)
+        job.notes, job.melody = self._notes(request), self.conditioner.chroma(request)
         self.stepper.admit(job, self._conditions(job))
         ticket.deliver(job.progress())
         return job
 
-    def _conditions(self, job: Job) -> list[Tensor | None]:
+    def _conditions(self, job: Job) -> Conditions:
         return self.conditioner.conditions(job.request, job.start_s, job.at_s)
 
     def _turn(self) -> None:
@@ -234,7 +240,7 @@ class Batch:
                 if slid or (turned and self.decoder.prefixed):  # what comes first: all anew
                     self.stepper.admit(job, self._conditions(job))
                 elif turned:
-                    self.stepper.tell(job, self._conditions(job))
+                    self.stepper.set_conditions(job, self._conditions(job))
 
     def _stop_running(self) -> None:
         for job, ticket in list(self.jobs.items()):
@@ -351,7 +357,7 @@ class Batch:
         return job.finished(job.notes, job.melody)
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
-        words = next(filter(None, map(self.conditioner.cut_after, request.texts)), None)
+        words = next(filter(None, map(self.conditioner.truncated_after, request.texts)), None)
         return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
 
     def _close(self, ticket: Ticket, finished: Finished) -> None:

@@ -1,73 +1,117 @@
-"""Steps, operation by operation: each job has a cache of its own length, freed when it ends.
+"""Steps, operation by operation: every job has a KV cache of its own length, freed when it ends.
 
-The way of CPUs and of Apple's GPUs, where a step takes far longer than telling the device what to
-do, and reading no more of the caches than is filled saves most. `graph` is CUDA's way.
+This is the stepper of CPUs and of Apple's GPUs. A step takes them far longer than the host needs to
+issue its operations, so what saves most is to read no more of the KV cache than is filled. CUDA has
+`cuda_graph.CudaGraphStepper`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from musicgen_ui.engine import sampling
+from musicgen_ui.engine.conditioning import Conditions
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
 from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.sampling import SamplingParams, SamplingTensors
 from musicgen_ui.engine.transformer import Decoder
 
 
-class Eager:
+@dataclass
+class JobState:
+    """What a stepper keeps of a job, and changes when the job is steered."""
+
+    conditions: Conditions
+    sampling: SamplingParams
+
+
+class EagerStepper:
     """Writes the next column of the jobs that it is given."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self._jobs: set[Job] = set()
-        self._settings: tuple[list[Job], sampling.Settings] | None = None
+        self.jobs: dict[Job, JobState] = {}
+        self._gathered: tuple[list[SamplingParams], SamplingTensors] | None = None  # last step's
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the jobs' caches."""
-        return sum(job.sequence.nbytes for job in list(self._jobs))
+        """Bytes of the jobs' KV caches."""
+        return sum(job.sequence.nbytes for job in list(self.jobs))
 
-    def admit(self, job: Job, conditions: list[Tensor | None]) -> None:
-        """Gives the job, or its new window, a place; `conditions` as for `Decoder.sequence`."""
-        if job in self._jobs:
-            self.release(job)
-        job.sequence = self.decoder.sequence(conditions, job.positions, worn=job.worn)
-        self._jobs.add(job)
+    def admit(self, job: Job, conditions: Conditions) -> None:
+        """Gives a job, or its next window, a KV cache.
 
-    @torch.inference_mode()
-    def tell(self, job: Job, conditions: list[Tensor | None]) -> None:
-        """Lets the job attend to other states from its next column on."""
-        job.sequence.text = [self.decoder.text_memory(states, job.worn) for states in conditions]
+        Its sampling parameters are those of its request until `set_sampling` changes them.
+        """
+        if known := self.jobs.pop(job, None):
+            job.sequence.caches.clear()  # before the new one takes memory
+        states = conditions.states
+        job.sequence = self.decoder.sequence(states, job.positions, adapter=job.adapter)
+        params = known.sampling if known else SamplingParams.of(job.request)
+        self.jobs[job] = JobState(conditions, params)
+
+    def set_conditions(self, job: Job, conditions: Conditions) -> None:
+        """Conditions the job's columns from the next one on; not for a melody checkpoint.
+
+        Rows may come and go; see `Conditions.sources` for the past of a new one.
+        """
+        state = self.jobs[job]
+        if conditions.names != state.conditions.names:
+            sources = conditions.sources(state.conditions)
+            self.decoder.change_conditions(job.sequence, conditions.states, sources)
+        state.conditions = conditions
+
+    def set_sampling(self, job: Job, params: SamplingParams) -> None:
+        """Draws the job's columns with other parameters from the next one on."""
+        self.jobs[job].sampling = params
 
     def release(self, job: Job) -> None:
-        """Frees the cache of a job that has ended."""
-        self._jobs.discard(job)
+        """Frees the KV cache of a job that has ended."""
+        self.jobs.pop(job, None)
         job.sequence.caches.clear()
 
     @torch.inference_mode()
     def step(self, jobs: list[Job]) -> None:
         """Writes the next column of every job."""
-        settings = self._settings_of(jobs)
+        params = self._sampling_of(jobs)
         columns = torch.stack([job.columns[:, job.written] for job in jobs])
         logits = self.decoder.step(columns, [job.sequence for job in jobs])
-        wanted, unwanted, row = [], [], 0
-        for job in jobs:  # an unguided job has a single row, which stands for both
-            wanted.append(row)
-            row += job.sequence.rows
-            unwanted.append(row - 1)
-        logits = sampling.guide(logits[wanted], logits[unwanted], settings.guidance_scale)
+        cond, uncond = self._cond_and_uncond(logits, jobs)
+        logits = sampling.guide(cond, uncond, params.guidance_scale)
         finite = sampling.finite(logits)
         uniform = torch.stack([job.uniforms[job.next_uniform] for job in jobs])
-        drawn = sampling.draw(logits, settings, uniform)
-        for job, codes, sane in zip(jobs, drawn, finite, strict=True):
-            job.sane &= sane
+        drawn = sampling.draw(logits, params, uniform)
+        for job, codes, is_finite in zip(jobs, drawn, finite, strict=True):
+            job.sane &= is_finite
             column = job.columns[:, job.written + 1]
             column.copy_(torch.where(column == UNWRITTEN, codes, column))
 
-    def _settings_of(self, jobs: list[Job]) -> sampling.Settings:
-        if self._settings is None or self._settings[0] != jobs:
-            requests = [job.request for job in jobs]
-            made = sampling.Settings.of(requests, self.decoder.codebook_size, self.decoder.device)
-            self._settings = (jobs, made)
-        return self._settings[1]
+    def _cond_and_uncond(self, logits: Tensor, jobs: list[Job]) -> tuple[Tensor, Tensor]:
+        """The logits of all rows as the cond and uncond logits of each job.
+
+        Where a job is not guided, its uncond logits are its cond logits.
+        """
+        conditions = [self.jobs[job].conditions for job in jobs]
+        first, last, row = [], [], 0
+        for each in conditions:
+            first.append(row)
+            row += len(each.states)
+            last.append(row - 1)
+        cond, uncond = logits[first], logits[last]
+        for index, each in enumerate(conditions):
+            if each.mixed:
+                rows = slice(first[index], first[index] + len(each.prompts))
+                cond[index] = sampling.mix(logits[rows], each.weights)
+                if not each.guided:
+                    uncond[index] = cond[index]
+        return cond, uncond
+
+    def _sampling_of(self, jobs: list[Job]) -> SamplingTensors:
+        params = [self.jobs[job].sampling for job in jobs]
+        if self._gathered is None or self._gathered[0] != params:
+            size, device = self.decoder.codebook_size, self.decoder.device
+            self._gathered = (params, SamplingTensors.of(params, size, device))
+        return self._gathered[1]

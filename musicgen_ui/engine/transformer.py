@@ -1,15 +1,15 @@
-"""One step of the transformer for all rows.
+"""MusicGen's decoder: a transformer that takes one step for the rows of all jobs.
 
-The weights are read once from transformers' `MusicgenForCausalLM`, or `MusicgenMelodyForCausalLM`,
-and packed: `layers`, and all codebooks' embeddings and heads in one matrix each. A job's `Sequence`
-holds its keys and values, allocated once for its whole length. What the job is told is taken in
-once: by cross-attention, as keys and values of its own, or, in a melody checkpoint, which has none,
-as a prefix of states before the first column. A step computes every matrix product for the rows of
-all jobs together, which costs little more than for one, and attends row by row to what is filled
-and no further.
+The weights are read once from transformers' `MusicgenForCausalLM` or `MusicgenMelodyForCausalLM`
+and packed: query, key and value of a layer are one matrix, and so are the embeddings and the heads
+of all codebooks. A job's `Sequence` holds its KV cache, allocated once for its whole length. Text
+states are attended to by cross-attention, whose keys and values are computed once; a melody
+checkpoint has no cross-attention and takes its states as a prefix before the first column.
 
-A job has a row for what is wanted and, when guided, one for what is not (the null condition or a
-negative prompt). transformers' model is the reference: greedy codes are equal to its `generate`.
+A job has a row for each of its prompts and, when guided, one for the uncond logits (the null
+condition or a negative prompt). A step computes every matrix product for the rows of all jobs
+together, which costs little more than for one, and attends row by row to the filled part of the
+cache. transformers' model is the reference: greedy codes equal those of its `generate`.
 """
 
 from __future__ import annotations
@@ -22,46 +22,156 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.finite import require_finite
-from musicgen_ui.engine.layers import Layer, Memory
 from musicgen_ui.engine.linear import Linear, computing_dtype
-from musicgen_ui.engine.lora import BARE, OUTSIDE, Rows, Worn
+from musicgen_ui.engine.lora import NO_ADAPTERS, NO_LAYER, AppliedAdapter, RowAdapters
 
 if TYPE_CHECKING:
     from musicgen_ui.engine.cpu.int8 import Int8Cache, Layers, SequenceCaches
 
-Attend = Callable[[int, Tensor], Tensor]
+Attend: TypeAlias = Callable[[int, Tensor], Tensor]
+TextKV: TypeAlias = "list[tuple[Tensor, Tensor]]"  # a layer: [1, heads, tokens, head_dim] each
 Caches: TypeAlias = "list[FloatCache] | list[Int8Cache]"  # a layer
+
+
+class FloatCache:
+    """The KV cache of a job's rows in one layer, in the computing dtype.
+
+    `keys` and `values` are [rows, heads, positions, head_dim]. int8 on the CPU has `Int8Cache`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def view(self, rows: slice) -> FloatCache:
+        """Some of the rows, in the same memory."""
+        view = FloatCache.__new__(FloatCache)
+        view.keys, view.values = self.keys[rows], self.values[rows]
+        return view
+
+    def copy_rows(self, other: FloatCache, sources: list[int], filled: int) -> None:
+        """Copies the filled positions of `other`'s row `sources[i]` to row i."""
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, :, :filled] = theirs[:, :, :filled][sources]
+
+    def attend(self, qkv: Tensor, start: int) -> Tensor:
+        """Appends the keys and values of new columns; each column attends to all up to itself.
+
+        Args:
+            qkv: [rows, columns, 3, heads, head_dim].
+            start: positions filled before.
+
+        Returns:
+            [rows, columns, heads · head_dim].
+        """
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [rows, heads, columns, head_dim]
+        n = q.shape[2]
+        end = start + n
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        mask = None if n == 1 else _causal_mask(n, start, q.device)
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+def _causal_mask(n: int, start: int, device: torch.device) -> Tensor:
+    """bool [n, start + n]: the positions that each of n columns attends to."""
+    return torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start)
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The packed weights of a layer's attention to the text states."""
+
+    norm: nn.LayerNorm
+    q: Linear
+    kv: Linear
+    out: Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The packed weights of a transformer layer."""
+
+    self_norm: nn.LayerNorm
+    qkv: Linear
+    self_out: Linear
+    ffn_norm: nn.LayerNorm
+    up: Linear
+    down: Linear
+    text: CrossAttention | None  # None in a melody checkpoint
+
+    @classmethod
+    def of(cls, layer: Any, precision: str, device: torch.device) -> Layer:
+        """Packs a layer of transformers' decoder, whose weights may be released afterwards."""
+        attention, cross = layer.self_attn, getattr(layer, "encoder_attn", None)
+
+        def packed(*linears: nn.Linear) -> Linear:
+            return Linear(torch.cat([each.weight for each in linears]), precision, device)
+
+        def norm(module: nn.LayerNorm) -> nn.LayerNorm:
+            # A copy, even where nothing changes: a view would keep the whole file mapped.
+            return copy.deepcopy(module).to(device, computing_dtype(precision))
+
+        return cls(
+            self_norm=norm(layer.self_attn_layer_norm),
+            qkv=packed(attention.q_proj, attention.k_proj, attention.v_proj),
+            self_out=packed(attention.out_proj),
+            ffn_norm=norm(layer.final_layer_norm),
+            up=packed(layer.fc1),
+            down=packed(layer.fc2),
+            text=CrossAttention(
+                norm=norm(layer.encoder_attn_layer_norm),
+                q=packed(cross.q_proj),
+                kv=packed(cross.k_proj, cross.v_proj),
+                out=packed(cross.out_proj),
+            )
+            if cross
+            else None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices."""
+        modules = [*vars(self).values(), *(vars(self.text).values() if self.text else ())]
+        return sum(module.nbytes for module in modules if isinstance(module, Linear))
 
 
 @dataclass
 class Sequence:
-    """A job's place in the decoder: the keys and values of its rows."""
+    """A job's KV cache and what its rows attend to."""
 
     caches: Caches
-    text: list[Memory | None]  # a row
+    text: list[TextKV | None]  # a row; None attends to nothing, the null condition
     prefix: Tensor  # states before the first column, [rows, states, hidden]
-    length: int = 0  # columns filled; below 0 while so many states of the prefix are missing
-    worn: Worn | None = None  # an adapter beside the weights
-    places: SequenceCaches | None = None  # of the above, as `compiled` wants them
+    positions: int  # that the cache has room for
+    length: int = 0  # columns in the cache; below 0 while that many states of the prefix are not
+    adapter: AppliedAdapter | None = None
+    kernel_caches: SequenceCaches | None = None  # addresses of the above for the int8 kernels
 
     @property
     def rows(self) -> int:
-        """1, or 2 when guided."""
+        """A row for each prompt, and one more when guided."""
         return len(self.prefix)
 
     @property
     def filled(self) -> int:
-        """Positions of the caches that are filled, the prefix included."""
+        """Positions of the cache that are filled, the prefix included."""
         return self.length + self.prefix.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Memory that the keys and values hold, in bytes."""
+        """Bytes of the KV cache."""
         return sum(cache.nbytes for cache in self.caches)
 
 
@@ -74,7 +184,7 @@ class Decoder:
         precision: see `linear.PRECISIONS`.
 
     Raises:
-        RequestError: a weight is no number.
+        RequestError: a weight is NaN, infinite or too large for the precision.
     """
 
     def __init__(self, lm: Any, device: torch.device, precision: str) -> None:
@@ -82,14 +192,14 @@ class Decoder:
         self.device = device
         self.precision = precision
         self.dtype = computing_dtype(precision)
-        self.heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.heads: int = config.num_attention_heads
+        self.head_dim: int = config.hidden_size // config.num_attention_heads
         self.codebooks: int = config.num_codebooks
         self.codebook_size: int = config.vocab_size
         self.start_token: int = config.pad_token_id
         self.inner: int = config.ffn_dim
         self.activation = ACT2FN[config.activation_function]
-        self.gelu = config.activation_function == "gelu"
+        self.gelu: bool = config.activation_function == "gelu"
         inner = lm.model.decoder
         self.positions_of = inner.embed_positions.get_embedding
         for name in ("model.decoder.embed_tokens", "model.decoder.layer_norm", "lm_heads"):
@@ -106,7 +216,7 @@ class Decoder:
             self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
             heads = torch.cat([head.weight for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
-        self.prefixed = self.layers[0].text is None  # what it is told comes before the columns
+        self.prefixed = self.layers[0].text is None  # the states are a prefix of the columns
         self.compiled: Layers | None = None
         if precision == "int8" and self.gelu:
             from musicgen_ui.engine.cpu import int8  # imports numba
@@ -120,7 +230,7 @@ class Decoder:
         return self.embeddings.nbytes + layers + self.lm_heads.nbytes
 
     def _sinusoids(self, count: int) -> Tensor:
-        weights = self.positions_of(count, self.heads * self.head_dim)
+        weights: Tensor = self.positions_of(count, self.heads * self.head_dim)
         return weights.to(self.device, self.dtype)
 
     @torch.inference_mode()
@@ -129,79 +239,110 @@ class Decoder:
         conditions: list[Tensor | None],
         columns: int,
         caches: Caches | None = None,
-        worn: Worn | None = None,
+        adapter: AppliedAdapter | None = None,
     ) -> Sequence:
         """A new sequence of up to `columns` columns.
 
         Args:
-            conditions: for each row its states, [tokens, hidden], or None, which is no states. In
-                a melody checkpoint every row has as many.
+            conditions: the states of each row, [tokens, hidden], or None for the null condition.
+                In a melody checkpoint every row has states, and as many as the others.
             columns: that it will hold at most.
-            caches: where its keys and values go, if not into new ones.
-            worn: the adapter beside the weights.
+            caches: the memory of its KV cache; None allocates it.
+            adapter: applied to its rows.
         """
         rows = len(conditions)
         prefix = self.embeddings.new_zeros(rows, 0, self.embeddings.shape[1])
-        text: list[Memory | None] = [None] * rows
+        text: list[TextKV | None] = [None] * rows
         if self.prefixed:
-            told = [states for states in conditions if states is not None]
-            prefix = torch.stack(told).to(self.device, self.dtype)
+            states = [state for state in conditions if state is not None]
+            prefix = torch.stack(states).to(self.device, self.dtype)
         else:
-            text = [self.text_memory(states, worn) for states in conditions]
+            text = [self.text_kv(states, adapter) for states in conditions]
         positions = prefix.shape[1] + columns
         self.reserve(positions)
-        shape = (rows, self.heads, positions, self.head_dim)
-        caches = caches or self._caches(shape)
-        return Sequence(caches, text, prefix, -prefix.shape[1], worn)
+        caches = caches or self._new_caches(rows, positions)
+        return Sequence(caches, text, prefix, positions, -prefix.shape[1], adapter)
+
+    @torch.inference_mode()
+    def change_conditions(
+        self,
+        sequence: Sequence,
+        conditions: list[Tensor | None],
+        sources: list[int],
+        caches: Caches | None = None,
+    ) -> None:
+        """Lets the rows of a sequence attend to other text states from its next column on.
+
+        What is in the KV cache stays as it was computed. Not for a melody checkpoint, whose prefix
+        has to be taken in anew.
+
+        Args:
+            sequence: to change.
+            conditions: the states of each new row, as for `sequence`.
+            sources: for each new row, the row whose KV cache it continues.
+            caches: other memory for the KV cache, as large as the new rows need; None allocates
+                it where the rows change.
+        """
+        if caches or sources != list(range(sequence.rows)):
+            caches = caches or self._new_caches(len(sources), sequence.positions)
+            pairs: Any = zip(caches, sequence.caches, strict=True)  # both of one class
+            for new, old in pairs:
+                new.copy_rows(old, sources, sequence.filled)
+            sequence.caches = caches
+            sequence.prefix = sequence.prefix[sources]
+        sequence.text = [self.text_kv(states, sequence.adapter) for states in conditions]
 
     @torch.inference_mode()
     def reserve(self, positions: int) -> None:
-        """Makes room for sequences of so many positions, prefix included."""
+        """Computes position embeddings for sequences of so many positions, prefix included."""
         if positions > len(self.positions):
             self.positions = self._sinusoids(positions)
 
-    def _caches(self, shape: tuple[int, ...]) -> Caches:
+    def _new_caches(self, rows: int, positions: int) -> Caches:
+        shape = (rows, self.heads, positions, self.head_dim)
         if self.precision == "int8":
             from musicgen_ui.engine.cpu.int8 import Int8Cache
 
             return Int8Cache.of_layers(len(self.layers), shape)
         return [FloatCache(shape, self.dtype, self.device) for _ in self.layers]
 
-    def text_memory(self, states: Tensor | None, worn: Worn | None = None) -> Memory | None:
-        """The keys and values of [tokens, hidden] a layer, each [1, heads, tokens, head_dim]."""
+    def text_kv(
+        self, states: Tensor | None, adapter: AppliedAdapter | None = None
+    ) -> TextKV | None:
+        """Every layer's keys and values for cross-attention to `states`, [tokens, hidden]."""
         if states is None:
             return None
         states = states.to(self.device, self.dtype)
-        memory, rows = [], Rows.of([(worn, len(states))])
+        text_kv, adapters = [], RowAdapters.of([(adapter, len(states))])
         for index, layer in enumerate(self.layers):
             assert layer.text
-            both = rows.product(index, "text_kv", layer.text.kv, states)
+            both = adapters.product(index, "text_kv", layer.text.kv, states)
             key, value = both.view(len(states), 2, self.heads, -1).unbind(1)
-            memory.append((key.transpose(0, 1)[None], value.transpose(0, 1)[None]))
-        return memory
+            text_kv.append((key.transpose(0, 1)[None], value.transpose(0, 1)[None]))
+        return text_kv
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence, columns: Tensor, most: int) -> None:
-        """Takes in what a sequence has not of its prefix, else of the columns known already.
+    def prefill(self, sequence: Sequence, columns: Tensor, max_positions: int) -> None:
+        """Adds to the KV cache what is left of the prefix, else the next of the known columns.
 
         Args:
             sequence: to go on with.
-            columns: from the first one on, int64 [codebooks, n].
-            most: positions to take in now.
+            columns: the known ones, from the first on, int64 [codebooks, n].
+            max_positions: to add in this call.
         """
         start = sequence.filled
-        x = sequence.prefix[:, start : start + most]  # [rows, positions, hidden]
+        x = sequence.prefix[:, start : start + max_positions]  # [rows, positions, hidden]
         if sequence.length >= 0:
-            columns = columns[:, sequence.length : sequence.length + most]
-            worn = Rows.of([(sequence.worn, columns.shape[1])])
-            x = self.embed(columns.T, worn).expand(sequence.rows, -1, -1)
+            columns = columns[:, sequence.length : sequence.length + max_positions]
+            adapters = RowAdapters.of([(sequence.adapter, columns.shape[1])])
+            x = self.embed(columns.T, adapters).expand(sequence.rows, -1, -1)
         x = x + self.positions[start : start + x.shape[1]]
         self._forward(x.flatten(0, 1), [sequence], x.shape[1])
         sequence.length += x.shape[1]
 
     @torch.inference_mode()
     def step(self, columns: Tensor, sequences: list[Sequence]) -> Tensor:
-        """Takes the next column of every sequence in and says what may follow.
+        """Adds the next column of every sequence and predicts the one after it.
 
         Args:
             columns: int64 [jobs, codebooks].
@@ -211,36 +352,42 @@ class Decoder:
             Logits, float32 [rows of all jobs, codebooks, codebook_size].
         """
         rows = torch.tensor([s.rows for s in sequences], device=self.device)
-        at = torch.tensor([s.filled for s in sequences], device=self.device)
-        worn = Rows.of([(s.worn, 1) for s in sequences])
-        x = (self.embed(columns, worn) + self.positions[at]).repeat_interleave(rows, 0)
-        x = self._forward(x, sequences, 1)
+        positions = torch.tensor([s.filled for s in sequences], device=self.device)
+        adapters = RowAdapters.of([(s.adapter, 1) for s in sequences])
+        x = self.embed(columns, adapters) + self.positions[positions]  # [jobs, hidden]
+        x = self._forward(x.repeat_interleave(rows, 0), sequences, 1)
         for sequence in sequences:
             sequence.length += 1
-        return self.logits(x, Rows.of([(s.worn, s.rows) for s in sequences]))
+        return self.logits(x, RowAdapters.of([(s.adapter, s.rows) for s in sequences]))
 
-    def embed(self, columns: Tensor, worn: Rows = BARE) -> Tensor:
-        """What goes in: int64 [n, codebooks] to [n, hidden], without positions."""
-        return worn.embedded(columns, F.embedding(columns + self.offsets, self.embeddings).sum(1))
+    def embed(self, columns: Tensor, adapters: RowAdapters = NO_ADAPTERS) -> Tensor:
+        """Embedded columns, int64 [n, codebooks] to [n, hidden], without positions."""
+        x = F.embedding(columns + self.offsets, self.embeddings).sum(1)
+        return adapters.embedded(columns, x)
 
-    def logits(self, x: Tensor, worn: Rows = BARE) -> Tensor:
-        """What comes out: [rows, hidden] to float32 [rows, codebooks, codebook_size]."""
-        logits = worn.product(OUTSIDE, "lm_heads", self.lm_heads, x)
+    def logits(self, x: Tensor, adapters: RowAdapters = NO_ADAPTERS) -> Tensor:
+        """Logits, [rows, hidden] to float32 [rows, codebooks, codebook_size]."""
+        logits = adapters.product(NO_LAYER, "lm_heads", self.lm_heads, x)
         return logits.view(len(x), self.codebooks, -1).float()
 
     def forward(
-        self, x: Tensor, attend_self: Attend, attend_text: Attend, worn: Rows = BARE
+        self,
+        x: Tensor,
+        attend_self: Attend,
+        attend_text: Attend,
+        adapters: RowAdapters = NO_ADAPTERS,
     ) -> Tensor:
-        """The layers, [n, hidden] to [n, hidden], with the attention handed in.
+        """All layers and the last norm, [n, hidden] to [n, hidden].
 
         Args:
             x: embedded columns.
-            attend_self: a layer's number and its [n, 3 · hidden] of queries, keys and values.
-            attend_text: a layer's number and its queries, [n, hidden].
-            worn: the adapters of the n rows.
+            attend_self: self-attention of a layer, from its index and [n, 3 · hidden] of queries,
+                keys and values to [n, hidden].
+            attend_text: cross-attention of a layer, from its index and queries, [n, hidden].
+            adapters: of the n rows.
         """
         for index, layer in enumerate(self.layers):
-            product = functools.partial(worn.product, index)
+            product = functools.partial(adapters.product, index)
             qkv = product("qkv", layer.qkv, layer.self_norm(x))
             x = x + product("self_out", layer.self_out, attend_self(index, qkv))
             if text := layer.text:
@@ -248,33 +395,36 @@ class Decoder:
                 x = x + product("text_out", text.out, attend_text(index, query))
             up = product("up", layer.up, layer.ffn_norm(x))
             x = x + product("down", layer.down, self.activation(up))
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
     def _forward(self, x: Tensor, sequences: list[Sequence], n: int) -> Tensor:
-        worn = Rows.of([(s.worn, s.rows * n) for s in sequences])
-        if self.compiled and not worn.worn:
-            return self.norm(self.compiled.run(x, sequences, n))
+        """`forward` for n columns of each row, x: [rows · n, hidden]."""
+        adapters = RowAdapters.of([(s.adapter, s.rows * n) for s in sequences])
+        if self.compiled and not adapters.applied:
+            normed: Tensor = self.norm(self.compiled.run(x, sequences, n))
+            return normed
         return self.forward(
             x,
             lambda index, qkv: self._attend_self(index, qkv, sequences, n),
             lambda index, query: self._attend_text(index, query, sequences, n),
-            worn,
+            adapters,
         )
 
     def _attend_self(self, index: int, qkv: Tensor, sequences: list[Sequence], n: int) -> Tensor:
-        parts = qkv.view(-1, n, 3, self.heads, self.head_dim).split([s.rows for s in sequences])
+        by_job = qkv.view(-1, n, 3, self.heads, self.head_dim).split([s.rows for s in sequences])
         out = [
-            sequence.caches[index].attend(part, sequence.filled)
-            for sequence, part in zip(sequences, parts, strict=True)
+            sequence.caches[index].attend(of_job, sequence.filled)
+            for sequence, of_job in zip(sequences, by_job, strict=True)
         ]
         return torch.cat(out).view(len(qkv), -1)
 
     def _attend_text(self, index: int, query: Tensor, sequences: list[Sequence], n: int) -> Tensor:
         q = query.view(-1, n, self.heads, self.head_dim).transpose(1, 2)
-        out = torch.zeros_like(q)  # a row of the null condition attends to nothing
-        memories = [memory for sequence in sequences for memory in sequence.text]
-        for row, memory in enumerate(memories):
-            if memory is not None:
-                key, value = memory[index]
+        out = torch.zeros_like(q)  # what a row of the null condition gets
+        rows = [text_kv for sequence in sequences for text_kv in sequence.text]
+        for row, text_kv in enumerate(rows):
+            if text_kv is not None:
+                key, value = text_kv[index]
                 out[row] = F.scaled_dot_product_attention(q[row : row + 1], key, value)[0]
         return out.transpose(1, 2).reshape(len(query), -1)

@@ -155,7 +155,8 @@ def test_melody_checkpoints_give_audiocrafts_tokens_here(tmp_path, as_it_is):
     )
     expected = np.load(GOLDEN / "melody" / "expected.npz")
     prompt, clip = str(expected["prompt"]), Clip(expected["melody"], 32_000)
-    heard = batch.conditioner.conditions(GenerationRequest(prompt, melody=clip))[0][:235]
+    request = GenerationRequest(prompt, melody=clip)
+    heard = batch.conditioner.conditions(request).states[0][:235]
     assert np.abs(heard.numpy() - expected["melody_states"][0]).max() < 1e-5
     for name, melody in (("text_and_melody", clip), ("text_only", None)):
         codes = greedy(batch, prompt, melody=melody)

@@ -16,7 +16,7 @@ from musicgen_ui.engine import device as devices
 from musicgen_ui.errors import RequestError
 
 
-def test_the_device_and_its_precision_are_chosen_with_a_reason(monkeypatch):
+def test_choose_prefers_cuda_then_mps_then_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "_has_mps", lambda: False)
     assert devices.choose().device == "cpu"
@@ -43,9 +43,7 @@ def test_the_device_and_its_precision_are_chosen_with_a_reason(monkeypatch):
         ("cpu", "float8", 'no precision "float8"'),
     ],
 )
-def test_a_device_or_precision_that_is_not_there_is_a_sentence(
-    monkeypatch, device, precision, said
-):
+def test_choose_refuses_an_unavailable_device(monkeypatch, device, precision, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "_has_mps", lambda: False)
     with pytest.raises(RequestError, match=said):
@@ -74,7 +72,7 @@ NO_LIMIT = {V1: "9223372036854771712", V2: "max"}
 def group(tmp_path, monkeypatch):
     """Makes a control group with a limit and its use, of which some is file cache."""
     monkeypatch.setattr(devices, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(devices, "PROCESS_GROUPS", tmp_path / "own")
 
     def make(path, version, limit=None, used=0, cached=0):
         folder = tmp_path / "cgroup" / path
@@ -100,9 +98,7 @@ def group(tmp_path, monkeypatch):
         ("4:cpu,memory:/job\n", V1, "cpu,memory/job", None),
     ],
 )
-def test_the_limit_of_a_control_group_is_the_memory_there_is(
-    group, monkeypatch, told, version, limited, inner
-):
+def test_memory_is_limited_by_cgroups(group, monkeypatch, told, version, limited, inner):
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=32 * GIB)
     )
@@ -118,13 +114,13 @@ def test_the_limit_of_a_control_group_is_the_memory_there_is(
     assert devices._ram_bytes() == 64 * GIB and devices.free_bytes() == 32 * GIB
 
 
-def test_without_control_groups_the_computers_memory_counts(group):
+def test_memory_without_cgroups_is_the_computers(group):
     assert devices._ram_bytes() == psutil.virtual_memory().total
     group.told("0::/gone\nnonsense:x:\n")
     assert devices._ram_bytes() == psutil.virtual_memory().total
 
 
-def test_a_model_that_other_programs_leave_no_memory_for_is_refused(group, monkeypatch, tiny_mono):
+def test_model_without_enough_free_memory_is_refused(group, monkeypatch, tiny_mono):
     group.told("0::/\n")
     group("", V2, 64 * GIB, used=64 * GIB - 100_000)
     manager = ModelManager(device="cpu")
@@ -136,12 +132,12 @@ def test_a_model_that_other_programs_leave_no_memory_for_is_refused(group, monke
     manager.close()
 
 
-def test_int8_is_the_cpus_choice_unless_another_is_named() -> None:
+def test_choose_takes_int8_on_a_cpu() -> None:
     assert devices.choose("cpu").precision == "int8"
     assert devices.choose("cpu", "float32").precision == "float32"
 
 
-def test_a_small_decoder_keeps_to_one_thread(tiny_mono, monkeypatch) -> None:
+def test_small_decoder_uses_one_thread(tiny_mono, monkeypatch) -> None:
     """Threads that wait for each other in tiny operations cost it most of its speed."""
     monkeypatch.setattr(devices, "THREADS", 4)
     assert [devices.threads_for(n) for n in (6_000_000, 60_000_000, 400_000_000)] == [1, 3, 4]
@@ -159,7 +155,7 @@ def test_a_small_decoder_keeps_to_one_thread(tiny_mono, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("own", ["", "7"])
-def test_idle_threads_of_torch_soon_leave_the_cores_to_others(own: str) -> None:
+def test_idle_torch_threads_spin_briefly(own: str) -> None:
     asked = {"GOMP_SPINCOUNT": own} if own else {}
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | asked
     told = (

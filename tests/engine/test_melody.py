@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.melody import Extractor
+from musicgen_ui.engine.melody import ChromaExtractor
 from tests.helpers.melody import tune
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "melody" / "expected.npz")
@@ -50,32 +50,32 @@ def noise(samples: int, channels: int = 1) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.2, (channels, samples)).astype(np.float32)
 
 
-def test_golden_chroma_is_ours():
-    classes = Extractor()(Clip(GOLDEN["melody"], 32_000))
+def test_chroma_equals_audiocrafts():
+    classes = ChromaExtractor()(Clip(GOLDEN["melody"], 32_000))
     assert np.array_equal(np.eye(12, dtype=np.float32)[classes], GOLDEN["chroma"][0])
     assert set(classes.tolist()) == {0, 4, 7}  # C, E and G
 
 
 @pytest.mark.parametrize("samples", [5_000, 16_384, 128_000, 32_000 * 40])
-def test_chroma_is_the_feature_extractors(extractor, samples):
+def test_chroma_equals_the_feature_extractors(extractor, samples):
     """A clip shorter than a window, of one, of some, and longer than it hears."""
     wave = noise(samples)
     expected = extractor(wave[0], sampling_rate=32_000, return_tensors="pt").input_features[0]
-    classes = Extractor()(Clip(wave, 32_000))[: len(expected)]
+    classes = ChromaExtractor()(Clip(wave, 32_000))[: len(expected)]
     assert torch.equal(classes, expected.argmax(-1))
     assert len(classes.unique()) > 5 or samples < 20_000
 
 
 @pytest.mark.parametrize("rate", [16_000, 32_000, 44_100])
-def test_notes_are_named_at_any_rate_and_in_stereo(rate):
+def test_chroma_names_notes_at_any_rate_and_in_stereo(rate):
     clip = tune(0, 9, 4, note_s=1.0, rate=rate)
-    classes = Extractor()(Clip(np.repeat(clip.samples, 2, axis=0), rate))
+    classes = ChromaExtractor()(Clip(np.repeat(clip.samples, 2, axis=0), rate))
     middles = [classes[round((i + 0.5) / 0.128)].item() for i in range(3)]
     assert middles == [0, 9, 4]
 
 
-def test_long_clips_are_transformed_in_pieces_without_a_difference(monkeypatch):
+def test_chroma_of_a_long_clip_does_not_depend_on_pieces(monkeypatch):
     clip = Clip(noise(32_000 * 20), 32_000)
-    whole = Extractor()(clip)
-    monkeypatch.setattr("musicgen_ui.engine.melody.PIECE_COLUMNS", 7)
-    assert torch.equal(Extractor()(clip), whole)
+    whole = ChromaExtractor()(clip)
+    monkeypatch.setattr("musicgen_ui.engine.melody.MAX_COLUMNS", 7)
+    assert torch.equal(ChromaExtractor()(clip), whole)

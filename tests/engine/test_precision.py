@@ -12,10 +12,9 @@ import torch
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
 from musicgen_ui.engine import linear
-from musicgen_ui.engine.attention import FloatCache
 from musicgen_ui.engine.cpu.int8 import Int8Cache
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.transformer import Decoder, FloatCache
 from tests.helpers.engine import CPU, made_in_whole_numbers
 
 ROOT = Path(__file__).parents[2]

@@ -118,7 +118,8 @@ def test_probabilities_are_those_of_transformers(settings):
         expected = TopPLogitsWarper(request.top_p)(None, expected)
     # beside a neighbour of other settings
     others = [GenerationRequest(top_k=3, top_p=0.5), request, GenerationRequest(top_k=0)]
-    gathered = sampling.Settings.of(others, 64, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(each) for each in others]
+    gathered = sampling.SamplingTensors.of(params, 64, torch.device("cpu"))
     found = sampling.probabilities(logits.repeat(3, 1, 1), gathered)[1]
     assert torch.allclose(found, expected.softmax(-1), atol=1e-6)
 
@@ -126,7 +127,8 @@ def test_probabilities_are_those_of_transformers(settings):
 def test_draws_follow_the_distribution():
     logits = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(1))
     count = 20_000
-    settings = sampling.Settings.of([GenerationRequest(top_k=10)], 16, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(GenerationRequest(top_k=10))]
+    settings = sampling.SamplingTensors.of(params, 16, torch.device("cpu"))
     uniform = sampling.uniforms(5, count, 1)
     drawn = sampling.draw(logits.expand(1, count, 16), settings, uniform.T)[0]
     shares = torch.bincount(drawn, minlength=16) / count

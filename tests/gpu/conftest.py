@@ -1,6 +1,6 @@
 """The device of these tests: CUDA, or what MUSICGEN_UI_TEST_DEVICE names.
 
-On a CPU steps go through `Graphed` as well, without a capture: a rehearsal of every test's body.
+On a CPU steps go through `CudaGraphStepper` too, uncaptured: a rehearsal of every test's body.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def exact() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make(device: str) -> Callable[..., Any]:
-    """Makes a batch of a checkpoint's folder that steps by `Graphed`."""
+    """Makes a batch of a checkpoint's folder that steps by `CudaGraphStepper`."""
     from tests.helpers.engine import make_batch
     from tests.helpers.melody import melody_batch
 

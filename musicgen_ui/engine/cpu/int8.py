@@ -47,8 +47,8 @@ from musicgen_ui.engine.cpu.machine_code import compiled, kernel
 from musicgen_ui.engine.cpu.microkernel import BLOCK, TILE, UNROLL, parallel_for
 
 Linear: TypeAlias = Any  # linear.Linear, which imports this
-LayerWeights: TypeAlias = Any  # layers.Layer, which imports this through `linear`
-Memory: TypeAlias = Any  # layers.Memory
+LayerWeights: TypeAlias = Any  # transformer.Layer, which imports this through `linear`
+TextKV: TypeAlias = list[tuple[Tensor, Tensor]]  # as in transformer
 Sequence: TypeAlias = Any  # transformer.Sequence
 
 BLOCK_BARRIERS = 5  # of the `parallel_for`s in a residual block, see `_layers`
@@ -333,6 +333,12 @@ class Int8Cache:
                 pairs = codes.reshape(rows, heads, self.capacity // BLOCK, BLOCK, -1, 2)
                 self.keys[:] = pairs.swapaxes(3, 4)[:, :, :, : self.keys.shape[3]]
 
+    def copy_rows(self, other: Int8Cache, sources: list[int], filled: int) -> None:
+        """Copies row `sources[i]` of `other`, which has as much room, to row i."""
+        self.keys[:] = other.keys[sources]
+        self.values[:] = other.values[sources]
+        self.scales[:] = other.scales[:, sources]
+
     def attend(self, qkv: Tensor, start: int) -> Tensor:
         """As `FloatCache.attend`, float32."""
         rows, columns, _, heads, dim = qkv.shape
@@ -346,7 +352,7 @@ class Int8Cache:
 class SequenceCaches:
     """A sequence's records in a `Batch`, and the caches that their addresses belong to."""
 
-    memories: list[Memory | None]  # what the prompts' caches were filled from, a row
+    text: list[TextKV | None]  # what the prompts' caches were filled from, a row
     caches: list[Int8Cache]  # a layer
     prompts: list[list[Int8Cache]]  # a row, then a layer; none for the null condition
     records: np.ndarray  # CACHE [rows, layers]
@@ -356,20 +362,20 @@ class SequenceCaches:
     def of(cls, sequence: Sequence) -> SequenceCaches:
         """Quantises the keys and values of a sequence's prompts."""
         caches = sequence.caches
-        prompts = [_prompt_caches(memory) for memory in sequence.text]
+        prompts = [_prompt_caches(text_kv) for text_kv in sequence.text]
         prompt_records = np.zeros((len(prompts), len(caches)), CACHE)
-        for row, (memory, of_row) in enumerate(zip(sequence.text, prompts, strict=True)):
+        for row, (text_kv, of_row) in enumerate(zip(sequence.text, prompts, strict=True)):
             for layer, cache in enumerate(of_row):
-                prompt_records[row, layer] = cache.records(memory[layer][0].shape[2])[0]
+                prompt_records[row, layer] = cache.records(text_kv[layer][0].shape[2])[0]
         records = np.stack([cache.records(0) for cache in caches], 1)
         return cls(sequence.text, caches, prompts, records, prompt_records)
 
 
-def _prompt_caches(memory: Memory | None) -> list[Int8Cache]:
-    if memory is None:
+def _prompt_caches(text_kv: TextKV | None) -> list[Int8Cache]:
+    if text_kv is None:
         return []
-    caches = Int8Cache.of_layers(len(memory), memory[0][0].shape)
-    for cache, (keys, values) in zip(caches, memory, strict=True):
+    caches = Int8Cache.of_layers(len(text_kv), text_kv[0][0].shape)
+    for cache, (keys, values) in zip(caches, text_kv, strict=True):
         cache.fill(keys.numpy(), values.numpy())
     return caches
 
@@ -397,12 +403,12 @@ class Layers:
             columns: of each.
         """
         for sequence in sequences:
-            if sequence.places is None or sequence.places.memories is not sequence.text:
-                sequence.places = SequenceCaches.of(sequence)
-        caches = np.concatenate([s.places.records for s in sequences])
+            if sequence.kernel_caches is None or sequence.kernel_caches.text is not sequence.text:
+                sequence.kernel_caches = SequenceCaches.of(sequence)
+        caches = np.concatenate([s.kernel_caches.records for s in sequences])
         filled = np.repeat([s.filled for s in sequences], [s.rows for s in sequences])
         caches["filled"] = filled[:, None]
-        prompts = np.concatenate([s.places.prompt_records for s in sequences])
+        prompts = np.concatenate([s.kernel_caches.prompt_records for s in sequences])
         out = x.numpy().copy()
         batch = Batch(out, columns, caches, prompts)
         rows, hidden = out.shape

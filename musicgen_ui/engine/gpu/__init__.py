@@ -1,1 +1,1 @@
-"""The decoder's step on NVIDIA GPUs: few fused kernels, captured as one CUDA graph."""
+"""The decoder step on NVIDIA GPUs: its buffers, and a few fused kernels."""

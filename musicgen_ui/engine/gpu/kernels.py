@@ -1,15 +1,15 @@
 """The Triton kernels of a decoder step: embed, linear, attend and sample.
 
 A step for one job reads every weight once for two rows (cond and uncond), so it is bound by memory
-and by the number of launches. Each kernel therefore does all that lies between two points where
-every program must wait for every other: a matrix product normalises its input or merges the
-partial results of attention before it, and adds the residual, applies the activation or writes the
-KV cache behind it. A layer is eight launches (six without cross-attention).
+and by the number of launches. Each kernel therefore does everything between two points where every
+program must wait for every other: before a matrix product it normalises the input or merges the
+partial results of attention, after it it adds the residual, applies the activation or writes the KV
+cache. A layer is eight launches (six without cross-attention).
 
 `pdl` is CUDA's programmatic dependent launch (compute capability 9.0 and above): a kernel is
 started while the one before it still runs, loads what does not depend on that one (its weights),
-and waits at `gdc_wait` before it touches anything that a kernel writes. Every program of every
-kernel waits, so that a wait for the last kernel is a wait for all before it.
+and waits at `gdc_wait` before it reads or writes what other kernels use. Every program of every
+kernel waits, so a wait for the last kernel is a wait for all kernels before it.
 
 All kernels run on a CPU under Triton's interpreter (`TRITON_INTERPRET=1`), where the tests compare
 each of them with torch.
@@ -30,7 +30,7 @@ import triton.language as tl
 
 
 class Input(enum.IntEnum):
-    """What a product does to its input before it multiplies."""
+    """What `linear` does to its input first."""
 
     PLAIN = 0  # float32 [rows, inputs]
     NORM = 1  # layer norm of float32 [rows, inputs]
@@ -38,7 +38,7 @@ class Input(enum.IntEnum):
 
 
 class Output(enum.IntEnum):
-    """What a product does with its result, float32 [rows, outputs]."""
+    """What `linear` does with its result, float32 [rows, outputs]."""
 
     STORE = 0
     GELU = 1  # stores the exact (erf) GELU
@@ -58,7 +58,7 @@ UNWRITTEN = tl.constexpr(-1)
 @triton.jit
 def embed(
     columns_ptr,  # int64 [slots, codebooks, columns]
-    next_ptr,  # int64 [slots]: the column that is stepped next; moved on for a ready slot
+    next_ptr,  # int64 [slots]: the column that is stepped next; incremented for a ready slot
     ready_ptr,  # bool [slots]
     prefix_ptr,  # int64 [slots]: positions before the first column
     embeddings_ptr,  # [codebooks * table, hidden]
@@ -126,9 +126,9 @@ def linear(
 ):
     """A product of a few rows with a matrix, [rows, inputs] by [outputs, inputs].
 
-    Grid (outputs / block_outputs,). A program holds its part of the matrix in registers before it
-    waits for the kernel that makes its input. So that there is a single reduction after the wait,
-    the norm is taken out of the product: with scale g, shift b, mean m and deviation s of x,
+    Grid (outputs / block_outputs,). A program loads its part of the matrix into registers before it
+    waits for the kernel that computes its input. So that there is a single reduction after the
+    wait, the norm is moved out of the product: with scale g, shift b, mean m and deviation s of x,
     sum(w ((x - m) / s g + b)) = (sum(w g x) - m sum(w g)) / s + sum(w b). The sums without x are
     `sums_ptr`'s.
     """
@@ -217,10 +217,10 @@ def attend(
 ):
     """Attention of one query a row over a part of its positions; grid (rows, heads, splits).
 
-    Beside the output of each part stands the logarithm of the sum of its exponentials, once for
-    each output, so that `linear`, which merges the parts, reads both alike. For a part without
-    positions they are 0 and -1e30. Every position of a block has a softmax of its own over the
-    blocks, so that programs reduce over positions once, behind the loop.
+    With the output of each split its log-sum-exp is stored, once for each output, so that `linear`,
+    which merges the splits, reads both alike. For a split without positions they are 0 and -1e30.
+    Every position of a block keeps its own softmax over the blocks, so that programs reduce over
+    positions once, after the loop.
     """
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -231,15 +231,15 @@ def attend(
     length = tl.load(length_ptr + row)
     d = tl.arange(0, head_dim)
     p = tl.arange(0, block)
-    own = query_ptr + row * query_stride + head * head_dim + d
-    query = tl.load(own).to(tl.float32) * scale
+    qkv_ptr = query_ptr + row * query_stride + head * head_dim + d
+    query = tl.load(qkv_ptr).to(tl.float32) * scale
     offset = row.to(tl.int64) * row_stride + head * head_stride
     best = tl.full([block], -1e30, tl.float32)
     total = tl.zeros([block], tl.float32)
     out = tl.zeros([block, head_dim], tl.float32)
     if append:
-        key = tl.load(own + heads * head_dim)
-        value = tl.load(own + 2 * heads * head_dim)
+        key = tl.load(qkv_ptr + heads * head_dim)
+        value = tl.load(qkv_ptr + 2 * heads * head_dim)
         last = offset + (length - 1) * head_dim + d
         tl.store(keys_ptr + last, key.to(keys_ptr.dtype.element_ty))
         tl.store(values_ptr + last, value.to(values_ptr.dtype.element_ty))
@@ -251,8 +251,8 @@ def attend(
     share = tl.cdiv(tl.cdiv(length, splits), block) * block
     begin = split * share
     end = tl.minimum(begin + share, length)
-    # A block is loaded while the one before it is worked on. Beyond the end the last position is
-    # read again, and counts for nothing.
+    # A block is loaded while the one before it is computed. Beyond the end the last position is
+    # read again and masked out.
     place = offset + d[None, :]
     at = tl.maximum(tl.minimum(begin + p, end - 1), 0)
     keys = tl.load(keys_ptr + place + at[:, None] * head_dim)
@@ -328,7 +328,7 @@ def sample(
     columns_ptr,  # int64 [slots, codebooks, columns]: gets the codes, one column on
     column_ptr,  # int64 [slots]: the column of this step
     ready_ptr,  # bool [slots]
-    finite_ptr,  # bool [slots, codebooks]: stays true while all logits are numbers
+    finite_ptr,  # bool [slots, codebooks]: stays true while all logits are finite
     uniforms_ptr,  # float32 [slots, steps, codebooks]
     guidance_ptr,  # float32 [slots]
     temperature_ptr,  # float32 [slots]
@@ -345,7 +345,7 @@ def sample(
     """Guidance, temperature, top-k, top-p and the draw of a codebook; grid (slots, codebooks).
 
     The draw is the inverse of the cumulative distribution in the order of the codebook, as
-    `sampling.draw` has it. A code that is given already is left as it is.
+    `sampling.draw` has it. A code that is already given is left as it is.
     """
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,7 +1,8 @@
 """A decoder step as Triton launches over the buffers of `Slots`, without a host synchronisation.
 
-Up to `FUSED_ROWS` rows every product is one of ours, eight launches a layer. Beyond that a product
-wants the tensor cores, so cuBLAS does it; attention, embedding and sampling stay ours.
+Up to `FUSED_ROWS` rows every product is `kernels.linear`, eight launches a layer. With more rows
+products need the tensor cores, so cuBLAS computes them; attention, embedding and sampling are
+`kernels` in both cases.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch import Tensor
 
 from musicgen_ui.engine.gpu import kernels
 from musicgen_ui.engine.gpu.kernels import Input, Output
+from musicgen_ui.engine.gpu.slots import ROWS, Slots
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.slots import ROWS, Slots
 from musicgen_ui.engine.transformer import Decoder
 
-FUSED_ROWS = 4  # that our own product multiplies
-THREAD_WEIGHTS = 64  # that a thread of a product holds in registers
-SPLIT_PROGRAMS = 128  # of attention, at least, while rows and heads are few
-MOST_SPLITS = 8  # of the positions
-POSITIONS = (128, 64)  # that attention takes at once: of few rows, of many
-FEW_TOKENS = 64  # of a prompt, which one program attends to at once
+FUSED_ROWS = 4  # that `kernels.linear` multiplies
+THREAD_WEIGHTS = 64  # that a thread of `linear` holds in registers
+SPLIT_PROGRAMS = 128  # that attention should have at least, while rows and heads are few
+MAX_SPLITS = 8  # of the positions
+POSITIONS = (128, 64)  # in a block of attention: with few rows, with many
+SHORT_PROMPT = 64  # tokens that one program attends to at once
 
 
 def supports(decoder: Decoder) -> bool:
@@ -35,20 +36,20 @@ def supports(decoder: Decoder) -> bool:
 
 
 def tile(outputs: int, inputs: int) -> tuple[int, int, int]:
-    """Outputs and inputs of a product that a program holds, and its warps."""
+    """Outputs and inputs of a product that a program computes, and its warps."""
     block_inputs = triton.next_power_of_2(inputs)
     block_outputs = min(triton.next_power_of_2(outputs), 8 if block_inputs <= 2048 else 4)
     warps = block_outputs * block_inputs // (THREAD_WEIGHTS * 32)
     return block_outputs, block_inputs, max(1, min(warps, 16))
 
 
-class Step:
-    """Takes one step of the first slots each time it is called.
+class TritonStep:
+    """A step of the first slots, each time it is called.
 
     Args:
         decoder: see `supports`.
         slots: the buffers, whose `text` may be replaced by a longer one.
-        pdl: programmatic dependent launch; None is where the device has it.
+        pdl: programmatic dependent launch; None uses it where the device has it.
     """
 
     def __init__(self, decoder: Decoder, slots: Slots, pdl: bool | None = None) -> None:
@@ -69,11 +70,11 @@ class Step:
         self.query = empty(few, self.hidden)
         self.inner = empty(few, decoder.inner, dtype=decoder.dtype)
         self.logits = empty(rows, decoder.codebooks, decoder.codebook_size)
-        most = self._splits(ROWS) * few
-        self.partial = empty(most, self.hidden)
-        self.log_sum = empty(most, self.hidden)
+        partial_rows = self._splits(ROWS) * few
+        self.partial = empty(partial_rows, self.hidden)
+        self.log_sum = empty(partial_rows, self.hidden)
         self.out = empty(rows, self.hidden, dtype=decoder.dtype)
-        self.sums: dict[Linear, Tensor] = {}  # of products behind a norm: see `kernels.linear`
+        self.sums: dict[Linear, Tensor] = {}  # of products after a norm: see `kernels.linear`
         for layer in decoder.layers:
             self._sum(layer.self_norm, layer.qkv)
             self._sum(layer.ffn_norm, layer.up)
@@ -96,7 +97,7 @@ class Step:
         self._sample(slots)
 
     def _fused(self, rows: int) -> None:
-        """All layers and the heads by our own kernels: `x` to `logits`."""
+        """All layers and the heads by `kernels`: `x` to `logits`."""
         slots, splits = self.slots, self._splits(rows)
         for index, layer in enumerate(self.decoder.layers):
             cache = slots.caches[index]
@@ -115,7 +116,7 @@ class Step:
         self._linear(rows, heads, self.x, self.logits, Output.STORE, norm=self.decoder.norm)
 
     def _with_torch(self, rows: int) -> None:
-        """The same for many rows, with torch's products."""
+        """The same with torch's products, for many rows."""
         slots, decoder = self.slots, self.decoder
         out = self.out[:rows]
         x = self.x[:rows].to(decoder.dtype)
@@ -133,9 +134,9 @@ class Step:
         self.logits[:rows] = decoder.logits(decoder.norm(x))
 
     def _splits(self, rows: int) -> int:
-        """Parts of the positions, so that there are programs enough for the device."""
-        wanted = SPLIT_PROGRAMS // (rows * self.decoder.heads) if rows <= FUSED_ROWS else 1
-        return max(1, min(wanted, MOST_SPLITS))
+        """Splits of the positions, so that there are enough programs for the device."""
+        splits = SPLIT_PROGRAMS // (rows * self.decoder.heads) if rows <= FUSED_ROWS else 1
+        return max(1, min(splits, MAX_SPLITS))
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if self.pdl:
@@ -222,7 +223,7 @@ class Step:
         out: Tensor | None = None,
         append: bool = False,
     ) -> None:
-        """Attention to the positions so far, in parts where there are splits."""
+        """Attention to the positions so far, in `splits` parts."""
         decoder = self.decoder
         self._launch(
             kernels.attend,
@@ -250,7 +251,7 @@ class Step:
         """Cross-attention of a layer; the row of a null prompt gives zeros."""
         decoder, slots = self.decoder, self.slots
         keys, values = slots.text[index]
-        if keys.shape[2] > FEW_TOKENS:
+        if keys.shape[2] > SHORT_PROMPT:
             self._attend(rows, query, keys, values, slots.tokens, 1, out=out)
             return
         self._launch(
@@ -269,7 +270,7 @@ class Step:
         )
 
     def _sample(self, slots: int) -> None:
-        decoder, buffers, settings = self.decoder, self.slots, self.slots.settings
+        decoder, buffers, params = self.decoder, self.slots, self.slots.sampling
         self._launch(
             kernels.sample,
             (slots, decoder.codebooks),
@@ -279,11 +280,11 @@ class Step:
             buffers.ready,
             buffers.finite,
             buffers.uniforms,
-            settings.guidance_scale,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.greedy,
+            params.guidance_scale,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.greedy,
             codebooks=decoder.codebooks,
             codes=decoder.codebook_size,
             columns=buffers.columns.shape[2],

@@ -12,8 +12,8 @@ from musicgen_ui.engine.cpu import int8, kernels
 from musicgen_ui.engine.cpu.int8 import Int8Cache, Kind, Layers, Product
 from musicgen_ui.engine.cpu.machine_code import kernel
 from musicgen_ui.engine.cpu.microkernel import parallel_for
-from musicgen_ui.engine.layers import CrossAttention, Layer
 from musicgen_ui.engine.linear import Linear
+from musicgen_ui.engine.transformer import CrossAttention, Layer
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -172,7 +172,7 @@ class _Sequence:
 
     def __init__(self, caches, text, filled=0):
         self.caches, self.text, self.filled = caches, text, filled
-        self.rows, self.places = len(text), None
+        self.rows, self.kernel_caches = len(text), None
 
 
 HIDDEN, HEADS, FFN, TOKENS = 32, 2, 70, 5

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musicgen_ui.engine import sampling
-from musicgen_ui.engine.cuda_graph import Graphed
+from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
 from musicgen_ui.engine.scheduler import Batch
 from musicgen_ui.request import GenerationRequest
@@ -171,7 +171,8 @@ def test_sample_draws_as_torch_does():
     slots, codebooks, codes = len(requests), 2, 50
     logits = (normal(slots, 2, codebooks, codes) * 3).round(decimals=1)
     uniforms = torch.rand(slots, 3, codebooks, generator=torch.Generator().manual_seed(1))
-    settings = sampling.Settings.of(requests, codes, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(request) for request in requests]
+    settings = sampling.SamplingTensors.of(params, codes, torch.device("cpu"))
     columns = torch.full((slots, codebooks, 4), UNWRITTEN)
     columns[4, 1, 2] = 7
     column, ready = torch.ones(slots, dtype=torch.int64), torch.tensor([True] * slots)
@@ -191,14 +192,15 @@ def test_sample_draws_as_torch_does():
     assert finite.all()
 
 
-def test_sample_marks_logits_that_are_no_numbers_and_leaves_slots_that_are_not_ready():
+def test_sample_marks_nan_and_skips_idle_slots():
     from musicgen_ui.engine.gpu import kernels
 
     requests = [GenerationRequest("")] * 2
     logits = normal(2, 2, 2, 50)
     logits[:, 0, 1, 3] = torch.nan
     columns, finite = torch.full((2, 2, 3), UNWRITTEN), torch.ones(2, 2, dtype=torch.bool)
-    settings = sampling.Settings.of(requests, 50, torch.device("cpu"))
+    params = [sampling.SamplingParams.of(request) for request in requests]
+    settings = sampling.SamplingTensors.of(params, 50, torch.device("cpu"))
     kernels.sample[(2, 2)](
         *(logits, columns, torch.zeros(2, dtype=torch.int64), torch.tensor([True, False])),
         *(finite, torch.rand(2, 2, 2), settings.guidance_scale, settings.temperature),
@@ -221,11 +223,11 @@ def stepped(batch: Batch, requests: list[GenerationRequest], steps: int) -> list
 
 @pytest.mark.parametrize("rows", ["few", "many"])
 @pytest.mark.parametrize("kind", ["mono", "melody"])
-def test_a_step_is_the_plain_one(request, monkeypatch, kind, rows):
+def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
     """Jobs that were admitted one after the other, with other settings and positions."""
     from musicgen_ui.engine.gpu import step
 
-    monkeypatch.setattr(step, "MOST_SPLITS", 2)
+    monkeypatch.setattr(step, "MAX_SPLITS", 2)
     monkeypatch.setattr(step, "FUSED_ROWS", {"few": 8, "many": 0}[rows])
     folder: Path = request.getfixturevalue(f"tiny_{kind}")
     make = melody_batch if kind == "melody" else make_batch
@@ -236,7 +238,7 @@ def test_a_step_is_the_plain_one(request, monkeypatch, kind, rows):
     made = []
     for with_triton in (False, True):
         batch = make(folder, graphs=True, max_jobs=2)
-        batch.stepper = Graphed(batch.decoder, 2, triton=with_triton)
+        batch.stepper = CudaGraphStepper(batch.decoder, 2, triton=with_triton)
         assert bool(batch.stepper.triton) == with_triton
         made.append(stepped(batch, asked, steps=5))
     for plain, ours in zip(*made, strict=True):

@@ -25,7 +25,7 @@ from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import PIANO, ROCK, noise
 from tests.helpers.melody import SCALE, melody_batch
 
-COMPILED = ("compiled", "convolution", "recurrence")  # modules of the engine for a processor
+CPU_KERNELS = "musicgen_ui.engine.cpu"
 
 
 class Nothing:
@@ -66,8 +66,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
         monkeypatch.setattr(torch.cuda, name, Nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    for name in COMPILED:  # none may be imported
-        monkeypatch.setitem(sys.modules, f"musicgen_ui.engine.{name}", None)
+    for name in {CPU_KERNELS, *(n for n in sys.modules if n.startswith(CPU_KERNELS))}:
+        monkeypatch.setitem(sys.modules, name, None)  # none may be imported
     there = torch.Tensor.cpu, torch.Tensor.__bool__
 
     def cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def on_card(batch: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_music_is_made_on_the_card(precision, graphs, monkeypatch):
+def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
     """An audio prompt, sections, further windows, neighbours that come and go."""
     monkeypatch.setattr(job, "WINDOW_S", 2.0)
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
@@ -109,7 +109,7 @@ def test_music_is_made_on_the_card(precision, graphs, monkeypatch):
     batch.let_go()
 
 
-def test_a_melody_is_followed_on_the_card(tiny_melody, graphs):
+def test_cuda_lines_follow_a_melody_on_meta_tensors(tiny_melody, graphs):
     batch = on_card(melody_batch(tiny_melody, device="meta", graphs=True, precision="bfloat16"))
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=0.6)
     for asked in (request, dataclasses.replace(request, melody=None, guidance_scale=1.0)):
@@ -118,7 +118,7 @@ def test_a_melody_is_followed_on_the_card(tiny_melody, graphs):
     assert np.isfinite(take.clip.samples).all()
 
 
-def test_a_tensor_that_is_not_on_the_card_is_found(graphs):
+def test_tensor_on_another_device_is_found(graphs):
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     batch = Batch(made.model, made.tokenizer, checkpoint="tiny", device="meta", graphs=True)
     batch.decoder.norm.to_empty(device="cpu")
