@@ -91,7 +91,7 @@ def gauge(name: str, help: str, value: Any, label: str = "", always: str = "") -
     return family
 
 
-def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
+def metrics_routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
     """/healthz and /metrics.
 
     Args:

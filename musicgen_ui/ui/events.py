@@ -13,7 +13,6 @@ import gradio as gr
 
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
-from musicgen_ui.server.limits import ClosedPages
 from musicgen_ui.ui import audio_panel, request_form, restoring, sessions, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.pages import Pages, back
@@ -62,13 +61,7 @@ def connect(
     # The job may have loaded another checkpoint.
     done.then(tick, None, line, api_name="status_then", **QUIET)
     parts["unload"].click(facts.unload, None, parts["engine"], api_name="unload", **QUIET)
-    closed = ClosedPages(page)
-
-    def left(request: gr.Request) -> None:
-        handlers.closed(request)
-        closed.add(request.session_hash or "")
-
-    page.unload(left)
+    page.unload(handlers.closed)
     pages = Pages(handlers.recall, restored)
     told = [*restoring.SETTINGS, "own", "live", "generate", "stop", "watch", *TAKE]
     entered = page.load(

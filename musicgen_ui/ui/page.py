@@ -7,6 +7,7 @@ answers are updates by component name.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Desk, Ledger
 from musicgen_ui.engine.protocol import Engine
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS
-from musicgen_ui.server.job_log import Journal
-from musicgen_ui.server.settings import Settings
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
 from musicgen_ui.ui import audio_panel, notice, request_form, take_panel
 from musicgen_ui.ui.components import about, in_words, number, slider, switch
 from musicgen_ui.ui.events import Parts, connect
@@ -40,21 +39,31 @@ WAVEFORM = gr.WaveformOptions(
 )
 
 
+@dataclass(frozen=True)
+class PageOptions:
+    """What the host of a page sets."""
+
+    checkpoint: str = "auto"  # chosen when the page opens
+    any_checkpoint: bool = True  # whether visitors may name any Hub id or folder
+    max_duration_s: float = MAX_DURATION_S  # of one take
+    queue_length: int = 32  # takes being made or waiting
+    visitor_jobs: int = 0  # takes of one visitor being made or waiting; 0 is any number
+    visitor_seconds: float = 0.0  # seconds of music an hour for each visitor; 0 is any number
+
+
 def build(
     engine: Engine,
-    settings: Settings,
-    folder: Path | None = None,
+    settings: PageOptions,
+    folder: Path,
     spare: Path | None = None,
-    journal: Journal | None = None,
+    journal: Any = None,
 ) -> gr.Blocks:
     """The page over an engine; takes are written to `folder`, or to `spare` when it is full.
 
     Loads no model and no torch.
     """
-    folder = folder or Path(settings.output_folder or "takes")
     desk = Desk(settings.queue_length, settings.visitor_jobs, Ledger(settings.visitor_seconds))
     handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
-    # Not Gradio's delete_cache: it goes by the computer's clock, see `limits.Sweeper`.
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         parts = Parts()
         head(parts, engine)
@@ -117,7 +126,7 @@ def head(parts: Parts, engine: Engine) -> None:
     parts["dropped"] = gr.UploadButton("Dropped file", visible="hidden", elem_id="dropped")
 
 
-def compose(parts: Parts, settings: Settings) -> None:
+def compose(parts: Parts, settings: PageOptions) -> None:
     """The form."""
     longest_s = settings.max_duration_s
     parts["prompt"] = gr.Textbox(
@@ -175,7 +184,7 @@ def over_time(parts: Parts) -> None:
     parts["overlap_s"] = slider("overlap_s", 0.5)
 
 
-def advanced(parts: Parts, settings: Settings) -> None:
+def advanced(parts: Parts, settings: PageOptions) -> None:
     """What most takes do without."""
     parts["checkpoint"] = gr.Dropdown(
         [settings.checkpoint],

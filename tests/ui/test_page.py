@@ -9,7 +9,6 @@ import gradio as gr
 import pytest
 
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.server.settings import Settings
 from musicgen_ui.ui import page
 from musicgen_ui.ui.events import Parts
 from tests.helpers.fakes import FakeEngine
@@ -17,7 +16,7 @@ from tests.helpers.fakes import FakeEngine
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
-    return page.build(FakeEngine(), Settings(), tmp_path_factory.mktemp("takes"))
+    return page.build(FakeEngine(), page.PageOptions(), tmp_path_factory.mktemp("takes"))
 
 
 def event(built: gr.Blocks, api_name: str) -> Any:
@@ -60,7 +59,7 @@ def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
 
 
 def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
-    short = page.build(FakeEngine(), Settings(max_duration_s=5), tmp_path)
+    short = page.build(FakeEngine(), page.PageOptions(max_duration_s=5), tmp_path)
     at = {b.elem_id: b for b in short.blocks.values() if getattr(b, "elem_id", None)}
     assert at["duration_s"].maximum == at["duration_s"].value == 5
     assert all(seconds <= 5 for _, seconds in at["ideas"].samples)
