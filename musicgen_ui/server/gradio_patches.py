@@ -119,7 +119,7 @@ def sign_in_mcp(demo: gr.Blocks, user: str, password: str) -> None:
         analytics_enabled=False,
         _skip_components=False,
     )
-    server: Any = demo.mcp_server_obj  # type: ignore[attr-defined]
+    server: Any = demo.mcp_server_obj
     server._get_or_create_client = lambda: client
 
 

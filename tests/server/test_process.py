@@ -256,6 +256,61 @@ def test_its_pages_are_told_of_a_stop_and_of_no_failure(ended: SimpleNamespace) 
         assert page.lost or "process_completed" in page.told
 
 
+# Signals while it starts
+
+
+def started(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """The server's process, as a shell begins it."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONFAULTHANDLER": ""}
+    command = (sys.executable, *command, "--port", str(free_port()))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=pipe, stdout=pipe, text=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [
+        (("app.py",), "musicgen_ui.cli"),
+        (("app.py",), "pydantic_settings"),
+        (("-m", "musicgen_ui", "serve"), "numpy"),
+        (("-m", "musicgen_ui", "serve"), "gradio"),
+    ],
+)
+def test_ctrl_c_during_imports_is_no_traceback(
+    command: tuple[str, ...], imported: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {imported!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        process = started(tmp_path, *command)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_stop_during_the_launch_ends_it_at_once(tmp_path: Path) -> None:
+    process = started(tmp_path, "app.py")
+    try:
+        wait_for(lambda: list((tmp_path / "tmp").iterdir()), 60)  # its folder: it is launching
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 # How it ends
 
 
