@@ -8,13 +8,13 @@ Each command's flags and work are in a module of its own, imported when it is as
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
-
-from musicgen_ui import environment
-from musicgen_ui.cli import console
-from musicgen_ui.errors import RequestError
 
 DONE, WRONG, INTERRUPTED = 0, 2, 130
 
@@ -24,17 +24,43 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises a RequestError."""
+        from musicgen_ui.errors import RequestError
+
         raise RequestError(f"{message[0].upper()}{message[1:]} (see {self.prog} --help).")
+
+
+@contextmanager
+def interrupt_exits() -> Iterator[None]:
+    """Has Ctrl+C end the process at once, for a time in which there is nothing to clean up.
+
+    Raised in the middle of an import, KeyboardInterrupt ends in a traceback, or as another error.
+    """
+    standard = signal.default_int_handler
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not standard:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, standard)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    with interrupt_exits():
+        from musicgen_ui.cli import console
     with console.guarded() as out:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         return out.exit_code(code)
 
 
 def _run(arguments: list[str]) -> int:
+    with interrupt_exits():
+        from musicgen_ui import environment
+        from musicgen_ui.errors import RequestError
+
     parser = Parser(prog="python -m musicgen_ui", description="Music from words, on this computer.")
     about = "; ".join(f"{name} {command.__doc__}" for name, command in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=about)
@@ -58,14 +84,15 @@ def _run(arguments: list[str]) -> int:
 
 def serve(arguments: list[str]) -> int:
     """starts the page"""
-    from musicgen_ui.server import settings
+    with interrupt_exits():  # until the server handles its signals
+        from musicgen_ui.server import settings
 
-    parser = _parser("serve", "Starts the page.")
-    settings.add_flags(parser)
-    chosen = settings.settings(vars(parser.parse_args(arguments)))
-    from musicgen_ui.server import app
+        parser = _parser("serve", "Starts the page.")
+        settings.add_flags(parser)
+        chosen = settings.settings(vars(parser.parse_args(arguments)))
+        from musicgen_ui.server import app
 
-    return app.run(chosen)
+        return app.run(chosen)
 
 
 def generate(arguments: list[str]) -> int:

@@ -29,10 +29,7 @@ POINTING_UP = {
     ("backends.admission", "server.job_log"),
     ("backends.admission", "ui.live_player"),
     ("takes", "engine.protocol"),
-    ("ui.events", "server.limits"),
     ("ui.handlers", "server.job_log"),
-    ("ui.page", "server.job_log"),
-    ("ui.page", "server.settings"),
 }
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),

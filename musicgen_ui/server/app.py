@@ -19,37 +19,41 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import psutil
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 
 from musicgen_ui import environment, files
 from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.errors import RequestError
-from musicgen_ui.server import logs
-from musicgen_ui.server.limits import (
-    SESSIONS,
+from musicgen_ui.server import cleanup, logs
+from musicgen_ui.server.middleware import (
     BodyLimit,
-    NameLimit,
-    keep_no_values,
-    raise_file_limit,
-    share_heaps,
-    sweep_while,
+    ErrorResponses,
+    IdentifierLimit,
+    OriginCheck,
+    RouteAllowList,
+    ServerRoutes,
+    is_loopback,
 )
-from musicgen_ui.server.settings import Settings, flag, variable
+from musicgen_ui.server.settings import Settings, flag, label, variable
+from musicgen_ui.server.sign_in import SignIn
 
 FAILED, WRONG = 1, 2  # exit codes
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 JOBS_END_S = 5.0  # that stopped jobs have to save what they made
-TOLD_S = 0.3  # until their pages are told, as far as the connection allows
-ENVIRONMENT = dict(os.environ)  # as the process was given it, for one that takes its place
-OF_GRADIO = ("GRADIO_SHARE_SERVER_ADDRESS",)  # its variables that are left to it
+DELIVERY_S = 0.3  # until their pages have the last updates, as far as the connection allows
+SESSIONS = 800  # pages whose state Gradio remembers, 9 kB each
+GRADIO_VARIABLES = ("GRADIO_SHARE_SERVER_ADDRESS",)  # that are left to Gradio
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
 
 def _set_environment(chosen: Settings, cache: Path) -> None:
     """What libraries read when they are imported."""
-    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in OF_GRADIO]:
+    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in GRADIO_VARIABLES]:
         # What they set is in `Settings`. Of the others one starts servers that no middleware
         # guards (GRADIO_NUM_WORKERS), and one keeps `launch` from coming back (GRADIO_DEBUG).
         del os.environ[name]
@@ -91,22 +95,25 @@ def _set_environment(chosen: Settings, cache: Path) -> None:
         # Else a table of the last 10,000 events is made after each, for a page that is off here.
         "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
         "GRADIO_ANALYTICS_MAX_EVENTS": "1",
-        variable("trusted_proxies"): chosen.trusted_proxies,  # uvicorn's
     }
 
 
-def _middleware(chosen: Settings, cache: Path, names: set[str]) -> list[Any]:
-    """What a request passes before Gradio sees it, in order; `names` are this server's."""
-    from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
+def middleware(
+    chosen: Settings, cache: Path, names: set[str], routes: Sequence[BaseRoute]
+) -> list[Middleware]:
+    """What a request passes before Gradio sees it, in order.
 
-    from musicgen_ui.server import middleware, sign_in
-
-    local = middleware.is_loopback(chosen.host)
+    Args:
+        chosen: how the server runs.
+        cache: the folder whose files are served, and where uploads are written.
+        names: of this server.
+        routes: this server's own, beside Gradio's.
+    """
+    local = is_loopback(chosen.host)
     # Other websites call a public Space, too; what has a password is for its own page.
-    open_to_pages = bool(os.environ.get("SPACE_ID")) and not chosen.auth
-    passed: list[Any] = [Middleware(middleware.SameOrigin, names, local, open_to_pages)]
-    if open_to_pages:  # without credentials
+    public = bool(os.environ.get("SPACE_ID")) and not chosen.auth
+    passed = [Middleware(OriginCheck, names, local, public)]
+    if public:  # without credentials
         every = ["*"]
         passed.append(
             Middleware(
@@ -114,11 +121,16 @@ def _middleware(chosen: Settings, cache: Path, names: set[str]) -> list[Any]:
             )
         )
     if chosen.auth:  # the password before a byte of a body is read
-        passed.append(Middleware(sign_in.Gate, *chosen.credentials))
-    passed.append(Middleware(middleware.Doors, cache))
-    passed.append(Middleware(BodyLimit, upload_bytes=chosen.max_upload_bytes + 100_000))
-    passed.append(Middleware(NameLimit))
-    return passed
+        passed.append(Middleware(SignIn, *chosen.credentials))
+    upload_bytes = chosen.max_upload_bytes + 100_000
+    return [
+        *passed,
+        Middleware(RouteAllowList, cache),
+        Middleware(ErrorResponses),
+        Middleware(BodyLimit, upload_bytes=upload_bytes, folder=cache),
+        Middleware(IdentifierLimit),
+        Middleware(ServerRoutes, routes),
+    ]
 
 
 def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
@@ -131,100 +143,84 @@ def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
     background = managed_engine(chosen)
     engine = engine or background
 
-    from musicgen_ui.files import ASSETS
-    from musicgen_ui.server import gradio_patches, middleware
+    from musicgen_ui.server import gradio_patches
     from musicgen_ui.server.job_log import Journal
-    from musicgen_ui.ui import page, take_panel
+    from musicgen_ui.server.metrics import Metrics, metrics_routes
+    from musicgen_ui.ui import page
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
     files.TAKES.add(takes)
-    shown = {takes, temporary / "takes", take_panel.EXAMPLE.with_suffix(".wav")}
     journal = Journal(chosen.log_prompts)
-    demo: Any = page.build(engine, chosen, takes, temporary / "takes", journal)
+    options = page.PageOptions(
+        chosen.checkpoint,
+        chosen.any_checkpoint,
+        chosen.max_duration_s,
+        chosen.queue_length,
+        chosen.visitor_jobs,
+        chosen.visitor_seconds,
+    )
+    demo: Any = page.build(engine, options, takes, temporary / "takes", journal)
     gradio_patches.apply(demo)
-    middleware.guard_origins()
-    keep_no_values()
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
+    proxied = bool(chosen.trusted_proxies) or chosen.share
+    routes = metrics_routes(Metrics(engine, journal), chosen.metrics_token, proxied)
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
-    app, _, _ = demo.launch(
-        server_name=f"[{chosen.host}]" if ":" in chosen.host else chosen.host,  # an address of IPv6
-        server_port=chosen.port,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        share=chosen.share,
-        auth=chosen.credentials if chosen.auth else None,
-        root_path=chosen.root_path,
-        mcp_server=chosen.mcp,
-        ssr_mode=False,
-        enable_monitoring=False,
-        state_session_capacity=SESSIONS,
-        strict_cors=True,
-        max_file_size=chosen.max_upload_bytes,
-        # May be copied to the cache, which alone is served.
-        allowed_paths=[str(path) for path in shown],
-        footer_links=["api"],
-        theme=page.theme(),
-        css_paths=[ASSETS / "style.css"],
-        app_kwargs={"middleware": _middleware(chosen, cache, names)},
-    )
+    passed = middleware(chosen, cache, names, [demo.recall.route(), *routes])
+    _launch_page(demo, chosen, passed, [takes, temporary / "takes"])
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
-    middleware.bound_connections(demo.server)
-    # Gradio's catch-all page route comes first in the list: ours must come before it.
-    app.router.routes[:0] = [demo.recall.route(), *_watching(engine, journal, chosen)]
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
-        demo.mcp_server_obj._client_instance = signed_in(demo.local_url, chosen)
+        gradio_patches.sign_in_mcp(demo, *chosen.credentials)
     if engine is background:  # not before: importing torch beside it would delay the page
         background.start()
-    _work_beside(demo, engine, temporary, chosen.temporary_gb * 1e9)
+    running = lambda: demo.is_running  # noqa: E731
+    work = (running, temporary, chosen.temporary_gb * 1e9)
+    threading.Thread(target=cleanup.clean_while, args=work, daemon=True).start()
     return demo, temporary
 
 
-def _watching(engine: Engine, journal: Any, chosen: Settings) -> list[Any]:
-    from musicgen_ui.server import metrics
-
-    proxied = bool(chosen.trusted_proxies) or chosen.share
-    return metrics.routes(metrics.Metrics(engine, journal), chosen.metrics_token, proxied)
-
-
-def _work_beside(demo: Any, engine: Engine, temporary: Path, kept_bytes: float) -> None:
-    running = lambda: demo.is_running  # noqa: E731
-    works = [lambda: sweep_while(demo, temporary, kept_bytes)]
-    if isinstance(engine, BackgroundEngine):
-        works.append(lambda: restart_when_lost(engine, running))
-    for work in works:
-        threading.Thread(target=work, daemon=True).start()
-
-
-def signed_in(url: str, chosen: Settings) -> Any:
-    """The client through which Gradio's MCP server calls the API of a server with a password."""
-    from gradio_client import Client
-
-    return Client(
-        url,
-        auth=chosen.credentials,
-        headers={"x-gradio-user": "mcp"},
-        download_files=False,
-        verbose=False,
-        analytics_enabled=False,
-        _skip_components=False,
-    )
-
-
-def restart_when_lost(
-    engine: Engine, running: Callable[[], bool], every_s: float = 10.0, not_before_s: float = 60.0
+def _launch_page(
+    demo: Any, chosen: Settings, passed: list[Middleware], folders: list[Path]
 ) -> None:
-    """Starts this process anew when its device is lost: nothing less brings a broken CUDA back."""
-    began_s = time.monotonic()
-    while running():
-        time.sleep(every_s)
-        lost = engine.health().trouble == faults.LOST
-        if lost and time.monotonic() - began_s >= not_before_s:  # else it would turn for ever
-            log.critical("The device is lost: the app starts again")
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT)
+    """Gradio's own launch; files of `folders` may be copied to the cache, which alone is served."""
+    from musicgen_ui.ui import page, take_panel
+
+    with _environment(variable("trusted_proxies"), chosen.trusted_proxies):  # for uvicorn
+        demo.launch(
+            server_name=f"[{chosen.host}]" if ":" in chosen.host else chosen.host,  # IPv6
+            server_port=chosen.port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            share=chosen.share,
+            root_path=chosen.root_path,
+            mcp_server=chosen.mcp,
+            ssr_mode=False,
+            enable_monitoring=False,
+            state_session_capacity=SESSIONS,
+            strict_cors=True,
+            max_file_size=chosen.max_upload_bytes,
+            allowed_paths=[str(p) for p in (*folders, take_panel.EXAMPLE.with_suffix(".wav"))],
+            footer_links=["api"],
+            theme=page.theme(),
+            css_paths=[files.ASSETS / "style.css"],
+            app_kwargs={"middleware": passed},
+        )
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def close(demo: Any, temporary: Path) -> None:
@@ -232,7 +228,7 @@ def close(demo: Any, temporary: Path) -> None:
 
     What the jobs made so far is kept as takes.
     """
-    from musicgen_ui.server import middleware
+    from musicgen_ui.server import gradio_patches
 
     jobs = len(demo.desk)
     demo.desk.close()
@@ -240,9 +236,9 @@ def close(demo: Any, temporary: Path) -> None:
     while len(demo.desk) and time.monotonic() < end_s:
         time.sleep(0.02)
     if jobs:
-        time.sleep(TOLD_S)
+        time.sleep(DELIVERY_S)
 
-    middleware.hang_up(demo.server)
+    gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
     demo.engine.close()
     if not files.delete(temporary):
@@ -258,7 +254,7 @@ def check_folder(chosen: Settings) -> None:
     if not chosen.output_folder:
         return
     folder = Path(chosen.output_folder)
-    named = f"{variable('output_folder')} ({flag('output_folder')}) cannot be {folder}"
+    named = f"{label('output_folder')} cannot be {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -282,7 +278,7 @@ def check_checkpoints(chosen: Settings) -> None:
             if source.folder and not registry.holds_checkpoint(source.folder):
                 registry.describe(source)  # says what it is instead
         except RequestError as error:
-            raise RequestError(f"{variable(setting)} ({flag(setting)}): {error}") from error
+            raise RequestError(f"{label(setting)}: {error}") from error
 
 
 def check_address(chosen: Settings) -> None:
@@ -292,7 +288,7 @@ def check_address(chosen: Settings) -> None:
         RequestError: it is no address of this computer, or not for this user.
         OSError: another program listens there.
     """
-    host = f"{variable('host')} ({flag('host')})"
+    host = label("host")
     try:
         found = socket.getaddrinfo(chosen.host, chosen.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -327,22 +323,27 @@ def check_address(chosen: Settings) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[queue.SimpleQueue[int]]:
-    """The numbers of the signals that ask this process to end, as they come.
+def stop_signals(act: Callable[[int], object]) -> Iterator[None]:
+    """Calls `act` with the number of each signal that asks this process to end.
 
     Nothing is raised where a signal happens to arrive: in a destructor it would be lost. What the
     process was started to ignore, as by nohup, is ignored.
     """
-    asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may call its `put`
     before = {number: signal.getsignal(number) for number in STOPS}
-    heeded = [number for number in STOPS if before[number] != signal.SIG_IGN]
-    for number in heeded:
-        signal.signal(number, lambda number, _: asked.put(number))
+    handled = [number for number in STOPS if before[number] != signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, lambda number, _: act(number))
     try:
-        yield asked
+        yield
     finally:
-        for number in heeded:
+        for number in handled:
             signal.signal(number, before[number])
+
+
+def leave_at_once(number: int) -> NoReturn:
+    """Ends a process that has not served anything yet, by a signal."""
+    files.delete_private()
+    leave(128 + number)
 
 
 def serve(chosen: Settings, engine: Engine | None = None) -> int:
@@ -352,41 +353,47 @@ def serve(chosen: Settings, engine: Engine | None = None) -> int:
         RequestError: what was asked for is not installed or wrong here.
         OSError: another program listens on the port.
     """
-    share_heaps()
-    raise_file_limit()
+    cleanup.share_heaps()
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
     check_folder(chosen)
     check_checkpoints(chosen)
     check_address(chosen)
     environment.prepare_proxies(chosen.host)
-    with stop_signals() as asked:
-        try:
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal's handler may call its `put`
+    try:
+        with stop_signals(leave_at_once):
             if engine is None and os.environ.get("SPACES_ZERO_GPU"):
                 from musicgen_ui.backends.zerogpu import ZeroEngine
 
                 engine = ZeroEngine(chosen.checkpoint)
             demo, temporary = launch(chosen, engine)
-            try:
-                print(f"MusicGen UI is at {demo.local_url.replace('[::]', '[::1]')}", flush=True)
-                if chosen.share:
-                    link = demo.share_url or "no link, Gradio has no way out"
-                    print(f"For others: {link}", flush=True)
-                return _wait(demo, asked)
-            finally:
-                close(demo, temporary)
-        finally:
-            files.delete_private()
+            with stop_signals(asked.put):
+                try:
+                    print(
+                        f"MusicGen UI is at {demo.local_url.replace('[::]', '[::1]')}", flush=True
+                    )
+                    if chosen.share:
+                        link = demo.share_url or "no link, Gradio's servers were not reached"
+                        print(f"For others: {link}", flush=True)
+                    return wait_for_end(demo, asked)
+                finally:
+                    close(demo, temporary)
+    finally:
+        files.delete_private()
 
 
-def _wait(demo: Any, asked: queue.SimpleQueue[int]) -> int:
+def wait_for_end(demo: Any, asked: queue.SimpleQueue[int], check_every_s: float = 0.5) -> int:
     """Until a signal comes, or the server cannot go on; the exit code."""
     while demo.server.thread.is_alive():
         with contextlib.suppress(queue.Empty):
-            return 128 + asked.get(timeout=0.5)
+            return 128 + asked.get(timeout=check_every_s)
         if refusal := getattr(demo.engine, "refusal", None):
             print(refusal, file=sys.stderr)
             return WRONG
+        if demo.engine.health().trouble == faults.LOST:  # only a new process has CUDA again
+            log.critical("The device is lost: the server ends, to be started again")
+            return FAILED
     log.critical("The server has ended by itself")
     return FAILED
 
@@ -401,7 +408,7 @@ def run(chosen: Settings) -> int:
     try:
         leave(serve(chosen))
     except OSError as error:
-        if error.errno != errno.EADDRINUSE and "empty port" not in str(error):  # Gradio's words
+        if error.errno not in (errno.EADDRINUSE, None):  # Gradio's own has no number
             raise
         print(
             f"Cannot listen on {chosen.host}, port {chosen.port}: another program does. End it, or "
@@ -422,6 +429,6 @@ def leave(code: int) -> NoReturn:
             child.terminate()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a signal came in a write
             stream.flush()
     os._exit(code)

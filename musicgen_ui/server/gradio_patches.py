@@ -1,21 +1,29 @@
-"""What Gradio does otherwise than this app needs: each change with its reason.
+"""Every use of Gradio's private interfaces: what it does otherwise than this app needs, and why.
 
-They stand on names that Gradio does not promise to keep; a test of each fails when they move.
+Each stands on a name that Gradio does not promise to keep; tests/server/test_gradio_patches.py has
+a test for each that fails when an upgrade moves it. `gradio==6.31.*` in requirements.txt is pinned
+for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio import route_utils, routes
+from gradio.blocks import Block
 from gradio.exceptions import InvalidPathError
+from gradio.state_holder import SessionState
 
-from musicgen_ui.server import middleware
+from musicgen_ui.server.middleware import App, Receive, Scope, Send
 
+MAX_FILES = 8  # in one upload
+NOT_FETCHED = "Upload the file instead of a URL."
 TITLE = "MusicGen UI"
 DESCRIPTION = "Music from words, played while it is being made."
 HERE = "."  # the root of addresses that are relative to the page
@@ -40,16 +48,95 @@ _get_root_url = route_utils.get_root_url
 _respond = routes.templates.TemplateResponse
 _loader: Any = routes.templates.env.loader
 _get_source = _loader.get_source
+_move_to_cache = Block.async_move_resource_to_block_cache
+_parser: Any = route_utils.GradioMultiPartParser
 
 
 def apply(page: gr.Blocks) -> None:
-    """Changes Gradio for this process, and the page."""
-    middleware.guard_files()
-    say_why(page)
+    """Changes Gradio for this process, and the page. Call it before the page is launched."""
+    routes.CustomCORSMiddleware = PassThrough  # type: ignore
+    route_utils.GradioMultiPartParser = upload_parser  # type: ignore
+    Block.async_move_resource_to_block_cache = refuse_urls  # type: ignore
+    keep_no_values()
+    explain_refusals(page)
     route_utils.get_root_url = root_url
     routes.templates.TemplateResponse = page_response  # type: ignore
     _loader.get_source = page_source
     leave_limits_to_the_request()
+
+
+class PassThrough:
+    """Takes the place of Gradio's CORS middleware, which gives nearly every website credentials.
+
+    It is the outermost one, so that `middleware.OriginCheck` cannot take its headers away.
+    """
+
+    def __init__(self, app: App, **_: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on."""
+        await self.app(scope, receive, send)
+
+
+def upload_parser(*args: Any, **options: Any) -> Any:
+    """Gradio's parser of uploads, for files alone: it holds a form's other fields in memory."""
+    return _parser(*args, **options | {"max_files": MAX_FILES, "max_fields": 0})
+
+
+async def refuse_urls(component: Any, file: Any) -> Any:
+    """Makes components refuse a URL instead of a file.
+
+    Gradio fetches public ones: a body of any size, and into memory. On the class, since Gradio
+    makes a page's components anew, and what was set on an instance is lost.
+    """
+    if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
+        raise gr.Error(NOT_FETCHED, print_exception=False)
+    return await _move_to_cache(component, file)
+
+
+def keep_no_values() -> None:
+    """Has Gradio keep no copy of the components for each page: 9 kB instead of 245 kB.
+
+    The copies are for links to a page's state, which this app does not have; each also keeps what
+    a page sent last, of any size.
+    """
+    nothing = property(lambda session: {}, lambda session, values: None)
+    SessionState.config_values = nothing  # type: ignore[assignment]
+    SessionState._update_value_in_config = lambda *_: None  # type: ignore[method-assign]
+
+
+def sign_in_mcp(demo: gr.Blocks, user: str, password: str) -> None:
+    """Has Gradio's MCP server call the API with the password; its own client brings none."""
+    from gradio_client import Client
+
+    client = Client(
+        demo.local_url,
+        auth=(user, password),
+        headers={"x-gradio-user": "mcp"},
+        download_files=False,
+        verbose=False,
+        analytics_enabled=False,
+        _skip_components=False,
+    )
+    server: Any = demo.mcp_server_obj
+    server._get_or_create_client = lambda: client
+
+
+def hang_up(server: Any, within_s: float = 5.0) -> None:
+    """Ends a running uvicorn server and breaks its connections off.
+
+    A page takes that for a lost connection, and loads itself anew when the server is back. Gradio's
+    own end would tell it that its job failed, or wait for pages that stay open; uvicorn's own
+    forced end logs a traceback for each of them.
+    """
+    server.should_exit = True
+    end_s = time.monotonic() + within_s
+    while server.thread.is_alive() and time.monotonic() < end_s:
+        for connection in tuple(server.server_state.connections):
+            with contextlib.suppress(RuntimeError):  # its loop has ended by now
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
+        server.thread.join(0.05)
 
 
 def leave_limits_to_the_request() -> None:
@@ -101,19 +188,19 @@ def _hostname(host: str) -> str | None:
     return urlsplit(f"//{host.partition(',')[0].strip()}").hostname
 
 
-def say_why(page: gr.Blocks) -> None:
-    """Has calls that are refused before they reach a handler told why, which Gradio keeps secret.
+def explain_refusals(page: gr.Blocks) -> None:
+    """Gives the reason where a call is refused before it reaches a handler.
 
-    With `show_error` it would tell, and so it would of every other error.
+    Gradio says it only with `show_error`, and then it shows every other error as well.
     """
-    take_in = page.preprocess_data
+    preprocess = page.preprocess_data
 
-    async def told(block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
-        wanted = len(block_fn.inputs)
-        if len(inputs) != wanted:
-            raise _refusal(f"{wanted} values are expected, and {len(inputs)} came")
+    async def explained(block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
+        expected = len(block_fn.inputs)
+        if len(inputs) != expected:
+            raise _refusal(f"{expected} values are expected, and {len(inputs)} came")
         try:
-            return await take_in(block_fn, inputs, *rest, **named)
+            return await preprocess(block_fn, inputs, *rest, **named)
         except gr.Error:
             raise
         except InvalidPathError as error:
@@ -121,7 +208,7 @@ def say_why(page: gr.Blocks) -> None:
         except ValueError as error:  # a value of another kind than the parameter's
             raise _refusal(_what_is_wrong(block_fn, inputs)) from error
 
-    page.preprocess_data = told  # type: ignore[method-assign]
+    page.preprocess_data = explained  # type: ignore[method-assign]
 
 
 def _refusal(why: str) -> gr.Error:

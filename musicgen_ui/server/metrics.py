@@ -37,17 +37,17 @@ class Metrics(Collector):
         self.engine = engine
         self.journal = journal
         self.registry = prometheus.CollectorRegistry()
-        own: Any = {"namespace": "musicgen", "registry": self.registry}
-        self.jobs = prometheus.Counter("jobs", "Jobs that ended", ["outcome"], **own)
-        self.music = prometheus.Counter("music_seconds", "Music that was made", **own)
+        common: Any = {"namespace": "musicgen", "registry": self.registry}
+        self.jobs = prometheus.Counter("jobs", "Jobs that ended", ["outcome"], **common)
+        self.music = prometheus.Counter("music_seconds", "Music that was made", **common)
         self.waited = prometheus.Histogram(
-            "waited_seconds", "From the click to the first step", buckets=SECONDS, **own
+            "waited_seconds", "From the click to the first step", buckets=SECONDS, **common
         )
         self.first_audio = prometheus.Histogram(
-            "first_audio_seconds", "From the click to the first sound", buckets=SECONDS, **own
+            "first_audio_seconds", "From the click to the first sound", buckets=SECONDS, **common
         )
         self.realtime = prometheus.Histogram(
-            "realtime_factor", "Seconds of music a second of work", buckets=FACTORS, **own
+            "realtime_factor", "Seconds of music a second of work", buckets=FACTORS, **common
         )
         for outcome in OUTCOMES:
             self.jobs.labels(outcome)
@@ -91,7 +91,7 @@ def gauge(name: str, help: str, value: Any, label: str = "", always: str = "") -
     return family
 
 
-def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
+def metrics_routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
     """/healthz and /metrics.
 
     Args:
@@ -102,19 +102,19 @@ def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
 
     def healthz(request: Request) -> Response:
         health = metrics.engine.health()
-        told: dict[str, Any] = {
+        answer: dict[str, Any] = {
             "status": "failed" if health.trouble else "ok",
             "engine": metrics.engine.status(),
         }
-        told |= {"trouble": health.trouble} if health.trouble else {}
-        told |= {"warnings": health.warnings} if health.warnings else {}
-        told |= {"jobs": health.jobs, "waiting": health.waiting}
-        told |= {"step_age_s": round(health.step_age_s, 1)}
-        return JSONResponse(told, 503 if health.trouble else 200, {"cache-control": "no-store"})
+        answer |= {"trouble": health.trouble} if health.trouble else {}
+        answer |= {"warnings": health.warnings} if health.warnings else {}
+        answer |= {"jobs": health.jobs, "waiting": health.waiting}
+        answer |= {"step_age_s": round(health.step_age_s, 1)}
+        return JSONResponse(answer, 503 if health.trouble else 200, {"cache-control": "no-store"})
 
     attempts = sign_in.Attempts()
 
-    async def tell(request: Request) -> Response:
+    async def metrics_page(request: Request) -> Response:
         if token:
             scheme, _, brought = request.headers.get("authorization", "").partition(" ")
             with attempts.one(request.scope) as may_try:
@@ -125,14 +125,16 @@ def routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
                 ):
                     await asyncio.sleep(sign_in.WRONG_S if brought else 0)
                     needed = {"www-authenticate": "Bearer"}
-                    return PlainTextResponse("Bring the metrics token.\n", 401, needed)
+                    return PlainTextResponse(
+                        "The metrics token is missing or wrong.\n", 401, needed
+                    )
         elif proxied or not local(request):
-            text = "Set MUSICGEN_UI_METRICS_TOKEN to read the metrics from afar.\n"
+            text = "Set MUSICGEN_UI_METRICS_TOKEN to read the metrics from another computer.\n"
             return PlainTextResponse(text, 403)
         page = prometheus.generate_latest(metrics.registry)
         return Response(page, media_type=prometheus.CONTENT_TYPE_LATEST)
 
-    return [Route("/healthz", healthz), Route("/metrics", tell)]
+    return [Route("/healthz", healthz), Route("/metrics", metrics_page)]
 
 
 def local(request: Request) -> bool:

@@ -1,13 +1,12 @@
-"""What outsiders may reach and hold open: routes, files, addresses, connections.
+"""What a request passes before Gradio sees it (ASGI middleware), in the order of `app.middleware`.
 
 A browser sends requests for every website that it shows, also to servers on its own computer, and
-DNS rebinding gives such a server's address another name. `SameOrigin` refuses both.
-Gradio brings more routes than this page needs, among them one that fetches any address for whoever
-asks and one that runs FFmpeg on a body; `Doors` lets through those that page, API and MCP use. It
-serves files from the cache alone, where Gradio names a file by its content's hash, so nobody finds
-another visitor's take by guessing its prompt and seed. Clips come as uploads: an address in their
-place is refused before anything is looked up. Connections are counted, and one that does not get
-to the end of a request's head is closed.
+DNS rebinding gives such a server's address another name: `OriginCheck` refuses both. Gradio brings
+more routes than this page needs, among them one that fetches any address for whoever asks and one
+that runs FFmpeg on a body: `RouteAllowList` lets through those that page, API and MCP use. Files
+are served from the cache alone, where Gradio names a file by its content's hash, so nobody finds
+another visitor's take by guessing its prompt and seed. Slow clients and their number are a reverse
+proxy's business, see docs/hosting.md.
 """
 
 from __future__ import annotations
@@ -15,38 +14,33 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import ipaddress
+import json
 import logging
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-import gradio as gr
-from gradio import route_utils, routes
-from gradio.blocks import Block
-from starlette.datastructures import FormData, Headers
-from starlette.formparsers import MultiPartException
-
-from musicgen_ui.server.limits import file_limit
+from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Router
 
 log = logging.getLogger(__name__)
 
-# Gradio's routes, by what follows /gradio_api/: page, clients, sign-in, MCP.
-OPEN = {
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# Gradio's routes, by what follows /gradio_api/: page, clients, MCP.
+OPEN_ROUTES = {
     *("info", "openapi.json", "config", "startup-events", "theme.css", "app_id"),
     *("queue", "run", "call", "cancel", "reset", "heartbeat", "upload", "upload_progress"),
     *("token", "user", "login_check", "mcp"),
 }
-MAX_CONNECTIONS = 800  # fewer where a process may have fewer files open
-SPARE_FILES = 100  # for models, takes, uploads and the libraries' own
-MAX_OF_AN_ADDRESS = 100  # where it is a public one: behind a proxy, all visitors share the proxy's
-HEAD_S = 20.0  # for a request's head
-MAX_FILES = 8  # in one upload
-SPARE_BYTES = 500_000_000  # of the disk are left to the takes
 USUAL_PORTS = (80, 443)
 WRONG_HOST = (
     "This server does not answer to that name: open it as localhost, or start it with "
@@ -56,77 +50,40 @@ WRONG_ORIGIN = (
     "Pages of other websites may not use this server: open its own page, or start it with "
     "--allowed-hosts and the website's name."
 )
-# Of a file's part. Gradio adds the headers of the request to them, cookies and passwords included.
-OF_A_PART = {
+NOT_UNDERSTOOD = "The request could not be understood: “Use via API” on the page lists the calls."
+BODY_BYTES = 4_000_000  # a form with two full prompts is some 10 kB; uploads are counted apart
+SPARE_BYTES = 500_000_000  # of the disk are left to the takes
+ID_CHARACTERS = 64  # Gradio's own have 36 at most
+ID_FIELDS = ("session_hash", "event_id")
+ROUTES_WITH_IDS = ("queue", "call", "run", "api", "cancel", "reset")  # in their bodies
+# The headers of a part of a file (206). Gradio adds those of the request, cookies included.
+PART_HEADERS = {
     *(b"cache-control", b"content-disposition", b"content-encoding"),
     *(b"content-length", b"content-range", b"content-type", b"date", b"etag", b"last-modified"),
     *(b"vary", b"access-control-allow-origin"),
 }
-TOO_MANY = b"There are too many connections to this server: try again in a minute.\n"
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n"
-    b"Retry-After: 60\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(TOO_MANY)
-)
-NOT_FETCHED = "Clips are uploaded, not fetched: download it and hand over the file."
 
 
-class SameOrigin:
-    """Refuses requests that other websites send by way of a visitor's browser (ASGI middleware).
+async def refuse(
+    scope: Scope, send: Send, status: int, text: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answers with a sentence; closes a websocket."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    named = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store"}
+    named |= {"connection": "close"} | dict(headers or {})
+    raw = [(name.encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": f"{text}\n".encode()})
 
-    Args:
-        app: what is behind it.
-        names: of this server, as `fnmatch` patterns in lower case. Pages of these may call it.
-        local: whether it listens on loopback alone: then it has no other names but localhost.
-        open_to_pages: whether pages of every website may call it.
-    """
 
-    def __init__(
-        self, app: Any, names: Collection[str], local: bool, open_to_pages: bool = False
-    ) -> None:
-        self.app = app
-        self.names = names
-        self._local, self._open = local, open_to_pages
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Serves who calls this server by its name, and not from another website."""
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        if not self._has_name(headers.getlist("host")):
-            await _answer(scope, send, 403, WRONG_HOST)
-            return
-        if not self._open and self._is_foreign(headers, scope):
-            await _answer(scope, send, 403, WRONG_ORIGIN)
-            return
-        await self.app(scope, receive, send)
-
-    def _has_name(self, hosts: list[str]) -> bool:
-        if not self._local:
-            return True
-        name = _host_and_port(f"//{hosts[0]}")[0] if len(hosts) == 1 else ""
-        return is_loopback(name) or self._knows(name)
-
-    def _knows(self, name: str) -> bool:
-        return bool(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names)
-
-    def _is_foreign(self, headers: Headers, scope: dict) -> bool:
-        """Whether a request comes from a page of another origin, as far as a browser says so."""
-        origin = headers.get("origin")
-        if origin is None:  # pictures, scripts and frames have none
-            asked = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
-            followed_link = asked == ("navigate", "document")
-            return headers.get("sec-fetch-site") == "cross-site" and not followed_link
-        name, port = _host_and_port(origin)
-        served_port = (scope.get("server") or ("", None))[1]
-        # No page can set the second of them without asking first, and then it is refused.
-        for host in (headers.get("host"), headers.get("x-forwarded-host")):
-            own_name, own_port = _host_and_port(f"//{host or ''}")
-            # A proxy may leave the port out, a browser only where it is the usual one.
-            by_proxy = own_port == 0 and served_port not in USUAL_PORTS
-            if name and name == own_name and (port == own_port or by_proxy):
-                return False
-        return not self._knows(name)
+def is_loopback(host: str) -> bool:
+    """Whether an address is one of this computer's own, which no other computer reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -139,58 +96,77 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return (parts.hostname or ""), (0 if port in USUAL_PORTS else port)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is one of this computer's own, which no other computer reaches."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+class OriginCheck:
+    """Refuses requests that other websites send by way of a visitor's browser.
+
+    Args:
+        app: what is behind it.
+        names: of this server, as `fnmatch` patterns in lower case. Pages of these may call it.
+        local: whether it listens on loopback alone: then it has no other names but localhost.
+        public: whether pages of every website may call it.
+    """
+
+    def __init__(self, app: App, names: Collection[str], local: bool, public: bool = False) -> None:
+        self.app = app
+        self.names = names
+        self._local, self._public = local, public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves who calls this server by its name, and not from another website."""
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(raw=scope["headers"])
+            if self._local and not self._is_named(headers.getlist("host")):
+                await refuse(scope, send, 403, WRONG_HOST)
+                return
+            if not self._public and self._is_foreign(headers, scope):
+                await refuse(scope, send, 403, WRONG_ORIGIN)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_named(self, hosts: list[str]) -> bool:
+        name = _host_and_port(f"//{hosts[0]}")[0] if len(hosts) == 1 else ""
+        return is_loopback(name) or self._knows(name)
+
+    def _knows(self, name: str) -> bool:
+        return bool(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names)
+
+    def _is_foreign(self, headers: Headers, scope: Scope) -> bool:
+        """Whether a request comes from a page of another origin, as far as a browser says so."""
+        origin = headers.get("origin")
+        if origin is None:  # pictures, scripts and frames have none
+            asked = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+            followed_link = asked == ("navigate", "document")
+            return headers.get("sec-fetch-site") == "cross-site" and not followed_link
+        name, port = _host_and_port(origin)
+        served_port = (scope.get("server") or ("", None))[1]
+        # No page can set the second of them without asking first, and then it is refused.
+        for host in (headers.get("host"), headers.get("x-forwarded-host")):
+            host_name, host_port = _host_and_port(f"//{host or ''}")
+            # A proxy may leave the port out, a browser only where it is the usual one.
+            by_proxy = host_port == 0 and served_port not in USUAL_PORTS
+            if name and name == host_name and (port == host_port or by_proxy):
+                return False
+        return not self._knows(name)
 
 
-class Doors:
-    """Answers 404 for what is not open and 400 for what Gradio stumbles over (ASGI middleware).
+class RouteAllowList:
+    """Answers 404 for Gradio's routes that nothing here uses, and for files outside the cache.
 
     Args:
         app: what is behind it.
         cache: the folder whose files are served.
     """
 
-    def __init__(self, app: Any, cache: Path) -> None:
+    def __init__(self, app: App, cache: Path) -> None:
         self.app = app
         self.cache = cache.resolve()
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves what is open."""
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+        if scope["type"] in ("http", "websocket") and not self._is_open(scope["path"]):
+            await refuse(scope, send, 404, "Not found.")
             return
-        started = False
-
-        async def noted(message: dict) -> None:
-            nonlocal started
-            started = True
-            if message.get("status") == 206:
-                headers = [h for h in message["headers"] if h[0].lower() in OF_A_PART]
-                message = {**message, "headers": [*headers, (b"accept-ranges", b"bytes")]}
-            await send(message)
-
-        if not self._is_open(scope["path"]):
-            await _answer(scope, send, 404, "There is nothing here.")
-            return
-        try:
-            await self.app(scope, receive, noted)
-        except Exception as error:
-            # Gradio trusts what its own page sends: anything else is the sender's mistake.
-            log.warning("A request was not understood: %s", type(error).__name__)
-            log.debug("It was", exc_info=error)
-            if not started:
-                text = "The request could not be understood."
-                if isinstance(error, route_utils.FnIndexInferError):
-                    text = "There is no call of that name: “Use via API” on the page lists them."
-                await _answer(scope, send, 400, text)
-            elif scope["type"] == "http":  # what was begun is ended, as far as it goes
-                with contextlib.suppress(Exception):
-                    await send({"type": "http.response.body", "body": b""})
+        await self.app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         found = re.search(r"/gradio_api/(.+)", path, re.DOTALL)  # behind any root path
@@ -198,152 +174,171 @@ class Doors:
             return True
         route = found[1]
         if route.startswith("file="):
-            return self._is_shown(route.removeprefix("file="))
-        return route.partition("/")[0] in OPEN
+            return self._is_in_cache(route.removeprefix("file="))
+        return route.partition("/")[0] in OPEN_ROUTES
 
-    def _is_shown(self, file: str) -> bool:
+    def _is_in_cache(self, file: str) -> bool:
         try:
             return Path(os.path.realpath(file)).is_relative_to(self.cache)
         except (OSError, ValueError):  # too long, a null byte
             return False
 
 
-async def _answer(scope: dict, send: Callable, status: int, text: str) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": f"{text}\n".encode()})
+class ErrorResponses:
+    """Answers 400 where Gradio raises: it trusts what its own page sends, whoever sends it."""
 
-
-class NoSharing:
-    """Takes the place of Gradio's middleware, which gives nearly every website credentials."""
-
-    def __init__(self, app: Any, **_: Any) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Passes everything on; see `SameOrigin`."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request that Gradio understands, and a part of a file with its own headers."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def forward(message: Message) -> None:
+            nonlocal started
+            started = True
+            if message.get("status") == 206:
+                headers = [h for h in message["headers"] if h[0].lower() in PART_HEADERS]
+                message = {**message, "headers": [*headers, (b"accept-ranges", b"bytes")]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, forward)
+        except Exception as error:
+            log.warning("A request was not understood: %s", type(error).__name__)
+            log.debug("It was", exc_info=error)
+            if not started:
+                await refuse(scope, send, 400, NOT_UNDERSTOOD)
+            elif scope["type"] == "http":  # what was begun is ended, as far as it goes
+                with contextlib.suppress(Exception):
+                    await send({"type": "http.response.body", "body": b""})
+
+
+class BodyLimit:
+    """Refuses request bodies that are too large, counted as they come, and uploads to a full disk.
+
+    Gradio limits uploaded files, but reads a form field or a JSON body of any size into memory.
+
+    Args:
+        app: what is behind it.
+        upload_bytes: the largest body of an upload.
+        body_bytes: the largest body of any other request.
+        folder: where uploads are written.
+    """
+
+    def __init__(
+        self, app: App, upload_bytes: int, body_bytes: int = BODY_BYTES, folder: Path = Path()
+    ) -> None:
+        self.app = app
+        self.upload_bytes, self.body_bytes, self.folder = upload_bytes, body_bytes, folder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request whose body stays within its limit, else answers 413 or 507."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        upload = scope["path"].rstrip("/").endswith("/upload")
+        if upload and shutil.disk_usage(self.folder).free < SPARE_BYTES:
+            text = "The server's disk has no room for files at the moment."
+            await refuse(scope, send, 507, text)
+            return
+        limit = self.upload_bytes if upload else self.body_bytes
+        seen, started = 0, False
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _TooLargeError
+            return message
+
+        async def forward(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            if content_length(scope) > limit:
+                raise _TooLargeError
+            await self.app(scope, counted, forward)
+        except _TooLargeError:
+            if started:
+                raise
+            await refuse(scope, send, 413, f"The request is larger than {limit // 1_000_000} MB.")
+
+
+class _TooLargeError(Exception):
+    """A body passed its limit."""
+
+
+def content_length(scope: Scope) -> int:
+    """The body's length as its sender states it; 0 where nothing can be made of that."""
+    text = Headers(raw=scope["headers"]).get("content-length", "")
+    return int(text) if text.isdecimal() and text.isascii() else 0
+
+
+class IdentifierLimit:
+    """Refuses long identifiers of sessions, events and uploads.
+
+    Clients choose them, and Gradio keeps each one, whatever its length, with what belongs to it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request whose identifiers are short, else answers 400."""
+        api, route = "", ""
+        if scope["type"] == "http":
+            _, api, route = scope["path"].rpartition("/gradio_api/")
+        if not api or route.startswith("file="):
+            await self.app(scope, receive, send)
+            return
+        ids: list[Any] = route.split("/")
+        ids += [value for _, value in parse_qsl(scope["query_string"].decode("latin-1"))]
+        if scope["method"] == "POST" and route.split("/")[0] in ROUTES_WITH_IDS:
+            body, receive = await read_body(receive)
+            with contextlib.suppress(ValueError, RecursionError):  # Gradio says what is wrong
+                fields = json.loads(body)
+                ids += [fields.get(key) for key in ID_FIELDS] if isinstance(fields, dict) else []
+        if any(isinstance(each, str) and len(each) > ID_CHARACTERS for each in ids):
+            text = f"An identifier in it is longer than {ID_CHARACTERS} characters."
+            await refuse(scope, send, 400, text)
+            return
         await self.app(scope, receive, send)
 
 
-def guard_origins() -> None:
-    """Has `SameOrigin` alone decide about other websites. Call it before Gradio's app is made."""
-    routes.CustomCORSMiddleware = NoSharing  # type: ignore[misc, assignment]
+async def read_body(receive: Receive) -> tuple[bytes, Receive]:
+    """A body, and a `receive` that gives it once more."""
+    messages: list[Message] = []
+    body = b""
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+        body += messages[-1].get("body", b"")
+    messages.reverse()
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return body, again
 
 
-def guard_files() -> None:
-    """Bounds uploads, see `Uploads`, and makes components refuse an address instead of a file.
+class ServerRoutes:
+    """This server's own routes, which come before Gradio's.
 
-    Gradio fetches addresses, public ones only, but a body of any size and into memory. On the
-    class: Gradio makes a page's components anew, and what was set on an instance is lost.
-    """
-    route_utils.GradioMultiPartParser = Uploads  # type: ignore[misc]
-    Block.async_move_resource_to_block_cache = _only_files  # type: ignore
-
-
-_take_in = Block.async_move_resource_to_block_cache
-
-
-async def _only_files(component: Any, file: Any) -> Any:
-    if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
-        raise gr.Error(NOT_FETCHED, print_exception=False)
-    return await _take_in(component, file)
-
-
-class Uploads(route_utils.GradioMultiPartParser):
-    """Gradio's reader of uploads that takes files alone and leaves nothing of what breaks off.
-
-    Gradio reads a form's other fields into memory, whatever their size, and keeps what was written
-    of a file when its sender goes away.
+    Gradio's page answers every path, so a route that is added to its app is found too late, and
+    not before the page is launched.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"max_files": MAX_FILES, "max_fields": 0})
+    def __init__(self, app: App, routes: Sequence[BaseRoute]) -> None:
+        self.app = app
+        self._router = Router(routes, redirect_slashes=False, default=app)
 
-    async def parse(self) -> FormData:
-        """The files of a form, written to the cache.
-
-        Raises:
-            MultiPartException: it is no such form, or too much for this server; Gradio answers 400.
-        """
-        if shutil.disk_usage(self.upload_dir or ".").free < SPARE_BYTES:
-            raise MultiPartException("The server has no room for files at the moment.")
-        try:
-            form = await super().parse()
-            if not all(name == "files" for name, _ in self.items):
-                raise MultiPartException("A form of files named “files” was expected.")
-            return form
-        except BaseException:
-            for file in self._files_to_close_on_error:
-                file.close()
-                Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def bound_connections(server: Any) -> None:
-    """Bounds the connections of a running uvicorn server, and the wait for a request's head."""
-    plain = server.config.http_protocol_class
-
-    class Bounded(plain):  # type: ignore[misc, valid-type]
-        """A connection that has to get on."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._unfinished: Any = None  # the request that was over when it was last looked at
-            self._look_again = self.loop.call_later(HEAD_S, self._look)
-            if is_too_many(self.connections, self.client):
-                transport.write(FULL + TOO_MANY)
-                transport.close()
-
-        def connection_lost(self, error: Exception | None) -> None:
-            self._look_again.cancel()
-            super().connection_lost(error)
-
-        def _look(self) -> None:
-            over = self.cycle is None or self.cycle.response_complete
-            if over and self.cycle is self._unfinished:
-                self.transport.close()
-                return
-            self._unfinished = self.cycle if over else self
-            self._look_again = self.loop.call_later(HEAD_S, self._look)
-
-    server.config.http_protocol_class = Bounded
-
-
-def hang_up(server: Any, within_s: float = 5.0) -> None:
-    """Ends a running uvicorn server and breaks its connections off.
-
-    A page takes that for a lost connection, and loads itself anew when the server is back. Gradio's
-    own end would tell it that its job failed, or wait for pages that stay open.
-    """
-    server.should_exit = True
-    end_s = time.monotonic() + within_s
-    while server.thread.is_alive() and time.monotonic() < end_s:
-        for connection in tuple(server.server_state.connections):
-            with contextlib.suppress(RuntimeError):  # its loop has ended by now
-                connection.loop.call_soon_threadsafe(connection.transport.abort)
-        server.thread.join(0.05)
-
-
-def most_connections() -> int:
-    """How many connections there may be at once."""
-    return min(MAX_CONNECTIONS, max(SPARE_FILES // 10, file_limit() - SPARE_FILES))
-
-
-def is_too_many(connections: Iterable[Any], client: tuple[str, int] | None) -> bool:
-    """Whether the newest of `connections`, `client`'s, is one more than there may be."""
-    connections = list(connections)
-    if len(connections) > most_connections():
-        return True
-    host = client[0] if client else ""
-    same = [connection for connection in connections if (connection.client or [""])[0] == host]
-    return len(same) > MAX_OF_AN_ADDRESS and _is_public(host)
-
-
-def _is_public(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_global
-    except ValueError:
-        return False
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one of the routes, else what is behind."""
+        of_a_path = scope["type"] in ("http", "websocket")
+        await (self._router if of_a_path else self.app)(scope, receive, send)

@@ -1,15 +1,22 @@
-"""The settings of a server: one table for the environment, the command line and docs/hosting.md."""
+"""The settings of a server: one model for the environment, the command line and docs/hosting.md."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import FIELDS, MAX_DURATION_S
@@ -17,9 +24,10 @@ from musicgen_ui.request import FIELDS, MAX_DURATION_S
 PREFIX = "MUSICGEN_UI_"
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
-YEAR_S = 366 * 24 * 3600.0  # timers take no more than some of them
+YEAR_S = 366 * 24 * 3600.0  # the longest time that every timer takes
+LARGE = 1e6
 # Spaces are public, and their own proxies have private addresses.
-ON_SPACES = {
+SPACE_DEFAULTS = {
     "host": "0.0.0.0",
     "any_checkpoint": False,
     "max_duration_s": 60.0,
@@ -29,114 +37,184 @@ ON_SPACES = {
 }
 
 
-def _setting(
-    default: Any,
-    help: str,
-    env: str | None = None,
-    *,
-    least: float = 0,
-    most: float = 1e6,
-    choices: Sequence[str] = (),
-) -> Any:
-    about = {"help": help, "env": env, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=about)
+def _host(value: str) -> str:
+    host = value.strip(" []")  # a URL has an IPv6 address in brackets
+    if not host:
+        raise ValueError("is empty: name an address.")
+    return host
 
 
-def _secret(help: str) -> Any:
-    return dataclasses.field(default="", repr=False, metadata={"help": help, "env": None})
+def _credentials(value: str) -> str:
+    user, _, password = value.partition(":")
+    if value and not (user and password):
+        raise ValueError("must be a name and a password with a colon between them.")
+    return value
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a server runs. `help` is a field's text in docs/hosting.md, `variable` its name there."""
+def _root_path(value: str) -> str:
+    path = value.strip("/")
+    whole = path.startswith(("http://", "https://"))
+    return f"/{path}" if path and not whole else path
 
-    host: str = _setting(
-        "127.0.0.1", "address to listen on; 0.0.0.0 is every one", "GRADIO_SERVER_NAME"
+
+def _device(value: str) -> str:
+    kind, _, index = value.partition(":")
+    return value if kind == "cuda" and index.isdecimal() else _one_of(DEVICES)(value)
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"cannot be {value!r}: choose {', '.join(choices)}.")
+        return value
+
+    return check
+
+
+def _networks(value: str) -> str:
+    for network in _items(value):
+        try:
+            _ = network == "*" or ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ValueError(f"holds {network!r}, which is no network: {error}.") from error
+    return value
+
+
+class Settings(BaseSettings):
+    """How a server runs: arguments before environment variables before the defaults.
+
+    Raises:
+        pydantic.ValidationError: a value is wrong; `settings` makes a sentence of it.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        populate_by_name=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # some are secret
     )
-    port: int = _setting(7860, "port to listen on", "GRADIO_SERVER_PORT", least=1, most=65535)
-    auth: str = _secret("USER:PASSWORD that visitors sign in with; empty is no sign-in")
-    root_path: str = _setting(
-        "", "path under which a reverse proxy shows the app, such as /music", "GRADIO_ROOT_PATH"
+
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        "127.0.0.1",
+        validation_alias="GRADIO_SERVER_NAME",
+        description="address to listen on; 0.0.0.0 is every one",
     )
-    share: bool = _setting(
-        False, "a public link through Gradio's servers, for three days", "GRADIO_SHARE"
+    port: int = Field(
+        7860,
+        ge=1,
+        le=65535,
+        validation_alias="GRADIO_SERVER_PORT",
+        description="port to listen on",
     )
-    mcp: bool = _setting(
-        False, "a tool for MCP clients; needs requirements-mcp.txt", "GRADIO_MCP_SERVER"
-    )
-    checkpoint: str = _setting("auto", "checkpoint chosen when the page opens")
-    any_checkpoint: bool = _setting(
-        True,
-        "visitors may name any Hub id or folder; off, as on Spaces, only those that are on this "
-        "computer or listed in --checkpoints",
-    )
-    checkpoints: str = _setting(
-        "", "checkpoints that are offered in any case, with commas between them: small,melody"
-    )
-    device: str = _setting("auto", "auto, cuda, mps or cpu", choices=DEVICES)
-    precision: str = _setting(
-        "auto", "auto, float32, bfloat16, float16 or int8", choices=PRECISIONS
-    )
-    memory_gb: float = _setting(0.0, "memory for loaded models in GB; 0 is by the device")
-    idle_s: float = _setting(
-        900.0, "seconds until an idle model is unloaded; 0 is never", most=YEAR_S
-    )
-    jobs: int = _setting(8, "takes made at the same time", least=1)
-    queue_length: int = _setting(32, "takes being made or waiting; more are turned away", least=1)
-    visitor_jobs: int = _setting(
-        0, "takes of one visitor being made or waiting; 0 is any number, 8 on Spaces"
-    )
-    visitor_seconds: float = _setting(
-        0.0, "seconds of music an hour for each visitor; 0 is any number, 900 on Spaces"
-    )
-    trusted_proxies: str = _setting(
+    auth: Annotated[str, AfterValidator(_credentials)] = Field(
         "",
-        "networks of proxies in front that say who visits: 127.0.0.1,10.0.0.0/8; on Spaces its own",
-        "FORWARDED_ALLOW_IPS",
+        repr=False,
+        description="USER:PASSWORD that visitors sign in with; empty is no sign-in",
     )
-    allowed_hosts: str = _setting(
+    root_path: Annotated[str, AfterValidator(_root_path)] = Field(
         "",
-        "names of this server beside localhost, with commas between them: music.example.com, or * "
-        "for any; needed where a proxy shows a server that listens on this computer alone",
+        validation_alias="GRADIO_ROOT_PATH",
+        description="path under which a reverse proxy shows the app, such as /music",
     )
-    metrics_token: str = _secret(
-        "what /metrics wants as a bearer token; empty is for this computer alone"
+    share: bool = Field(
+        False,
+        validation_alias="GRADIO_SHARE",
+        description="a public link through Gradio's servers, for three days",
     )
-    log_prompts: bool = _setting(False, "the log's line of each job tells its prompt")
-    max_duration_s: float = _setting(
+    mcp: bool = Field(
+        False,
+        validation_alias="GRADIO_MCP_SERVER",
+        description="a tool for MCP clients; needs requirements-mcp.txt",
+    )
+    checkpoint: str = Field("auto", description="checkpoint chosen when the page opens")
+    any_checkpoint: bool = Field(
+        default_factory=lambda others: not others.get("share"),  # a shared link is public
+        description="visitors may name any Hub id or folder; off, as on Spaces and with --share, "
+        "only those that are on this computer or listed in --checkpoints",
+    )
+    checkpoints: str = Field(
+        "",
+        description="checkpoints that are offered in any case, with commas between them: "
+        "small,melody",
+    )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto", description="auto, cuda, mps or cpu"
+    )
+    precision: Annotated[str, AfterValidator(_one_of(PRECISIONS))] = Field(
+        "auto", description="auto, float32, bfloat16, float16 or int8"
+    )
+    memory_gb: float = Field(
+        0.0, ge=0, le=LARGE, description="memory for loaded models in GB; 0 is by the device"
+    )
+    idle_s: float = Field(
+        900.0, ge=0, le=YEAR_S, description="seconds until an idle model is unloaded; 0 is never"
+    )
+    jobs: int = Field(8, ge=1, le=LARGE, description="takes made at the same time")
+    queue_length: int = Field(
+        32, ge=1, le=LARGE, description="takes being made or waiting; more are turned away"
+    )
+    visitor_jobs: int = Field(
+        0,
+        ge=0,
+        le=LARGE,
+        description="takes of one visitor being made or waiting; 0 is any number, 8 on Spaces",
+    )
+    visitor_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=LARGE,
+        description="seconds of music an hour for each visitor; 0 is any number, 900 on Spaces",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_networks)] = Field(
+        "",
+        validation_alias="FORWARDED_ALLOW_IPS",
+        description="networks of proxies in front that say who visits: 127.0.0.1,10.0.0.0/8; on "
+        "Spaces its own",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="names of this server beside localhost, with commas between them: "
+        "music.example.com, or * for any; needed where a proxy shows a server that listens on "
+        "this computer alone",
+    )
+    metrics_token: str = Field(
+        "",
+        repr=False,
+        description="what /metrics wants as a bearer token; empty is for this computer alone",
+    )
+    log_prompts: bool = Field(False, description="the log's line of each job has its prompt")
+    max_duration_s: float = Field(
         MAX_DURATION_S,
-        "longest take, in seconds of new music; 60 on Spaces, where others wait",
-        least=FIELDS["duration_s"].metadata["min"],
-        most=MAX_DURATION_S,
+        ge=FIELDS["duration_s"].metadata["min"],
+        le=MAX_DURATION_S,
+        description="longest take, in seconds of new music; 60 on Spaces, where others wait",
     )
-    max_upload_mb: float = _setting(100.0, "largest upload in MB", least=0.1)
-    output_folder: str = _setting(
-        "", "where takes are kept; empty is a temporary folder, cleared after a day"
+    max_upload_mb: float = Field(100.0, ge=0.1, le=LARGE, description="largest upload in MB")
+    output_folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "", description="where takes are kept; empty is a temporary folder, cleared after a day"
     )
-    temporary_gb: float = _setting(
+    temporary_gb: float = Field(
         5.0,
-        "temporary takes that are kept, in GB, and as much of uploads; the oldest go first",
+        ge=0,
+        le=LARGE,
+        description="temporary takes that are kept, in GB, and as much of uploads; the oldest go "
+        "first",
     )
 
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            value = _coerce(spec, getattr(self, spec.name))
-            _check(spec, value)
-            object.__setattr__(self, spec.name, value)
-        object.__setattr__(self, "host", self.host.strip(" []"))  # "[::1]" is for addresses
-        folder = os.path.expanduser(self.output_folder)  # noqa: PTH111 - raises nothing
-        object.__setattr__(self, "output_folder", folder)
-        if not self.host:
-            raise RequestError(f"{variable('host')} ({flag('host')}) is empty: name an address.")
-        _check_networks(self.trusted_proxies)
-        if self.auth and not all(self.credentials):
-            raise RequestError(
-                f"{variable('auth')} ({flag('auth')}) must be a name and a password with a colon "
-                "between them."
-            )
-        path = self.root_path.strip("/")
-        whole = path.startswith(("http://", "https://"))
-        object.__setattr__(self, "root_path", f"/{path}" if path and not whole else path)
+    @classmethod
+    def settings_customise_sources(  # noqa: D102 - pydantic-settings' own hook
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        defaults = SPACE_DEFAULTS if os.environ.get("SPACE_ID") else {}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(defaults))
 
     @property
     def max_upload_bytes(self) -> int:
@@ -168,16 +246,8 @@ def _items(text: str) -> list[str]:
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    spec = {f.name: f for f in dataclasses.fields(Settings)}[name]
-    return spec.metadata["env"] or PREFIX + name.upper()
-
-
-def table() -> list[tuple[str, str, str, str]]:
-    """The rows of docs/hosting.md: environment variable, flag, default, what it does."""
-    return [
-        (variable(f.name), flag(f.name), str(f.default), f.metadata["help"])
-        for f in dataclasses.fields(Settings)
-    ]
+    alias = Settings.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + name.upper()
 
 
 def flag(name: str) -> str:
@@ -185,78 +255,62 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def label(name: str) -> str:
+    """How a message names a setting: by variable and flag."""
+    return f"{variable(name)} ({flag(name)})"
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """The rows of docs/hosting.md: environment variable, flag, default, what it does."""
+    return [
+        (variable(name), flag(name), str(_default(field)), field.description or "")
+        for name, field in Settings.model_fields.items()
+    ]
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting; one that is not given leaves the environment's value."""
-    for spec in dataclasses.fields(Settings):
-        what = f"{spec.metadata['help']} [{variable(spec.name)}, default {spec.default!r}]"
-        options: dict[str, Any] = {"help": what, "default": None, "dest": spec.name}
-        if isinstance(spec.default, bool):
+    for name, field in Settings.model_fields.items():
+        what = f"{field.description} [{variable(name)}, default {_default(field)!r}]"
+        options: dict[str, Any] = {"help": what, "default": None, "dest": name}
+        if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
-        parser.add_argument(flag(spec.name), **options)
+        parser.add_argument(flag(name), **options)
 
 
-def settings(
-    arguments: Mapping[str, Any] | Sequence[str] = (), environment: Mapping[str, str] = os.environ
-) -> Settings:
+def settings(arguments: Mapping[str, Any] | Sequence[str] = ()) -> Settings:
     """The settings from the environment, overridden by flags or by their parsed values.
 
     Raises:
-        RequestError: a value that cannot be understood or had; names the variable.
+        RequestError: a value is wrong; the sentence names its variable and flag.
     """
     if not isinstance(arguments, Mapping):
         parser = argparse.ArgumentParser()
         add_flags(parser)
         arguments = vars(parser.parse_args(list(arguments)))
-    names = [spec.name for spec in dataclasses.fields(Settings)]
-    values: dict[str, Any] = dict(ON_SPACES) if environment.get("SPACE_ID") else {}
-    told = {n: environment[variable(n)] for n in names if environment.get(variable(n))}
-    told |= {n: arguments[n] for n in names if arguments.get(n) is not None}
-    values |= {"any_checkpoint": False} if _on(told.get("share")) else {}  # public too
-    return Settings(**values | told)
+    given = {name: arguments.get(name) for name in Settings.model_fields}
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise RequestError(_sentence(error)) from error
 
 
-def _check(spec: dataclasses.Field, value: Any) -> None:
-    about = spec.metadata
-    name = f"{variable(spec.name)} ({flag(spec.name)})"
-    if choices := about.get("choices"):
-        kind, _, index = value.partition(":")
-        numbered = kind == "cuda" and index.isdecimal() and kind in choices
-        if value not in choices and not numbered:
-            raise RequestError(f"{name} cannot be {value!r}: choose {', '.join(choices)}.")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        least, most = about["least"], about["most"]
-        if not least <= value <= most:  # nan too
-            limits = f"{least:.15g} to {most:.15g}"
-            raise RequestError(f"{name} cannot be {value}: give a number from {limits}.")
-
-
-def _check_networks(text: str) -> None:
-    for network in filter(None, (item.strip() for item in text.split(","))):
-        try:
-            _ = network == "*" or ipaddress.ip_network(network)
-        except ValueError as error:
-            raise RequestError(
-                f"{variable('trusted_proxies')} ({flag('trusted_proxies')}) holds {network!r}, "
-                f"which is no network: {error}."
-            ) from error
-
-
-def _on(value: Any) -> bool:
-    return str(value).lower() in ("1", "true", "on", "yes")
-
-
-def _coerce(spec: dataclasses.Field, value: Any) -> Any:
-    kind: Any = type(spec.default)
-    if kind is bool and isinstance(value, str):
-        words = {"1": True, "true": True, "on": True, "yes": True}
-        words |= {"0": False, "false": False, "off": False, "no": False}
-        if value.lower() in words:
-            return words[value.lower()]
-    elif kind is not bool or isinstance(value, bool):
-        try:
-            return kind(value)
-        except (TypeError, ValueError):
-            pass
-    raise RequestError(
-        f"{variable(spec.name)} ({flag(spec.name)}) cannot be {value!r}: {spec.metadata['help']}."
-    )
+def _sentence(error: ValidationError) -> str:
+    """The first mistake of a validation, in our words."""
+    mistake = error.errors(include_url=False)[0]
+    at = str(mistake["loc"][0])
+    name = next(name for name in Settings.model_fields if at in (name, variable(name)))
+    if mistake["type"] == "value_error":
+        return f"{label(name)} {mistake['ctx']['error']}"
+    field = Settings.model_fields[name]
+    if field.annotation is bool:
+        what = "give true or false"
+    else:
+        limits = [getattr(m, "ge", None) or getattr(m, "le", None) or 0 for m in field.metadata]
+        kind = "a whole number" if field.annotation is int else "a number"
+        what = f"give {kind} from {min(limits):.15g} to {max(limits):.15g}"
+    return f"{label(name)} cannot be {mistake['input']!r}: {what}."

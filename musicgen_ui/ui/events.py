@@ -14,7 +14,6 @@ from gradio.blocks import Block
 
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
-from musicgen_ui.server.limits import ClosedPages
 from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
 from musicgen_ui.ui.components import Components, Endpoint, Updates
 from musicgen_ui.ui.handlers import Handlers
@@ -321,13 +320,7 @@ def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Any) -
 def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blocks) -> None:
     """A page that is opened, opened again, or left."""
     c = events.c
-    closed = ClosedPages(page)
-
-    def left(request: gr.Request) -> None:
-        handlers.closed(request)
-        closed.add(request.session_hash or "")
-
-    page.unload(left)
+    page.unload(handlers.closed)
     opened = Pages(handlers.recall, restoring)
     typed: list[Any] = [c.form.checkpoint_defaults, *events.settings]
     shown = [c.take.live, c.form.generate, c.form.stop, c.take.watch, *events.shown_take]

@@ -8,6 +8,7 @@ components to their handlers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,7 @@ from gradio.components.api_component import Api
 from musicgen_ui.backends.admission import Desk, Ledger
 from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS
-from musicgen_ui.server.job_log import Journal
-from musicgen_ui.server.settings import Settings
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
 from musicgen_ui.ui import audio_panel, request_form, take_panel
 from musicgen_ui.ui.components import (
     CONTINUE,
@@ -67,21 +66,31 @@ NOTICE = """
 EXAMPLE_CLIP = {"path": "clip.wav", "url": "clip.wav", "meta": {"_type": "gradio.FileData"}}
 
 
+@dataclass(frozen=True)
+class PageOptions:
+    """What the host of a page sets."""
+
+    checkpoint: str = "auto"  # chosen when the page opens
+    any_checkpoint: bool = True  # whether visitors may name any Hub id or folder
+    max_duration_s: float = MAX_DURATION_S  # of one take
+    queue_length: int = 32  # takes being made or waiting
+    visitor_jobs: int = 0  # takes of one visitor being made or waiting; 0 is any number
+    visitor_seconds: float = 0.0  # seconds of music an hour for each visitor; 0 is any number
+
+
 def build(
     engine: Engine,
-    settings: Settings,
-    folder: Path | None = None,
+    settings: PageOptions,
+    folder: Path,
     spare: Path | None = None,
-    journal: Journal | None = None,
+    journal: Any = None,
 ) -> gr.Blocks:
     """The page over an engine; takes are written to `folder`, or to `spare` when it is full.
 
     Loads no model and no torch.
     """
-    folder = folder or Path(settings.output_folder or "takes")
     desk = Desk(settings.queue_length, settings.visitor_jobs, Ledger(settings.visitor_seconds))
     handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
-    # Not Gradio's delete_cache: it goes by the computer's clock, see `limits.Sweeper`.
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         c = create(settings)
         lay_out(c, settings)
@@ -128,7 +137,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-def create(settings: Settings) -> Components:
+def create(settings: PageOptions) -> Components:
     """The components, not placed yet."""
     request = request_fields(settings)
     return Components(request, head(), form(request, settings), audio(), take())
@@ -141,7 +150,7 @@ def place(*blocks: Block) -> None:
         render()
 
 
-def lay_out(c: Components, settings: Settings) -> None:
+def lay_out(c: Components, settings: PageOptions) -> None:
     """Places every component."""
     with gr.Row(elem_id="head"):
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
@@ -154,7 +163,7 @@ def lay_out(c: Components, settings: Settings) -> None:
             lay_out_take(c.take)
 
 
-def lay_out_form(c: Components, settings: Settings) -> None:
+def lay_out_form(c: Components, settings: PageOptions) -> None:
     """The settings of the next take."""
     request, form = c.request, c.form
     place(request.prompt, form.prompt_count, form.ideas)
@@ -220,7 +229,7 @@ def lay_out_take(take: TakePanel) -> None:
     place(take.history, take.chosen, take.tab_key, take.watch)
 
 
-def request_fields(settings: Settings) -> RequestFields:
+def request_fields(settings: PageOptions) -> RequestFields:
     """The settings of a take."""
     return RequestFields(
         prompt=textbox(
@@ -295,7 +304,7 @@ def head() -> Head:
     )
 
 
-def form(request: RequestFields, settings: Settings) -> Form:
+def form(request: RequestFields, settings: PageOptions) -> Form:
     """What belongs to the form and is no setting."""
     lengths = [(label, s) for label, s in LENGTHS_S.items() if s <= settings.max_duration_s]
     length_s = request.duration_s.value

@@ -188,8 +188,10 @@ def test_stop_reaches_a_tabs_jobs_and_no_others() -> None:
     assert theirs.is_set() and desk.stop("anna") == 0
 
 
-def test_shares_are_off_at_home_and_on_in_public() -> None:
-    home, public = settings([], {}), settings([], {"SPACE_ID": "owner/name"})
+def test_shares_are_off_at_home_and_on_in_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = settings([])
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    public = settings([])
     assert home.visitor_jobs == home.visitor_seconds == 0 and home.trusted_proxies == ""
     assert public.visitor_jobs and public.visitor_seconds >= public.max_duration_s
     assert "10.0.0.0/8" in public.trusted_proxies

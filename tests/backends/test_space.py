@@ -105,8 +105,9 @@ def test_binary_files_go_through_lfs_when_pushed_by_git() -> None:
             assert file.suffix in through_lfs, file
 
 
-def test_a_space_listens_where_the_hub_looks() -> None:
-    there = settings([], {"SPACE_ID": "owner/name", "SYSTEM": "spaces"})
+def test_a_space_listens_where_the_hub_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    there = settings([])
     assert (there.host, there.port) == ("0.0.0.0", CARD.get("app_port", 7860))
     assert not there.any_checkpoint and not there.auth and there.checkpoint == "auto"
 

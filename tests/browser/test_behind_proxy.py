@@ -21,7 +21,7 @@ def test_sign_in_generate_hear_and_download_under_music(chromium: Browser, tmp_p
         page.goto(f"{url}/")
         page.get_by_label("username").fill("ann")
         page.get_by_label("password").fill("secret")
-        page.get_by_role("button", name="Login").click()
+        page.get_by_role("button", name="Sign in").click()
         page.get_by_label("Prompt", exact=True).fill("waltz")
         page.get_by_role("button", name="Generate", exact=True).click()
         page.wait_for_function("() => musicgenLive.heard_s() > 0.5")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Browser, expect
 
-from musicgen_ui.server import middleware
+from musicgen_ui.server import gradio_patches
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers.browser import generate, set_number, unfold
@@ -33,7 +33,7 @@ def test_what_was_typed_outlives_the_server(
         page.wait_for_function("() => musicgenLive.heard_s() > 0.2")
         page.get_by_label("Prompt", exact=True).fill("typed since then")
         page.wait_for_timeout(300)
-        middleware.hang_up(demo.server)  # before anybody is told
+        gradio_patches.hang_up(demo.server)  # before anybody is told
         close(demo, temporary)
         demo, temporary = launch(settings, FakeEngine())
         page.locator(".live[data-stage=failed]").wait_for()  # it was loaded anew

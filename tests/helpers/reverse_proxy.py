@@ -11,6 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 
+class PassRedirects(urllib.request.HTTPRedirectHandler):
+    """Leaves redirects to the browser."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Proxy(http.server.BaseHTTPRequestHandler):
     """A reverse proxy that shows the app under /music and nothing elsewhere."""
 
@@ -27,7 +34,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         path = self.path.removeprefix("/music") or "/"
         asked = urllib.request.Request(self.upstream + path, body, headers, method=self.command)
         try:
-            answer = urllib.request.urlopen(asked, timeout=60)
+            answer = OPENER.open(asked, timeout=60)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
@@ -46,6 +53,9 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+OPENER = urllib.request.build_opener(PassRedirects)
 
 
 @contextlib.contextmanager

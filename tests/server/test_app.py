@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,29 @@ from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.engine.protocol import Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from musicgen_ui.server.limits import YOUNG_S, BodyLimit, Sweeper
+from musicgen_ui.server.middleware import BodyLimit
 from musicgen_ui.server.settings import Settings, settings, table, variable
 from tests.helpers.fakes import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_settings_come_from_the_environment_and_flags_override_them() -> None:
-    environment = {"GRADIO_SERVER_PORT": "9000", "MUSICGEN_UI_JOBS": "2", "MUSICGEN_UI_DEVICE": ""}
-    chosen = settings(["--port", "9001", "--no-any-checkpoint"], environment)
+def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "9000")
+    monkeypatch.setenv("MUSICGEN_UI_JOBS", "2")
+    monkeypatch.setenv("MUSICGEN_UI_DEVICE", "")
+    chosen = settings(["--port", "9001", "--no-any-checkpoint"])
     assert (chosen.port, chosen.jobs, chosen.device) == (9001, 2, "auto")
     assert not chosen.any_checkpoint
-    assert settings([], {}) == Settings()
+    assert (settings([]).port, settings([]).jobs) == (9000, 2)
 
 
-def test_visitors_of_a_space_choose_among_the_listed_checkpoints_unless_it_says_otherwise() -> None:
-    assert not settings([], {"SPACE_ID": "owner/name"}).any_checkpoint
-    told = {"SPACE_ID": "owner/name", "MUSICGEN_UI_ANY_CHECKPOINT": "1"}
-    assert settings([], told).any_checkpoint
+def test_a_space_offers_listed_checkpoints_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    assert not settings([]).any_checkpoint and settings([]).host == "0.0.0.0"
+    assert settings(["--host", "[::1]"]).host == "::1"
+    monkeypatch.setenv("MUSICGEN_UI_ANY_CHECKPOINT", "1")
+    assert settings([]).any_checkpoint
 
 
 def test_gradios_own_variables_name_host_and_port() -> None:
@@ -47,7 +50,7 @@ def test_gradios_own_variables_name_host_and_port() -> None:
 
 def test_every_setting_is_explained() -> None:
     rows = table()
-    assert len(rows) == len(Settings.__dataclass_fields__)
+    assert len(rows) == len(Settings.model_fields)
     assert all(help for *_, help in rows)
     assert "--queue-length" in [row[1] for row in rows]
 
@@ -63,7 +66,7 @@ def test_the_page_and_the_server_load_without_torch() -> None:
 def test_threads_share_two_heaps(own: str, tmp_path: Path) -> None:
     code = """
 import ctypes, threading
-from musicgen_ui.server.limits import share_heaps
+from musicgen_ui.server.cleanup import share_heaps
 share_heaps()
 c, over = ctypes.CDLL(None), threading.Event()
 for _ in range(12):
@@ -163,57 +166,3 @@ def test_bodies_are_bounded(
     path: str, chunks: list[bytes], length: int | None, status: int
 ) -> None:
     assert post(path, chunks, length) == status
-
-
-def test_the_sweeper_deletes_what_is_old_and_folders_that_are_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new, used = tmp_path / "a" / "old.wav", tmp_path / "b" / "new.wav", tmp_path / "used.wav"
-    sweeper, now_s = Sweeper(tmp_path, kept_s=100), 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    for path in (old, used):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x")
-    assert sweeper.sweep() == 0
-    now_s += 99
-    new.parent.mkdir()
-    new.write_bytes(b"x")
-    os.utime(used, ns=(1, 1))
-    assert sweeper.sweep() == 0
-    now_s += 2
-    assert sweeper.sweep() == 1
-    assert new.exists() and used.exists() and not old.parent.exists()
-
-
-def test_a_folder_that_is_too_large_loses_its_oldest_takes_and_none_that_are_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s = 0.0
-    sweeper = Sweeper(tmp_path, kept_s=1e6, kept_bytes=500)
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-
-    def left() -> set[str]:
-        return {path.name for path in tmp_path.iterdir()}
-
-    for name in ("z", "b", "a"):  # the oldest first
-        for suffix in ("wav", "flac"):
-            (tmp_path / f"{name}.{suffix}").write_bytes(bytes(100))
-        assert sweeper.sweep() == 0
-        now_s += 100
-    now_s = YOUNG_S - 1
-    assert sweeper.sweep() == 0 and len(left()) == 6
-    now_s = YOUNG_S
-    assert sweeper.sweep() == 2 and left() == {"b.wav", "b.flac", "a.wav", "a.flac"}
-    assert sweeper.sweep() == 0
-
-
-@pytest.mark.parametrize("jump_s", [-1e6, 1e6])
-def test_a_clock_that_jumps_deletes_nothing(tmp_path: Path, jump_s: float) -> None:
-    path = tmp_path / "take.wav"
-    path.write_bytes(b"x")
-    sweeper = Sweeper(tmp_path, kept_s=100)
-    sweeper.sweep()
-    os.utime(path, (time.time() + jump_s,) * 2)  # as it looks to a clock that was set
-    for _ in range(3):
-        assert sweeper.sweep() == 0
-    assert path.exists()

@@ -15,7 +15,7 @@ from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.job_log import Journal
-from musicgen_ui.server.metrics import Metrics, routes
+from musicgen_ui.server.metrics import Metrics, metrics_routes
 from tests.helpers.fakes import FakeEngine
 
 LOCAL = ("127.0.0.1", 4000)
@@ -26,7 +26,9 @@ class Watched:
 
     def __init__(self, token: str = "", proxied: bool = False) -> None:
         self.engine, self.journal = FakeEngine(), Journal()
-        self.app = Starlette(routes=routes(Metrics(self.engine, self.journal), token, proxied))
+        self.app = Starlette(
+            routes=metrics_routes(Metrics(self.engine, self.journal), token, proxied)
+        )
 
     def get(self, path: str, peer: Any = LOCAL, host: str = "127.0.0.1:7860", **headers: str):
         client = TestClient(self.app, base_url=f"http://{host}", client=peer)

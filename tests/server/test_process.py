@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import signal
@@ -26,7 +25,7 @@ from musicgen_ui.backends.starting import BackgroundEngine
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from musicgen_ui.server import app, limits, logs, middleware, settings
+from musicgen_ui.server import app, settings
 from tests.helpers.fakes import FakeEngine
 from tests.helpers.local import free_port, wait_for
 
@@ -96,7 +95,7 @@ def test_a_setting_that_only_the_engine_knows_ends_the_server() -> None:
     engine = BackgroundEngine(build, "auto")
     engine.start()
     demo = SimpleNamespace(engine=engine, server=SimpleNamespace(thread=threading.current_thread()))
-    assert app._wait(demo, app.queue.SimpleQueue()) == 2
+    assert app.wait_for_end(demo, app.queue.SimpleQueue()) == 2
 
 
 # Proxies
@@ -257,6 +256,61 @@ def test_its_pages_are_told_of_a_stop_and_of_no_failure(ended: SimpleNamespace) 
         assert page.lost or "process_completed" in page.told
 
 
+# Signals while it starts
+
+
+def started(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """The server's process, as a shell begins it."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONFAULTHANDLER": ""}
+    command = (sys.executable, *command, "--port", str(free_port()))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=pipe, stdout=pipe, text=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [
+        (("app.py",), "musicgen_ui.cli"),
+        (("app.py",), "pydantic_settings"),
+        (("-m", "musicgen_ui", "serve"), "numpy"),
+        (("-m", "musicgen_ui", "serve"), "gradio"),
+    ],
+)
+def test_ctrl_c_during_imports_is_no_traceback(
+    command: tuple[str, ...], imported: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {imported!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        process = started(tmp_path, *command)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_stop_during_the_launch_ends_it_at_once(tmp_path: Path) -> None:
+    process = started(tmp_path, "app.py")
+    try:
+        wait_for(lambda: list((tmp_path / "tmp").iterdir()), 60)  # its folder: it is launching
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 # How it ends
 
 
@@ -278,18 +332,20 @@ class Dying:
 
 def test_a_signal_is_heeded_wherever_it_comes() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with app.stop_signals() as asked:
+    asked: list[int] = []
+    with app.stop_signals(asked.append):
         Dying()  # what is raised in here is lost
-        assert asked.get_nowait() == signal.SIGTERM
+        assert asked == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_that_the_process_was_told_to_ignore_is_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in the background
     try:
-        with app.stop_signals() as asked:
+        asked: list[int] = []
+        with app.stop_signals(asked.append):
             signal.raise_signal(signal.SIGINT)
-            assert asked.empty()
+        assert not asked
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -344,50 +400,3 @@ def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> 
     assert asyncio.run(run()) >= 5
     names = [thread.name for thread in threading.enumerate()]
     assert "musicgen-worker" not in names
-
-
-# Files that are open
-
-
-def test_a_process_may_open_more_files_than_it_began_with() -> None:
-    code = (
-        "import resource; from musicgen_ui.server import limits\n"
-        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
-        "print(limits.file_limit())\n"
-        "limits.raise_file_limit()\n"
-        "print(limits.file_limit(), hard)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    before, after, hard = map(int, done.stdout.split())
-    assert before == 256 and after == min(hard, limits.FILES)
-
-
-@pytest.mark.parametrize("files", [50, 256, 1024, 100_000])
-def test_connections_leave_files_for_the_takes(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
-    monkeypatch.setattr(middleware, "file_limit", lambda: files)
-    assert 0 < middleware.most_connections() < files - 10
-
-
-def test_what_comes_again_and_again_does_not_fill_the_log(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s, written = 0.0, []
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now_s)
-    handler = logging.Handler()
-    handler.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
-    handler.addFilter(logs.Repeats())
-    logger = logging.Logger("asyncio")
-    logger.addHandler(handler)
-
-    def tell() -> None:
-        logger.error("no file for a connection")
-
-    for number in range(5000):
-        tell()
-        logger.info("job=%s", number)
-    assert len(written) < 5000 + 100 and written.count("job=4999") == 1
-    written.clear()
-    now_s = 60.0
-    tell()
-    assert len(written) == 1 and "4980" in written[0]

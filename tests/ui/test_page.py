@@ -10,7 +10,6 @@ import gradio as gr
 import pytest
 
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.server.settings import Settings
 from musicgen_ui.ui import page
 from musicgen_ui.ui.components import (
     AudioPanel,
@@ -25,7 +24,7 @@ from tests.helpers.fakes import FakeEngine
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
-    return page.build(FakeEngine(), Settings(), tmp_path_factory.mktemp("takes"))
+    return page.build(FakeEngine(), page.PageOptions(), tmp_path_factory.mktemp("takes"))
 
 
 def event(built: gr.Blocks, api_name: str) -> Any:
@@ -49,8 +48,8 @@ def test_request_fields_are_those_of_a_request() -> None:
 
 def test_every_component_is_placed_on_the_page(tmp_path: Path) -> None:
     with gr.Blocks() as blocks:
-        components = page.create(Settings())
-        page.lay_out(components, Settings())
+        components = page.create(page.PageOptions())
+        page.lay_out(components, page.PageOptions())
     assert all(each._id in blocks.blocks for each in components.by_name().values())
 
 
@@ -83,7 +82,7 @@ def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
 
 
 def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
-    short = page.build(FakeEngine(), Settings(max_duration_s=5), tmp_path)
+    short = page.build(FakeEngine(), page.PageOptions(max_duration_s=5), tmp_path)
     at = {b.elem_id: b for b in short.blocks.values() if getattr(b, "elem_id", None)}
     assert at["duration_s"].maximum == at["duration_s"].value == 5
     assert [seconds for _, seconds in at["length_choice"].choices] == [5]

@@ -1,0 +1,134 @@
+"""Every private interface of Gradio or uvicorn in use: an upgrade that moves one fails here."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+from gradio import blocks, route_utils, routes, state_holder
+from starlette.datastructures import Headers
+
+from musicgen_ui.server import gradio_patches
+from musicgen_ui.server.app import close, launch
+from musicgen_ui.server.settings import Settings
+from tests.helpers.fakes import FakeEngine
+from tests.helpers.local import free_port
+
+GRADIO = Path(gr.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Any]:
+    demo, temporary = launch(Settings(port=free_port()), FakeEngine())
+    yield demo
+    close(demo, temporary)
+
+
+def source(module: Any) -> str:
+    return Path(inspect.getfile(module)).read_text(encoding="utf-8")
+
+
+def test_cors_middleware_is_replaced(demo: Any) -> None:
+    kinds = [each.cls for each in demo.app.user_middleware]
+    assert gradio_patches.PassThrough in kinds
+    assert not any("CORS" in kind.__name__ for kind in kinds)
+    assert "app.add_middleware(\n            CustomCORSMiddleware," in source(routes)
+
+
+def test_upload_parser_takes_files_alone() -> None:
+    assert route_utils.GradioMultiPartParser is gradio_patches.upload_parser
+    assert "= GradioMultiPartParser(" in inspect.getsource(route_utils.upload_fn)
+
+    async def parse(disposition: str) -> Any:
+        async def stream() -> Any:
+            yield f"--b\r\nContent-Disposition: form-data; {disposition}\r\n\r\nx\r\n".encode()
+            yield b"--b--\r\n"
+
+        headers = Headers({"content-type": "multipart/form-data; boundary=b"})
+        parser = route_utils.GradioMultiPartParser(
+            headers, stream(), max_files=1000, max_fields=1000, max_file_size=10
+        )
+        return await parser.parse()
+
+    form = asyncio.run(parse('name="files"; filename="a.wav"'))
+    Path(form["files"].file.name).unlink()
+    with pytest.raises(Exception, match="Too many fields"):
+        asyncio.run(parse('name="files"'))
+
+
+def test_components_refuse_urls_before_they_are_fetched() -> None:
+    assert blocks.Block.async_move_resource_to_block_cache is gradio_patches.refuse_urls
+    used = "block.async_move_resource_to_block_cache("
+    assert used in (GRADIO / "processing_utils.py").read_text(encoding="utf-8")
+    with pytest.raises(gr.Error, match="instead of a URL"):
+        asyncio.run(gr.Audio().async_move_resource_to_block_cache("https://example.com/a.wav"))
+
+
+def test_sessions_keep_no_values(demo: Any) -> None:
+    session = state_holder.SessionState(demo)
+    component = next(iter(demo.blocks))
+    assert "self.config_values" in source(state_holder)
+    for name in ("_update_value_in_config", "config_values", "blocks_config"):
+        assert hasattr(session, name)
+    session._update_value_in_config(component, "kept")
+    session[component] = demo.blocks[component]
+    assert not list(session.components)
+
+
+def test_refused_calls_are_explained(demo: Any) -> None:
+    assert demo.preprocess_data.__name__ == "explained"
+    given = list(inspect.signature(blocks.Blocks.preprocess_data).parameters)
+    assert given[:3] == ["self", "block_fn", "inputs"]
+    assert ".preprocess_data(" in source(blocks)
+    wrong = SimpleNamespace(inputs=[gr.Number()])
+    with pytest.raises(gr.Error, match="1 values are expected"):
+        asyncio.run(demo.preprocess_data(wrong, [], None))
+
+
+def test_page_and_answers_have_relative_addresses() -> None:
+    assert route_utils.get_root_url is gradio_patches.root_url
+    assert routes.templates.TemplateResponse is gradio_patches.page_response
+    asked = list(inspect.signature(gradio_patches._get_root_url).parameters)
+    assert asked == ["request", "route_path", "root_path"]
+    assert "route_utils.get_root_url(" in source(routes)
+    assert callable(route_utils.update_root_in_config)
+
+
+def test_page_template_has_the_head_of_this_app(demo: Any) -> None:
+    plain, *_ = gradio_patches._get_source(routes.templates.env, "frontend/index.html")
+    assert gradio_patches._PREVIEW.search(plain) and "<head>" in plain
+    page = httpx.get(demo.local_url).text
+    assert page.count(gradio_patches.HEAD) == 1 and 'property="og:image"' not in page
+
+
+def test_sliders_leave_their_limits_to_the_request() -> None:
+    assert gr.Slider(0, 10).preprocess(15) == 15
+
+
+def test_mcp_server_calls_the_api_with_a_client_of_ours() -> None:
+    server = (GRADIO / "mcp.py").read_text(encoding="utf-8")
+    assert "def _get_or_create_client(self)" in server
+    assert "run_sync(self._get_or_create_client)" in server
+    assert "self.mcp_server_obj" in source(blocks)
+
+
+def test_hang_up_breaks_connections_off() -> None:
+    demo, temporary = launch(Settings(port=free_port()), FakeEngine())
+    with socket.create_connection(("127.0.0.1", demo.server_port), timeout=10) as connection:
+        connection.sendall(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        gradio_patches.hang_up(demo.server)
+        with pytest.raises(ConnectionResetError):
+            while connection.recv(1000):
+                pass
+            raise ConnectionResetError  # an end of the stream is one, too
+    assert not demo.server.thread.is_alive()
+    close(demo, temporary)
