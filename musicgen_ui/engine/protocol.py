@@ -63,6 +63,8 @@ class Finished:
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
     fault: str = ""  # what broke it off, in a sentence, where it was not the user
     melody: Chroma | None = None  # what the new music followed
+    codes: np.ndarray | None = None  # int16 [codebooks, frames] that the codec decoded
+    context_frames: int = 0  # of them the audio prompt's end
 
 
 @dataclass(frozen=True, eq=False)
