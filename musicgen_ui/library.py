@@ -22,8 +22,8 @@ import platformdirs
 
 from musicgen_ui import files, sidecar, takes
 from musicgen_ui.audio.clip import ENDINGS
+from musicgen_ui.errors import RequestError
 from musicgen_ui.library_index import PAGE, Card, Index, Page, index_file
-from musicgen_ui.request import RequestError
 
 FOLDER = "MusicGen UI"  # in the user's music folder
 TRASH = ".trash"
@@ -67,6 +67,10 @@ class Library:
     def close(self) -> None:
         """Closes the index."""
         self._index.close()
+
+    def refresh(self) -> None:
+        """Brings the index up to date with files that others changed, before it is asked again."""
+        self._index.refresh()
 
     def page(
         self,

@@ -284,17 +284,17 @@ class Index:
         fits = " AND ".join(where)
 
         def read() -> Page:
-            self._follow()
             ask = self._connection.execute
-            (total,) = ask(f"SELECT count(*) FROM takes WHERE {fits}", values).fetchone()
-            rows = ask(
-                "SELECT * FROM details NATURAL JOIN (SELECT * FROM takes "
-                f"WHERE {fits} ORDER BY made_at DESC, name LIMIT ? OFFSET ?) "
-                "ORDER BY made_at DESC, name",
-                [*values, count, start],
-            )
-            return Page(tuple(self._card(row) for row in rows), total)
+            found = ask(f"SELECT name FROM takes WHERE {fits} ORDER BY made_at DESC, name", values)
+            names = [row[0] for row in found]
+            shown = names[start : start + count]
+            marks = ", ".join("?" * len(shown))
+            of_names = f"SELECT * FROM takes NATURAL JOIN details WHERE name IN ({marks})"
+            rows = {row["name"]: row for row in ask(of_names, shown)}
+            cards = (self._card(rows[name]) for name in shown if name in rows)  # not gone by now
+            return Page(tuple(cards), len(names))
 
+        self._follow()
         return self._whole(read)
 
     def models(self) -> list[str]:
@@ -310,9 +310,9 @@ class Index:
         )
 
         def read() -> list[Card]:
-            self._follow()
             return [self._card(row) for row in self._connection.execute(ask, (value,))]
 
+        self._follow()
         return self._whole(read)
 
     def _card(self, row: sqlite3.Row) -> Card:

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from musicgen_ui import takes
-from musicgen_ui.audio.clip import JOIN_FADE_S
+from musicgen_ui.audio.clip import JOIN_FADE_S, Clip
 from musicgen_ui.engine.protocol import Finished
+from musicgen_ui.errors import RequestError
 from musicgen_ui.request import (
     CLIP_FIELDS,
     FIELDS,
     MAX_DURATION_S,
     MIN_NEW_S,
-    Clip,
     GenerationRequest,
-    RequestError,
 )
 from musicgen_ui.sidecar import Codes
 from musicgen_ui.takes import Kept, Operation, Origin, Take
@@ -38,7 +37,9 @@ class Derived:
 
 def go_on(kept: Kept, **settings: Any) -> Derived:
     """A request that continues the whole take, with `settings` of its own."""
-    request = GenerationRequest(**{**settings, "audio_prompt": kept.clip, "include_prompt": True})
+    request = GenerationRequest.parse(
+        {**settings, "audio_prompt": kept.clip, "include_prompt": True}
+    )
     return Derived(request, _origin(kept, Operation.CONTINUE, kept.clip.duration_s))
 
 
@@ -102,7 +103,7 @@ def trim(kept: Kept, start_s: float, end_s: float, folder: Path) -> Take:
     finished = Finished(
         variation=0,
         clip=clip,
-        request=GenerationRequest(**_fields(settings)),
+        request=GenerationRequest.parse(_fields(settings)),
         prompt_s=prompt_s,
         speed=settings.get("speed_x", 0.0),
         stopped=settings.get("stopped", False),
@@ -132,7 +133,7 @@ def _same(kept: Kept, prompt: Clip, at_s: float, changes: dict[str, Any]) -> Gen
     values |= changes
     end_s = values["duration_s"]
     values["sections"] = [row for row in values["sections"] if row[0] < end_s]
-    return GenerationRequest(**values)
+    return GenerationRequest.parse(values)
 
 
 def _sections_from(sections: list[list[Any]], from_s: float) -> list[list[Any]]:

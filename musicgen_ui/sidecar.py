@@ -22,7 +22,7 @@ from safetensors import numpy as safetensors
 from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio import waveform
-from musicgen_ui.request import Clip
+from musicgen_ui.audio.clip import Clip
 
 ENDING = ".safetensors"
 FORMAT = "MusicGen UI take"

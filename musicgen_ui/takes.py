@@ -28,9 +28,10 @@ import soundfile
 
 from musicgen_ui import files, sidecar
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio import export, load
+from musicgen_ui.audio import export
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.audio.export import AS_MADE, Shape
+from musicgen_ui.audio.load import read as read_audio
 from musicgen_ui.engine.protocol import Chroma, Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
@@ -40,6 +41,7 @@ MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
 TARGET_LUFS = -14.0
 REDUCTION_SAID_DB = 0.1  # less limiting than this is not worth a note
 NAME_CHARACTERS, TITLE_CHARACTERS = 40, 100
+NAME_BYTES = 96  # two of them, a seed, a number and an ending are within a file system's 255
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 COMMENT_BYTES, MAX_CHUNKS = 200_000, 1_000  # more is no file of ours
 MAX_KEPT_S = 3600.0  # a take with all that it was continued from
@@ -272,7 +274,7 @@ def load(sound: Path) -> Kept:
 
 
 def _read_clip(sound: Path) -> Clip:
-    return load.read(sound, keep_s=MAX_KEPT_S).clip
+    return read_audio(sound, keep_s=MAX_KEPT_S).clip
 
 
 def read_settings(path: Path | str) -> dict[str, Any] | None:
@@ -411,7 +413,7 @@ def _stem(request: GenerationRequest) -> str:
 
 
 def slug(text: str) -> str:
-    """Letters and digits of any script in words joined by hyphens, at most 40 characters."""
+    """Letters and digits of any script, hyphens between words: at most 40 characters, 96 bytes."""
     normal = unicodedata.normalize("NFKC", text).lower()
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in normal)
     whole = "-".join(spaced.split())
@@ -421,9 +423,9 @@ def slug(text: str) -> str:
         system = sys.getfilesystemencoding()
         whole = unicodedata.normalize("NFKD", whole).encode(system, "ignore").decode(system)
         whole = "-".join(filter(None, whole.split("-")))
-    if len(whole) <= NAME_CHARACTERS:
-        return whole
-    return whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
+    if len(whole) > NAME_CHARACTERS:
+        whole = whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
+    return os.fsencode(whole)[:NAME_BYTES].decode(sys.getfilesystemencoding(), "ignore")
 
 
 def _write_all(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import soxr
 
-from musicgen_ui.request import Clip, RequestError
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.errors import RequestError
 
 CEILING_DBTP = -1.0  # what MP3 and Opus need as headroom, and EBU R 128 and the shops recommend
 OVERSAMPLING = 4  # as in ITU-R BS.1770-5, annex 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from musicgen_ui.request import Clip
+from musicgen_ui.audio.clip import Clip
 
 FINEST = 256  # samples a point; each further level has a fourth of the points
 ZOOM = 4
