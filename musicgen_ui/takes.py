@@ -8,7 +8,6 @@ others name them: a take's `id` is its sound's, and `parent` the id of the sound
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import io
 import itertools
@@ -126,8 +125,8 @@ class Kept:
     """A take that was read back, ready to be gone on from."""
 
     clip: Clip  # at the level of its codes, which end with it; without any where none fit
-    settings: dict[str, Any]  # with an id
     frame_samples: int  # samples a frame of the codes; 1 without codes
+    settings: dict[str, Any]  # with an id
 
 
 class UnsavedError(RequestError):
@@ -152,16 +151,15 @@ def save(
 
     Codes, waveform and loudness are written beside them. A `name` without ending is used as it is:
     what had it before is replaced. Where `folder` does not take it, `spare` may, and a note says
-    so. Without an `origin` the take goes on from its request's audio prompt, if it has one;
-    without `codes` they are those of `finished`.
+    so, as one does where the music is too short for the `shape`. Without an `origin` the take goes
+    on from its request's audio prompt, if it has one; without `codes` they are those of `finished`.
 
     Raises:
-        UnsavedError: the folder cannot be written to, or the disk is full, or the music cannot
-            have the shape. Nothing is left there.
+        UnsavedError: the folder cannot be written to, or the disk is full. Nothing is left there.
     """
     made = _master(finished, shape, origin)
     stem = _stem(finished.request)
-    kept_codes = None if shape else codes or _codes(finished)
+    kept_codes = None if made.shape else codes or _codes(finished)
     data = sidecar.of_clip(made.clip, made.settings, kept_codes).content()
     try:
         wav, flac = _write_all(made, folder, name, stem, data)
@@ -183,8 +181,7 @@ def encode(
     """A take as a single file, one of `clip.ENDINGS`, and its notes.
 
     Raises:
-        UnsavedError: this kind of file cannot have the take's sampling rate, or the music cannot
-            have the shape.
+        UnsavedError: this kind of file cannot have the take's sampling rate.
     """
     made = _master(finished, shape, None)
     content = _encoded(made.clip, ending, made.settings)
@@ -259,18 +256,29 @@ def load(sound: Path) -> Kept:
     settings = read_settings(sound)
     if settings is None:
         raise RequestError(f"{sound.name} is not a take: choose a file that was made here.")
-    clip, data = _read_clip(sound), sidecar.read(sidecar.beside(sound))
-    settings = {"id": (made_id := sidecar.sound_id(clip))} | settings
-    level = np.float32(10 ** (-settings.get("gain_db", 0.0) / 20))
-    clip = dataclasses.replace(clip, samples=clip.samples * level) if level != 1 else clip
-    if data is None or data.codes is None or data.id != made_id:
-        return Kept(clip, settings, 1)
+    clip = _read_clip(sound)
+    settings = {"id": sidecar.sound_id(clip)} | settings
+    return Kept(*with_codes(clip, sound), settings)
+
+
+def with_codes(clip: Clip, sound: Path) -> tuple[Clip, int]:
+    """What was read of the file `sound`, with the codes beside it and at their level; and the
+    samples of a frame.
+
+    Without codes of just this sound the clip stays as it is, and a frame is a sample.
+    """
+    data = sidecar.read(sidecar.beside(sound))
+    if data is None or data.codes is None or data.id != sidecar.sound_id(clip):
+        return clip, 1
+    level = np.float32(10 ** (-data.settings.get("gain_db", 0.0) / 20))
     values, frame_samples = data.codes.values, data.codes.frame_samples
     frames = min(values.shape[1], clip.samples.shape[1] // frame_samples)
-    values = values[:, values.shape[1] - frames :]
-    return Kept(
-        dataclasses.replace(clip, codes=values, codec=data.codes.codec), settings, frame_samples
-    )
+    return Clip(
+        clip.samples * level if level != 1 else clip.samples,
+        clip.sampling_rate,
+        values[:, values.shape[1] - frames :],
+        data.codes.codec,
+    ), frame_samples
 
 
 def _read_clip(sound: Path) -> Clip:
@@ -339,15 +347,17 @@ class _Mastered:
     prompt_s: float
     settings: dict[str, Any]
     notes: list[str]
+    shape: Shape  # that it has
 
 
 def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastered:
     """Shapes, levels and limits the sound, in this order."""
-    request, notes, gain_db = finished.request, [], 0.0
+    request, clip, gain_db, notes = finished.request, finished.clip, 0.0, list[str]()
     try:
-        clip = shape.of(finished.clip, request.tempo_bpm, finished.prompt_s)
-    except RequestError as error:
-        raise UnsavedError(str(error), request.settings()) from error
+        clip = shape.of(clip, request.tempo_bpm, finished.prompt_s)
+    except RequestError as error:  # as of a take that was stopped: it is not lost for that
+        notes.append(f"The take was kept whole. {error}")
+        shape = AS_MADE
     if request.normalize:
         clip, gain_db = audio.normalize(clip, TARGET_LUFS)
         reached = audio.loudness_lufs(clip)
@@ -374,7 +384,7 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
         parent = sidecar.sound_id(went_on)
         origin = Origin(parent, Operation.CONTINUE, went_on.duration_s)
     settings |= (origin.settings() if origin else {}) | shape.settings()
-    return _Mastered(clip, prompt_s, settings, notes)
+    return _Mastered(clip, prompt_s, settings, notes, shape)
 
 
 def _measures(clip: Clip, prompt_s: float) -> dict[str, Any]:

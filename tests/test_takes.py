@@ -449,13 +449,14 @@ def test_a_loop_is_written_in_every_kind_of_file(tmp_path, ending):
     assert (b"smpl" in (tmp_path / f"a{ending}").read_bytes()) is (ending == ".wav")
 
 
-def test_a_shaped_take_keeps_no_codes_and_an_impossible_shape_nothing(tmp_path):
+def test_a_shaped_take_keeps_no_codes_and_one_that_is_too_short_all(tmp_path):
     faded = takes.save(with_codes(finished()), tmp_path, shape=Shape(fade_out_s=0.5))
     assert takes.load(faded.wav).clip.codes is None and faded.settings["fade_out_s"] == 0.5
     assert abs(soundfile.read(faded.flac)[0][-1]) == 0
-    with pytest.raises(takes.UnsavedError, match="needs a tempo"):
-        takes.save(finished(), tmp_path / "none", shape=Shape(loop_bars=1))
-    assert not (tmp_path / "none").exists()
+    short = takes.save(with_codes(finished(tempo_bpm=120)), tmp_path, shape=Shape(loop_bars=1))
+    assert short.notes[1].startswith("The take was kept whole. 1 bar at 120 bpm takes 2.0 s")
+    assert short.settings["made_s"] == 1 and "loop_bars" not in short.settings
+    assert takes.load(short.wav).clip.codes is not None
 
 
 @pytest.mark.parametrize("ending", clip.ENDINGS)

@@ -56,6 +56,25 @@ class Shape:
         """What of it is set, for the file's tags."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
+    def duration_s(self, tempo_bpm: float, asked_s: float | None) -> float | None:
+        """The length of the music to make for a loop with its seam, unless one is asked for.
+
+        Raises:
+            RequestError: there is no tempo, or the loop does not fit into what is asked for.
+        """
+        if not self.loop_bars:
+            return asked_s
+        loop_s = loop_samples(tempo_bpm, self.loop_bars, 1000) / 1000
+        if asked_s is None:
+            return math.ceil(10 * (loop_s + SEAM_S)) / 10
+        if asked_s < loop_s:
+            raise RequestError(
+                f"{_needs(self.loop_bars, tempo_bpm)} {loop_s:.1f} s: choose fewer or "
+                "a greater length.",
+                "duration_s",
+            )
+        return asked_s
+
     def of(self, clip: Clip, tempo_bpm: float, start_s: float = 0.0) -> Clip:
         """The clip in this shape, without codes where it was changed.
 
@@ -145,8 +164,21 @@ def _sliding_max(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def loop_samples(tempo_bpm: float, bars: int, sampling_rate: int) -> int:
-    """The length of so many bars of four beats, to the nearest sample."""
+    """The length of so many bars of four beats, to the nearest sample.
+
+    Raises:
+        RequestError: there is no tempo.
+    """
+    if not tempo_bpm > 0:
+        raise RequestError(
+            "A loop needs a tempo: set one, and it is as long as its bars.", "tempo_bpm"
+        )
     return round(bars * BEATS_A_BAR * 60 / tempo_bpm * sampling_rate)
+
+
+def _needs(bars: int, tempo_bpm: float) -> str:
+    subject, verb = ("1 bar", "takes") if bars == 1 else (f"{bars} bars", "take")
+    return f"{subject} at {tempo_bpm:g} bpm {verb}"
 
 
 def loop(clip: Clip, tempo_bpm: float, bars: int, start_s: float = 0.0) -> Clip:
@@ -159,8 +191,6 @@ def loop(clip: Clip, tempo_bpm: float, bars: int, start_s: float = 0.0) -> Clip:
     Raises:
         RequestError: there is no tempo, or the clip is shorter than the bars.
     """
-    if not tempo_bpm > 0:
-        raise RequestError("A loop needs a tempo: set one, and it is as long as its bars.", "tempo")
     start = round(start_s * clip.sampling_rate)
     length = loop_samples(tempo_bpm, bars, clip.sampling_rate)
     end, whole = start + length, clip.samples.shape[1]
@@ -169,7 +199,7 @@ def loop(clip: Clip, tempo_bpm: float, bars: int, start_s: float = 0.0) -> Clip:
         made_s = (whole - start) / clip.sampling_rate
         advice = f"choose {fitting} or a greater length." if fitting else "choose a greater length."
         raise RequestError(
-            f"{bars} bars at {tempo_bpm:g} bpm take {length / clip.sampling_rate:.1f} s, but there "
+            f"{_needs(bars, tempo_bpm)} {length / clip.sampling_rate:.1f} s, but there "
             f"are {made_s:.1f} s of music: {advice}"
         )
     fade = min(round(SEAM_S * clip.sampling_rate), length // 2)

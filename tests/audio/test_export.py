@@ -179,6 +179,16 @@ def test_shape_of_nothing_is_the_clip_itself():
     assert not Shape() and Shape().of(music, 0) is music and Shape().settings() == {}
 
 
+def test_a_loop_asks_for_the_music_it_needs():
+    assert Shape(loop_bars=4).duration_s(120, None) == 8.1
+    assert Shape(loop_bars=4).duration_s(120, 8.0) == 8
+    assert Shape(fade_out_s=1).duration_s(0, None) is None
+    with pytest.raises(RequestError, match=r"4 bars at 120 bpm take 8\.0 s: choose fewer"):
+        Shape(loop_bars=4).duration_s(120, 7.9)
+    with pytest.raises(RequestError, match="needs a tempo"):
+        Shape(loop_bars=4).duration_s(0, None)
+
+
 # kinds of files
 
 

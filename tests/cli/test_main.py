@@ -131,7 +131,7 @@ def test_the_ending_chooses_the_format_and_variations_are_numbered(manager, tmp_
 def test_a_folder_gets_named_takes_as_wav_and_flac(manager, tmp_path, capsys):
     assert cli.main(["generate", "warm bass", "--seed", "3", "-o", str(tmp_path / "new")]) == 0
     names = sorted(file.name for file in (tmp_path / "new").iterdir())
-    assert names == ["warm-bass-fake-seed-3.flac", "warm-bass-fake-seed-3.wav"]
+    assert names == [f"warm-bass-fake-seed-3.{kind}" for kind in ("flac", "safetensors", "wav")]
     told = capsys.readouterr().out
     assert all(str(tmp_path / "new" / name) in told for name in names)
 
