@@ -7,6 +7,7 @@ days. So the folder holds all there is, and several servers may use it.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.library_index import PAGE, Card, Index, Page, index_file
 
 FOLDER = "MusicGen UI"  # in the user's music folder
+TEMPORARY = "temporary"
 TRASH = ".trash"
 TRASH_DAYS = 30
 TITLE_CHARACTERS = 200
@@ -38,6 +40,29 @@ class Branch:
 
     card: Card
     depth: int  # 0 is the first one
+
+
+def kept_folder(named: str, host: str, public: bool) -> Path | None:
+    """Where a server keeps its takes for good; None is a temporary folder.
+
+    A folder that is named counts, "temporary" is none. Without a name, takes are kept where a
+    server is its user's alone: on an address of this computer, and shown to nobody else.
+
+    Args:
+        named: the setting.
+        host: the address that the server listens on.
+        public: others reach it all the same, through a proxy, a shared link or as a Space.
+    """
+    if named:
+        return None if named == TEMPORARY else Path(named)
+    return home_folder() if _is_loopback(host) and not public else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def home_folder() -> Path | None:

@@ -21,15 +21,15 @@ TORCH = ("engine", "checkpoints", "backends", "benchmark")
 GRADIO = ("ui", "server")
 # Each package may import itself and what stands after it.
 ORDER = (
-    *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints", "engine"),
-    *("takes", "request", "audio", "errors", "files"),
+    *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints"),
+    *("library", "library_index", "retake", "takes", "sidecar"),
+    *("engine", "request", "audio", "errors", "files"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP = {
     ("audio.spectrogram", "engine.protocol"),
     ("backends.admission", "server.job_log"),
     ("backends.admission", "ui.live_player"),
-    ("takes", "engine.protocol"),
     ("ui.events", "server.limits"),
     ("ui.handlers", "server.job_log"),
     ("ui.page", "server.job_log"),

@@ -383,6 +383,27 @@ def test_takes_at_home_are_in_the_music_folder(tmp_path, monkeypatch):
     assert library_module.home_folder() is None
 
 
+@pytest.mark.parametrize(
+    ("named", "host", "public", "kept"),
+    [
+        ("", "127.0.0.1", False, "Music/MusicGen UI"),
+        ("", "::1", False, "Music/MusicGen UI"),
+        ("", "localhost", False, "Music/MusicGen UI"),
+        ("", "127.0.0.1", True, None),
+        ("", "0.0.0.0", False, None),
+        ("", "192.168.1.5", False, None),
+        ("temporary", "127.0.0.1", False, None),
+        ("/srv/takes", "0.0.0.0", True, "/srv/takes"),
+    ],
+)
+def test_servers_for_others_keep_takes_only_where_told(
+    named, host, public, kept, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(platformdirs, "user_music_dir", lambda: str(tmp_path / "Music"))
+    expected = kept and tmp_path / kept
+    assert library_module.kept_folder(named, host, public) == expected
+
+
 def test_every_folder_has_an_index_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     first, second = (library_module.index_file(tmp_path / name) for name in "ab")
