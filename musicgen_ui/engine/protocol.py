@@ -63,8 +63,12 @@ class Finished:
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
     fault: str = ""  # what broke it off, in a sentence, where it was not the user
     melody: Chroma | None = None  # what the new music followed
-    codes: np.ndarray | None = None  # int16 [codebooks, frames] that the codec decoded
-    context_frames: int = 0  # of them the audio prompt's end
+    # int16 [codebooks, frames]: the codes that the codec decoded for this take, the last
+    # `context_frames` of the audio prompt first, then all new ones. They end where `clip` ends, so
+    # they are `clip.codes` too. In stereo the rows alternate, left first. None where nothing was
+    # made, or where a failure ended the audio within a frame.
+    codes: np.ndarray | None = None
+    context_frames: int = 0  # frames of `codes` that are the audio prompt's
 
 
 @dataclass(frozen=True, eq=False)
