@@ -88,7 +88,7 @@ def of_clip(
         settings["id"],
         settings,
         audio.loudness_lufs(clip),
-        time.time() if made_at is None else made_at,
+        time.time_ns() / 1e9 if made_at is None else made_at,
         codes=codes,
         waveform=waveform.levels(clip),
     )
