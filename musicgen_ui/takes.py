@@ -1,8 +1,9 @@
 """What was made: a finished take as files that carry the settings which made them.
 
 The settings are JSON in each file's comment (WAV: INFO/ICMT, FLAC and Ogg: a Vorbis comment, MP3:
-ID3), so a file
-that went through a mail or a hard disk's crash can still fill the form again.
+ID3), so a file that went through a mail or a hard disk's crash can still fill the form again.
+Beside WAV and FLAC lies a sidecar with the take's codes and waveform. Takes that were made of
+others name them: a take's `id` is its sound's, and `parent` the id of the sound it goes on from.
 """
 
 from __future__ import annotations
@@ -15,34 +16,95 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import soundfile
 
-from musicgen_ui import files
+from musicgen_ui import files, sidecar
 from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import export
 from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.audio.export import AS_MADE, Shape
+from musicgen_ui.audio.load import read as read_audio
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
+from musicgen_ui.sidecar import Codes
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
 TARGET_LUFS = -14.0
-RESULTS: dict[str, type] = {
-    "made_s": float,
-    "prompt_s": float,
-    "melody_s": float,
-    "sampling_rate": int,
-    "channels": int,
-    "speed_x": float,
-    "stopped": bool,
-}
+REDUCTION_SAID_DB = 0.1  # less limiting than this is not worth a note
 NAME_CHARACTERS, TITLE_CHARACTERS = 40, 100
+NAME_BYTES = 96  # two of them, a seed, a number and an ending are within a file system's 255
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 COMMENT_BYTES, MAX_CHUNKS = 200_000, 1_000  # more is no file of ours
+MAX_KEPT_S = 3600.0  # a take with all that it was continued from
+
+
+class Operation(StrEnum):
+    """How a take came from another one."""
+
+    CONTINUE = "continue"
+    RETAKE = "retake"
+    EXTEND = "extend"
+    TRIM = "trim"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which take another one was made from."""
+
+    parent: str  # the id of its sound
+    operation: Operation
+    at_s: float  # where in the parent the new take leaves it
+
+    def settings(self) -> dict[str, Any]:
+        """As a take's settings hold it."""
+        return {
+            "parent": self.parent,
+            "operation": str(self.operation),
+            "parent_at_s": round(self.at_s, 3),
+        }
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and value.isalnum()
+
+
+# What settings hold beside the request's fields: what came of it.
+RESULTS: dict[str, Callable[[Any], bool]] = {
+    "made_s": _is_amount,
+    "prompt_s": _is_amount,
+    "melody_s": _is_amount,
+    "sampling_rate": _is_amount,
+    "channels": _is_amount,
+    "speed_x": _is_amount,
+    "stopped": _is_flag,
+    "gain_db": _is_number,  # that `normalize` took; samples and codes differ by it
+    "id": _is_id,
+    "parent": _is_id,
+    "operation": lambda value: value in list(Operation),
+    "parent_at_s": _is_amount,
+    "loop_bars": _is_amount,
+    "fade_out_s": _is_amount,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +120,15 @@ class Take:
     melody: Chroma | None = None  # what the rest of it followed
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A take that was read back, ready to be gone on from."""
+
+    clip: Clip  # at the level of its codes, which end with it; without any where none fit
+    frame_samples: int  # samples a frame of the codes; 1 without codes
+    settings: dict[str, Any]  # with an id
+
+
 class UnsavedError(RequestError):
     """The take could not be written. It holds what is left of it: what would make it again."""
 
@@ -66,56 +137,64 @@ class UnsavedError(RequestError):
         self.settings = settings
 
 
-def save(finished: Finished, folder: Path, name: str = "", spare: Path | None = None) -> Take:
+def save(
+    finished: Finished,
+    folder: Path,
+    name: str = "",
+    spare: Path | None = None,
+    *,
+    shape: Shape = AS_MADE,
+    origin: Origin | None = None,
+    codes: Codes | None = None,
+) -> Take:
     """Finishes the audio and writes it as WAV and FLAC under a new name in `folder`.
 
-    A `name` without ending is used as it is: what had it before is replaced. Where `folder` does
-    not take it, `spare` may, and a note says so.
+    Codes, waveform and loudness are written beside them. A `name` without ending is used as it is:
+    what had it before is replaced. Where `folder` does not take it, `spare` may, and a note says
+    so, as one does where the music is too short for the `shape`. Without an `origin` the take goes
+    on from its request's audio prompt, if it has one; without `codes` they are those of `finished`.
 
     Raises:
         UnsavedError: the folder cannot be written to, or the disk is full. Nothing is left there.
     """
-    clip, notes = _mastered(finished)
-    settings = _settings(finished, clip)
-    tags = _tags(settings)
+    made = _master(finished, shape, origin)
     stem = _stem(finished.request)
+    kept_codes = None if made.shape else codes or _codes(finished)
+    data = sidecar.of_clip(made.clip, made.settings, kept_codes).content()
     try:
-        wav, flac = _write_both(clip, folder, name, stem, tags)
+        wav, flac = _write_all(made, folder, name, stem, data)
     except OSError as error:
         try:
             if spare is None:
                 raise
-            wav, flac = _write_both(clip, spare, name, stem, tags)
+            wav, flac = _write_all(made, spare, name, stem, data)
         except OSError:
-            raise UnsavedError(_complaint(error), settings) from error
-        notes.append("The take could not be kept with the others: download it here, and soon.")
-    notes = [*finished.notes, *notes]
-    return Take(wav, flac, settings, tuple(notes), clip, finished.prompt_s, finished.melody)
+            raise UnsavedError(_complaint(error), made.settings) from error
+        made.notes.append("The take could not be kept with the others: download it here, and soon.")
+    notes = (*finished.notes, *made.notes)
+    return Take(wav, flac, made.settings, notes, made.clip, made.prompt_s, finished.melody)
 
 
-def encode(finished: Finished, ending: str) -> tuple[bytes, tuple[str, ...]]:
-    """A take as a single file, ".wav", ".flac", ".mp3" or ".ogg", and its notes.
+def encode(
+    finished: Finished, ending: str, shape: Shape = AS_MADE
+) -> tuple[bytes, tuple[str, ...]]:
+    """A take as a single file, one of `clip.ENDINGS`, and its notes.
 
     Raises:
         UnsavedError: this kind of file cannot have the take's sampling rate.
     """
-    clip, notes = _mastered(finished)
-    settings = _settings(finished, clip)
-    try:
-        content = audio.encode(clip, ending, _tags(settings, plain=ending == ".mp3"))
-    except soundfile.SoundFileError as error:
-        message = f"The take cannot be a {ending[1:].upper()} file: choose WAV or FLAC."
-        raise UnsavedError(message, settings) from error
-    return content, (*finished.notes, *notes)
+    made = _master(finished, shape, None)
+    content = _encoded(made.clip, ending, made.settings)
+    return content, (*finished.notes, *made.notes)
 
 
-def write(finished: Finished, path: Path) -> tuple[str, ...]:
+def write(finished: Finished, path: Path, shape: Shape = AS_MADE) -> tuple[str, ...]:
     """Writes a take as the single file `path`, of the kind that its ending says; gives its notes.
 
     Raises:
         UnsavedError: the folder cannot be written to, the disk is full, or see `encode`.
     """
-    content, notes = encode(finished, path.suffix.lower())
+    content, notes = encode(finished, path.suffix.lower(), shape)
     try:
         files.replace(path, content)
     except OSError as error:
@@ -123,9 +202,39 @@ def write(finished: Finished, path: Path) -> tuple[str, ...]:
     return notes
 
 
-def _tags(settings: dict[str, Any], plain: bool = False) -> dict[str, str]:
+def export_file(sound: Path, ending: str, shape: Shape = AS_MADE, title: str = "") -> bytes:
+    """A take's sound as a file of another kind or shape, with the take's settings and `title`.
+
+    Raises:
+        RequestError: the sound cannot be read or cannot have the shape.
+        UnsavedError: this kind of file cannot have the take's sampling rate.
+    """
+    settings = read_settings(sound) or GenerationRequest().settings()
+    if ending == sound.suffix.lower() and not (shape or title):
+        return sound.read_bytes()
+    clip = _read_clip(sound)
+    if shape:
+        shaped = shape.of(clip, settings["tempo_bpm"], settings.get("prompt_s", 0.0))
+        clip, _ = export.limit(shaped)
+        settings |= _measures(clip, 0.0 if shape.loop_bars else settings.get("prompt_s", 0.0))
+        settings |= shape.settings()
+    return _encoded(clip, ending, settings, title)
+
+
+def _encoded(clip: Clip, ending: str, settings: dict[str, Any], title: str = "") -> bytes:
+    try:
+        content = audio.encode(clip, ending, _tags(settings, ending == ".mp3", title))
+    except soundfile.SoundFileError as error:
+        message = f"The take cannot be a {ending[1:].upper()} file: choose WAV or FLAC."
+        raise UnsavedError(message, settings) from error
+    if ending == ".wav" and settings.get("loop_bars"):
+        content = export.with_loop_points(content, clip.samples.shape[1], clip.sampling_rate)
+    return content
+
+
+def _tags(settings: dict[str, Any], plain: bool = False, title: str = "") -> dict[str, str]:
     """soundfile's tags. In `plain` ones all is ASCII: libsndfile says that MP3's are Latin-1."""
-    title = " ".join(settings["prompt"].split())
+    title = " ".join((title or settings["prompt"]).split())
     if plain:
         title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().strip()
     return {
@@ -136,17 +245,64 @@ def _tags(settings: dict[str, Any], plain: bool = False) -> dict[str, str]:
     }
 
 
+def load(sound: Path) -> Kept:
+    """Reads a take that was kept.
+
+    Its codes come along if they are beside it and are still those of this sound.
+
+    Raises:
+        RequestError: the file is not there, cannot be read or was not made here.
+    """
+    settings = read_settings(sound)
+    if settings is None:
+        raise RequestError(f"{sound.name} is not a take: choose a file that was made here.")
+    clip = _read_clip(sound)
+    settings = {"id": sidecar.sound_id(clip)} | settings
+    return Kept(*with_codes(clip, sound), settings)
+
+
+def with_codes(clip: Clip, sound: Path) -> tuple[Clip, int]:
+    """What was read of the file `sound`, with the codes beside it and at their level; and the
+    samples of a frame.
+
+    Without codes of just this sound the clip stays as it is, and a frame is a sample.
+    """
+    data = sidecar.read(sidecar.beside(sound))
+    if data is None or data.codes is None or data.id != sidecar.sound_id(clip):
+        return clip, 1
+    level = np.float32(10 ** (-data.settings.get("gain_db", 0.0) / 20))
+    values, frame_samples = data.codes.values, data.codes.frame_samples
+    frames = min(values.shape[1], clip.samples.shape[1] // frame_samples)
+    return Clip(
+        clip.samples * level if level != 1 else clip.samples,
+        clip.sampling_rate,
+        values[:, values.shape[1] - frames :],
+        data.codes.codec,
+    ), frame_samples
+
+
+def _read_clip(sound: Path) -> Clip:
+    return read_audio(sound, keep_s=MAX_KEPT_S).clip
+
+
 def read_settings(path: Path | str) -> dict[str, Any] | None:
     """The settings in a file made here; None for any other file, and for nonsense.
 
     The request's fields are checked as a request's; unknown keys are dropped.
     """
     try:
-        found = json.loads(_comment(Path(path)))[MARK]
+        return checked(json.loads(_comment(Path(path)))[MARK])
+    except (soundfile.SoundFileError, OSError, *NONSENSE):
+        return None
+
+
+def checked(found: Any) -> dict[str, Any] | None:
+    """Settings from a file, as `read_settings` gives them."""
+    try:
         kept = {key: found[key] for key in FIELDS if key in found and key not in CLIP_FIELDS}
         request = GenerationRequest.parse(kept)
-        results = {key: found[key] for key in RESULTS if _is_result(key, found.get(key))}
-    except (soundfile.SoundFileError, OSError, *NONSENSE):
+        results = {key: found[key] for key, fits in RESULTS.items() if fits(found.get(key))}
+    except NONSENSE:
         return None
     return request.settings() | results
 
@@ -183,9 +339,26 @@ def _chunks(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
         raw.seek(start + size + size % 2)
 
 
-def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
-    clip, notes = finished.clip, []
-    if finished.request.normalize:
+@dataclass(frozen=True)
+class _Mastered:
+    """A take as it is written."""
+
+    clip: Clip
+    prompt_s: float
+    settings: dict[str, Any]
+    notes: list[str]
+    shape: Shape  # that it has
+
+
+def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastered:
+    """Shapes, levels and limits the sound, in this order."""
+    request, clip, gain_db, notes = finished.request, finished.clip, 0.0, list[str]()
+    try:
+        clip = shape.of(clip, request.tempo_bpm, finished.prompt_s)
+    except RequestError as error:  # as of a take that was stopped: it is not lost for that
+        notes.append(f"The take was kept whole. {error}")
+        shape = AS_MADE
+    if request.normalize:
         clip, gain_db = audio.normalize(clip, TARGET_LUFS)
         reached = audio.loudness_lufs(clip)
         if math.isinf(reached):
@@ -194,30 +367,53 @@ def _mastered(finished: Finished) -> tuple[Clip, list[str]]:
             notes.append(f"Loudness is {reached:.1f} LUFS: at {TARGET_LUFS:g} peaks would clip.")
         else:
             notes.append(f"Loudness was changed by {gain_db:+.1f} dB to {reached:.1f} LUFS.")
-    clip, beyond = audio.clip_to_full_scale(clip)
-    if beyond:
-        samples = "1 sample was" if beyond == 1 else f"{beyond:,} samples were"
-        notes.append(f"{samples} beyond full scale and clipped.")
-    return clip, notes
-
-
-def _settings(finished: Finished, clip: Clip) -> dict[str, Any]:
-    melody = finished.request.melody
-    return finished.request.settings() | {
-        "made_s": round(clip.duration_s - finished.prompt_s, 3),
-        "prompt_s": round(finished.prompt_s, 3),
-        "melody_s": round(melody.duration_s, 3) if melody else 0.0,
-        "sampling_rate": clip.sampling_rate,
-        "channels": clip.channels,
+    clip, reduced_db = export.limit(clip)
+    if reduced_db >= REDUCTION_SAID_DB:
+        notes.append(
+            f"Peaks were limited by up to {reduced_db:.1f} dB, to {export.CEILING_DBTP:g} dBFS."
+        )
+    prompt_s = 0.0 if shape.loop_bars else finished.prompt_s
+    settings = request.settings() | {
+        **_measures(clip, prompt_s),
+        "melody_s": round(request.melody.duration_s, 3) if request.melody else 0.0,
         "speed_x": round(finished.speed, 2),
         "stopped": finished.stopped,
+        "gain_db": round(gain_db, 4),
+    }
+    if origin is None and (went_on := request.audio_prompt):
+        parent = sidecar.sound_id(went_on)
+        origin = Origin(parent, Operation.CONTINUE, went_on.duration_s)
+    settings |= (origin.settings() if origin else {}) | shape.settings()
+    return _Mastered(clip, prompt_s, settings, notes, shape)
+
+
+def _measures(clip: Clip, prompt_s: float) -> dict[str, Any]:
+    return {
+        "made_s": round(clip.duration_s - prompt_s, 3),
+        "prompt_s": round(prompt_s, 3),
+        "sampling_rate": clip.sampling_rate,
+        "channels": clip.channels,
+        "id": sidecar.sound_id(clip),
     }
 
 
-def _is_result(key: str, value: Any) -> bool:
-    if RESULTS[key] is bool or isinstance(value, bool):
-        return RESULTS[key] is type(value)
-    return isinstance(value, (int, float)) and 0 <= value < 1e9
+def _codes(finished: Finished) -> Codes | None:
+    """The codes of a take; those of its audio prompt that it goes on from come before them."""
+    codes, context = finished.codes, finished.context_frames
+    if codes is None:
+        return None
+    before = round(finished.prompt_s * finished.clip.sampling_rate)  # samples
+    new_frames = codes.shape[1] - context
+    frame_samples, rest = divmod(finished.clip.samples.shape[1] - before, max(new_frames, 1))
+    if rest or new_frames < 1:
+        return None
+    prompt = finished.request.audio_prompt
+    if prompt and prompt.codes is not None and prompt.codes.shape[1] > context:
+        known = prompt.codes[:, prompt.codes.shape[1] - context :]
+        if prompt.codec == finished.clip.codec and np.array_equal(known, codes[:, :context]):
+            codes = np.concatenate([prompt.codes, codes[:, context:]], axis=1)
+            context = prompt.codes.shape[1]
+    return Codes(codes, finished.clip.codec, context, frame_samples)
 
 
 def _stem(request: GenerationRequest) -> str:
@@ -227,7 +423,7 @@ def _stem(request: GenerationRequest) -> str:
 
 
 def slug(text: str) -> str:
-    """Letters and digits of any script in words joined by hyphens, at most 40 characters."""
+    """Letters and digits of any script, hyphens between words: at most 40 characters, 96 bytes."""
     normal = unicodedata.normalize("NFKC", text).lower()
     spaced = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in normal)
     whole = "-".join(spaced.split())
@@ -237,23 +433,26 @@ def slug(text: str) -> str:
         system = sys.getfilesystemencoding()
         whole = unicodedata.normalize("NFKD", whole).encode(system, "ignore").decode(system)
         whole = "-".join(filter(None, whole.split("-")))
-    if len(whole) <= NAME_CHARACTERS:
-        return whole
-    return whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
+    if len(whole) > NAME_CHARACTERS:
+        whole = whole[: NAME_CHARACTERS + 1].rpartition("-")[0] or whole[:NAME_CHARACTERS]
+    return os.fsencode(whole)[:NAME_BYTES].decode(sys.getfilesystemencoding(), "ignore")
 
 
-def _write_both(
-    clip: Clip, folder: Path, name: str, stem: str, tags: dict[str, str]
+def _write_all(
+    made: _Mastered, folder: Path, name: str, stem: str, data: bytes
 ) -> tuple[Path, Path]:
+    """The WAV first, which claims the name, then the sidecar, in the end the FLAC."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
     try:
-        for ending in (".wav", ".flac"):
-            parts.append(files.write_part(folder, audio.encode(clip, ending, tags)))
+        sounds = [_encoded(made.clip, ending, made.settings) for ending in (".wav", ".flac")]
+        for content in (sounds[0], data, sounds[1]):
+            parts.append(files.write_part(folder, content))
         wav, flac = _both(folder, name) if name else _claimed(parts[0], folder, stem)
         if name:
             parts[0].replace(wav)
-        parts[1].replace(flac)
+        parts[1].replace(sidecar.beside(wav))
+        parts[2].replace(flac)
     finally:
         for part in parts:
             files.drop(part)

@@ -21,14 +21,14 @@ TORCH = ("engine", "checkpoints", "backends", "benchmark")
 GRADIO = ("ui", "server")
 # Each package may import itself and what stands after it.
 ORDER = (
-    *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints", "engine"),
-    *("takes", "request", "audio", "environment", "errors", "files"),
+    *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints"),
+    *("library", "library_index", "retake", "takes", "sidecar"),
+    *("engine", "request", "audio", "environment", "errors", "files"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP = {
     ("backends.admission", "server.job_log"),
     ("backends.admission", "ui.live_player"),
-    ("takes", "engine.protocol"),
     ("ui.handlers", "server.job_log"),
 }
 TOP = {

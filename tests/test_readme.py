@@ -109,6 +109,8 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
         arguments = [str(tiny_melody) if word == "melody" else word for word in arguments]
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
         short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
+        if "--loop-bars" in arguments:
+            short += ["--tempo", "300", "--loop-bars", "1", "--duration", "0.9"]
         assert cli.main([*arguments, *short]) == 0, arguments
     made = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
     made = {name for name in made if not name.startswith("my-")}
@@ -121,8 +123,10 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
         "techno-1.wav",
         "techno-2.wav",
         "techno-3.wav",
+        "loop.wav",
+        "ending.opus",
     } < made
-    assert len(made) == 12  # and a WAV and a FLAC under takes/
+    assert len(made) == 15  # and a WAV, a FLAC and the codes under takes/
     assert soundfile.info("longer.flac").duration == 1.0
 
 

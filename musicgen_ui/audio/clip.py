@@ -19,12 +19,15 @@ from musicgen_ui import files
 
 SILENCE = 1e-4  # -80 dBFS
 CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
-# Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3) and 230 (Ogg) in stereo at
-# 32 kHz, where neither can be told from the WAV.
+# Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3), 230 (Ogg Vorbis) and 160 (Ogg
+# Opus) in stereo at 32 kHz, where none can be told from the WAV.
 LOSSY: dict[str, dict[str, Any]] = {
     ".mp3": {"compression_level": 0.2},
     ".ogg": {"compression_level": 0.2, "subtype": "VORBIS"},
+    ".opus": {"compression_level": 0.7, "subtype": "OPUS"},
 }
+ENDINGS = (".wav", ".flac", *LOSSY)  # of the files that `encode` makes
+OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)  # Hz; others become the last
 ENCODED_AT_ONCE = 65_536  # samples
 JOIN_FADE_S = 0.020
 LOUDNESS_BLOCK_S = 0.4  # BS.1770's gating block: nothing shorter can be measured
@@ -118,14 +121,6 @@ def join(clip: Clip, decoded: np.ndarray, context_samples: int) -> Clip:
     return Clip(samples.astype(np.float32, copy=False), clip.sampling_rate)
 
 
-def clip_to_full_scale(clip: Clip) -> tuple[Clip, int]:
-    """The clip held within ±1, and how many of its samples were beyond."""
-    beyond = int(np.count_nonzero(np.abs(clip.samples) > 1))
-    if not beyond:
-        return clip, 0
-    return Clip(np.clip(clip.samples, -1, 1), clip.sampling_rate), beyond
-
-
 def loudness_lufs(clip: Clip) -> float:
     """Integrated loudness after ITU-R BS.1770-4; -inf for silence.
 
@@ -168,7 +163,7 @@ def normalize(
 
 
 def encode(clip: Clip, ending: str, tags: Mapping[str, str] | None = None) -> bytes:
-    """The clip as a file: ".wav" or ".flac" with 16-bit samples, ".mp3" or ".ogg" (Vorbis).
+    """The clip as a file: ".wav" or ".flac" with 16-bit samples, ".mp3", ".ogg" (Vorbis), ".opus".
 
     `tags` are soundfile's names: title, artist, comment, date … In WAV and FLAC, samples are
     rounded to the nearest of 65,536 levels without dither: a codec's own noise lies far above the
@@ -178,13 +173,16 @@ def encode(clip: Clip, ending: str, tags: Mapping[str, str] | None = None) -> by
     Raises:
         soundfile.SoundFileError: MP3 or Vorbis cannot have this sampling rate.
     """
+    kind = {".opus": "OGG"}.get(ending, ending[1:].upper())
+    if ending == ".opus" and clip.sampling_rate not in OPUS_RATES:
+        clip = convert(clip, OPUS_RATES[-1], clip.channels)
     samples, options = clip.samples.T, LOSSY.get(ending)
     if options is None:
-        samples = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+        samples = to_int16(samples)
         options = {"subtype": "PCM_16"}
     encoded = io.BytesIO()
     with soundfile.SoundFile(
-        encoded, "w", clip.sampling_rate, clip.channels, format=ending[1:].upper(), **options
+        encoded, "w", clip.sampling_rate, clip.channels, format=kind, **options
     ) as file:
         for name, text in (tags or {}).items():
             if text:  # libsndfile refuses an empty tag
@@ -192,6 +190,11 @@ def encode(clip: Clip, ending: str, tags: Mapping[str, str] | None = None) -> by
         for start in range(0, len(samples), ENCODED_AT_ONCE):  # Vorbis crashes on minutes
             file.write(samples[start : start + ENCODED_AT_ONCE])
     return encoded.getvalue()
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """float32 samples as they are in a 16-bit file, in the same shape."""
+    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def write(clip: Clip, path: Path, tags: Mapping[str, str] | None = None) -> None:

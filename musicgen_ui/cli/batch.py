@@ -43,6 +43,8 @@ def run(flags: argparse.Namespace) -> int:
     """
     if flags.output == STDOUT or Path(flags.output).suffix.lower() in ENDINGS:
         raise RequestError("A batch is many takes: name a folder after -o.")
+    if flags.loop_bars or flags.fade_out:
+        raise RequestError("A batch makes whole takes: leave out --loop-bars and --fade-out.")
     jobs, tally = _jobs(flags.jobs), Tally(flags.quiet)
     pieces = _pieces(vars(flags), tally)
     folder = generate.output_path(flags.output)

@@ -22,13 +22,14 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from musicgen_ui import files
+from musicgen_ui.audio.clip import ENDINGS
+from musicgen_ui.audio.export import Shape
 from musicgen_ui.cli import console
 from musicgen_ui.engine.protocol import Event, Finished, Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
 STDOUT = "-"
 NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
 
@@ -47,9 +48,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         default="takes",
-        help="out.wav, .flac, .mp3 or .ogg (out-1.wav … for variations), - for a WAV to standard "
-        "output, or a folder where every take gets a name of its own, as WAV and FLAC (default "
-        "takes)",
+        help="out.wav, .flac, .mp3, .ogg or .opus (out-1.wav … for variations), - for a WAV to "
+        "standard output, or a folder where every take gets a name of its own, as WAV and FLAC "
+        "with its codes (default takes)",
+    )
+    parser.add_argument(
+        "--loop-bars",
+        metavar="N",
+        type=int,
+        default=0,
+        help="the take is a loop of so many bars of four beats at --tempo, from the start of the "
+        "new music on; a WAV says so to samplers",
+    )
+    parser.add_argument(
+        "--fade-out",
+        metavar="S",
+        type=float,
+        default=0.0,
+        help="the take's last seconds fade to silence",
     )
     parser.add_argument(
         "--batch",
@@ -79,6 +95,11 @@ def run(flags: argparse.Namespace) -> int:
         RequestError: a request that cannot be run.
     """
     values, notes = _read(vars(flags))
+    shape = Shape(flags.loop_bars, flags.fade_out)
+    if shape.loop_bars:
+        asked = GenerationRequest.parse(values)
+        asked_s = None if values["duration_s"] is None else asked.duration_s
+        values["duration_s"] = shape.duration_s(asked.tempo_bpm, asked_s)
     check_checkpoint(GenerationRequest.parse(values))
     output = None if flags.output == STDOUT else output_path(flags.output)
     if not output:
@@ -93,7 +114,7 @@ def run(flags: argparse.Namespace) -> int:
             # Closed whatever happens: a lease that ends while Python shuts down may hang there.
             events: Any = manager.stream_sync(request, stop)
             with contextlib.closing(events):
-                saved, broken = _save_all(events, request, output, notes, flags.quiet)
+                saved, broken = _save_all(events, request, output, notes, flags.quiet, shape)
         except RequestError as error:
             if error.field:
                 raise
@@ -174,10 +195,12 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     notes: list[str] = []
     for name, keep_s in CLIP_FIELDS.items():
         if values[name] is not None:
+            from musicgen_ui import takes
             from musicgen_ui.audio import load
 
-            reading = load.read(files.expanded(flags[name]), keep_s)
-            values[name] = reading.clip
+            path = files.expanded(flags[name])
+            reading = load.read(path, keep_s)
+            values[name] = takes.with_codes(reading.clip, path)[0]
             notes += reading.notes
     values["sections"] = sections_in(values["sections"], Path())
     return values, tuple(notes)
@@ -248,6 +271,7 @@ def _save_all(
     output: Path | None,
     notes: tuple[str, ...],
     quiet: bool,
+    shape: Shape,
 ) -> tuple[int, int]:
     """Saves and tells every take with new music in it; how many there were, how many failed."""
     saved = failed = 0
@@ -264,7 +288,7 @@ def _save_all(
                 bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
                 try:
-                    lines, told = _save(finished, output, request.variations)
+                    lines, told = _save(finished, output, request.variations, shape)
                 except RequestError as error:  # the other variations may still be saved
                     failed += 1
                     bar.say([f"Seed {event.request.seed}: {error}"], sys.stderr)
@@ -275,21 +299,23 @@ def _save_all(
     return saved, failed
 
 
-def _save(finished: Finished, output: Path | None, count: int) -> tuple[list[str], tuple[str, ...]]:
+def _save(
+    finished: Finished, output: Path | None, count: int, shape: Shape
+) -> tuple[list[str], tuple[str, ...]]:
     """Writes a take; a line for each file, and the take's notes."""
     from musicgen_ui import takes
 
     made: list[Any] = []
     if output is None:
-        content, notes = takes.encode(finished, ".wav")
+        content, notes = takes.encode(finished, ".wav", shape)
         cast(console.Stream, sys.stdout).write_bytes(content)
     elif output.is_dir():
-        take = takes.save(finished, output)
+        take = takes.save(finished, output, shape=shape)
         made, notes = [take.wav, take.flac], take.notes
     else:
         number = f"-{finished.variation + 1}" if count > 1 else ""
         made = [output.with_stem(output.stem + number)]
-        notes = takes.write(finished, made[0])
+        notes = takes.write(finished, made[0], shape)
     facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
     return [f"{file}  {facts}" for file in made], notes
 

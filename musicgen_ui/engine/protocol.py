@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.request import WINDOW_S, GenerationRequest
 
@@ -53,6 +55,12 @@ class Finished:
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
     fault: str = ""  # what broke it off, in a sentence, where it was not the user
     melody: Chroma | None = None  # what the new music followed
+    # int16 [codebooks, frames]: the codes that the codec decoded for this take, the last
+    # `context_frames` of the audio prompt first, then all new ones. They end where `clip` ends, so
+    # they are `clip.codes` too. In stereo the rows alternate, left first. None where nothing was
+    # made, or where a failure ended the audio within a frame.
+    codes: np.ndarray | None = None
+    context_frames: int = 0  # frames of `codes` that are the audio prompt's
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,15 +101,6 @@ def test_channels_that_do_not_match_are_an_error():
 # loudness
 
 
-def test_what_is_beyond_full_scale_is_clipped_and_counted():
-    clip = Clip(np.array([[0.5, 1.0, -1.0, 1.01, -3.0]], np.float32), RATE)
-    clipped, beyond = audio.clip_to_full_scale(clip)
-    assert beyond == 2
-    assert clipped.samples.tolist() == [[0.5, 1, -1, 1, -1]]
-    assert clip.samples[0, 4] == -3
-    assert audio.clip_to_full_scale(noise(level=0.01))[1] == 0
-
-
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [16_000, 32_000])
 def test_a_normalised_clip_measures_minus_14_lufs(channels, rate):

@@ -26,6 +26,7 @@ from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from tests.helpers.fakes import FakeEngine
+from tests.helpers.takes import finished, with_codes
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,12 +129,39 @@ def test_the_ending_chooses_the_format_and_variations_are_numbered(manager, tmp_
     assert soundfile.info(files[0]).duration == 1.0
 
 
+@pytest.mark.parametrize("kind", ["wav", "opus"])
+def test_loop_bars_makes_a_loop_of_whole_bars(kind, manager, tmp_path):
+    out = tmp_path / f"out.{kind}"
+    arguments = ["generate", "--tempo", "120", "--loop-bars", "2", "-o", str(out)]
+    assert cli.main(arguments) == 0
+    assert manager.asked[0].duration_s == 4.1
+    assert soundfile.info(out).duration == 4 and takes.read_settings(out)["loop_bars"] == 2
+    assert (b"smpl" in out.read_bytes()) is (kind == "wav")
+    assert cli.main([*arguments, "--duration", "3"]) == 2
+    assert cli.main([*arguments, "--fade-out", "1"]) == 2
+    assert len(manager.asked) == 1
+
+
+def test_fade_out_ends_a_take_in_silence(manager, tmp_path):
+    arguments = ["generate", "--duration", "2", "--fade-out", "1", "-o", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    (wav,) = tmp_path.glob("*.wav")
+    samples = soundfile.read(wav)[0]
+    assert abs(samples[-1]) == 0 and np.abs(samples[-200:]).max() < np.abs(samples).max() / 50
+
+
+def test_a_kept_take_goes_on_with_its_codes(manager, tmp_path):
+    take = takes.save(with_codes(finished()), tmp_path)
+    assert cli.main(["generate", "--audio-prompt", str(take.wav), "-o", str(tmp_path)]) == 0
+    assert manager.asked[0].audio_prompt.codes.shape == (4, 50)
+
+
 def test_a_folder_gets_named_takes_as_wav_and_flac(manager, tmp_path, capsys):
     assert cli.main(["generate", "warm bass", "--seed", "3", "-o", str(tmp_path / "new")]) == 0
     names = sorted(file.name for file in (tmp_path / "new").iterdir())
-    assert names == ["warm-bass-fake-seed-3.flac", "warm-bass-fake-seed-3.wav"]
+    assert names == [f"warm-bass-fake-seed-3.{kind}" for kind in ("flac", "safetensors", "wav")]
     told = capsys.readouterr().out
-    assert all(str(tmp_path / "new" / name) in told for name in names)
+    assert all(str(tmp_path / "new" / name) in told for name in names[::2])
 
 
 WRONG = {
@@ -349,7 +377,7 @@ def test_a_terminal_need_not_know_the_prompts_letters(encoding, manager, tmp_pat
     assert cli.main(["generate", "静かなピアノ", "-o", str(tmp_path)]) == 0
     told = out.buffer.getvalue().decode(encoding)
     assert told.count("\n") == 2 and (encoding != "utf-8" or "静かなピアノ" in told)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_wav_goes_to_standard_output_alone(manager, capsysbinary):
