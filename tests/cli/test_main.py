@@ -410,10 +410,10 @@ def test_a_stream_ends_before_its_manager_whatever_is_raised(manager, tmp_path, 
 def test_a_variation_that_cannot_be_saved_leaves_the_others_alone(
     manager, tmp_path, monkeypatch, capsys
 ):
-    def write(finished, path, keep=takes.write):
+    def write(finished, path, shape, keep=takes.write):
         if finished.variation == 0:
             raise takes.UnsavedError("Not this one.", {})
-        return keep(finished, path)
+        return keep(finished, path, shape)
 
     monkeypatch.setattr(takes, "write", write)
     arguments = ["--variations", "3", "--seed", "40", "--quiet"]
