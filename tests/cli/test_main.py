@@ -61,7 +61,7 @@ class FakeManager:
                 except StopAsyncIteration:
                     return
 
-    def describe(self, checkpoint):
+    def describe(self, checkpoint, adapter=""):
         return FakeEngine().describe("auto")
 
     def close(self):
