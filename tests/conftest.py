@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import MusicgenForConditionalGeneration
 
-    from musicgen_ui.engine.scheduler import Batch
+    from musicgen_ui.engine.scheduler import Scheduler
 
 # Before the libraries read them. Tests of downloads have a Hub of their own on this computer.
 os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -64,7 +64,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
+def batch(folder: Path, request: pytest.FixtureRequest) -> Scheduler:
     """Both ways of stepping; the graph's as it runs before it is captured."""
     from tests.helpers.engine import make_batch
 

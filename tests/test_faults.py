@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -27,21 +28,23 @@ from transformers import AutoTokenizer, MusicgenForConditionalGeneration
 
 from musicgen_ui import files, takes
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.backends.admission import Desk
-from musicgen_ui.backends.model_cache import Residents
+from musicgen_ui.backends.admission import Admission
+from musicgen_ui.backends.model_cache import ModelCache
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import CodecStream
-from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import Worker, stream
-from musicgen_ui.errors import RequestError
+from musicgen_ui.engine.protocol import Chunk, Event, Finished, Trouble
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.engine.variation import Variation
+from musicgen_ui.engine.worker import Worker
+from musicgen_ui.errors import Fault, RequestError
 from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.server.app import FAILED, wait_for_end
 from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.handlers import Handlers
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.engine import listen, stream, submit
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 
 ROOT = Path(__file__).parents[1]
 TAB = SimpleNamespace(session_hash="a")
@@ -91,7 +94,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
 def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     tmp_path: Path, full: Callable, code: int, said: str
 ) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, Desk(3))
+    handlers = Handlers(Admission(FakeBackend(), tmp_path))
     full(tmp_path, code)
     end = shown(handlers, seed=41)
     assert end["heard"] >= 4  # all of the music came before
@@ -99,7 +102,7 @@ def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     assert said in end["take_notes"]["value"]
     assert "seed</dt><dd>41<" in end["take_facts"]
     assert end["take_audio"] is None and not end["wav"]["interactive"]
-    assert end["generate"]["visible"] and len(handlers.desk) == 0
+    assert end["generate"]["visible"] and len(handlers.backend) == 0
     assert request_form.same_seed(end["history"], end["chosen"])["seed"] == 41
     assert audio_panel.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +112,7 @@ def test_where_the_folder_of_takes_is_full_the_visitor_downloads_from_another(
     tmp_path: Path, full: Callable
 ) -> None:
     spare = tmp_path / "spare"
-    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), spare=spare)
+    handlers = Handlers(Admission(FakeBackend(), tmp_path, spare=spare))
     full(tmp_path, errno.ENOSPC)
     end = shown(handlers)
     assert soundfile.info(end["take_audio"]).duration == 1.0
@@ -118,7 +121,7 @@ def test_where_the_folder_of_takes_is_full_the_visitor_downloads_from_another(
 
 
 def test_the_api_is_told_that_nothing_could_be_saved(tmp_path: Path, full: Callable) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, Desk(3))
+    handlers = Handlers(Admission(FakeBackend(), tmp_path))
     full(tmp_path, errno.ENOSPC)
 
     async def run() -> None:
@@ -232,9 +235,10 @@ def test_a_folder_goes_though_a_thread_still_writes_into_it(
 
 
 def test_a_server_whose_device_is_lost_ends_to_be_restarted() -> None:
-    engine = SimpleNamespace(health=lambda: SimpleNamespace(trouble=faults.LOST))
-    thread = SimpleNamespace(is_alive=lambda: True)
-    demo = SimpleNamespace(engine=engine, server=SimpleNamespace(thread=thread))
+    health = SimpleNamespace(trouble=Trouble.DEVICE_LOST)
+    backend = SimpleNamespace(health=lambda: health, backend=None)
+    server = SimpleNamespace(thread=SimpleNamespace(is_alive=lambda: True))
+    demo = SimpleNamespace(backend=backend, server=server)
     assert wait_for_end(demo, SimpleQueue(), check_every_s=0.01) == FAILED
 
 
@@ -244,7 +248,7 @@ def test_a_server_whose_device_is_lost_ends_to_be_restarted() -> None:
 def test_no_duration_is_measured_on_a_clock_that_can_be_set() -> None:
     """Ages, waits, shares of an hour: all of them would jump with it."""
     # When a process began and when a file was changed, the system says by that clock.
-    free = ("zero.py", "zero_worker.py", "cleanup.py")
+    free = ("zerogpu_worker.py", "cleanup.py")
     for path in (ROOT / "musicgen_ui").rglob("*.py"):
         set_by_people = re.search(r"time\.time\(|datetime\.now|utcnow", path.read_text())
         assert path.name in free or not set_by_people, path
@@ -257,33 +261,33 @@ MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.
 DEVICE = "CUDA error: an illegal memory access was encountered"
 
 
-def make_batch(folder: Path, **options: Any) -> Batch:
+def make_batch(folder: Path, **options: Any) -> Scheduler:
     model = MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Batch(model, tokenizer, checkpoint=folder.name, **options)
+    return Scheduler(model, tokenizer, checkpoint=folder.name, **options)
 
 
 @pytest.fixture(scope="module", params=["eager", "graph"])
-def any_batch(tiny_mono: Path, request: pytest.FixtureRequest) -> Batch:
+def any_batch(tiny_mono: Path, request: pytest.FixtureRequest) -> Scheduler:
     """Both ways of stepping; the graph's as it runs before it is captured."""
     return make_batch(tiny_mono, graphs=request.param == "graph", max_jobs=4)
 
 
 @pytest.fixture
-def batch(any_batch: Batch) -> Iterator[Batch]:
+def batch(any_batch: Scheduler) -> Iterator[Scheduler]:
     yield any_batch
-    assert not any_batch.busy and any_batch.losses.places == any_batch.max_jobs
+    assert not any_batch.busy and any_batch.places == any_batch.max_jobs
 
 
 class Caller:
     """Submits a request to a batch and keeps what comes back."""
 
-    def __init__(self, batch: Batch, seed: int, **settings: Any) -> None:
+    def __init__(self, batch: Scheduler, seed: int, **settings: Any) -> None:
         self.events: list[Event | Exception] = []
         self.request = GenerationRequest(
             **{"prompt": ROCK, "duration_s": 1.0} | settings, seed=seed
         )
-        batch.submit(self.request, None, self.events.append)
+        submit(batch, self.request, self.events.append)
 
     @property
     def chunks(self) -> list[np.ndarray]:
@@ -301,12 +305,12 @@ class Caller:
         return str(error)
 
 
-def run(batch: Batch, until: Callable[[], object] = lambda: False) -> None:
+def run(batch: Scheduler, until: Callable[[], object] = lambda: False) -> None:
     while not until() and batch.step():
         pass
 
 
-def whole(batch: Batch, seed: int, **settings: Any) -> np.ndarray:
+def whole(batch: Scheduler, seed: int, **settings: Any) -> np.ndarray:
     """The take of a seed where nothing breaks."""
     caller = Caller(batch, seed, **settings)
     run(batch)
@@ -318,20 +322,20 @@ def same(caller: Caller, expected: np.ndarray) -> bool:
     return not caller.end.fault and bool(np.abs(caller.end.clip.samples - expected).max() < 1e-4)
 
 
-def seeds(jobs: list[Job]) -> list[int]:
+def seeds(jobs: list[Variation]) -> list[int]:
     return [job.request.seed for job in jobs]
 
 
 @pytest.mark.parametrize("error", [MEMORY, ValueError("a bug"), MemoryError()])
 def test_a_step_that_fails_for_all_but_not_for_each_costs_nothing(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, error: Exception
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     expected = [whole(batch, seed) for seed in range(3)]
     step = batch.stepper.step
 
-    def small(jobs: list[Job]) -> None:
+    def small(jobs: list[Variation]) -> None:
         step(jobs)  # it has counted the step already when it fails
-        if len(jobs) > 1 and jobs[0].written % 5 == 0:
+        if len(jobs) > 1 and jobs[0].window.written % 5 == 0:
             raise error
 
     monkeypatch.setattr(batch.stepper, "step", small)
@@ -341,13 +345,13 @@ def test_a_step_that_fails_for_all_but_not_for_each_costs_nothing(
 
 
 def test_a_job_that_finds_no_memory_waits_until_fewer_run_and_is_then_the_same(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [whole(batch, seed) for seed in range(3)]
     step = batch.stepper.step
 
-    def small(jobs: list[Job]) -> None:
-        if 1 in seeds(jobs) and len(batch.jobs) > 1:
+    def small(jobs: list[Variation]) -> None:
+        if 1 in seeds(jobs) and len(batch.running) > 1:
             raise MEMORY
         step(jobs)
 
@@ -359,12 +363,12 @@ def test_a_job_that_finds_no_memory_waits_until_fewer_run_and_is_then_the_same(
 
 @pytest.mark.parametrize("error", [MEMORY, ValueError("a bug")])
 def test_a_job_that_was_heard_ends_with_what_was_heard_and_the_others_finish(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, error: Exception
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     expected = [whole(batch, seed) for seed in range(3)]
     step = batch.stepper.step
 
-    def broken(jobs: list[Job]) -> None:
+    def broken(jobs: list[Variation]) -> None:
         if 1 in seeds(jobs) and callers[1].chunks:
             raise error
         step(jobs)
@@ -380,7 +384,7 @@ def test_a_job_that_was_heard_ends_with_what_was_heard_and_the_others_finish(
 
 
 def test_memory_that_does_not_suffice_for_one_is_told_with_advice(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch.stepper, "admit", raiser(MEMORY))
     caller = Caller(batch, 1)
@@ -397,7 +401,7 @@ def raiser(error: BaseException) -> Callable:
 
 @pytest.mark.parametrize("place", ["admit", "prefill"])
 def test_memory_that_is_used_up_while_a_job_begins_lets_it_begin_later(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, place: str
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     clip = Clip(np.random.default_rng(0).normal(0, 0.2, (1, 32_000)).astype(np.float32), 32_000)
     settings = {"audio_prompt": clip, "include_prompt": False}
@@ -406,7 +410,7 @@ def test_memory_that_is_used_up_while_a_job_begins_lets_it_begin_later(
     begin = getattr(owner, place)
 
     def small(*args: Any, **options: Any) -> Any:
-        if batch.jobs and min(seeds(list(batch.jobs))) == 0:  # the other one runs still
+        if batch.running and min(seeds(list(batch.running))) == 0:  # the other one runs still
             raise MEMORY
         return begin(*args, **options)
 
@@ -419,7 +423,7 @@ def test_memory_that_is_used_up_while_a_job_begins_lets_it_begin_later(
 
 
 def test_a_job_that_breaks_while_it_is_admitted_takes_no_place(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As often as there are places; then all of them are there still."""
     monkeypatch.setattr(batch.decoder, "sequence", raiser(MEMORY))
@@ -434,12 +438,12 @@ def test_a_job_that_breaks_while_it_is_admitted_takes_no_place(
 
 
 def test_one_broken_variation_leaves_the_others(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [whole(batch, seed) for seed in (5, 7)]
     step = batch.stepper.step
 
-    def broken(jobs: list[Job]) -> None:
+    def broken(jobs: list[Variation]) -> None:
         if 6 in seeds(jobs):
             raise ValueError("a bug")
         step(jobs)
@@ -448,7 +452,7 @@ def test_one_broken_variation_leaves_the_others(
     caller = Caller(batch, 5, variations=3)
     run(batch)
     ends = {e.variation: e for e in caller.events if isinstance(e, Finished)}
-    assert ends[1].fault == faults.OTHER and not ends[1].clip.samples.size
+    assert ends[1].fault == Fault.OTHER.sentence and not ends[1].clip.samples.size
     for variation, samples in ((0, expected[0]), (2, expected[1])):
         assert np.abs(ends[variation].clip.samples - samples).max() < 1e-4
 
@@ -469,18 +473,15 @@ def panics(of: Callable) -> Callable:
     return call
 
 
-@pytest.mark.parametrize("place", ["tokenizer", "states", "followed", "encode_piece", "section"])
+@pytest.mark.parametrize("place", ["tokenizer", "states", "chroma", "section"])
 def test_a_panic_ends_the_job_that_it_came_up_in_and_no_other(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, place: str
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     expected = [whole(batch, seed) for seed in (0, 2)]
     ill: dict[str, Any] = {"prompt": "panic"}
     if place == "section":
         ill = {"prompt": "calm", "sections": ((0.6, "panic"),)}
         monkeypatch.setattr(batch.conditioner, "states", panics(batch.conditioner.states))
-    elif place == "encode_piece":
-        ill["audio_prompt"] = Clip(np.zeros((1, 32_000), np.float32), 32_000)
-        monkeypatch.setattr(Job, place, panics(Job.encode_piece))
     else:
         kept = getattr(batch.conditioner, place)
         monkeypatch.setattr(batch.conditioner, place, panics(kept))
@@ -494,7 +495,7 @@ def test_a_panic_ends_the_job_that_it_came_up_in_and_no_other(
 
 
 def test_the_words_that_a_tokenizer_cannot_read_are_what_is_told(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch.conditioner, "tokenizer", raiser(Panic()))
     caller = Caller(batch, 1, prompt="these words")
@@ -505,7 +506,7 @@ def test_the_words_that_a_tokenizer_cannot_read_are_what_is_told(
 
 
 def test_a_tokenizer_of_another_text_encoder_is_refused_before_a_gpu_fails(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = SimpleNamespace(input_ids=[5, 100_000])
     monkeypatch.setattr(batch.conditioner, "tokenizer", lambda *_, **options: more)
@@ -516,21 +517,21 @@ def test_a_tokenizer_of_another_text_encoder_is_refused_before_a_gpu_fails(
 
 
 def test_a_take_that_cannot_be_joined_leaves_its_caller_an_answer_and_the_others_their_takes(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = whole(batch, 0)
-    finished = Job.finished
+    finished = Variation.finished
 
-    def broken(job: Job, *args: Any) -> Finished:
+    def broken(job: Variation, *args: Any) -> Finished:
         if job.request.seed == 1:
             raise MemoryError
         return finished(job, *args)
 
-    monkeypatch.setattr(Job, "finished", broken)
+    monkeypatch.setattr(Variation, "finished", broken)
     callers = [Caller(batch, seed) for seed in range(2)]
     run(batch)
     assert same(callers[0], expected)
-    assert callers[1].end.fault == faults.MEMORY
+    assert callers[1].end.fault == Fault.MEMORY.sentence
 
 
 @pytest.mark.parametrize(("error", "again"), [(RuntimeError(DEVICE), True), (SystemExit(), False)])
@@ -541,12 +542,12 @@ def test_what_ends_everybody_while_a_job_is_admitted_leaves_it_an_answer(
     for times in (1, 2):
         batches, left = [make_batch(tiny_mono)], [error] * times
 
-        def admit(job: Job, conditions: list, left=left, batches=batches) -> None:
+        def admit(job: Variation, conditions: list, left=left, batches=batches) -> None:
             if left:
                 raise left.pop()
             type(batches[-1].stepper).admit(batches[-1].stepper, job, conditions)
 
-        def reload(batches=batches, admit=admit) -> Batch:
+        def reload(batches=batches, admit=admit) -> Scheduler:
             batches.append(make_batch(tiny_mono))
             batches[-1].stepper.admit = admit  # type: ignore[method-assign]
             return batches[-1]
@@ -564,14 +565,14 @@ def test_what_ends_everybody_while_a_job_is_admitted_leaves_it_an_answer(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("heard", [False, True])
 def test_logits_that_are_no_numbers_end_their_job_with_a_sentence_and_without_noise(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch, value: float, heard: bool
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch, value: float, heard: bool
 ) -> None:
     expected = [whole(batch, seed) for seed in range(2)]
     logits = batch.decoder.logits
 
     def broken(*args: Any) -> torch.Tensor:
         told = logits(*args).clone()
-        if bool(callers[0].chunks) >= heard and callers[0].events[-1:] and len(batch.jobs) == 2:
+        if bool(callers[0].chunks) >= heard and callers[0].events[-1:] and len(batch.running) == 2:
             told[0, 2, 5] = value  # of the first job's first row
         return told
 
@@ -588,15 +589,15 @@ def test_logits_that_are_no_numbers_end_their_job_with_a_sentence_and_without_no
 
 
 def test_audio_that_is_no_numbers_ends_its_job_and_is_not_heard(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
+    batch: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = whole(batch, 1)
     push = CodecStream.push
 
     def broken(stream: CodecStream, *args: Any, **options: Any) -> torch.Tensor:
         audio = push(stream, *args, **options)
-        first = next((job for job in batch.jobs if job.request.seed == 0), None)
-        if first and stream is first.stream and callers[0].chunks:
+        first = next((job for job in batch.running if job.request.seed == 0), None)
+        if first and stream is first.recorder.stream and callers[0].chunks:
             audio[:, -1] = float("nan")
         return audio
 
@@ -633,14 +634,15 @@ def test_memory_device_and_the_rest_are_told_apart(
     assert (faults.out_of_memory(error), faults.of_the_device(error)) == (memory, device)
 
 
-async def listen(worker: Worker, request: GenerationRequest) -> list[Event | Exception]:
-    events: list[Event | Exception] = []
-    try:
-        async for event in worker.stream(request):
-            events.append(event)
-    except Exception as error:
-        events.append(error)
-    return events
+def crowd(worker: Worker, requests: list[GenerationRequest]) -> list[list[Event | Exception]]:
+    """The events of requests that are made side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda request: listen(worker, request), requests))
+
+
+def has_audio(scheduler: Scheduler) -> bool:
+    jobs = [variation.job for variation in tuple(scheduler.running)]
+    return any(isinstance(event, Chunk) for job in jobs for event in job.log.so_far())
 
 
 def asked(seed: int, duration_s: float = 1.0) -> GenerationRequest:
@@ -655,50 +657,48 @@ def test_a_device_that_fails_is_loaded_anew_and_the_queue_lives_on(
     expected = {seed: whole(made[1], seed) for seed in range(4)}
     step, loads, troubles = made[0].stepper.step, [], []
 
-    def poisoned(jobs: list[Job]) -> None:
+    def poisoned(jobs: list[Variation]) -> None:
         step(jobs)
-        if any(ticket.heard for ticket in made[0].jobs.values()) and len(jobs) == 2:
+        if has_audio(made[0]) and len(jobs) == 2:
             raise kind(DEVICE)
 
     made[0].stepper.step = poisoned  # type: ignore[method-assign]
 
-    def reload() -> Batch:
+    def reload() -> Scheduler:
         loads.append(made[0].nbytes)
         troubles.append(worker.trouble)
         return made[1]
 
-    async def crowd() -> list[list[Event | Exception]]:
-        first = asyncio.create_task(listen(worker, asked(0, 2.0)))
-        while not any(ticket.heard for ticket in tuple(made[0].jobs.values())):
-            await asyncio.sleep(0.001)
-        return await asyncio.gather(first, *(listen(worker, asked(seed)) for seed in (1, 2, 3)))
-
     worker = Worker(made[0], reload)
     try:
-        heard, *others = asyncio.run(crowd())
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(listen, worker, asked(0, 2.0))
+            wait_for(lambda: has_audio(made[0]))
+            others = crowd(worker, [asked(seed) for seed in (1, 2, 3)])
+            heard = first.result(60)
     finally:
         worker.close()
-    assert isinstance(heard[-1], Finished) and heard[-1].fault == faults.DEVICE
+    assert isinstance(heard[-1], Finished) and heard[-1].fault == Fault.DEVICE.sentence
     assert heard[-1].clip.samples.shape[1] > 0
     for seed, events in enumerate(others, start=1):
         assert isinstance(events[-1], Finished) and not events[-1].fault, events[-1]
         assert np.abs(events[-1].clip.samples - expected[seed]).max() < 1e-4
     assert loads == [0]  # what had failed was let go before
-    assert "failed" in troubles[0] and not worker.trouble
+    assert troubles == [Trouble.RELOADING] and worker.trouble is None
 
 
 def test_a_job_that_breaks_the_device_each_time_does_so_twice_at_most(tiny_mono: Path) -> None:
     loads = []
 
-    def poisoned() -> Batch:
+    def poisoned() -> Scheduler:
         batch = make_batch(tiny_mono)
         batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
         loads.append(batch)
         return batch
 
     worker = Worker(poisoned(), poisoned)
-    (error,) = [e for e in asyncio.run(listen(worker, asked(1))) if isinstance(e, Exception)]
-    assert str(error) == faults.DEVICE
+    (error,) = [e for e in listen(worker, asked(1)) if isinstance(e, Exception)]
+    assert str(error) == Fault.DEVICE.sentence
     worker.close()
     assert len(loads) == 3
 
@@ -706,7 +706,7 @@ def test_a_job_that_breaks_the_device_each_time_does_so_twice_at_most(tiny_mono:
 def test_a_device_that_does_not_come_back_is_told_to_all_and_to_health(tiny_mono: Path) -> None:
     loads: list[str] = []
 
-    def load(source: Source, say: Callable[[str], None]) -> Batch:
+    def load(source: Source, say: Callable[[str], None]) -> Scheduler:
         loads.append(source.name)
         if len(loads) in (2, 3):
             raise RuntimeError(DEVICE)
@@ -715,23 +715,22 @@ def test_a_device_that_does_not_come_back_is_told_to_all_and_to_health(tiny_mono
             batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
         return batch
 
-    residents = Residents(load, lambda source: 10, 10**9, 0.0)
+    cache = ModelCache(load, lambda source: 10, 10**9, 0.0)
 
-    async def make() -> list[list[Event | Exception]]:
-        with residents.lease(Source("A")) as resident:
-            await asyncio.to_thread(resident.loaded)
-            worker = residents.worker(resident)
-            return await asyncio.gather(*(listen(worker, asked(seed)) for seed in range(3)))
+    def make() -> list[list[Event | Exception]]:
+        with cache.acquire(Source("A")) as model:
+            model.loaded()
+            return crowd(cache.worker(model), [asked(seed) for seed in range(3)])
 
-    for events in asyncio.run(make()):
+    for events in make():
         assert isinstance(events[-1], RequestError)
-    assert residents.trouble == faults.LOST
+    assert cache.trouble is Trouble.DEVICE_LOST
     with pytest.raises(RequestError, match="started again"):
-        asyncio.run(make())
-    for events in asyncio.run(make()):  # the device is back
+        make()
+    for events in make():  # the device is back
         assert isinstance(events[-1], Finished)
-    assert residents.trouble == "" and len(loads) == 4
-    residents.close()
+    assert cache.trouble is None and len(loads) == 4
+    cache.close()
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyError("a bug"), KeyboardInterrupt()])
@@ -739,24 +738,22 @@ def test_callers_of_a_worker_that_dies_are_told_and_another_takes_its_place(
     tiny_mono: Path, error: BaseException
 ) -> None:
     batch = make_batch(tiny_mono, max_jobs=1)
-    worker, drop = Worker(batch), batch._drop_closed
+    worker, stop = Worker(batch), batch._stop
     deaths = [error]
 
     def die() -> None:
-        if batch.line.entries() and deaths:
+        if batch.queue.waiting() and deaths:
             raise deaths.pop()
-        drop()
+        stop()
 
-    batch._drop_closed = die  # type: ignore[method-assign]
+    batch._stop = die  # type: ignore[method-assign]
     before = worker._thread
 
-    async def crowd() -> list[list[Event | Exception]]:
-        return await asyncio.gather(*(listen(worker, asked(seed)) for seed in range(3)))
-
-    ends = [events[-1] for events in asyncio.run(crowd())]
+    requests = [asked(seed) for seed in range(3)]
+    ends = [events[-1] for events in crowd(worker, requests)]
     told = [end for end in ends if isinstance(end, RequestError)]
-    assert told and {str(end) for end in told} == {faults.WORKER}
-    for events in asyncio.run(crowd()):
+    assert told and {str(end) for end in told} == {Fault.WORKER.sentence}
+    for events in crowd(worker, requests):
         assert isinstance(events[-1], Finished) and not events[-1].fault
     assert worker.alive and worker._thread is not before
     worker.close()
@@ -769,5 +766,5 @@ def test_a_command_keeps_what_was_made_before_the_device_failed(tiny_mono: Path)
         events.append(event)
         if isinstance(event, Chunk):
             batch.stepper.step = raiser(RuntimeError(DEVICE))  # type: ignore[method-assign]
-    assert isinstance(events[-1], Finished) and events[-1].fault == faults.DEVICE
+    assert isinstance(events[-1], Finished) and events[-1].fault == Fault.DEVICE.sentence
     assert events[-1].clip.samples.size

@@ -26,11 +26,7 @@ ORDER = (
     *("engine", "request", "audio", "environment", "errors", "files"),
 )
 # Imports that still point up; none may join them.
-POINTING_UP = {
-    ("backends.admission", "server.job_log"),
-    ("backends.admission", "ui.live_player"),
-    ("ui.handlers", "server.job_log"),
-}
+POINTING_UP: set[tuple[str, str]] = set()
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
     "pre-requirements.txt",

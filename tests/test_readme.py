@@ -23,7 +23,7 @@ from musicgen_ui import __main__ as cli
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers import generated_tables as readme
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 from tests.helpers.requirements import requirements
 
@@ -150,7 +150,7 @@ def test_the_apis_lines_run_against_a_server():
     (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 5
     port = free_port()
-    demo, temporary = launch(Settings(port=port), FakeEngine())
+    demo, temporary = launch(Settings(port=port), FakeBackend())
     try:
         seen: dict = {}
         exec(code.replace("http://127.0.0.1:7860", f"http://127.0.0.1:{port}"), seen)

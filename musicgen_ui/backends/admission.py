@@ -1,64 +1,93 @@
-"""Who visits, and each visitor's share of the server.
+"""Admission: a backend around the real one, with the limits of a server.
 
-A visitor is known by two names: the tab, which is the session that Gradio gives to a page or an
-API client, and the network address. A tab is free to be had, so both names count, and whichever
-share is used up first ends the welcome. The address is the peer's, or what a trusted proxy in
-front says it is: uvicorn reads X-Forwarded-For from the networks of `Settings.trusted_proxies`
-alone, from the right, so a visitor cannot invent one. Loopback tells nobody apart and is no name.
+It refuses what the queue or a client's share of it does not hold, keeps the job log, saves takes to
+files once for all readers, and knows whose job is whose.
 
-The desk has a place for each job from its click to its end. It refuses more than the queue or a
-visitor's share holds and knows which stop events belong to which tab.
+A client is known by two names: the session that Gradio gives to a page or an API client, and the
+network address. A session costs nothing, so both names count, and whichever limit is reached first
+holds. The address is the peer's, or what a trusted proxy in front says: uvicorn reads
+X-Forwarded-For from the networks of `Settings.trusted_proxies` alone, from the right, so a client
+cannot invent one. Loopback addresses distinguish nobody and are no names.
 """
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 import ipaddress
+import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from musicgen_ui import takes
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.job_log import JobLog, JobRecord
+from musicgen_ui.engine.job import RelayedJob
+from musicgen_ui.engine.protocol import (
+    Backend,
+    CheckpointInfo,
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Health,
+    Progress,
+    Stage,
+    Status,
+)
 from musicgen_ui.errors import RequestError
-from musicgen_ui.server.job_log import Record
-from musicgen_ui.ui.live_player import about
+from musicgen_ui.request import GenerationRequest
 
 HOUR_S = 3600.0
-SLOT_S = 60.0  # what a visitor had within so long is one entry of the ledger
-VISITORS = 5000  # in the ledger: the one longest unseen goes first
-NAME_CHARACTERS = 64  # of a tab's name, which the client chooses
+SLOT_S = 60.0  # what a client was given within so long is one entry of its quota
+CLIENTS = 5000  # whose quotas are kept: the one longest unseen goes first
+NAME_CHARACTERS = 64  # of a session's name, which the client chooses
+NEW_AT_LEAST_S = 0.02  # a take with less new music than a frame is not saved
+KEPT_BYTES = 256_000_000  # of audio in the logs of jobs that have ended
+
+Complete = Callable[[], tuple[GenerationRequest, tuple[str, ...]]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Visitor:
+class Client:
     """Who is asking."""
 
-    tab: str  # one page in a browser, or one API client
-    address: str = ""  # "" where it tells nobody apart
+    session: str  # one page in a browser, or one API client
+    address: str = ""  # "" where it distinguishes nobody
 
     @classmethod
-    def of(cls, request: Any) -> Visitor:
-        """The visitor behind a `gr.Request`."""
-        client = getattr(request, "client", None)
-        session = (request.session_hash or "")[:NAME_CHARACTERS]
-        return cls(session, named(getattr(client, "host", None) or ""))
+    def of(cls, request: Any) -> Client:
+        """The client behind a `gr.Request`, or one of Starlette, which has no session."""
+        peer = getattr(request, "client", None)
+        session = (getattr(request, "session_hash", None) or "")[:NAME_CHARACTERS]
+        return cls(session, address_name(getattr(peer, "host", None) or ""))
 
     @property
     def name(self) -> str:
-        """Who takes turns with others: an address, however many tabs it has."""
-        return self.address or self.tab
+        """Who takes turns with others: an address, however many sessions it has."""
+        return self.address or self.session
 
     @property
     def names(self) -> list[str]:
-        """Whose shares a job counts in."""
-        names = [f"tab {self.tab}"] * bool(self.tab) + [f"at {self.address}"] * bool(self.address)
+        """Under which names a job counts."""
+        names = [f"session {self.session}"] * bool(self.session)
+        names += [f"at {self.address}"] * bool(self.address)
         return names or ["nameless"]
 
 
-def named(host: str) -> str:
-    """The address that stands for a visitor: of IPv6 the network of 64 bits; "" for loopback."""
+def address_name(host: str) -> str:
+    """The address that stands for a client: of IPv6 the network of 64 bits; "" for loopback."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -72,8 +101,8 @@ def named(host: str) -> str:
     return str(address)
 
 
-class Ledger:
-    """Seconds of music that visitors had within the last hour.
+class HourlyQuota:
+    """Seconds of music that each client was given within the last hour.
 
     Args:
         limit_s: what each may have; 0 is no limit.
@@ -83,34 +112,38 @@ class Ledger:
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit_s = limit_s
         self._clock = clock
-        self._had: OrderedDict[str, deque[list[float]]] = OrderedDict()  # [until, seconds] by name
+        # By name: [when it does not count any more, seconds of music], the oldest first.
+        self._given: OrderedDict[str, deque[list[float]]] = OrderedDict()
         self._under_way: dict[str, float] = {}  # seconds that are being made
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._had)
+        return len(self._given)
 
     @contextmanager
-    def share(self, visitor: Visitor, record: Record) -> Iterator[None]:
-        """Sets what a job may take aside until its end, when what it made counts.
+    def reserve(self, client: Client, record: JobRecord) -> Iterator[None]:
+        """Reserves the seconds that a job asks for until its end, when those it made count.
 
         Raises:
-            RequestError: the hour's share does not hold it; says when it will.
+            RequestError: the hour's quota does not hold it; says when it will.
         """
         if not self.limit_s:
             yield
             return
-        for name in visitor.names:
-            self._check(name, record.asked_s)
-        for name in visitor.names:
-            self._under_way[name] = self._under_way.get(name, 0.0) + record.asked_s
+        with self._lock:
+            for name in client.names:
+                self._check(name, record.asked_s)
+            for name in client.names:
+                self._under_way[name] = self._under_way.get(name, 0.0) + record.asked_s
         try:
             yield
         finally:
-            for name in visitor.names:
-                self._under_way[name] -= record.asked_s
-                if self._under_way[name] < 1e-6:
-                    del self._under_way[name]
-                self._add(name, record.made_s)
+            with self._lock:
+                for name in client.names:
+                    self._under_way[name] -= record.asked_s
+                    if self._under_way[name] < 1e-6:
+                        del self._under_way[name]
+                    self._add(name, record.made_s)
 
     def _check(self, name: str, asked_s: float) -> None:
         if asked_s > self.limit_s:
@@ -118,108 +151,313 @@ class Ledger:
                 f"A visitor may have {self.limit_s:g} s of music an hour here: choose a shorter "
                 "length or fewer variations."
             )
-        under_way_s, had = self._under_way.get(name, 0.0), self._current(name)
-        left_s = self.limit_s - under_way_s - sum(seconds for _, seconds in had)
+        under_way_s, given = self._under_way.get(name, 0.0), self._current(name)
+        left_s = self.limit_s - under_way_s - sum(seconds for _, seconds in given)
         if asked_s <= left_s + 1e-6:
             return
         wait_s = HOUR_S  # what is being made counts for an hour from its end
-        for until_s, seconds in had:
+        for until_s, seconds in given:
             left_s += seconds
             if asked_s <= left_s + 1e-6:
                 wait_s = until_s - self._clock()
                 break
         raise RequestError(
             f"Your share of {self.limit_s:g} s of music an hour is used up: come back in "
-            f"{about(wait_s)}."
+            f"{about_time(wait_s)}."
         )
 
     def _current(self, name: str) -> deque[list[float]]:
-        """What a visitor had and still counts, the oldest first."""
-        had = self._had.get(name, deque())
-        while had and had[0][0] <= self._clock():
-            had.popleft()
-        return had
+        """What a client was given and still counts, the oldest first."""
+        given = self._given.get(name, deque())
+        while given and given[0][0] <= self._clock():
+            given.popleft()
+        return given
 
     def _add(self, name: str, seconds: float) -> None:
         if not seconds:
             return
-        had, until_s = self._current(name), self._clock() + HOUR_S
-        if had and had[-1][0] > until_s - SLOT_S:
-            had[-1] = [until_s, had[-1][1] + seconds]
+        given, until_s = self._current(name), self._clock() + HOUR_S
+        if given and given[-1][0] > until_s - SLOT_S:
+            given[-1] = [until_s, given[-1][1] + seconds]
         else:
-            had.append([until_s, seconds])
-        self._had[name] = had
-        self._had.move_to_end(name)
-        while len(self._had) > VISITORS or not self._current(next(iter(self._had))):
-            self._had.popitem(last=False)
+            given.append([until_s, seconds])
+        self._given[name] = given
+        self._given.move_to_end(name)
+        while len(self._given) > CLIENTS or not self._current(next(iter(self._given))):
+            self._given.popitem(last=False)
 
 
-class Desk:
-    """The jobs in flight: no more takes than `limit`, and of each visitor no more than `each`.
-
-    Args:
-        limit: takes that are being made or wait.
-        each: takes of one visitor among them; 0 is as many as there is room for.
-        ledger: each visitor's share of an hour.
+@dataclass(frozen=True, eq=False)
+class Saved(Finished):
+    """A finished variation with its files. Without `take` there are none, and `error` says why,
+    or there was nothing new to keep.
     """
 
-    def __init__(self, limit: int, each: int = 0, ledger: Ledger | None = None) -> None:
-        self.limit = limit
-        self.each = each
-        self.ledger = Ledger(0) if ledger is None else ledger
-        self._jobs: dict[threading.Event, tuple[Visitor, int]] = {}  # takes by stop event
+    take: takes.Take | None = None
+    error: takes.UnsavedError | None = None
+
+
+class AdmittedJob(RelayedJob):
+    """A job of a client. Its log has `Saved` in place of `Finished`."""
+
+    def __init__(self, request: GenerationRequest, client: Client) -> None:
+        super().__init__(request, client.name)
+        self.owner = client
+        self.left = False  # the client went away: its takes are not kept
+        self.record = JobRecord(self.id[:8])
+        self.record.set_request(request)
+
+    def is_owned_by(self, client: Client) -> bool:
+        """Whether `client` may read it: the same address. The job's id is a secret besides."""
+        return client.address == self.owner.address
+
+    def leave(self) -> None:
+        """Stops it for a client that went away: no take is saved."""
+        self.left = True
+        self.stop()
+
+
+class Admission:
+    """A `protocol.Backend` in front of `backend`.
+
+    Args:
+        backend: what makes the music.
+        folder: of the takes; None saves none.
+        spare: the folder of takes where `folder` does not take them.
+        queue_length: takes that are being made or wait, at most.
+        client_jobs: takes of one client among them; 0 is as many as there is room for.
+        quota: each client's seconds of music an hour.
+        job_log: of the server.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        folder: Path | None,
+        spare: Path | None = None,
+        queue_length: int = 32,
+        client_jobs: int = 0,
+        quota: HourlyQuota | None = None,
+        job_log: JobLog | None = None,
+    ) -> None:
+        self.backend = backend
+        self.folder, self.spare = folder, spare
+        self.queue_length, self.client_jobs = queue_length, client_jobs
+        self.quota = HourlyQuota(0) if quota is None else quota
+        self.job_log = job_log or JobLog()
+        self._lock = threading.Lock()  # guards what follows
+        self._jobs: dict[str, AdmittedJob] = {}  # under way, by id
+        self._ended: OrderedDict[str, AdmittedJob] = OrderedDict()  # the last ones
         self._closed = False
 
     def __len__(self) -> int:
-        return sum(takes for _, takes in self._jobs.values())
+        """Takes that are being made or wait."""
+        return sum(job.record.takes for job in tuple(self._jobs.values()))
 
-    @contextmanager
-    def place(self, visitor: Visitor, takes: int = 1) -> Iterator[threading.Event]:
-        """A job's place: yields its stop event and sets it at the end, however it ends.
+    def submit(
+        self,
+        request: GenerationRequest,
+        client: Client | str = "",
+        complete: Complete | None = None,
+    ) -> AdmittedJob:
+        """See `Backend.submit`; a refusal is a `Failed` event.
 
-        Raises:
-            RequestError: the queue or the visitor's share of it is full.
+        Args:
+            request: what to make, as far as it is known.
+            client: whose job it is.
+            complete: gives the request to be made and notes for its takes; called on a thread of
+                the job, since it may read clips and wait for the backend.
         """
-        self._check(visitor, takes)
-        stop = threading.Event()
-        self._jobs[stop] = visitor, takes
+        owner = Client(client) if isinstance(client, str) else client
+        job = AdmittedJob(request, owner)
+        self.job_log.begin(job.record)
         try:
-            yield stop
-        finally:
-            stop.set()
-            del self._jobs[stop]
+            with self._lock:
+                self._check(owner, request.variations)
+                self._jobs[job.id] = job
+        except RequestError as error:
+            self._end(job, Failed(error))
+            return job
+        complete = complete or (lambda: (job.request, ()))
+        # In the context of the request: ZeroGPU counts by the visitor whom Gradio names there.
+        run = contextvars.copy_context().run
+        work = threading.Thread(target=run, args=(self._run, job, complete), daemon=True)
+        work.start()
+        return job
 
-    def stop(self, tab: str) -> int:
-        """Asks a tab's jobs to stop; how many there were."""
-        stops = [stop for stop, (visitor, _) in self._jobs.items() if visitor.tab == tab]
-        for stop in stops:
-            stop.set()
-        return len(stops)
+    def refuse(self, error: RequestError) -> None:
+        """Logs a request that was wrong before it could become a job."""
+        record = JobRecord(secrets.token_hex(4))
+        record.note(Failed(error))
+        self.job_log.end(record)
 
-    def close(self) -> None:
-        """Asks every job to stop, and takes no more."""
-        self._closed = True
-        for stop in list(self._jobs):
-            stop.set()
-
-    def _check(self, visitor: Visitor, takes: int) -> None:
+    def _check(self, client: Client, takes: int) -> None:
         if self._closed:
             raise RequestError("The server is being stopped: try again when it is back.")
-        most = min(self.limit, self.each or self.limit)
+        most = min(self.queue_length, self.client_jobs or self.queue_length)
         if takes > most:
             raise RequestError(
                 f"This server makes at most {most} takes at once for a visitor: choose fewer.",
                 "variations",
             )
-        for name in visitor.names if self.each else ():
-            own = sum(count for other, count in self._jobs.values() if name in other.names)
-            if own + takes > self.each:
+        for name in client.names if self.client_jobs else ():
+            jobs = [job for job in self._jobs.values() if name in job.owner.names]
+            count = sum(job.record.takes for job in jobs)
+            if count + takes > self.client_jobs:
                 raise RequestError(
-                    f"{own} of your takes are being made or waiting, and {self.each} are a "
-                    "visitor's share: try again when one of them is finished."
+                    f"{count} of your takes are being made or waiting, and {self.client_jobs} are "
+                    "a visitor's share: try again when one of them is finished."
                 )
-        if len(self) + takes > self.limit:
+        if len(self) + takes > self.queue_length:
             raise RequestError(
                 f"The queue is full: {len(self)} takes are being made or waiting. "
                 "Try again in a minute."
             )
+
+    def job(self, id: str) -> AdmittedJob | None:
+        """A job under way, or one of the last that ended; see `AdmittedJob.is_owned_by`."""
+        with self._lock:
+            return self._jobs.get(id) or self._ended.get(id)
+
+    def stop(self, session: str) -> int:
+        """Stops the jobs of a session; how many there were."""
+        jobs = self._jobs_of(session)
+        for job in jobs:
+            job.stop()
+        return len(jobs)
+
+    def leave(self, session: str) -> None:
+        """Stops the jobs of a session that is gone; their takes are not kept."""
+        for job in self._jobs_of(session):
+            job.leave()
+
+    def _jobs_of(self, session: str) -> list[AdmittedJob]:
+        with self._lock:
+            return [job for job in self._jobs.values() if job.owner.session == session]
+
+    def stop_all(self) -> None:
+        """Stops every job, and refuses further ones."""
+        with self._lock:
+            self._closed, jobs = True, list(self._jobs.values())
+        for job in jobs:
+            job.stop()
+
+    # On the job's thread
+
+    def _run(self, job: AdmittedJob, complete: Complete) -> None:
+        try:
+            last = self._all_but_the_last(job, complete)
+        except Exception as error:
+            last = Failed(error)
+        self._end(job, last)
+
+    def _all_but_the_last(self, job: AdmittedJob, complete: Complete) -> Event | None:
+        """Appends the events of the job but the last one, which it returns."""
+        if self.backend.status().starting:
+            job.log.append(Progress(Stage.LOADING, note="starting the engine"))
+        request, notes = complete()
+        job.request = request.with_seed()
+        job.record.set_request(job.request)
+        with self.quota.reserve(job.owner, job.record):
+            if not job.begin():
+                return None
+            behind = self.backend.submit(job.request, job.client)
+            job.set_behind(behind)
+            for event in behind.follow():
+                job.record.note(event)
+                if isinstance(event, Finished):
+                    event = self._saved(job, event, notes)
+                last = isinstance(event, Finished) and job.log.unfinished == 1
+                if last or isinstance(event, Failed):
+                    return event
+                job.log.append(event)
+        return None
+
+    def _saved(self, job: AdmittedJob, finished: Finished, notes: tuple[str, ...]) -> Saved:
+        """Saves the take, which never fails the job: its client was sent the music already."""
+        values = {f.name: getattr(finished, f.name) for f in dataclasses.fields(Finished)}
+        saved = Saved(**values | {"notes": (*notes, *finished.notes)})
+        new_s = finished.clip.duration_s - finished.prompt_s
+        if self.folder is None or job.left or new_s < NEW_AT_LEAST_S:
+            return saved
+        try:
+            take = takes.save(saved, self.folder, spare=self.spare)
+        except takes.UnsavedError as error:
+            log.error("A take could not be saved", exc_info=error)
+            return dataclasses.replace(saved, error=error)
+        return dataclasses.replace(saved, take=take)
+
+    def _end(self, job: AdmittedJob, last: Event | None) -> None:
+        """Frees the job's place and logs it; then its readers learn of the end."""
+        if isinstance(last, Failed):
+            job.record.note(last)
+        job.set_behind(None)
+        with self._lock:
+            if self._jobs.pop(job.id, None):
+                self._ended[job.id] = job
+            self._drop_audio()
+        self.job_log.end(job.record, job.left)
+        if last:
+            job.log.append(last)
+
+    def _drop_audio(self) -> None:
+        """Frees the audio of the jobs that ended longest ago, so that memory is bounded."""
+        held = {id: _nbytes(job) for id, job in self._ended.items()}
+        while len(self._ended) > 1 and sum(held.values()) > KEPT_BYTES:
+            id, job = self._ended.popitem(last=False)
+            del held[id]
+            job.log.rewrite(_without_audio)
+
+    # As the backend
+
+    def checkpoints(self) -> list[str]:
+        """See `Backend.checkpoints`."""
+        return self.backend.checkpoints()
+
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
+        """See `Backend.describe`."""
+        return self.backend.describe(checkpoint, adapter)
+
+    def status(self) -> Status:
+        """See `Backend.status`."""
+        return self.backend.status()
+
+    def health(self) -> Health:
+        """See `Backend.health`."""
+        return self.backend.health()
+
+    def unload(self) -> None:
+        """See `Backend.unload`."""
+        self.backend.unload()
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self.stop_all()
+        self.backend.close()
+
+
+def _nbytes(job: AdmittedJob) -> int:
+    events = job.log.so_far()
+    return sum(e.clip.samples.nbytes for e in events if isinstance(e, (Chunk, Finished)))
+
+
+def _without_audio(event: Event) -> Event:
+    if isinstance(event, Saved) and event.take:
+        take = dataclasses.replace(event.take, clip=_silence(event.take.clip))
+        event = dataclasses.replace(event, take=take)
+    if isinstance(event, Chunk):
+        return dataclasses.replace(event, clip=_silence(event.clip))
+    if isinstance(event, Finished):
+        return dataclasses.replace(event, clip=_silence(event.clip), codes=None)
+    return event
+
+
+def _silence(clip: Clip) -> Clip:
+    return Clip(np.zeros((clip.channels, 0), np.float32), clip.sampling_rate)
+
+
+def about_time(seconds: float) -> str:
+    """A time to come, as exact as it can be known: "about 40 s", "about 12 minutes"."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} minutes"

@@ -1,43 +1,47 @@
-"""The engine that the page, the API and the command line know.
+"""The backend of this computer.
 
-`ModelManager` joins the rooms below it: `checkpoints` finds and reads what a request names,
-`residents` keeps models in memory and lends them, the engine's `Batch` makes the music, driven by
-a `Worker` for many callers or inline for one. It adds what only the whole can say: whether a
-checkpoint will ever fit this computer, and the status line.
+`LocalBackend` finds and reads the checkpoint that a request names, keeps models in a `ModelCache`,
+encodes the audio prompt and hands the job to the model's `Worker`, whose `Scheduler` makes the
+music. It also says whether a checkpoint will ever fit this computer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from anyio import CapacityLimiter, to_thread
 
-from musicgen_ui.backends.model_cache import Resident, Residents, Say
+from musicgen_ui.backends.model_cache import CachedModel, ModelCache, Say
 from musicgen_ui.checkpoints import hub, lora, memory, registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
-from musicgen_ui.engine import worker
+from musicgen_ui.engine import faults
 from musicgen_ui.engine.cpu.machine_code import STORE
 from musicgen_ui.engine.device import Place
-from musicgen_ui.engine.protocol import Description, Event, Health, Progress
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import (
+    CheckpointInfo,
+    Failed,
+    Health,
+    Progress,
+    Stage,
+    Status,
+    Trouble,
+)
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 IDLE_S = 1800.0
-LOOKUPS = 500  # requests that are being prepared at once; a server's queue is shorter
-_LOOK_S = 0.05  # between two looks at a load that is under way
+LOOK_S = 0.05  # between two looks at a load that is under way
 STUCK_S = 60.0  # a step that takes longer will not end: the slowest machines take seconds
 
 
-def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
+def load_scheduler(source: Source, place: Place, max_jobs: int, say: Say) -> Scheduler:
     """Reads a checkpoint and makes it ready on its device.
 
     Raises:
@@ -48,7 +52,7 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     loaded = registry.load(source, torch.float32, say, streamed=True)
     once = "; the first time takes longer" if place.precision == "int8" else ""
     say(f"preparing {source.name}{once}")
-    return Batch(
+    return Scheduler(
         loaded.model,
         loaded.tokenizer,
         extractor=loaded.extractor,
@@ -61,8 +65,8 @@ def load_batch(source: Source, place: Place, max_jobs: int, say: Say) -> Batch:
     )
 
 
-class ModelManager:
-    """The one implementation of `engine.events.Engine`. Its methods may be called by any thread.
+class LocalBackend:
+    """`protocol.Backend` on this computer. Its methods may be called from any thread.
 
     Args:
         device: "auto", "cuda", "mps" or "cpu".
@@ -73,7 +77,7 @@ class ModelManager:
         allow_any: whether any Hub id or folder may be asked for, or only what is on this computer
             or in `also`, as on a public server: nothing is downloaded that the host did not list.
         also: checkpoints that the host lists.
-        load: makes a `Batch` of a source; tests hand in their own.
+        load: makes a `Scheduler` of a source; tests pass their own.
 
     Raises:
         RequestError: there is no such device or precision here.
@@ -88,20 +92,19 @@ class ModelManager:
         max_jobs: int = 8,
         allow_any: bool = True,
         also: Sequence[str] = (),
-        load: Callable[[Source, Place, int, Say], Batch] = load_batch,
+        load: Callable[[Source, Place, int, Say], Scheduler] = load_scheduler,
     ) -> None:
         self.place = devices.choose(device, precision)
         self.budget_bytes = budget_bytes or devices.budget_bytes(self.place)
         self._allow_any = allow_any
         self._also = tuple(also)
         self._listed = [source for name in also for source in _named(name)]
-        self._lookups = CapacityLimiter(LOOKUPS)
-        self._residents = Residents(
+        self._cache = ModelCache(
             lambda source, say: load(source, self.place, max_jobs, say),
             self._needs,
             self.budget_bytes,
             idle_s,
-            fetch=registry.fetch if load is load_batch else None,
+            fetch=registry.fetch if load is load_scheduler else None,
             # A GPU tells in time that it is full; a process that takes too much of this is killed.
             free_bytes=None if self.place.device.startswith("cuda") else devices.free_bytes,
         )
@@ -111,7 +114,7 @@ class ModelManager:
         known = [source.name for source in registry.known().values() if self._is_offered(source)]
         return list(dict.fromkeys(["auto", *self._also, *(n for n in known if "stereo" not in n)]))
 
-    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
         """What `checkpoint` can do, without loading it; "auto" is the adapter's base if it has one.
 
         Asks the Hub about an unknown id.
@@ -122,110 +125,76 @@ class ModelManager:
         if adapter and checkpoint == "auto":
             checkpoint = self._adapted(GenerationRequest(adapter=adapter))[0].checkpoint
         source = self._resolve(checkpoint, False)
-        told = registry.describe(source, self.place.bytes_a_weight)
-        if told.stereo == "choice" and not self._has_stereo(checkpoint):
-            return dataclasses.replace(told, stereo="never")
-        return told
+        info = registry.describe(source, self.place.bytes_a_weight)
+        if info.stereo == "choice" and not self._has_stereo(checkpoint):
+            return dataclasses.replace(info, stereo="never")
+        return info
 
-    def status(self) -> str:
-        """What is loaded, where, in which precision and memory: "bundled · CPU … · 34 MB"."""
-        residents = self._residents.all()
-        loaded = [resident for resident in residents if resident.batch]
-        parts = [resident.note for resident in residents if not resident.batch]
-        if loaded or not parts:
-            parts += [" + ".join(r.source.name for r in loaded) or "nothing loaded"]
-        precisions = {r.batch.precision: None for r in loaded if r.batch}
-        parts += [self.place.label, " + ".join(precisions) or self.place.precision]
-        if self.place.reason:
-            parts[-1] += f" ({self.place.reason})"
-        if loaded:
-            parts.append(memory.size_in_words(sum(r.nbytes for r in loaded)))
-        return " · ".join(parts)
+    def status(self) -> Status:
+        """What is loaded or loading, where, in which precision and memory."""
+        models = self._cache.all()
+        loaded = [model for model in models if model.scheduler]
+        precisions = {model.scheduler.precision: None for model in loaded if model.scheduler}
+        return Status(
+            loaded=tuple(model.source.name for model in loaded),
+            loading=tuple(model.note for model in models if not model.scheduler),
+            device=self.place.label,
+            precision=" + ".join(precisions) or self.place.precision,
+            reason=self.place.reason,
+            nbytes=sum(model.nbytes for model in loaded),
+        )
 
     def health(self) -> Health:
-        """See `Engine.health`: a worker's dead thread or a step without an end is trouble."""
-        residents = [resident for resident in self._residents.all() if resident.batch]
-        workers = [resident.worker for resident in residents if resident.worker]
-        batches = [worker.batch for worker in workers]
+        """See `Backend.health`: a worker's dead thread or a step without an end is trouble."""
+        models = [model for model in self._cache.all() if model.scheduler]
+        workers = [model.worker for model in models if model.worker]
+        schedulers = [worker.scheduler for worker in workers]
         age_s = max((worker.step_age_s for worker in workers), default=0.0)
-        troubles = [self._residents.trouble, *(worker.trouble for worker in workers)]
+        troubles = [self._cache.trouble, *(worker.trouble for worker in workers)]
         if age_s > STUCK_S:
-            troubles.append(f"no step for {age_s:.0f} s")
+            troubles.append(Trouble.STUCK)
         if not all(worker.alive for worker in workers):
-            troubles.append("the thread that makes music has ended")
-        trouble = next(filter(None, troubles), "")
+            troubles.append(Trouble.THREAD_ENDED)
         return Health(
-            trouble,
-            {resident.source.name: resident.nbytes for resident in residents},
-            jobs=sum(len(batch.jobs) for batch in batches),
-            waiting=sum(len(batch.line) for batch in batches),
+            next(filter(None, troubles), None),
+            {model.source.name: model.nbytes for model in models},
+            jobs=sum(len(scheduler.running) for scheduler in schedulers),
+            waiting=sum(len(scheduler.queue) for scheduler in schedulers),
             step_age_s=age_s,
             warnings=tuple(filter(None, [STORE.trouble])),
         )
 
-    async def stream(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None = None,
-        visitor: str = "",
-    ) -> AsyncIterator[Event]:
-        """The events of a request: `Progress("loading")` first where a model must be loaded.
+    def submit(self, request: GenerationRequest, client: str = "") -> LoggedJob:
+        """See `Backend.submit`: `Progress` of stage LOADING comes first where a model is loaded."""
+        job = LoggedJob(request, client)
+        # A thread of its own, asleep most of the time: the Hub may be silent, and no other job may
+        # wait for that.
+        threading.Thread(target=self._run, args=(job,), name="musicgen-job", daemon=True).start()
+        return job
 
-        Never blocks the event loop. Setting `stop` while it loads ends the stream at once, without
-        a take, since nothing was made; after that see `Worker.stream`.
-
-        Raises:
-            RequestError: what the user can mend.
-        """
-        stop = stop or threading.Event()
-        # Threads of its own: the Hub may be silent, and nobody else may wait for that.
-        request, source, adapter = await to_thread.run_sync(
-            self._prepared, request, abandon_on_cancel=True, limiter=self._lookups
-        )
-        with self._residents.lease(source) as resident:
-            for event in _load_events(resident):
-                if stop.is_set():
+    def _run(self, job: LoggedJob) -> None:
+        try:
+            job.request, source, adapter = self._prepared(job.request)
+            with self._cache.acquire(source) as model:
+                if not _wait_for_load(job, model):
                     return
-                if event:
-                    yield event
-                await asyncio.sleep(_LOOK_S)
-            if adapter:
-                await asyncio.to_thread(resident.loaded().adapters.add, request.adapter, adapter)
-            events: Any = self._residents.worker(resident).stream(request, stop, visitor)
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    yield event
-
-    def stream_sync(
-        self, request: GenerationRequest, stop: threading.Event | None = None
-    ) -> Iterator[Event]:
-        """`stream` for one caller without an event loop: its own thread does the work.
-
-        A manager is driven this way or by `stream`, not by both at once.
-        """
-        stop = stop or threading.Event()
-        request, source, adapter = self._prepared(request)
-        with self._residents.lease(source) as resident:
-            for event in _load_events(resident):
-                if event:
-                    yield event
-                if stop.wait(_LOOK_S):
-                    return
-            batch = resident.loaded()
-            if adapter:
-                batch.adapters.add(request.adapter, adapter)
-            yield from worker.stream(batch, request, stop)
+                if adapter:
+                    model.loaded().adapters.add(job.request.adapter, adapter)
+                self._cache.worker(model).add(job)
+                job.log.wait()
+        except BaseException as error:
+            job.log.append(Failed(faults.for_caller(error)))
 
     @contextlib.contextmanager
-    def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Batch]:
-        """Lends the loaded model, after a wait for the load; it stays while it is lent.
+    def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Scheduler]:
+        """The loaded model, after a wait for the load; it stays in memory until the end.
 
         Raises:
-            RequestError: there is no such checkpoint, it cannot be read, or there is no room.
+            RequestError: there is no such checkpoint, it cannot be read, or memory is short.
         """
         source = registry.with_contents(self._resolve(checkpoint, stereo))
-        with self._residents.lease(source) as resident:
-            yield resident.loaded()
+        with self._cache.acquire(source) as model:
+            yield model.loaded()
 
     def preload(self, checkpoint: str = "auto") -> None:
         """Loads a checkpoint ahead of the first request."""
@@ -233,12 +202,12 @@ class ModelManager:
             pass
 
     def unload(self) -> None:
-        """Gives the memory of every idle model back."""
-        self._residents.unload()
+        """Frees the memory of every idle model."""
+        self._cache.unload()
 
     def close(self) -> None:
         """Unloads every model, those in use when they are done, and refuses further requests."""
-        self._residents.close()
+        self._cache.close()
 
     def _prepared(
         self, request: GenerationRequest
@@ -314,10 +283,13 @@ def _named(checkpoint: str) -> list[Source]:
         return []
 
 
-def _load_events(resident: Resident) -> Iterator[Progress | None]:
-    """Until the model is loaded: what is new about the load, or None."""
-    told = ""
-    while not resident.ready.done():
-        note = resident.note
-        yield Progress("loading", note=note) if note != told else None
-        told = note
+def _wait_for_load(job: LoggedJob, model: CachedModel) -> bool:
+    """Reports the load until the model is ready; False where the job has ended before."""
+    reported = ""
+    while not model.ready.done():
+        if model.note != reported:
+            reported = model.note
+            job.log.append(Progress(Stage.LOADING, note=reported))
+        if job.log.wait(LOOK_S):
+            return False
+    return not job.ended

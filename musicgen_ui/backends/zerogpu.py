@@ -1,16 +1,13 @@
 """ZeroGPU, the Spaces hardware that lends a GPU for the seconds of a call.
 
-The server's process never has a GPU. `ZeroEngine` loads its checkpoints there before the page is
+The server's process never has a GPU. `ZeroBackend` loads its checkpoints there before the page is
 launched and moves them to "cuda", which the package `spaces` only notes down, so that they lie on
-the GPU in the workers that it forks (`zero_worker`). A `Call` is one use of such a worker: a thread
-draws its events, the visitor's event loop reads them and passes a stop on. A caller who is gone
-closes the worker's generator, which ends at its next part. A worker that dies takes nothing along
-that was sent: what was heard becomes the take.
+the GPU in the workers that it forks (`zerogpu_worker`). A `Call` is one use of such a worker. A
+worker that dies takes nothing with it that was sent: the audio that was delivered is the take.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import dataclasses
@@ -18,8 +15,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,19 +27,29 @@ from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.zerogpu_worker import MODELS, PACE, Part, Spent, StopFile, compose
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Loaded, Source
-from musicgen_ui.engine.protocol import Chunk, Description, Event, Finished, Health, Progress
+from musicgen_ui.engine.job import LoggedJob, empty_take
+from musicgen_ui.engine.protocol import (
+    CheckpointInfo,
+    Chunk,
+    Failed,
+    Finished,
+    Health,
+    Progress,
+    Stage,
+    Status,
+)
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 4  # calls that ask for a GPU; the Hub turns away who waits there for a minute
-LOOK_S = 0.1  # between two looks at the visitor's stop event
+LOOK_S = 0.1  # between two looks whether a waiting job was stopped
 LOST = "The GPU was taken away in the middle"
 
 
-class ZeroEngine:
-    """`engine.events.Engine` on ZeroGPU. Make it in the main thread, before the page is launched.
+class ZeroBackend:
+    """`protocol.Backend` on ZeroGPU. Make it in the main thread, before the page is launched.
 
     Args:
         checkpoint: the one that the page begins with; it, its stereo sibling and the bundled ones
@@ -58,8 +64,8 @@ class ZeroEngine:
         self._sources: dict[tuple[str, bool], Source] = {}  # by what can be asked for
         self._nbytes: dict[str, int] = {}  # a checkpoint's weights
         self._first = checkpoint
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._open = 0
+        self._jobs: list[ZeroJob] = []  # under way, the first `AT_ONCE` ask for a GPU
+        self._changed = threading.Condition()  # guards them
         self._folder = files.private_folder()
         for word in dict.fromkeys(("auto", checkpoint, "bundled")):
             for stereo in (False, True):
@@ -90,18 +96,19 @@ class ZeroEngine:
         names = (word for word, stereo in self._sources if not stereo)
         return list(dict.fromkeys([self._first, *names]))
 
-    def describe(self, checkpoint: str, adapter: str = "") -> Description:
-        """See `Engine.describe`."""
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
+        """See `Backend.describe`."""
         return registry.describe(self._source(checkpoint, False), bytes_a_weight=2)
 
-    def status(self) -> str:
+    def status(self) -> Status:
         """What is loaded and where."""
-        return f"{' + '.join(MODELS)} · ZeroGPU · bfloat16"
+        return Status(tuple(MODELS), device="ZeroGPU", precision="bfloat16")
 
     def health(self) -> Health:
-        """See `Engine.health`; the GPU's own is the Hub's business."""
-        making = min(self._open, AT_ONCE)
-        return Health(models=dict(self._nbytes), jobs=making, waiting=self._open - making)
+        """See `Backend.health`; the GPU's own is the Hub's business."""
+        count = len(self._jobs)
+        making = min(count, AT_ONCE)
+        return Health(models=dict(self._nbytes), jobs=making, waiting=count - making)
 
     def unload(self) -> None:
         """Does nothing: the GPU is given back after each call."""
@@ -120,33 +127,44 @@ class ZeroEngine:
             )
         return source
 
-    async def stream(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None = None,
-        visitor: str = "",
-    ) -> AsyncIterator[Event]:
-        """See `Engine.stream`. Setting `stop` before a GPU was lent ends it without a take.
+    def submit(self, request: GenerationRequest, client: str = "") -> LoggedJob:
+        """See `Backend.submit`. First come, first served: the Hub knows its visitors better.
 
-        First come, first served: the Hub knows the visitors better.
-
-        Raises:
-            RequestError: what the user can mend, the Hub's word on quotas and queues included.
+        Must be called in the context of the visitor's request: the Hub counts the seconds by the
+        visitor whom Gradio names there.
         """
-        stop = stop or threading.Event()
-        source = self._source(request.checkpoint, request.stereo)
-        self._open += 1
+        job = ZeroJob(request, client, StopFile(str(self._folder / uuid.uuid4().hex)))
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._run, job), name="zero-call", daemon=True).start()
+        return job
+
+    def _run(self, job: ZeroJob) -> None:
         try:
-            yield Progress("waiting", place=max(0, self._open - AT_ONCE))
-            async with self._slots:
-                call = Call(source.name, request.with_seed(), self._folder / uuid.uuid4().hex)
-                try:
-                    async for event in call.events(stop):
-                        yield event
-                finally:
-                    call.close()
+            source = self._source(job.request.checkpoint, job.request.stereo)
+            with self._turn(job):
+                if not job.ended:
+                    Call(source.name, job).run()
+        except Exception as error:
+            job.log.append(Failed(error))
         finally:
-            self._open -= 1
+            job.close()
+
+    @contextlib.contextmanager
+    def _turn(self, job: ZeroJob) -> Iterator[None]:
+        """Waits until fewer than `AT_ONCE` of the jobs before this one ask for a GPU."""
+        with self._changed:
+            self._jobs.append(job)
+            place = max(0, len(self._jobs) - AT_ONCE)
+        job.log.append(Progress(Stage.WAITING, place=place))
+        try:
+            with self._changed:
+                while job in self._jobs[AT_ONCE:] and not job.ended:
+                    self._changed.wait(LOOK_S)
+            yield
+        finally:
+            with self._changed:
+                self._jobs.remove(job)
+                self._changed.notify_all()
 
 
 def _loaded(source: Source, device: str) -> Loaded:
@@ -156,125 +174,121 @@ def _loaded(source: Source, device: str) -> Loaded:
     return dataclasses.replace(loaded, model=model.to(device))
 
 
-class Lost(Exception):  # noqa: N818 - the visitor hears of it in a note
-    """The worker died, or was ended for taking too long."""
+class LostError(Exception):
+    """The worker died, or was ended for taking too long. Its text begins a sentence."""
+
+
+class ZeroJob(LoggedJob):
+    """A job whose stop reaches its worker by a file."""
+
+    def __init__(self, request: GenerationRequest, client: str, stop_file: StopFile) -> None:
+        super().__init__(request, client)
+        self.stop_file = stop_file
+        self._file_lock = threading.Lock()
+        self._closed = False
+
+    def stop(self) -> None:
+        """Ends the job at the worker's next step, or now where no GPU was lent yet."""
+        with self._file_lock:
+            if not self._closed:
+                self.stop_file.set()
+        super().stop()
+
+    def close(self) -> None:
+        """The worker has ended: deletes the file."""
+        with self._file_lock:
+            self._closed = True
+            self.stop_file.clear()
 
 
 class Call:
-    """A use of the GPU: a thread draws the parts from the worker, an event loop reads them.
+    """A use of the GPU: takes the events out of the worker's parts.
 
-    Must be made on that loop, in the context of the visitor's request: the Hub counts the seconds
-    by the visitor whom Gradio names there.
+    Args:
+        name: of the checkpoint.
+        job: to make.
     """
 
-    def __init__(self, name: str, request: GenerationRequest, stop_file: Path) -> None:
-        self.name = name
-        self.request = dataclasses.replace(request, checkpoint=name)
-        self.stop = StopFile(str(stop_file))
-        self._closed = self._ended = False
-        self._loop = asyncio.get_running_loop()
-        self._parts: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
-        self._heard: dict[int, list[Clip]] = {}  # of the variations that are not finished
-        self._finished = 0
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(self._draw,), name="zero-call", daemon=True).start()
+    def __init__(self, name: str, job: ZeroJob) -> None:
+        self._name = name
+        self._job = job
+        self._request = dataclasses.replace(job.request, checkpoint=name)
+        self._delivered: dict[int, list[Clip]] = {}  # of the variations that are not finished
+        self._finished: set[int] = set()
 
-    def close(self) -> None:
-        """Nobody listens any more: the worker ends at its next step. Does not wait for it."""
-        self._closed = True
-        self.stop.set()
-        if self._ended:  # the thread has cleared it already
-            self.stop.clear()
+    def run(self) -> None:
+        """Appends the events to the job's log.
 
-    async def events(self, stop: threading.Event) -> AsyncIterator[Event]:
-        """The events as they come; a visitor's `stop` is passed on to the worker."""
-        began_s, begun = time.monotonic(), False
-        while True:
-            try:
-                part = await asyncio.wait_for(self._parts.get(), LOOK_S)
-            except TimeoutError:
-                if stop.is_set():
-                    self.stop.set()
-                    if not begun:
-                        return
-                continue
-            begun = True
-            if isinstance(part, Lost):
-                for finished in self._saved(str(part), time.monotonic() - began_s):
-                    yield finished
-                return
-            if part is None:
-                return
-            for event in self._read(part):
-                yield event
+        Raises:
+            RequestError: nothing was made; the Hub's sentences on quotas and queues included.
+        """
+        began_s, job = time.monotonic(), self._job
+        parts: Any = compose(self._name, self._request, job.stop_file)
+        try:
+            for number, part in enumerate(parts):
+                if not (number or job.begin()):
+                    return
+                self._append(part)
+            if not job.ended:
+                raise LostError("Something went wrong on the GPU")
+        except Exception as error:
+            found = _error_of(error)
+            if not isinstance(found, LostError):
+                raise found from error
+            self._end_early(str(found), time.monotonic() - began_s)
+        finally:
+            parts.close()  # waits until the worker has ended
 
-    def _read(self, part: Part | Exception) -> Iterator[Event]:
-        if isinstance(part, Exception):
-            raise part
+    def _append(self, part: Part) -> None:
         for item in part:
-            if isinstance(item, RequestError):
-                raise item
             if isinstance(item, Spent):
-                PACE.learn(self.name, item)
+                PACE.learn(self._name, item)
                 continue
             if isinstance(item, Chunk):
-                self._heard.setdefault(item.variation, []).append(item.clip)
+                self._delivered.setdefault(item.variation, []).append(item.clip)
             elif isinstance(item, Finished):
-                self._heard.pop(item.variation, None)
-                self._finished += 1
-            yield item
+                self._delivered.pop(item.variation, None)
+                self._finished.add(item.variation)
+            self._job.log.append(item)
 
-    def _saved(self, why: str, worked_s: float) -> Iterator[Finished]:
-        """What was heard of the variations that the worker did not finish.
+    def _end_early(self, why: str, worked_s: float) -> None:
+        """Makes takes of what was delivered of the variations that the worker did not finish.
 
         Raises:
             RequestError: nothing was.
         """
-        if not self._heard and not self._finished:
+        if not self._delivered and not self._finished:
             raise RequestError(f"{why}, before the first sound: press Generate again.")
-        for variation, clips in sorted(self._heard.items()):
-            new = Clip(np.concatenate([c.samples for c in clips], 1), clips[0].sampling_rate)
-            own = self.request.audio_prompt if self.request.include_prompt else None
-            if own is not None:
-                own = clip.convert(own, new.sampling_rate, new.channels)
-            yield Finished(
-                variation,
-                clip.join(own, new.samples, 0) if own else new,
-                dataclasses.replace(self.request.variation(variation), stereo=new.channels == 2),
-                own.duration_s if own else 0.0,
-                new.duration_s / worked_s,
-                stopped=True,
-                notes=(f"{why}: this is what was made until then.",),
-            )
+        notes = (f"{why}: this is what was made until then.",)
+        for variation in range(self._request.variations):
+            if variation in self._finished:
+                continue
+            take = empty_take(self._job, variation)
+            if clips := self._delivered.get(variation):
+                take = self._take_of(variation, clips, worked_s)
+            self._job.log.append(dataclasses.replace(take, notes=notes))
 
-    # On the thread
-
-    def _draw(self) -> None:
-        parts: Any = compose(self.name, self.request, self.stop)
-        try:
-            for part in parts:
-                if self._closed:
-                    break
-                self._tell(part)
-            self._tell(None)
-        except Exception as error:
-            self._tell(_told(error))
-        finally:
-            parts.close()  # waits until the worker has ended
-            self._ended = True
-            self.stop.clear()
-
-    def _tell(self, part: Part | Exception | None) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop has ended: nobody listens
-            self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+    def _take_of(self, variation: int, clips: list[Clip], worked_s: float) -> Finished:
+        new = Clip(np.concatenate([c.samples for c in clips], 1), clips[0].sampling_rate)
+        prompt = self._request.audio_prompt if self._request.include_prompt else None
+        if prompt is not None:
+            prompt = clip.convert(prompt, new.sampling_rate, new.channels)
+        return Finished(
+            variation,
+            clip.join(prompt, new.samples, 0) if prompt else new,
+            dataclasses.replace(self._request.variation(variation), stereo=new.channels == 2),
+            prompt.duration_s if prompt else 0.0,
+            new.duration_s / worked_s,
+            stopped=True,
+        )
 
 
-def _told(error: Exception) -> Exception:
-    """What `spaces` raises, which is Gradio's errors with a title, in this house's words."""
+def _error_of(error: Exception) -> Exception:
+    """What `spaces` raises, which is Gradio's errors with a title, as an error of ours."""
     title, message = getattr(error, "title", ""), str(getattr(error, "message", ""))
     if title == "ZeroGPU worker error" and message == "GPU task aborted":
-        return Lost(LOST)
+        return LostError(LOST)
     if title == "ZeroGPU worker error":
         log.error("A worker failed with %s; its traceback was printed before", message)
-        return Lost("Something went wrong on the GPU")
+        return LostError("Something went wrong on the GPU")
     return RequestError(message) if str(title).startswith("ZeroGPU") else error

@@ -1,10 +1,10 @@
 """What runs on ZeroGPU's GPU: a call of `compose`, in a forked worker.
 
-The weights lie on the GPU when a worker begins. Its first call packs them into a `Batch`, later
-ones find it there. Arguments and results are pickled, so a stop is a file that appears, which the
-worker sees at its next step, and events travel in parts: the first ones at once, then about one a
-second, but never so late that a listener's music runs out. Visitors have minutes of GPU a day, so a
-call asks for the seconds that the calls before it needed (`Pace`).
+The weights lie on the GPU when a worker begins. Its first call packs them into a `Scheduler`,
+later ones find it there. Arguments and results are pickled, so a stop is a file that appears, which
+the worker sees at its next step, and events travel in parts: the first ones at once, then about one
+a second, but never so late that a listener's music runs out. Visitors have minutes of GPU a day, so
+a call asks for the seconds that the calls before it needed (`Pace`).
 
 Outside ZeroGPU `spaces.GPU` does nothing and everything here runs in one process.
 """
@@ -23,10 +23,9 @@ import psutil
 import spaces
 
 from musicgen_ui.checkpoints.registry import Loaded
-from musicgen_ui.engine import worker
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
-from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
@@ -61,7 +60,7 @@ class Spent:
     step_s: float | None  # a frame's; None where there were too few to tell
 
 
-Item = Event | Spent | RequestError
+Item = Event | Spent
 Part = list[Item]
 
 
@@ -97,7 +96,7 @@ def _work(request: GenerationRequest, made_s: float) -> float:
 
 PACE = Pace()
 MODELS: dict[str, Loaded] = {}  # filled before the workers are forked
-_BATCHES: dict[str, Batch] = {}  # a worker's own
+_SCHEDULERS: dict[str, Scheduler] = {}  # a worker's own
 
 
 def gpu_seconds(name: str, request: GenerationRequest, stop: StopFile) -> int:
@@ -109,25 +108,45 @@ def gpu_seconds(name: str, request: GenerationRequest, stop: StopFile) -> int:
 def compose(name: str, request: GenerationRequest, stop: StopFile) -> Iterator[Part]:
     """The events of a request in parts, with what it took in the end.
 
-    Runs in a worker. What is to be told to the user is a part's last item, since of an exception
-    no more than its name comes through.
+    Runs in a worker. A sentence for the user travels in a `Failed`, since of an exception no more
+    than its name comes through.
     """
     if stop.is_set():  # while it waited for its GPU
         return
-    began_s = time.time() if _BATCHES else psutil.Process().create_time()
+    began_s = time.time() if _SCHEDULERS else psutil.Process().create_time()
     try:
-        events = worker.stream(_batch(name), request, stop)  # type: ignore[arg-type]
-        yield from _parts(events, request, began_s)
+        scheduler = _scheduler(name)
+        yield from _parts(_events(scheduler, request, stop), request, began_s)
     except RequestError as error:
-        yield [error]
+        yield [Failed(error)]
 
 
-def _batch(name: str) -> Batch:
-    if name not in _BATCHES:
+def _events(scheduler: Scheduler, request: GenerationRequest, stop: StopFile) -> Iterator[Event]:
+    """The events of a request on a scheduler that nothing else steps."""
+    job = scheduler.submit(request)
+
+    def step() -> None:
+        if stop.is_set():
+            job.stop()
+        scheduler.poll()
+
+    try:
+        for event in job.follow(poll=step):
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+    finally:
+        job.stop()
+        while scheduler.busy:
+            scheduler.poll()
+
+
+def _scheduler(name: str) -> Scheduler:
+    if name not in _SCHEDULERS:
         loaded = MODELS[name]
         device = loaded.model.device
         on_gpu = device.type == "cuda"
-        _BATCHES[name] = batch = Batch(
+        _SCHEDULERS[name] = scheduler = Scheduler(
             loaded.model,
             loaded.tokenizer,
             extractor=loaded.extractor,
@@ -138,11 +157,9 @@ def _batch(name: str) -> Batch:
             graphs=False,
             window_s=loaded.window_s,
         )
-        if (
-            on_gpu
-        ):  # without a warm-up, which would capture graphs for lengths that nobody asked for
-            batch.stepper = CudaGraphStepper(batch.decoder, batch.max_jobs)
-    return _BATCHES[name]
+        if on_gpu:  # no warm-up: it would capture graphs for lengths that nobody asked for
+            scheduler.stepper = CudaGraphStepper(scheduler.decoder, scheduler.max_jobs)
+    return _SCHEDULERS[name]
 
 
 def _parts(events: Iterator[Event], request: GenerationRequest, began_s: float) -> Iterator[Part]:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musicgen_ui.backends.local import load_batch
+from musicgen_ui.backends.local import load_scheduler
 from musicgen_ui.benchmark.runners import GUIDANCE_SCALE
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
-from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.protocol import Event
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.engine.variation import Variation
 from musicgen_ui.request import GenerationRequest
 
 PROMPTS = ("techno with a hard kick", "happy acoustic guitar folk")
@@ -52,29 +51,28 @@ def measure(source: Source, precision: str, device: str = "cpu", minute_s: float
     return Distance(*torch.cat(found).mean(0).tolist())
 
 
-def _load(source: Source, precision: str, device: str) -> Batch:
+def _load(source: Source, precision: str, device: str) -> Scheduler:
     place = devices.choose(device, precision)
-    return load_batch(source, place, 1, lambda note: None)
+    return load_scheduler(source, place, 1, lambda note: None)
 
 
-def _take(batch: Batch, prompt: str, duration_s: float, seed: int) -> Job:
+def _take(batch: Scheduler, prompt: str, duration_s: float, seed: int) -> Variation:
     """A finished job, for its columns."""
-    events: list[Event | Exception] = []
     request = GenerationRequest(
         prompt, duration_s=duration_s, seed=seed, guidance_scale=GUIDANCE_SCALE
     )
-    batch.submit(request, None, events.append)
+    batch.submit(request)
     batch.step()
-    (job,) = batch.jobs
+    (job,) = batch.running
     while batch.step():
         pass
     return job
 
 
 @torch.inference_mode()
-def _compare(exact: Batch, other: Batch, job: Job) -> Tensor:
+def _compare(exact: Scheduler, other: Scheduler, job: Variation) -> Tensor:
     """[positions, 4]: a `Distance` for each column that has every codebook."""
-    columns, rows = job.columns, []
+    columns, rows = job.window.columns, []
     conditions = [exact.conditioner.states(job.request.prompt), None]
     batches = [
         (batch, batch.decoder.sequence(conditions, columns.shape[1])) for batch in (exact, other)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +23,18 @@ import torch
 import transformers
 from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 
-from musicgen_ui.backends.local import load_batch
+from musicgen_ui.backends.local import load_scheduler
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.codec import CodecStream
 from musicgen_ui.engine.device import Place
-from musicgen_ui.engine.job import CHUNK_FRAMES
+from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.linear import computing_dtype
-from musicgen_ui.engine.protocol import Chunk, Event
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.protocol import Chunk, Failed
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.engine.variation import CHUNK_FRAMES
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
@@ -133,7 +133,7 @@ class EngineRunner:
         self.batch = (
             source.batch(place, max_jobs)
             if isinstance(source, RandomWeights)
-            else load_batch(source, place, max_jobs, lambda note: None)
+            else load_scheduler(source, place, max_jobs, lambda note: None)
         )
         self._runs = 0
 
@@ -145,28 +145,23 @@ class EngineRunner:
         """Makes music for `jobs` callers, each heard as it comes."""
         batch, on_cpu = self.batch, self.batch.device.type == "cpu"
         self._runs += 1  # words that were never asked for: the text encoder runs each time
-        heard_s: dict[int, float] = {}
-        errors: list[Exception] = []
 
-        def deliver(job: int, event: Event | Exception) -> None:
-            if isinstance(event, Exception):
-                errors.append(event)
-            elif isinstance(event, Chunk):
-                heard_s.setdefault(job, time.perf_counter() - started_s)
-
+        waiting: list[LoggedJob] = []  # jobs without audio
         devices.synchronize(batch.device)
         started_s = time.perf_counter()
         with _timed(CodecStream, "push") as spent:
             for job in range(jobs):
                 request = request_of(duration_s, job, f"{PROMPT} {self._runs}")
-                batch.submit(request, None, partial(deliver, job))
+                waiting.append(batch.submit(request))
+            first_s = 0.0  # until every job had audio
             while batch.step():
-                pass
+                ready = [job for job in waiting if _has_audio(job)]
+                if ready:
+                    first_s = time.perf_counter() - started_s
+                    waiting = [job for job in waiting if job not in ready]
         devices.synchronize(batch.device)
         wall_s = time.perf_counter() - started_s
-        if errors:
-            raise errors[0]
-        return RunTimes(wall_s, max(heard_s.values()), spent[0] if on_cpu else 0.0)
+        return RunTimes(wall_s, first_s, spent[0] if on_cpu else 0.0)
 
     def codec_s(self) -> float:
         """Seconds to decode one second of music, in the pieces that a job streams."""
@@ -181,6 +176,20 @@ class EngineRunner:
                 stream.push(piece, last=piece is pieces[-1]).cpu()
 
         return _repeated_s(decode) / CODEC_S
+
+
+def _has_audio(job: LoggedJob) -> bool:
+    """Whether its first audio has come.
+
+    Raises:
+        Exception: what the job failed with.
+    """
+    for event in job.log.so_far():
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Chunk):
+            return True
+    return False
 
 
 def request_of(duration_s: float, seed: int, prompt: str = PROMPT) -> GenerationRequest:
@@ -274,10 +283,10 @@ class RandomWeights:
         """As a checkpoint's file would have it."""
         return _parts(self.size)
 
-    def batch(self, place: Place, max_jobs: int) -> Batch:
+    def batch(self, place: Place, max_jobs: int) -> Scheduler:
         """A batch; the decoder's layers are made one by one, as files are read."""
         loaded = self.loaded(place.device, computing_dtype(place.precision), True)
-        return Batch(
+        return Scheduler(
             loaded.model,
             loaded.tokenizer,
             checkpoint=self.name,

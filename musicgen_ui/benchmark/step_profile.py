@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from musicgen_ui.benchmark import machine
 from musicgen_ui.engine import device as devices
-from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Chunk, Failed, Finished
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
 
 STEPS = 10  # that are timed, and as many that are profiled: fewer than between two chunks
@@ -29,7 +30,7 @@ SHOWN, WIDTH = 40, 100  # kernels, and characters of a name
 Total = tuple[str, float, float]  # name, calls a step, µs a step
 
 
-def measure(batch: Batch, request: GenerationRequest, jobs: int, reading_s: float) -> str:
+def measure(batch: Scheduler, request: GenerationRequest, jobs: int, reading_s: float) -> str:
     """A table of the steps of `jobs` takes in their middle.
 
     Args:
@@ -44,20 +45,18 @@ def measure(batch: Batch, request: GenerationRequest, jobs: int, reading_s: floa
     return _text(batch, request, jobs, reading_s * 1e6, wall_us, kernels, calls)
 
 
-def _recorded(batch: Batch, request: GenerationRequest, jobs: int) -> tuple[float, Any]:
+def _recorded(batch: Scheduler, request: GenerationRequest, jobs: int) -> tuple[float, Any]:
     """A step's time in µs and what the profiler saw of some of them; the takes end after it."""
-    events: list[Event | Exception] = []
-    tickets = [batch.submit(request, None, lambda event: None) for _ in range(jobs - 1)]
-    tickets.append(batch.submit(request, None, events.append))
+    submitted = [batch.submit(request) for _ in range(jobs)]
     middle_s = request.duration_s / 2
-    _step_until_chunk(batch, events, middle_s)
+    _step_until_chunk(batch, submitted[-1], middle_s)
     devices.synchronize(batch.device)
     started_s = time.perf_counter()
     for _ in range(STEPS):
         batch.step()
     devices.synchronize(batch.device)
     wall_us = (time.perf_counter() - started_s) / STEPS * 1e6
-    _step_until_chunk(batch, events, 0.0)
+    _step_until_chunk(batch, submitted[-1], 0.0)
     devices.synchronize(batch.device)
     kinds = [ProfilerActivity.CPU]
     kinds += [ProfilerActivity.CUDA] if batch.device.type == "cuda" else []
@@ -65,21 +64,22 @@ def _recorded(batch: Batch, request: GenerationRequest, jobs: int) -> tuple[floa
         for _ in range(STEPS):
             batch.step()
         devices.synchronize(batch.device)
-    for ticket in tickets:
-        ticket.close()
+    for job in submitted:
+        job.stop()
     while batch.step():
         pass
     return wall_us, recorded
 
 
-def _step_until_chunk(batch: Batch, events: list[Event | Exception], at_least_s: float) -> None:
-    """Until another chunk of the last take has come, and so much of its music."""
-    seen = len(events)
+def _step_until_chunk(batch: Scheduler, job: LoggedJob, at_least_s: float) -> None:
+    """Until another chunk of the job has come, and so much of its music."""
+    seen = len(job.log)
     while True:
         batch.step()
+        events = job.log.so_far()
         for event in events[seen:]:
-            if isinstance(event, Exception):
-                raise event
+            if isinstance(event, Failed):
+                raise event.error
             assert not isinstance(event, Finished), "the take is too short"
         heard_s = sum(event.clip.duration_s for event in events if isinstance(event, Chunk))
         if heard_s >= at_least_s and any(isinstance(event, Chunk) for event in events[seen:]):
@@ -103,7 +103,7 @@ def _totals(recorded: Any, on_device: bool) -> tuple[list[Total], list[Total]]:
 
 
 def _text(
-    batch: Batch,
+    batch: Scheduler,
     request: GenerationRequest,
     jobs: int,
     reading_us: float,
@@ -135,5 +135,5 @@ def _lines(heading: str, totals: Iterable[Total], wall_us: float) -> list[str]:
     return [f"  a step        µs  share  {heading}", *rows]
 
 
-def _device(batch: Batch) -> str:
+def _device(batch: Scheduler) -> str:
     return torch.cuda.get_device_name(batch.device) if batch.device.type == "cuda" else "CPU"

@@ -29,7 +29,7 @@ from musicgen_ui.checkpoints.kinds import (
     Source,
     shown,
 )
-from musicgen_ui.engine.protocol import Description
+from musicgen_ui.engine.protocol import CheckpointInfo
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 
@@ -313,7 +313,7 @@ def load(source: Source, dtype: torch.dtype, report: Report, streamed: bool = Fa
     return open_checkpoint(source).load(dtype, report, streamed)
 
 
-def describe(source: Source, bytes_a_weight: float = 4) -> Description:
+def describe(source: Source, bytes_a_weight: float = 4) -> CheckpointInfo:
     """What the checkpoint can do, from its configuration alone.
 
     Raises:
@@ -339,7 +339,7 @@ def describe(source: Source, bytes_a_weight: float = 4) -> Description:
     if source.name in PUBLISHED.values():
         facts.append(f"weights {META_LICENCE}: not for commercial use")
     choice: Literal["choice", "always", "never"] = "choice" if _sibling(source) else "never"
-    return Description(
+    return CheckpointInfo(
         source.name,
         "always" if stereo else choice,
         rate,

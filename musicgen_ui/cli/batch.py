@@ -1,8 +1,8 @@
 """The command line's `generate --batch`: many requests, several at a time.
 
-Rows that cannot be run are told before anything is loaded, and the others run: as many streams of
-the engine as there are jobs, so that every step of the model is shared. A stream is the same one
-that a single `generate` reads, hence a row's take is the same here and there. A take that the
+Rows that cannot be run are told before anything is loaded, and the others run: as many jobs
+of the backend at once as `--jobs` says, so that every step of the model is shared. A job is the
+same as that of a single `generate`, hence a row's take is the same here and there. A take that the
 folder holds already is not made again, and one that was not finished is not kept, so an
 interrupted batch goes on where it stopped.
 """
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,9 +24,9 @@ from typing import Any
 from musicgen_ui import takes
 from musicgen_ui.audio import load
 from musicgen_ui.cli import generate, rows
-from musicgen_ui.cli.generate import DONE, ENDINGS, FAILED, INTERRUPTED, STDOUT, Bar
+from musicgen_ui.cli.generate import DONE, ENDINGS, FAILED, INTERRUPTED, STDOUT, Bar, Interruption
 from musicgen_ui.cli.rows import Piece
-from musicgen_ui.engine.protocol import Engine, Finished, Progress
+from musicgen_ui.engine.protocol import Backend, Failed, Finished, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
@@ -51,11 +50,11 @@ def run(flags: argparse.Namespace) -> int:
     made = {file.stem.partition("-")[2] for file in folder.glob("*.flac")}  # the last to be written
     waiting = [piece for piece in pieces if piece.asked not in made]
     tally.before = len(pieces) - len(waiting)
-    with generate.stop_on_interrupt() as stop:
+    with generate.stop_on_interrupt() as interruption:
         if waiting:
-            _make(waiting, flags, jobs, Batch(folder, stop, tally))
-        tally.tell(stop.is_set())
-        if stop.is_set():
+            _make(waiting, flags, jobs, Batch(folder, interruption, tally))
+        tally.tell(interruption.pressed)
+        if interruption.pressed:
             return INTERRUPTED
         return FAILED if tally.failed else DONE
 
@@ -105,11 +104,11 @@ def _refusal(checkpoint: str, stereo: bool, melody: bool) -> str:
 
 
 def _make(pieces: list[Piece], flags: argparse.Namespace, jobs: int, batch: Batch) -> None:
-    from musicgen_ui.backends.local import ModelManager  # torch: seconds
+    from musicgen_ui.backends.local import LocalBackend  # torch: seconds
 
-    manager = ModelManager(device=flags.device, precision=flags.precision, max_jobs=jobs)
-    with contextlib.closing(manager):
-        asyncio.run(batch.make(manager, pieces, jobs))
+    backend = LocalBackend(device=flags.device, precision=flags.precision, max_jobs=jobs)
+    with contextlib.closing(backend):
+        asyncio.run(batch.make(backend, pieces, jobs))
 
 
 class Tally:
@@ -167,15 +166,15 @@ class _CannotSaveError(Exception):
 
 
 class Batch:
-    """Makes pieces and saves them in `folder`, until `stop` is set."""
+    """Makes pieces and saves them in `folder`, until Ctrl+C is pressed."""
 
-    def __init__(self, folder: Path, stop: threading.Event, tally: Tally) -> None:
+    def __init__(self, folder: Path, interruption: Interruption, tally: Tally) -> None:
         self.folder = folder
-        self.stop = stop
+        self.interruption = interruption
         self.tally = tally
         self._count = 0
 
-    async def make(self, engine: Engine, pieces: list[Piece], jobs: int) -> None:
+    async def make(self, backend: Backend, pieces: list[Piece], jobs: int) -> None:
         """Makes every piece, those of one checkpoint before those of the next.
 
         Ends with the first take that cannot be saved, since the next ones could not be either.
@@ -188,21 +187,21 @@ class Batch:
         ):
             for _, same in itertools.groupby(pieces, key=_model):
                 queue = iter(list(same))
-                await asyncio.gather(*(self._work(engine, queue) for _ in range(jobs)))
+                await asyncio.gather(*(self._work(backend, queue) for _ in range(jobs)))
         self.tally.bar = None
 
-    async def _work(self, engine: Engine, queue: Iterator[Piece]) -> None:
+    async def _work(self, backend: Backend, queue: Iterator[Piece]) -> None:
         for piece in queue:
-            if self.stop.is_set():
+            if self.interruption.pressed:
                 return
             try:
-                await self._save(piece, await self._finished(engine, piece))
+                await self._save(piece, await self._finished(backend, piece))
             except _CannotSaveError:
                 raise
             except Exception as error:
                 self.tally.fail(piece.line, _why(error))
 
-    async def _finished(self, engine: Engine, piece: Piece) -> Finished:
+    async def _finished(self, backend: Backend, piece: Piece) -> Finished:
         """The take, or what was made of it when it was stopped."""
         notes: list[str] = []
         clips = {}
@@ -210,11 +209,13 @@ class Batch:
             reading = await asyncio.to_thread(load.read, path, CLIP_FIELDS[name])
             clips[name] = reading.clip
             notes += reading.notes
-        defaults_of = lambda *names: engine.describe(*names).defaults  # noqa: E731
+        defaults_of = lambda *names: backend.describe(*names).defaults  # noqa: E731
         values = await asyncio.to_thread(completed, piece.values, defaults_of)
-        events: Any = engine.stream(GenerationRequest.parse({**values, **clips}), self.stop)
-        async with contextlib.aclosing(events):
-            async for event in events:
+        job = backend.submit(GenerationRequest.parse({**values, **clips}))
+        with self.interruption.stops(job):
+            async for event in job.events():
+                if isinstance(event, Failed):
+                    raise event.error
                 if isinstance(event, Finished):
                     if event.fault:
                         raise RequestError(event.fault)
@@ -224,7 +225,7 @@ class Batch:
         raise RequestError("It ended without a take.")
 
     def _show(self, piece: Piece, progress: Progress) -> None:
-        if self.tally.bar and progress.stage != "waiting":
+        if self.tally.bar and progress.stage is not Stage.WAITING:
             beside = f"{self.tally.made} of {_takes(self._count)}"
             self.tally.bar.show(progress, piece, beside)
 
@@ -238,4 +239,4 @@ class Batch:
             raise _CannotSaveError from error
         new_s = finished.clip.duration_s - finished.prompt_s
         self.tally.saved(piece, take, new_s)
-        self._show(piece, Progress("composing", done_s=new_s))
+        self._show(piece, Progress(Stage.COMPOSING, done_s=new_s))

@@ -14,7 +14,6 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from musicgen_ui import files
 from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.cli import console
-from musicgen_ui.engine.protocol import Event, Finished, Progress
+from musicgen_ui.engine.protocol import Failed, Finished, Job, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
@@ -104,23 +103,21 @@ def run(flags: argparse.Namespace) -> int:
     output = None if flags.output == STDOUT else output_path(flags.output)
     if not output:
         _check_stdout(values)
-    from musicgen_ui.backends.local import ModelManager  # torch: seconds
+    from musicgen_ui.backends.local import LocalBackend  # torch: seconds
 
-    manager = ModelManager(device=flags.device, precision=flags.precision)
-    with contextlib.closing(manager), stop_on_interrupt() as stop:
+    backend = LocalBackend(device=flags.device, precision=flags.precision)
+    with contextlib.closing(backend), stop_on_interrupt() as interruption:
         try:
-            own = completed(values, lambda *names: manager.describe(*names).defaults)
-            request = GenerationRequest.parse(own)
-            # Closed whatever happens: a lease that ends while Python shuts down may hang there.
-            events: Any = manager.stream_sync(request, stop)
-            with contextlib.closing(events):
-                saved, broken = _save_all(events, request, output, notes, flags.quiet, shape)
+            own = completed(values, lambda *names: backend.describe(*names).defaults)
+            job = backend.submit(GenerationRequest.parse(own))
+            with interruption.stops(job):
+                saved, broken = _save_all(job, output, notes, flags.quiet, shape)
         except RequestError as error:
             if error.field:
                 raise
             print(error, file=sys.stderr)
             return FAILED
-        if not stop.is_set():
+        if not interruption.pressed:
             return FAILED if broken else DONE
         kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
         print(f"Stopped: {kept}.", file=sys.stderr)
@@ -249,34 +246,58 @@ def check_checkpoint(request: GenerationRequest) -> None:
             registry.require_melody(source)
 
 
+class Interruption:
+    """Whether Ctrl+C was pressed, and the jobs that it stops."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._jobs: list[Job] = []
+
+    def press(self) -> None:
+        """Stops the jobs."""
+        self.pressed = True
+        for job in list(self._jobs):
+            job.stop()
+
+    @contextlib.contextmanager
+    def stops(self, job: Job) -> Iterator[None]:
+        """Within it, the job is one of them; it is stopped at the end, whatever happens."""
+        self._jobs.append(job)
+        try:
+            if self.pressed:
+                job.stop()
+            yield
+        finally:
+            job.stop()
+            self._jobs.remove(job)
+
+
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl+C sets the event, the second one interrupts."""
-    stop = threading.Event()
+def stop_on_interrupt() -> Iterator[Interruption]:
+    """The first Ctrl+C stops the jobs, the second one interrupts."""
+    interruption = Interruption()
 
     def interrupted(*_: object) -> None:
-        stop.set()
+        interruption.press()
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, interrupted)
     try:
-        yield stop
+        yield interruption
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _save_all(
-    events: Iterable[Event],
-    request: GenerationRequest,
-    output: Path | None,
-    notes: tuple[str, ...],
-    quiet: bool,
-    shape: Shape,
+    job: Job, output: Path | None, notes: tuple[str, ...], quiet: bool, shape: Shape
 ) -> tuple[int, int]:
-    """Saves and tells every take with new music in it; how many there were, how many failed."""
+    """Saves and reports every take with new music in it; how many there were, how many failed."""
     saved = failed = 0
+    request = job.request
     with Bar(request.duration_s * request.variations, quiet) as bar:
-        for event in events:
+        for event in job.follow():
+            if isinstance(event, Failed):
+                raise event.error
             if isinstance(event, Progress):
                 bar.show(event, event.variation)
             elif isinstance(event, Finished):
@@ -284,7 +305,7 @@ def _save_all(
                 new_s = event.clip.duration_s - event.prompt_s
                 if new_s < NEW_AT_LEAST_S:
                     continue
-                made = Progress("composing", done_s=new_s, speed=event.speed)
+                made = Progress(Stage.COMPOSING, done_s=new_s, speed=event.speed)
                 bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
                 try:
@@ -346,7 +367,7 @@ class Bar:
         if stage != self._stage:
             self._stage = stage
             self._bar.set_description_str(stage)
-        if progress.stage == "composing":
+        if progress.stage is Stage.COMPOSING:
             beside = beside or f"{progress.speed:.2f}× real time"
             self._bar.set_postfix_str(beside, refresh=False)
             self._bar.update(progress.done_s - self._done_s.get(take, 0.0))

@@ -11,6 +11,7 @@ samples come with the fourth frame. The encoder is a chain of the same stages.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Codec:
         for k, book in enumerate(books):  # no parameter
             require_finite_weight(book, f"audio_encoder.quantizer.layers.{k}.codebook.embed")
         self.tables = torch.stack(books).to(self.device, torch.float32)  # [codebooks, size, dim]
+        self.name = _name(config, self.tables)  # equal for codecs whose codes mean the same
         numbers = self.tables.numel() + sum(weight.numel() for weight in module.parameters())
         self.nbytes = 4 * numbers  # of the weights, at most
         with torch.no_grad():
@@ -216,6 +218,13 @@ def _push(streams: Sequence[CodecStream], codes: Sequence[Tensor], last: bool) -
     if len(streams) == 1:
         return streams[0].push(codes[0], last)[None]
     return push_together(streams, codes)
+
+
+def _name(config: EncodecConfig, tables: Tensor) -> str:
+    """Sampling rate, codebooks, and a hash of configuration and codebooks: "32000-4-1f0c…"."""
+    digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    digest.update(tables.cpu().numpy().tobytes())
+    return f"{config.sampling_rate}-{len(tables)}-{digest.hexdigest()[:16]}"
 
 
 def _check(config: EncodecConfig) -> None:

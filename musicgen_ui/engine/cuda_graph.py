@@ -37,11 +37,11 @@ from musicgen_ui.engine import faults, sampling
 from musicgen_ui.engine.conditioning import Conditions
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
 from musicgen_ui.engine.gpu.slots import ROWS, TEXT_TOKENS, Slots
-from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.lora import AppliedAdapter, RowAdapters
 from musicgen_ui.engine.sampling import SamplingParams
 from musicgen_ui.engine.stepper import EagerStepper, JobState
 from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.variation import Slot, Variation
 
 if TYPE_CHECKING:
     from musicgen_ui.engine.gpu.step import TritonStep
@@ -78,8 +78,8 @@ class CudaGraphStepper:
         self.positions = positions + PREFIX_POSITIONS * decoder.prefixed
         decoder.reserve(self.positions)
         self._free = set(range(slots))
-        self._slot: dict[Job, int] = {}
-        self._jobs: dict[Job, JobState] = {}
+        self._slot: dict[Variation, int] = {}
+        self._jobs: dict[Variation, JobState] = {}
         self._eager = EagerStepper(decoder)  # its jobs are those that mix prompts
         self._stepped: list[int] = []  # slots that are marked ready
         self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
@@ -110,7 +110,7 @@ class CudaGraphStepper:
         return self.slots.nbytes + self._eager.nbytes
 
     @torch.inference_mode()
-    def admit(self, job: Job, conditions: Conditions) -> None:
+    def admit(self, job: Variation, conditions: Conditions) -> None:
         """Gives a job the lowest free slot, and its next window the same one.
 
         Its sampling parameters are those of its request until `set_sampling` changes them.
@@ -120,17 +120,19 @@ class CudaGraphStepper:
         params = state.sampling if state else SamplingParams.of(job.request)
         if not state:
             slots.finite[slot] = True
-            job.sane = slots.finite[slot]
         if conditions.mixed:
             self._eager.admit(job, conditions)
+            sequence = job.slot.sequence
         else:
             states, caches = conditions.states, slots.views(slot, len(conditions.states))
-            job.sequence = self.decoder.sequence(states, job.positions, caches, job.adapter)
-        slots.prefix[slot] = job.sequence.prefix.shape[1]
-        slots.columns[slot, :, : job.positions + 1] = job.columns
-        job.columns = slots.columns[slot, :, : job.positions + 1]
-        steps, drawn = job.positions - job.written, job.next_uniform
-        slots.uniforms[slot, job.written : job.positions] = job.uniforms[drawn : drawn + steps]
+            sequence = self.decoder.sequence(states, job.window.positions, caches, job.adapter)
+        job.slot = Slot(sequence, slots.finite[slot])
+        slots.prefix[slot] = sequence.prefix.shape[1]
+        window, drawn = job.window, job.next_uniform
+        slots.columns[slot, :, : window.positions + 1] = window.columns
+        window.columns = slots.columns[slot, :, : window.positions + 1]
+        steps = window.positions - window.written
+        slots.uniforms[slot, window.written : window.positions] = job.uniforms[drawn:][:steps]
         state = JobState(conditions, params)
         self._place(job, slot, state)
         self._jobs[job] = state
@@ -138,7 +140,7 @@ class CudaGraphStepper:
         self._free.discard(slot)
 
     @torch.inference_mode()
-    def set_conditions(self, job: Job, conditions: Conditions) -> None:
+    def set_conditions(self, job: Variation, conditions: Conditions) -> None:
         """Conditions the job's columns from the next one on; not for a melody checkpoint.
 
         Rows may come and go; see `Conditions.sources` for the past of a new one.
@@ -151,23 +153,25 @@ class CudaGraphStepper:
             caches = None
             if not (conditions.mixed or in_place):
                 caches = self.slots.views(slot, len(sources))
-            self.decoder.change_conditions(job.sequence, conditions.states, sources, caches)
+            self.decoder.change_conditions(job.slot.sequence, conditions.states, sources, caches)
             self._place(job, slot, state)
 
-    def set_sampling(self, job: Job, params: SamplingParams) -> None:
+    def set_sampling(self, job: Variation, params: SamplingParams) -> None:
         """Draws the job's columns with other parameters from the next one on."""
         state = self._jobs[job]
         state.sampling = params
         self._write_sampling(self._slot[job], state)
 
-    def _place(self, job: Job, slot: int, state: JobState) -> None:
+    def _place(self, job: Variation, slot: int, state: JobState) -> None:
         """Has the job stepped in its slot, or by the eager stepper while it mixes prompts."""
-        self.slots.at[slot] = job.written  # known codes: a graph reads those of idle slots too
+        self.slots.at[slot] = (
+            job.window.written
+        )  # known codes: a graph reads those of idle slots too
         if state.conditions.mixed:
             self._eager.jobs[job] = state
             return
         self._eager.jobs.pop(job, None)
-        if self.slots.write_text(slot, job.sequence.text):
+        if self.slots.write_text(slot, job.slot.sequence.text):
             self._graphs.clear()  # they read the old buffers
         self._write_sampling(slot, state)
 
@@ -179,16 +183,16 @@ class CudaGraphStepper:
             self.slots.sampling.write(slot, params)
 
     @torch.inference_mode()
-    def release(self, job: Job) -> None:
+    def release(self, job: Variation) -> None:
         """Frees the slot of a job that has ended."""
         slot = self._slot.pop(job)
         del self._jobs[job]
         self._eager.jobs.pop(job, None)
-        job.columns = job.columns.clone()  # the take is still made of them
+        job.window.columns = job.window.columns.clone()  # the take is still made of them
         self._free.add(slot)
 
     @torch.inference_mode()
-    def step(self, jobs: list[Job]) -> None:
+    def step(self, jobs: list[Variation]) -> None:
         """Writes the next column of every job."""
         # The eager stepper first: it may find no memory, and no slot has moved on then.
         if mixing := [job for job in jobs if job in self._eager.jobs]:
@@ -196,14 +200,14 @@ class CudaGraphStepper:
         if captured := [job for job in jobs if job not in self._eager.jobs]:
             self._step_slots(captured)
 
-    def _step_slots(self, jobs: list[Job]) -> None:
+    def _step_slots(self, jobs: list[Variation]) -> None:
         slots = sorted(self._slot[job] for job in jobs)
         if slots != self._stepped:
             self._stepped = slots
             self.slots.ready.zero_()
             self.slots.ready[slots] = True
         size = _at_least(GRAPH_SIZES, 1 + slots[-1], len(self.slots.at))
-        filled = max(job.sequence.filled for job in jobs)
+        filled = max(job.slot.sequence.filled for job in jobs)
         length = _at_least(GRAPH_LENGTHS, 1 + filled, self.positions)
         adapters = [(self._slot[job], job.adapter) for job in jobs if job.adapter]
         if adapters:  # not captured: every mix of adapters would need a graph
@@ -211,7 +215,7 @@ class CudaGraphStepper:
         else:
             self._graph(size, 0 if self.triton else length)()
         for job in jobs:
-            job.sequence.length += 1
+            job.slot.sequence.length += 1
         self._limit_steps_ahead()
 
     def _limit_steps_ahead(self) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from musicgen_ui.engine.protocol import Event, Failed, Finished
+
+WAIT_S = 1.0  # at most without a look: on Windows Ctrl+C does not end an endless wait
 
 
 class EventLog:
@@ -40,6 +42,20 @@ class EventLog:
         """No event follows those that are here."""
         return self._unfinished <= 0
 
+    @property
+    def unfinished(self) -> int:
+        """Variations whose `Finished` is to come."""
+        return self._unfinished
+
+    def so_far(self) -> tuple[Event, ...]:
+        """The events that are here."""
+        return tuple(self._events)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for the end; whether it has come."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.ended, timeout_s)
+
     def append(self, event: Event) -> None:
         """Adds an event and wakes every reader; events after the end are dropped."""
         with self._changed:
@@ -56,7 +72,11 @@ class EventLog:
             with contextlib.suppress(RuntimeError):  # its event loop has ended
                 wake()
 
-    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+    def rewrite(self, change: Callable[[Event], Event]) -> None:
+        """Replaces each event of a log that has ended, as by one without its audio."""
+        self._events[:] = map(change, self._events)
+
+    async def events(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """The events from number `after` on: those that are here, then those to come."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -97,4 +117,4 @@ class EventLog:
                 continue
             with self._changed:
                 while len(self._events) == after and not self.ended:
-                    self._changed.wait()
+                    self._changed.wait(WAIT_S)

@@ -1,9 +1,9 @@
-"""What can break while music is made, told apart, and what is said about it.
+"""Which fault an error is, and whom it concerns.
 
-Three kinds are treated alike wherever they come up. Memory that is used up costs one job, which may
-be tried again beside fewer others. A device that failed costs the model: nothing on it can be
-trusted, so it is loaded again. Numbers that are no numbers, or anything else, cost the job that
-they came up in. What was heard of a job before is kept as its take.
+Memory that is used up costs one variation, which may be tried again beside fewer others. A device
+that failed costs the model: nothing on it can be trusted, so it is loaded again. NaN or infinity,
+or any other error, costs the variation in which it came up. The audio that was delivered before is
+kept as its take.
 """
 
 from __future__ import annotations
@@ -13,12 +13,6 @@ import re
 
 from musicgen_ui.errors import Fault, RequestError
 
-MEMORY = Fault.MEMORY.sentence
-DEVICE = Fault.DEVICE.sentence
-WORKER = Fault.WORKER.sentence
-LOST = Fault.DEVICE_LOST.sentence
-NUMBERS = Fault.NUMBERS.sentence
-OTHER = Fault.OTHER.sentence
 # What ends a thread or a task. Everything else ends what it came up in: also what is no Exception,
 # as the panics of libraries in Rust (tokenizers, safetensors).
 EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
@@ -28,10 +22,10 @@ _DEVICE = re.compile(
 
 
 class NotFiniteError(RequestError):
-    """Logits or audio are no numbers."""
+    """Logits or audio are NaN or infinite."""
 
     def __init__(self) -> None:
-        super().__init__(NUMBERS)
+        super().__init__(Fault.NUMBERS.sentence)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -57,25 +51,35 @@ def of_the_device(error: BaseException) -> bool:
     return "AcceleratorError" in names or bool(_DEVICE.search(str(error)))
 
 
-def of_everybody(error: BaseException) -> bool:
+def concerns_all(error: BaseException) -> bool:
     """Whether `error` concerns every job: the device failed, or the thread is to end."""
     return isinstance(error, EXITS) or of_the_device(error)
 
 
+def fault_of(error: BaseException) -> Fault:
+    """Which fault `error` is."""
+    if isinstance(error, NotFiniteError):
+        return Fault.NUMBERS
+    if out_of_memory(error):
+        return Fault.MEMORY
+    return Fault.DEVICE if of_the_device(error) else Fault.OTHER
+
+
+def error_of(fault: Fault, cause: BaseException | None = None) -> RequestError:
+    """A fault as an error with its sentence."""
+    error = RequestError(fault.sentence)
+    error.__cause__ = cause
+    return error
+
+
 def sentence(error: BaseException) -> str:
     """What the user reads about `error`."""
-    if isinstance(error, RequestError):
-        return str(error)
-    if out_of_memory(error):
-        return MEMORY
-    return DEVICE if of_the_device(error) else OTHER
+    return str(error) if isinstance(error, RequestError) else fault_of(error).sentence
 
 
-def told(error: BaseException) -> Exception:
-    """The error as its caller should hear it: what is nobody's fault but a bug's stays itself."""
-    said = sentence(error)
-    if isinstance(error, RequestError) or (said == OTHER and isinstance(error, Exception)):
+def for_caller(error: BaseException) -> Exception:
+    """The error as its caller gets it: with a sentence, or a bug as it is."""
+    fault = fault_of(error)
+    if isinstance(error, RequestError) or (fault is Fault.OTHER and isinstance(error, Exception)):
         return error
-    told = RequestError(said)
-    told.__cause__ = error
-    return told
+    return error_of(fault, error)

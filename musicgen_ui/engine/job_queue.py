@@ -1,158 +1,144 @@
-"""The line of jobs that wait for a place on a decoder: who is next, and how long it takes.
+"""The queue of a scheduler: which variation is next, and how long the others wait.
 
-A caller's request is a `Ticket`, and each of its variations an entry of the line. Visitors stand
-in a ring in the order of their arrival and take turns: the first one's oldest entry starts, and
-if more of its entries wait it goes to the ring's end. So nobody is overtaken by a visitor who came
-later, and somebody with many jobs takes turns with the others. While somebody waits every place is
-taken and all places step together, so the waits follow from the steps left in each place and the
-pace of the last steps. Any thread may add a ticket; everything else is done by the thread that
-steps the batch.
+The queue holds the `Specification` of each variation. Clients stand in a ring in the order of their
+arrival and take turns: the first client's oldest variation starts, and if more of its variations
+wait the client goes to the end of the ring. So no client is overtaken by one that came later, and a
+client with many jobs takes turns with the others. While anything waits every place on the decoder
+is taken and all places step together, so the waits follow from the steps left in each place and the
+duration of the last steps. Any thread may add a job; everything else is done by the thread that
+steps.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import math
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable
 from itertools import zip_longest
 
-from musicgen_ui.engine.protocol import Event, Progress
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Progress, Stage
+from musicgen_ui.engine.variation import Specification
 
 PACE_STEPS = 100  # the pace is that of the last ones
-PACE_KNOWN_S, PACE_KNOWN_STEPS = 5.0, 25  # measured; before, a crowd arrives and no wait is told
-TOLD_EVERY_S = 1.0  # place and wait: to tell a crowd takes time; newcomers are told at once
+PACE_KNOWN_S, PACE_KNOWN_STEPS = 5.0, 25  # measured; before that a crowd arrives: no estimate
+REPORT_EVERY_S = 1.0  # place and wait; newcomers get theirs at once
 
 
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """A caller's request while it is open."""
-
-    request: GenerationRequest  # with its seed
-    stop: threading.Event
-    deliver: Callable[[Event | Exception], None]
-    open: int  # variations that are not finished
-    steps: int = 0  # that each variation takes, about
-    visitor: str = ""  # whose it is; one without a name is a visitor of its own
-    heard: set[int] = dataclasses.field(default_factory=set)  # variations of which music came
-    told: bool = False  # its place in the line
-    carried: bool = False  # to another batch, when one failed
-
-    def close(self) -> None:
-        """Nobody listens any more: its jobs are dropped at the next step, without a take."""
-        self.open = 0
-
-
-Entry = tuple[Ticket, int]  # a ticket and the number of one of its variations
-
-
-class Line:
-    """Entries in the order in which they are to start."""
+class JobQueue:
+    """Variations in the order in which they are to start."""
 
     def __init__(self) -> None:
-        self._inbox: deque[Ticket] = deque()  # the one thing that other threads touch
-        self._ring: OrderedDict[Hashable, deque[Entry]] = OrderedDict()  # by visitor
+        self._added: deque[list[Specification]] = deque()  # the one thing other threads touch
+        self._ring: OrderedDict[Hashable, deque[Specification]] = OrderedDict()  # by client
         self._pace = Pace()
         self._full = False  # every place on the decoder is taken
-        self._joined = False  # somebody who was not told a place
-        self._told_s = -math.inf
+        self._reported: set[LoggedJob] = set()  # jobs that know their place
+        self._has_new = False
+        self._reported_s = -math.inf
+        self.retried: set[LoggedJob] = set()  # jobs that began on a device that failed
 
     def __len__(self) -> int:
-        joining = sum(ticket.open for ticket in tuple(self._inbox))
+        joining = sum(map(len, tuple(self._added)))
         return joining + sum(map(len, tuple(self._ring.values())))
 
-    def add(self, ticket: Ticket) -> None:
-        """Queues every variation of a ticket. May be called from any thread."""
-        self._inbox.append(ticket)
+    def add(self, variations: list[Specification]) -> None:
+        """Queues the variations of a job. May be called from any thread."""
+        self._added.append(variations)
 
     def take_in(self) -> None:
-        """Lets those who were added join the line."""
-        while self._inbox:
-            ticket = self._inbox.popleft()
-            entries = self._ring.setdefault(ticket.visitor or ticket, deque())
-            entries.extend((ticket, index) for index in range(ticket.request.variations))
-            self._joined = True
+        """Lets those that were added join the ring."""
+        while self._added:
+            variations = self._added.popleft()
+            self._ring.setdefault(_client(variations[0].job), deque()).extend(variations)
+            self._has_new = True
 
-    def drop_closed(self) -> None:
-        """Lets those who closed leave the line."""
-        self._pop_if(lambda ticket: not ticket.open)
+    def pop_stopped(self) -> list[Specification]:
+        """Takes out the variations of jobs that are to stop."""
+        return self._pop_if(lambda job: job.stopping.is_set())
 
-    def pop_stopped(self) -> list[Entry]:
-        """Takes the entries out of the line whose stop was asked for."""
-        return self._pop_if(lambda ticket: ticket.stop.is_set())
+    def drop_ended(self) -> None:
+        """Takes out what is left of jobs that have ended, by a failure."""
+        self._pop_if(lambda job: job.ended)
 
-    def pop_all(self) -> list[Entry]:
-        """Takes everybody out of the line."""
+    def pop_all(self) -> list[Specification]:
+        """Takes everything out."""
         return self._pop_if(lambda _: True)
 
-    def take_over(self, line: Line) -> None:
-        """Lets those of another line wait here, where nobody does yet, in the same order."""
-        self._ring, self._inbox = line._ring, line._inbox
+    def take_over(self, queue: JobQueue) -> None:
+        """Takes the variations of another queue in the same order; this one must be empty."""
+        self._ring, self._added, self.retried = queue._ring, queue._added, queue.retried
 
-    def put_back(self, entry: Entry) -> None:
-        """Puts an entry that began, but must begin again, at the head of the line."""
-        visitor = entry[0].visitor or entry[0]
-        self._ring.setdefault(visitor, deque()).appendleft(entry)
-        self._ring.move_to_end(visitor, last=False)
+    def put_back(self, variation: Specification) -> None:
+        """Puts a variation that began, but must begin again, at the head."""
+        client = _client(variation.job)
+        self._ring.setdefault(client, deque()).appendleft(variation)
+        self._ring.move_to_end(client, last=False)
 
-    def _pop_if(self, leaves: Callable[[Ticket], bool]) -> list[Entry]:
-        left = [entry for entry in self.entries() if leaves(entry[0])]
-        for key in list(self._ring) if left else ():
-            stay = deque(entry for entry in self._ring[key] if entry not in left)
-            self._ring[key] = stay
+    def _pop_if(self, leaves: Callable[[LoggedJob], bool]) -> list[Specification]:
+        left = [variation for variation in self.waiting() if leaves(variation.job)]
+        for client in list(self._ring) if left else ():
+            stay = deque(each for each in self._ring[client] if each not in left)
+            self._ring[client] = stay
             if not stay:
-                del self._ring[key]
+                del self._ring[client]
         return left
 
-    def entries(self) -> list[Entry]:
-        """Those who wait, in the order in which they start if nobody comes or leaves."""
+    def waiting(self) -> list[Specification]:
+        """Those in the ring, in the order in which they start if none comes or leaves."""
         turns = zip_longest(*self._ring.values())
-        return [entry for turn in turns for entry in turn if entry]
+        return [variation for turn in turns for variation in turn if variation]
 
-    def pop(self) -> Entry | None:
-        """Takes the entry whose turn it is out of the line."""
+    def pop(self) -> Specification | None:
+        """Takes out the variation whose turn it is."""
         if not self._ring:
             return None
-        visitor, entries = next(iter(self._ring.items()))
-        entry = entries.popleft()
-        self._ring.move_to_end(visitor)
-        if not entries:
-            del self._ring[visitor]
-        return entry
+        client, variations = next(iter(self._ring.items()))
+        variation = variations.popleft()
+        self._ring.move_to_end(client)
+        if not variations:
+            del self._ring[client]
+        return variation
 
-    def tell(self, running: Collection[Ticket], left: Iterable[int]) -> None:
-        """Tells those who wait for their first variation their place and the wait.
+    def report(self, running: Collection[LoggedJob], left: Iterable[int]) -> None:
+        """Reports place and wait to the jobs that wait for their first variation.
 
         Args:
-            running: those who are told how far their music is.
+            running: jobs that report how far their music is.
             left: about how many steps it takes until each place on the decoder is free.
         """
         left = list(left)
         self._full = all(left)
+        if not self._ring:
+            self._reported.clear()  # it holds their jobs
         now = time.monotonic()
-        everybody = now - self._told_s >= TOLD_EVERY_S
-        if not (everybody or self._joined):
+        to_all = now - self._reported_s >= REPORT_EVERY_S
+        if not (to_all or self._has_new):
             return
-        self._joined, self._told_s = False, now if everybody else self._told_s
-        told = set(running)
-        starts = starts_after(left, [ticket.steps for ticket, _ in self.entries()])
-        for place, ((ticket, _), steps) in enumerate(zip(self.entries(), starts, strict=True), 1):
-            if ticket not in told and (everybody or not ticket.told):
-                told.add(ticket)
-                ticket.told = True
+        self._has_new, self._reported_s = False, now if to_all else self._reported_s
+        waiting = self.waiting()
+        starts = starts_after(left, [variation.steps for variation in waiting])
+        passed = set(running)
+        for place, (variation, steps) in enumerate(zip(waiting, starts, strict=True), 1):
+            job = variation.job
+            if job not in passed and (to_all or job not in self._reported):
+                passed.add(job)
                 wait_s = steps * self._pace.step_s
-                ticket.deliver(Progress("waiting", place=place, wait_s=wait_s))
+                job.log.append(Progress(Stage.WAITING, place=place, wait_s=wait_s))
+        self._reported = {variation.job for variation in waiting}
 
     def stepped(self) -> None:
-        """Every job took a step: the pace counts while all places are taken and somebody waits.
+        """A step ended: the pace counts while all places are taken and something waits.
 
         While a crowd fills them each step admits one, which is slow and soon over.
         """
         self._pace.stepped(bool(self._ring) and self._full)
+
+
+def _client(job: LoggedJob) -> Hashable:
+    return job.client or job
 
 
 def starts_after(left: Iterable[int], waiting: Iterable[int]) -> list[int]:

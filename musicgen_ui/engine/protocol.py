@@ -1,15 +1,16 @@
-"""What comes back while music is made, and what the page knows of the engine.
+"""The contract between what makes music and what shows it: backends, jobs and their events.
 
-An engine turns a request into a stream of events: `Progress` from the first moment, `Chunk`s of
-new audio as they are decoded, and one `Finished` a variation. Each names its variation, so that
-several can share a stream.
+A `Backend` turns a request into a `Job`. Everything that happens to the job is an event in its log:
+`Progress` from the first moment, `Chunk`s of new audio as they are decoded, and one `Finished` a
+variation, or `Failed` for the whole job. The page, the API, MCP, the command line and metrics read
+that log.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,23 @@ import numpy as np
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.request import WINDOW_S, GenerationRequest
 
-Stage = Literal["waiting", "loading", "composing"]
+
+class Stage(StrEnum):
+    """How far a job is."""
+
+    WAITING = "waiting"  # in the queue
+    LOADING = "loading"  # its checkpoint is downloaded or read, or the device is recovered
+    COMPOSING = "composing"
+
+
+class Trouble(StrEnum):
+    """What keeps a backend from making music."""
+
+    NOT_STARTED = "not_started"  # it could not be built
+    RELOADING = "reloading"  # the device failed and the model is loaded again
+    DEVICE_LOST = "device_lost"  # only a new process can use the device again
+    STUCK = "stuck"  # a step does not end
+    THREAD_ENDED = "thread_ended"  # nothing steps any more
 
 
 @dataclass(frozen=True)
@@ -26,9 +43,9 @@ class Progress:
 
     stage: Stage
     variation: int = 0
-    place: int = 0  # waiting: how many jobs are served before this one, itself included
+    place: int = 0  # waiting: its place in the queue, 1 is next
     wait_s: float = 0.0  # waiting: about how long until it starts; 0 is not known yet
-    note: str = ""  # loading: what is going on, in words ("downloading 0.3 of 2.4 GB")
+    note: str = ""  # loading: a detail for the user ("downloading 0.3 of 2.4 GB")
     done_s: float = 0.0  # composing: seconds of new music so far
     total_s: float = 0.0
     speed: float = 0.0  # composing: seconds of music a second of work, since the first step
@@ -40,6 +57,7 @@ class Chunk:
 
     variation: int
     clip: Clip
+    start_sample: int = 0  # samples of new audio before this chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +71,7 @@ class Finished:
     speed: float  # seconds of new music a second of work
     stopped: bool = False  # before its length was reached
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
-    fault: str = ""  # what broke it off, in a sentence, where it was not the user
+    fault: str = ""  # why it ended early, in a sentence, where the user did not stop it
     melody: Chroma | None = None  # what the new music followed
     # int16 [codebooks, frames]: the codes that the codec decoded for this take, the last
     # `context_frames` of the audio prompt first, then all new ones. They end where `clip` ends, so
@@ -65,9 +83,9 @@ class Finished:
 
 @dataclass(frozen=True, eq=False)
 class Failed:
-    """The job ended without a take; a log's last event."""
+    """The job ended without a take; the last event of its log."""
 
-    error: Exception  # a `RequestError` holds the sentence for the user; others are faults of ours
+    error: Exception  # a `RequestError` holds the sentence for the user; others are bugs
 
 
 Event = Progress | Chunk | Finished | Failed
@@ -80,20 +98,33 @@ class Steering:
     Prompts are mixed by their weights: conditional logits of each, weighted, before guidance.
     """
 
-    prompts: tuple[tuple[str, float], ...] | None = None  # words and weight, four at most
+    prompts: tuple[tuple[str, float], ...] | None = None  # text and weight, four at most
     guidance_scale: float | None = None
     temperature: float | None = None
     top_k: int | None = None
 
 
 class Job(Protocol):
-    """A request under way: one job whatever the number of its variations."""
+    """A request that is being served, with all its variations.
+
+    The end of its log is the end of the job: `Failed`, or a `Finished` for each variation.
+    """
 
     id: str
-    request: GenerationRequest  # resolved: its seed, its checkpoint
+    request: GenerationRequest  # with its seed
+    client: str  # who takes turns with others; "" is a client of its own
 
-    def events(self, after: int = 0) -> AsyncIterator[Event]:
+    @property
+    def ended(self) -> bool:
+        """No event follows."""
+        ...
+
+    def events(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """The events from number `after` on, then those to come; see `EventLog`."""
+        ...
+
+    def follow(self, after: int = 0, poll: Callable[[], object] | None = None) -> Iterator[Event]:
+        """`events` for a thread without an event loop; see `EventLog`."""
         ...
 
     def stop(self) -> None:
@@ -101,7 +132,11 @@ class Job(Protocol):
         ...
 
     def steer(self, change: Steering) -> None:
-        """Applies from the next frame on. Raises RequestError where that is not possible."""
+        """Changes the job from the next frame on.
+
+        Raises:
+            RequestError: this job cannot be changed while it runs.
+        """
         ...
 
 
@@ -119,7 +154,7 @@ class Backend(Protocol):
         """The names that the page offers, the default first."""
         ...
 
-    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
         """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
 
         May read a folder or ask the Hub, so it can block for a while.
@@ -129,25 +164,28 @@ class Backend(Protocol):
         """
         ...
 
-    def status(self) -> str:
-        """A line for the page's head: what is loaded, where and in which precision."""
+    def status(self) -> Status:
+        """What is loaded, where and in which precision."""
         ...
 
     def health(self) -> Health:
-        """Whether the backend lives; never blocks for long."""
+        """Whether music can be made; never blocks for long."""
         ...
 
     def unload(self) -> None:
-        """Gives the memory of every idle model back."""
+        """Frees the memory of every idle model."""
         ...
 
     def close(self) -> None:
-        """Ends the backend for good and waits for its threads, though not for ever."""
+        """Ends the backend for good and waits for its threads, for a bounded time.
+
+        Jobs should have been stopped before. Requests are refused from then on.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class Description:
+class CheckpointInfo:
     """What a checkpoint can do, known before it is loaded."""
 
     checkpoint: str  # its name, Hub id or folder
@@ -160,64 +198,25 @@ class Description:
 
 
 @dataclass(frozen=True)
+class Status:
+    """What a backend holds in memory."""
+
+    loaded: tuple[str, ...] = ()  # names of checkpoints
+    loading: tuple[str, ...] = ()  # a detail of each load under way ("reading 0.3 of 2.4 GB")
+    device: str = ""  # "CPU (AVX-512)"
+    precision: str = ""  # "int8"
+    reason: str = ""  # why this device or precision, where the choice may surprise
+    nbytes: int = 0  # of the loaded models and their jobs
+    starting: bool = False  # the backend itself is not ready yet
+
+
+@dataclass(frozen=True)
 class Health:
     """Whether music can be made now and what that holds, for whoever watches a server."""
 
-    trouble: str = ""  # what keeps music from being made, in words; "" is nothing
+    trouble: Trouble | None = None
     models: dict[str, int] = field(default_factory=dict)  # bytes held, by checkpoint
     jobs: int = 0  # variations that are being made
-    waiting: int = 0  # variations in line
+    waiting: int = 0  # variations in the queue
     step_age_s: float = 0.0  # since the last step where there is something to do
     warnings: tuple[str, ...] = ()  # what works less well than it could, a sentence each
-
-
-class Engine(Protocol):
-    """What makes music for the page, the API and the command line. `ModelManager` is the one."""
-
-    def stream(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None = None,
-        visitor: str = "",
-    ) -> AsyncIterator[Event]:
-        """The events of a request, ending with one `Finished` a variation.
-
-        Setting `stop` ends every variation at the next step; `Finished` still comes, with what
-        was made. Closing the iterator frees the rows without a take. Visitors take turns where
-        jobs wait; a request without a `visitor` is one of its own. An error for the user is a
-        `RequestError`.
-        """
-        ...
-
-    def checkpoints(self) -> list[str]:
-        """The names that the page offers, the default first."""
-        ...
-
-    def describe(self, checkpoint: str, adapter: str = "") -> Description:
-        """What `checkpoint` can do; "auto" is the base of `adapter` if there is one.
-
-        May read a folder or ask the Hub, so it can block for a while.
-
-        Raises:
-            RequestError: there is no such checkpoint.
-        """
-        ...
-
-    def status(self) -> str:
-        """A line for the page's head: what is loaded, where and in which precision."""
-        ...
-
-    def health(self) -> Health:
-        """Whether the engine lives; never blocks for long."""
-        ...
-
-    def unload(self) -> None:
-        """Gives the memory of every idle model back."""
-        ...
-
-    def close(self) -> None:
-        """Ends the engine for good and waits for its threads, though not for ever.
-
-        Jobs should have been stopped before. Requests are refused from then on.
-        """
-        ...

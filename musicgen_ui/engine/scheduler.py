@@ -1,62 +1,77 @@
-"""The jobs in flight on one decoder: admit, step, deliver, stop.
+"""The scheduler of one decoder: admit, prefill, step, decode, deliver, stop.
 
-All the logic of generation is `Batch.step()`: it admits waiting jobs into free places, takes in a
-piece of a new job's audio prompt, moves every job one frame on, hands new audio to its caller and
-frees the places of jobs that ended. Jobs of different callers, lengths, settings and positions
-share each step. Callers hand in requests from any thread with `submit`; a single thread steps:
-`worker` has the drivers.
+All the logic of generation is `Scheduler.step()`: it admits waiting variations into free places,
+takes in a piece of a new variation's audio prompt, moves every variation one frame on, appends new
+audio to its job's log and frees the places of variations that ended. Variations of different
+clients, lengths, settings and positions share each step. Any thread may add jobs; a single thread
+steps: `worker` has it.
+
+Failure handling: one variation's error never affects the others. A variation that finds no memory
+before its first audio waits until fewer run, and starts again from its seed; any other error ends
+it, and the audio that was delivered is its take. An error of the device, or one that ends the
+thread, is raised to whoever steps, who calls `fail_all`: variations without audio may start again
+on the next scheduler, once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.device import THREADS, copy_weights, threads_for
-from musicgen_ui.engine.job import CHUNK_FRAMES, FIRST_CHUNK_FRAMES, Job, steps_for
-from musicgen_ui.engine.job_queue import Entry, Line, Ticket
+from musicgen_ui.engine.job import LoggedJob, empty_take
+from musicgen_ui.engine.job_queue import JobQueue
 from musicgen_ui.engine.lora import LoraStore
-from musicgen_ui.engine.losses import Losses
-from musicgen_ui.engine.protocol import Chunk, Event, Finished
+from musicgen_ui.engine.protocol import Chunk, Failed
 from musicgen_ui.engine.stepper import EagerStepper
 from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.variation import (
+    CHUNK_FRAMES,
+    FIRST_CHUNK_FRAMES,
+    PREFILL_COLUMNS,
+    AudioPrompt,
+    Specification,
+    TakeRecorder,
+    Variation,
+    bounded_window_s,
+)
+from musicgen_ui.errors import Fault, RequestError
 from musicgen_ui.request import WINDOW_S, GenerationRequest
 
-PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the other jobs go on
 CACHE_SHARE = 0.6  # of a GPU's free memory; the rest is for prefills and the codec
-PROGRESS_S = 0.25  # between two reports of a job
-FEW_JOBS = 4  # that each get their chunks as soon as can be
-ROOMS = ("stepper", "decoder", "codec", "conditioner", "adapters")  # where the model lies
+PROGRESS_S = 0.25  # between two reports of a variation
+FEW_JOBS = 4  # that each get their chunks as soon as possible
+MODEL = ("stepper", "decoder", "codec", "conditioner", "adapters")  # attributes that hold it
 
 log = logging.getLogger(__name__)
 
 
-class Batch:
-    """A checkpoint ready to make music for several callers at once.
+class Scheduler:
+    """A checkpoint ready to make music for several clients at once.
 
     Args:
-        model: transformers' `MusicgenForConditionalGeneration`, or `MusicgenMelodyFor…`; its parts
-            are packed or taken over, so the caller should let go of it.
+        model: transformers' `MusicgenForConditionalGeneration`, or `MusicgenMelodyFor…`; its
+            modules are packed or taken over, so the caller should drop it.
         tokenizer: of the checkpoint.
         checkpoint: the name that takes carry.
         device: of text encoder and decoder.
         precision: see `linear.PRECISIONS`.
         codec_device: where the codec runs, if not on `device`.
-        max_jobs: jobs that are stepped together; fewer where a GPU lacks the memory.
+        max_jobs: variations that are stepped together; fewer where a GPU lacks the memory.
         graphs: whether steps go through `CudaGraphStepper`; None is on CUDA alone.
         extractor: the feature extractor's configuration, of a melody checkpoint.
+        window_s: the length of the decoder's training examples.
     """
 
     def __init__(
@@ -106,27 +121,27 @@ class Batch:
             self.stepper.warm_up()
         elif precision == "int8":
             self._compile()
-        self.line = Line()
-        self.jobs: dict[Job, Ticket] = {}
-        self.losses = Losses(self.line, self.jobs, self.max_jobs, self._leave, self._heard)
+        self.queue = JobQueue()
+        self.running: list[Variation] = []
+        self._places = self.max_jobs
 
     @property
     def busy(self) -> bool:
         """Something is being made or waits."""
-        return bool(self.jobs or self.line)
+        return bool(self.running or self.queue)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights and of the jobs in flight."""
-        rooms = (getattr(self, name, None) for name in ROOMS)
-        return sum(room.nbytes for room in rooms if room)
+        """Bytes of the weights and of the variations in flight; 0 once the model is freed."""
+        held = (getattr(self, name, None) for name in MODEL)
+        return sum(each.nbytes for each in held if each)
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Takes a step, so that nobody's music waits for what is compiled when it is called."""
+        """Takes a step, so that no job waits for what is compiled at its first call."""
         start = torch.full((1, self.decoder.codebooks), self.decoder.start_token)
-        told = self.decoder.embeddings.new_zeros(1, self.decoder.embeddings.shape[1])
-        self.decoder.step(start, [self.decoder.sequence([told], 1)])
+        states = self.decoder.embeddings.new_zeros(1, self.decoder.embeddings.shape[1])
+        self.decoder.step(start, [self.decoder.sequence([states], 1)])
         rows = self.codec.channels * self.codec.codebooks
         self.codec.decode(torch.zeros(rows, FIRST_CHUNK_FRAMES, dtype=torch.int64))
 
@@ -137,184 +152,195 @@ class Batch:
         slot_nbytes = CudaGraphStepper.slot_nbytes(self.decoder)
         return max(1, min(jobs, int(CACHE_SHARE * free / slot_nbytes)))
 
-    def submit(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None,
-        deliver: Callable[[Event | Exception], None],
-        visitor: str = "",
-    ) -> Ticket:
-        """Queues every variation of `request`. May be called from any thread.
+    @property
+    def places(self) -> int:
+        """Variations that may run: fewer once memory ran out, until all have ended."""
+        if not self.running:
+            self._places = self.max_jobs
+        return self._places
 
-        Args:
-            request: what to make.
-            stop: ends the variations at the next step, with what was made so far.
-            deliver: is called by the stepping thread with each event, or once with an exception,
-                after which nothing follows.
-            visitor: whose request it is: visitors take turns.
-        """
-        request = dataclasses.replace(request.with_seed(), checkpoint=self.checkpoint)
-        stop = stop or threading.Event()
-        steps = steps_for(request, self.codec, self.decoder.codebooks, self.window_s)
-        ticket = Ticket(request, stop, deliver, request.variations, steps, visitor)
-        self.line.add(ticket)
-        return ticket
+    # Any thread
+
+    def submit(self, request: GenerationRequest, client: str = "") -> LoggedJob:
+        """A new job, with its audio prompt encoded here and now."""
+        job = LoggedJob(request, client)
+        self.add(job, self.encode(job.request))
+        return job
+
+    def encode(self, request: GenerationRequest) -> AudioPrompt | None:
+        """The request's audio prompt for `add`."""
+        if request.audio_prompt is None:
+            return None
+        torch.set_num_threads(self.threads)
+        return AudioPrompt.of(
+            request.audio_prompt,
+            request.context_used_s(bounded_window_s(self.window_s)),
+            self.codec,
+        )
+
+    def add(self, job: LoggedJob, prompt: AudioPrompt | None) -> None:
+        """Queues every variation of a job, unless it was stopped before."""
+        if job.begin():
+            self.queue.add(Specification.of_job(job, prompt, self.checkpoint, self.codec))
+
+    # The stepping thread
 
     def step(self) -> bool:
-        """Moves every job on by one frame; False when nothing is left to do.
+        """Moves every variation on by one frame; False when nothing is left to do.
 
-        What breaks in a job ends that job. Raises what is more than one's: the device failed, or
-        this loop is wrong. Then `losses.end_all` tells everybody.
+        Raises what concerns all of them: the device failed, the thread is to end, or this loop is
+        wrong. `fail_all` must follow.
         """
         torch.set_num_threads(self.threads)  # always: MKL has a number for each calling thread
-        self.line.take_in()
-        self._drop_closed()
-        self._stop_waiting()
+        self.queue.take_in()
+        self._stop()
         self._admit()
-        self._stop_running()
-        self._turn()
+        self._change_windows()
         self._prefill()
         self._advance()
         self._decode()
-        for job in list(self.jobs):
-            with self.losses.alone(job):
-                self._deliver(job)
-        self.line.stepped()
+        for variation in list(self.running):
+            with self._failing_alone(variation):
+                self._deliver(variation)
+        self.queue.stepped()
         return self.busy
 
-    def _drop_closed(self) -> None:
-        for job in [job for job, ticket in self.jobs.items() if not ticket.open]:
-            self._leave(job)
-        self.line.drop_closed()
+    def poll(self) -> None:
+        """A step for a caller without a worker: see the `poll` of `EventLog.follow`."""
+        try:
+            self.step()
+        except Exception as error:
+            self.fail_all(error)
 
-    def _stop_waiting(self) -> None:
-        for ticket, index in self.line.pop_stopped():
-            self._close(ticket, self._heard((ticket, index)))
-
-    def _heard(self, entry: Entry, job: Job | None = None) -> Finished:
-        """What a job made so far as a take; without a job an empty one."""
-        if job:
-            return self._take(job)
-        request = entry[0].request.variation(entry[1])
-        nothing = Clip(np.zeros((self.codec.channels, 0), np.float32), self.codec.sampling_rate)
-        return Finished(entry[1], nothing, request, 0.0, 0.0, stopped=True)
+    def _stop(self) -> None:
+        """Ends the variations of jobs that are to stop, and drops those of jobs that failed."""
+        for specification in self.queue.pop_stopped():
+            job = specification.job
+            job.log.append(empty_take(job, specification.index))
+        self.queue.drop_ended()
+        for variation in list(self.running):
+            if variation.job.ended:
+                self._leave(variation)
+            elif variation.job.stopping.is_set():
+                with self._failing_alone(variation):
+                    self._finish(variation)
 
     def _admit(self) -> None:
-        """One job a step, so that the others are not held up by a crowd."""
-        places = self.losses.places
-        if len(self.jobs) < places and (entry := self.line.pop()):
+        """One variation a step, so that the others are not held up by a crowd."""
+        places = self.places
+        if len(self.running) < places and (specification := self.queue.pop()):
             try:
-                self.jobs[self._start(*entry)] = entry[0]
+                self.running.append(self._start(specification))
             except BaseException as error:
-                self.losses.lose(entry, error)
-        left = [job.steps_left for job in self.jobs]
-        self.line.tell(set(self.jobs.values()), left + [0] * (places - len(left)))
+                self._fail(specification, error)
+        left = [variation.steps_left for variation in self.running]
+        jobs = {variation.job for variation in self.running}
+        self.queue.report(jobs, left + [0] * (places - len(left)))
 
-    def _start(self, ticket: Ticket, index: int) -> Job:
-        request = ticket.request.variation(index)
-        decoder = self.decoder
-        job = Job(
-            request,
-            index,
+    def _start(self, specification: Specification) -> Variation:
+        request, decoder = specification.request, self.decoder
+        variation = Variation(
+            specification,
             self.codec,
             decoder.codebooks,
             decoder.start_token,
             self.device,
             self.window_s,
         )
-        job.adapter = self.adapters.applied(request)
-        # Now, not in the end: a take that is made should not be lost to what its words bring about.
-        job.notes, job.melody = self._notes(request), self.conditioner.chroma(request)
-        self.stepper.admit(job, self._conditions(job))
-        ticket.deliver(job.progress())
-        return job
+        variation.adapter = self.adapters.applied(request)
+        # Now, not in the end: no finished take is lost to an error that the words bring about.
+        variation.notes = self._notes(request)
+        variation.melody = self.conditioner.chroma(request)
+        self.stepper.admit(variation, self._conditions(variation))
+        variation.job.log.append(variation.progress())
+        return variation
 
-    def _conditions(self, job: Job) -> Conditions:
-        return self.conditioner.conditions(job.request, job.start_s, job.at_s)
+    def _conditions(self, variation: Variation) -> Conditions:
+        return self.conditioner.conditions(variation.request, variation.start_s, variation.at_s)
 
-    def _turn(self) -> None:
+    def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
+        words = next(filter(None, map(self.conditioner.truncated_after, request.texts)), None)
+        return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
+
+    def _change_windows(self) -> None:
         """Begins the windows and the sections whose time has come."""
-        for job in list(self.jobs):
-            with self.losses.alone(job):
-                slid, turned = job.slide(), job.turn()
-                if slid or (turned and self.decoder.prefixed):  # what comes first: all anew
-                    self.stepper.admit(job, self._conditions(job))
-                elif turned:
-                    self.stepper.set_conditions(job, self._conditions(job))
-
-    def _stop_running(self) -> None:
-        for job, ticket in list(self.jobs.items()):
-            if ticket.stop.is_set():
-                with self.losses.alone(job):
-                    self._finish(job)
+        for variation in list(self.running):
+            with self._failing_alone(variation):
+                slid, changed = variation.slide(), variation.change_text()
+                if slid or (changed and self.decoder.prefixed):  # a prefix: all anew
+                    self.stepper.admit(variation, self._conditions(variation))
+                elif changed:
+                    self.stepper.set_conditions(variation, self._conditions(variation))
 
     def _prefill(self) -> None:
-        """Takes in a piece of one job's prefix and past; an audio prompt is encoded first."""
-        for job in self.jobs:
-            if job.encoded and job.sequence.length >= job.written:
+        """Takes in a piece of one variation's prefix and known columns."""
+        for variation in self.running:
+            if variation.prefilled:
                 continue
-            with self.losses.alone(job):
-                if not job.encoded:
-                    job.encode_piece()
-                else:
-                    known = job.columns[:, : job.written]
-                    self.decoder.prefill(job.sequence, known, PREFILL_COLUMNS)
+            with self._failing_alone(variation):
+                window = variation.window
+                known = window.columns[:, : window.written]
+                self.decoder.prefill(variation.slot.sequence, known, PREFILL_COLUMNS)
             return
 
     def _advance(self) -> None:
-        """Writes the next column of every job that has taken its past in."""
-        jobs = [job for job in self.jobs if job.sequence.length == job.written < job.positions]
-        if not jobs:
+        """Writes the next column of every variation that is ready for it."""
+        ready = [variation for variation in self.running if variation.ready]
+        if not ready:
             return
         try:
-            self.stepper.step(jobs)
+            self.stepper.step(ready)
         except BaseException as error:
-            if faults.of_everybody(error):
+            if faults.concerns_all(error):
                 raise
-            self._advance_one_by_one(jobs)
+            self._advance_one_by_one(ready)
             return
-        for job in jobs:
-            job.advance()
+        for variation in ready:
+            variation.advance()
 
-    def _advance_one_by_one(self, jobs: list[Job]) -> None:
-        """A step that failed for all is tried for each: only those that cannot go on, do not."""
-        for job in jobs:
-            job.sequence.length = job.written  # some may have counted the step that failed
-        for job in jobs:
-            with self.losses.alone(job):
-                self.stepper.step([job])
-                job.advance()
+    def _advance_one_by_one(self, variations: list[Variation]) -> None:
+        """A step that failed for all is tried for each: only those that fail alone end."""
+        for variation in variations:  # some may have counted the step that failed
+            variation.slot.sequence.length = variation.window.written
+        for variation in variations:
+            with self._failing_alone(variation):
+                self.stepper.step([variation])
+                variation.advance()
 
     def _decode(self) -> None:
-        """Sends to the codec what is worth it, on CUDA the frames of several jobs in one pass."""
-        due = [job for job in self.jobs if job.chunk_due(self._chunk_frames)]
+        """Sends frames to the codec where it is worth a call; on CUDA those of several at once."""
+        due = [each for each in self.running if each.recorder.is_due(self._chunk_frames)]
         if due and self._beside:
             self._decode_together(due[0])
-        for job in list(self.jobs):
-            with self.losses.alone(job):
-                if job.done and not job.decoding and not job.ended:
-                    job.decode(last=True)
-                elif job.chunk_due(self._chunk_frames):
-                    job.decode()
+        for variation in list(self.running):
+            recorder = variation.recorder
+            with self._failing_alone(variation):
+                if variation.window.done and not recorder.decoding and not recorder.ended:
+                    variation.decode(last=True)
+                elif recorder.is_due(self._chunk_frames):
+                    variation.decode()
 
-    def _decode_together(self, due: Job) -> None:
-        """Decodes the frames of a job with those of the jobs that have at least half as many."""
-        fewest = max(1, due.waiting_frames // 2)
-        jobs = [
-            job
-            for job in self.jobs
-            if job.encoded
-            and not (job.decoding or job.done)
-            and job.waiting_frames >= fewest
-            and job.stream.phase == due.stream.phase
+    def _decode_together(self, due: Variation) -> None:
+        """Decodes the frames of one with those of others that have at least half as many."""
+        fewest = max(1, due.recorder.waiting_frames // 2)
+        together = [
+            each
+            for each in self.running
+            if not (each.recorder.decoding or each.window.done)
+            and each.recorder.waiting_frames >= fewest
+            and each.recorder.stream.phase == due.recorder.stream.phase
         ]
-        if len(jobs) > 1:
-            try:
-                Job.decode_together(jobs, min(job.waiting_frames for job in jobs))
-            except Exception as error:
-                if faults.of_everybody(error):
-                    raise
-                log.warning("Jobs could not be decoded together: each is alone", exc_info=error)
+        if len(together) < 2:
+            return
+        recorders = [each.recorder for each in together]
+        frames = min(recorder.waiting_frames for recorder in recorders)
+        try:
+            finite = [each.slot.finite for each in together]
+            TakeRecorder.decode_together(recorders, finite, frames)
+        except Exception as error:
+            if faults.concerns_all(error):
+                raise
+            log.warning("Variations are decoded one by one: together it failed", exc_info=error)
 
     @property
     def _beside(self) -> bool:
@@ -324,47 +350,124 @@ class Batch:
     @property
     def _chunk_frames(self) -> int:
         """The longest chunk."""
-        return CHUNK_FRAMES * (4 if self._beside and len(self.jobs) > FEW_JOBS else 1)
+        return CHUNK_FRAMES * (4 if self._beside and len(self.running) > FEW_JOBS else 1)
 
-    def _deliver(self, job: Job) -> None:
-        """Hands what is new to the caller: audio, progress, in the end the take."""
-        if job.decoding and job.decoding.done:
-            self._hand_over(job, job.chunk())
-        if job.ended and not job.decoding:
-            self._finish(job)
-        elif (now := time.monotonic()) - job.told_s >= PROGRESS_S:
-            job.told_s = now
-            self.jobs[job].deliver(job.progress())
+    def _deliver(self, variation: Variation) -> None:
+        """Appends what is new to the job's log: audio, progress, in the end the take."""
+        recorder = variation.recorder
+        if recorder.decoding and recorder.decoding.done:
+            self._append(variation, recorder.chunk())
+        if recorder.ended and not recorder.decoding:
+            self._finish(variation)
+        elif (now := time.monotonic()) - variation.reported_s >= PROGRESS_S:
+            variation.reported_s = now
+            variation.job.log.append(variation.progress())
 
-    def _hand_over(self, job: Job, chunk: Chunk | None) -> None:
+    def _append(self, variation: Variation, chunk: Chunk | None) -> None:
         if chunk:
-            self.jobs[job].heard.add(job.variation)
-            self.jobs[job].deliver(chunk)
+            variation.job.log.append(chunk)
 
-    def _finish(self, job: Job) -> None:
-        ticket = self.jobs[job]
-        for chunk in job.rest():
-            self._hand_over(job, chunk)
-        take = self._take(job)
-        self._leave(job)
-        self._close(ticket, take)
+    def _finish(self, variation: Variation) -> None:
+        for chunk in variation.recorder.rest(variation.slot.finite):
+            self._append(variation, chunk)
+        take = variation.finished()
+        self._leave(variation)
+        variation.job.log.append(take)
 
-    def _leave(self, job: Job) -> Ticket:
-        self.stepper.release(job)
-        return self.jobs.pop(job)
+    def _leave(self, variation: Variation) -> None:
+        self.running.remove(variation)
+        self.stepper.release(variation)
 
-    def _take(self, job: Job) -> Finished:
-        return job.finished(job.notes, job.melody)
+    # Failures
 
-    def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
-        words = next(filter(None, map(self.conditioner.truncated_after, request.texts)), None)
-        return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
+    @contextlib.contextmanager
+    def _failing_alone(self, variation: Variation) -> Iterator[None]:
+        """An error inside ends this variation alone, unless it concerns all."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(variation.specification, error, variation)
 
-    def _close(self, ticket: Ticket, finished: Finished) -> None:
-        ticket.open -= 1
-        ticket.deliver(finished)
+    def _fail(
+        self, specification: Specification, error: BaseException, running: Variation | None = None
+    ) -> None:
+        """Lets a variation that found no memory wait until fewer run, or ends it.
 
-    def let_go(self) -> None:
-        """Frees the model of a batch that is not used any more; its line is kept."""
-        for name in ROOMS:
+        Raises an error that concerns all; `fail_all` then ends this one too, or starts it again.
+        """
+        if faults.concerns_all(error):
+            if running is None:  # `fail_all` would not know of it
+                self._start_again(specification)
+            raise error
+        if running in self.running:
+            self._leave(running)
+        if faults.out_of_memory(error) and self.running and not _delivered(specification):
+            self._places = len(self.running)
+            self.queue.put_back(specification)
+        else:
+            self._end(specification, error, running)
+        traceback.clear_frames(error.__traceback__)  # they hold on to the memory
+
+    def _start_again(self, specification: Specification) -> None:
+        """Puts a variation without audio back for the next scheduler, once a job."""
+        if specification.job in self.queue.retried:
+            self._end(specification, faults.error_of(Fault.DEVICE))
+            return
+        self.queue.put_back(specification)
+        self.queue.retried.add(specification.job)
+
+    def _end(
+        self, specification: Specification, error: BaseException, running: Variation | None = None
+    ) -> None:
+        """Ends a variation with the audio that was delivered; a job without any has failed."""
+        job = specification.job
+        if job.ended:
+            return
+        if not isinstance(error, RequestError):
+            log.error("A variation ended early", exc_info=error)
+        if job.log.unfinished == 1 and not any(isinstance(e, Chunk) for e in job.log.so_far()):
+            job.log.append(Failed(faults.for_caller(error)))
+            return
+        take = empty_take(job, specification.index)
+        if running and _delivered(specification):
+            try:
+                take = running.finished()
+            except Exception as failure:  # such as no memory for it
+                log.error("The audio of a variation is lost", exc_info=failure)
+        fault = faults.sentence(error)
+        notes = (*take.notes, f"It broke off: {fault}")
+        job.log.append(dataclasses.replace(take, stopped=True, notes=notes, fault=fault))
+
+    def fail_all(self, error: BaseException, retry: bool = False) -> None:
+        """Ends every variation with the audio that was delivered, and empties the queue.
+
+        With `retry` those that wait stay in the queue, and running ones without audio are put
+        back, once a job: for the scheduler that takes the queue over.
+        """
+        self.queue.take_in()
+        running, self.running = self.running, []
+        retried = self.queue.retried
+        for variation in reversed(running):
+            specification, job = variation.specification, variation.job
+            if retry and not (job.ended or job in retried or _delivered(specification)):
+                self.queue.put_back(specification)
+            else:
+                self._end(specification, error, variation)
+            if not retry:
+                with contextlib.suppress(Exception):  # whatever state the stepper is in
+                    self.stepper.release(variation)
+        retried.update(variation.job for variation in running)
+        self.queue.retried = {job for job in retried if not job.ended}
+        for specification in () if retry else self.queue.pop_all():
+            self._end(specification, error)
+
+    def free_model(self) -> None:
+        """Frees the model of a scheduler that is not used any more; its queue is kept."""
+        for name in MODEL:
             self.__dict__.pop(name, None)
+
+
+def _delivered(specification: Specification) -> bool:
+    """Whether audio of this variation is in the job's log."""
+    events = specification.job.log.so_far()
+    return any(isinstance(e, Chunk) and e.variation == specification.index for e in events)

@@ -15,9 +15,9 @@ from torch import Tensor
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.conditioning import Conditions
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
-from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.sampling import SamplingParams, SamplingTensors
 from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.variation import Slot, Variation
 
 
 @dataclass
@@ -33,27 +33,30 @@ class EagerStepper:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.jobs: dict[Job, JobState] = {}
+        self.jobs: dict[Variation, JobState] = {}
         self._gathered: tuple[list[SamplingParams], SamplingTensors] | None = None  # last step's
 
     @property
     def nbytes(self) -> int:
         """Bytes of the jobs' KV caches."""
-        return sum(job.sequence.nbytes for job in list(self.jobs))
+        return sum(job.slot.sequence.nbytes for job in list(self.jobs))
 
-    def admit(self, job: Job, conditions: Conditions) -> None:
+    def admit(self, job: Variation, conditions: Conditions) -> None:
         """Gives a job, or its next window, a KV cache.
 
         Its sampling parameters are those of its request until `set_sampling` changes them.
         """
+        finite = torch.ones((), dtype=torch.bool, device=self.decoder.device)
         if known := self.jobs.pop(job, None):
-            job.sequence.caches.clear()  # before the new one takes memory
+            finite = job.slot.finite
+            job.slot.sequence.caches.clear()  # before the new one takes memory
         states = conditions.states
-        job.sequence = self.decoder.sequence(states, job.positions, adapter=job.adapter)
+        sequence = self.decoder.sequence(states, job.window.positions, adapter=job.adapter)
+        job.slot = Slot(sequence, finite)
         params = known.sampling if known else SamplingParams.of(job.request)
         self.jobs[job] = JobState(conditions, params)
 
-    def set_conditions(self, job: Job, conditions: Conditions) -> None:
+    def set_conditions(self, job: Variation, conditions: Conditions) -> None:
         """Conditions the job's columns from the next one on; not for a melody checkpoint.
 
         Rows may come and go; see `Conditions.sources` for the past of a new one.
@@ -61,35 +64,35 @@ class EagerStepper:
         state = self.jobs[job]
         if conditions.names != state.conditions.names:
             sources = conditions.sources(state.conditions)
-            self.decoder.change_conditions(job.sequence, conditions.states, sources)
+            self.decoder.change_conditions(job.slot.sequence, conditions.states, sources)
         state.conditions = conditions
 
-    def set_sampling(self, job: Job, params: SamplingParams) -> None:
+    def set_sampling(self, job: Variation, params: SamplingParams) -> None:
         """Draws the job's columns with other parameters from the next one on."""
         self.jobs[job].sampling = params
 
-    def release(self, job: Job) -> None:
+    def release(self, job: Variation) -> None:
         """Frees the KV cache of a job that has ended."""
         self.jobs.pop(job, None)
-        job.sequence.caches.clear()
+        job.slot.sequence.caches.clear()
 
     @torch.inference_mode()
-    def step(self, jobs: list[Job]) -> None:
+    def step(self, jobs: list[Variation]) -> None:
         """Writes the next column of every job."""
         params = self._sampling_of(jobs)
-        columns = torch.stack([job.columns[:, job.written] for job in jobs])
-        logits = self.decoder.step(columns, [job.sequence for job in jobs])
+        columns = torch.stack([job.window.columns[:, job.window.written] for job in jobs])
+        logits = self.decoder.step(columns, [job.slot.sequence for job in jobs])
         cond, uncond = self._cond_and_uncond(logits, jobs)
         logits = sampling.guide(cond, uncond, params.guidance_scale)
         finite = sampling.finite(logits)
         uniform = torch.stack([job.uniforms[job.next_uniform] for job in jobs])
         drawn = sampling.draw(logits, params, uniform)
         for job, codes, is_finite in zip(jobs, drawn, finite, strict=True):
-            job.sane &= is_finite
-            column = job.columns[:, job.written + 1]
+            job.slot.finite &= is_finite
+            column = job.window.columns[:, job.window.written + 1]
             column.copy_(torch.where(column == UNWRITTEN, codes, column))
 
-    def _cond_and_uncond(self, logits: Tensor, jobs: list[Job]) -> tuple[Tensor, Tensor]:
+    def _cond_and_uncond(self, logits: Tensor, jobs: list[Variation]) -> tuple[Tensor, Tensor]:
         """The logits of all rows as the cond and uncond logits of each job.
 
         Where a job is not guided, its uncond logits are its cond logits.
@@ -109,7 +112,7 @@ class EagerStepper:
                     uncond[index] = cond[index]
         return cond, uncond
 
-    def _sampling_of(self, jobs: list[Job]) -> SamplingTensors:
+    def _sampling_of(self, jobs: list[Variation]) -> SamplingTensors:
         params = [self.jobs[job].sampling for job in jobs]
         if self._gathered is None or self._gathered[0] != params:
             size, device = self.decoder.codebook_size, self.decoder.device

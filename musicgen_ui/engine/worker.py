@@ -1,47 +1,44 @@
-"""The drivers of a batch: `Worker`, a thread for many callers, and `stream`, inline for one.
+"""The thread that steps a scheduler for all its clients.
 
-The worker's callers hand requests in and read events as asynchronous iterators on their own event
-loops; the thread sleeps while there is nothing to do. Should it end, for whatever reason, its
-callers are told and another one takes its place. Should the device fail, the model on it is dropped
-and loaded again: who waits goes on waiting, and who had heard nothing yet begins again.
+It sleeps while there is nothing to do. Should it end, for whatever reason, its jobs fail with a
+sentence and another thread takes its place. Should the device fail, the model is dropped and loaded
+again: jobs that wait go on waiting, and those without audio start again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.device import give_memory_back
-from musicgen_ui.engine.protocol import Event, Finished, Progress
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.errors import RequestError
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Progress, Stage, Trouble
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.errors import Fault
 
-WAIT_S = 0.1  # between two looks whether a failed device is back
+RELOAD_LOOK_S = 0.1  # between two looks whether the model is loaded again
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Drives `batch` until closed. Its methods may be called from any thread.
+    """Steps `scheduler` until closed. Its methods may be called from any thread.
 
     Args:
-        batch: to drive.
-        reload: makes the same batch again after the device failed; None ends the worker then.
+        scheduler: to step.
+        reload: makes the same scheduler again after the device failed; None ends the worker then.
     """
 
-    def __init__(self, batch: Batch, reload: Callable[[], Batch] | None = None) -> None:
-        self.batch = batch
-        self.trouble = ""  # what keeps music from being made, in words
+    def __init__(self, scheduler: Scheduler, reload: Callable[[], Scheduler] | None = None) -> None:
+        self.scheduler = scheduler
+        self.trouble: Trouble | None = None  # what keeps music from being made
         self._reload = reload
-        self._submitting = threading.Lock()  # held while the batch is changed, too
+        self._changing = threading.Lock()  # held while jobs are added or the scheduler is changed
+        self._encoding = threading.Lock()  # one audio prompt at a time
         self._wake = threading.Event()
         self._closed = False
         self._start()
@@ -55,44 +52,42 @@ class Worker:
     def _run(self) -> None:
         try:
             while not self._closed:
-                busy = self.batch.step()
+                busy = self.scheduler.step()
                 self._stepped_s = time.monotonic()
                 if not busy:
                     self._wake.wait()
                     self._wake.clear()
-        except BaseException as error:  # SystemExit too: those who wait must not wait for ever
+        except BaseException as error:  # SystemExit too: no job may wait for ever
             log.critical("The worker failed", exc_info=error)
             self._recover(error)
 
     def _recover(self, error: BaseException) -> None:
         try:
             if self._reload and faults.of_the_device(error):
-                self._change_batch(error, self._reload)
+                self._change_scheduler(error, self._reload)
             else:
-                told = RequestError(faults.WORKER)
-                told.__cause__ = error
-                self.batch.losses.end_all(told)
+                self.scheduler.fail_all(faults.error_of(Fault.WORKER, error))
         except BaseException as failure:
             log.critical("The model could not be loaded again", exc_info=failure)
-            with self._submitting:
-                self.trouble = faults.LOST
-                self.batch.losses.end_all(RequestError(faults.LOST))
+            with self._changing:
+                self.trouble = Trouble.DEVICE_LOST
+                self.scheduler.fail_all(faults.error_of(Fault.DEVICE_LOST))
             return
         if not self._closed:
             self._start()
 
-    def _change_batch(self, error: BaseException, reload: Callable[[], Batch]) -> None:
-        old = self.batch
-        with self._submitting:
-            self.trouble = "the device failed: the model is loaded again"
-            old.losses.end_all(RequestError(faults.DEVICE), carry=True)
-            old.let_go()
+    def _change_scheduler(self, error: BaseException, reload: Callable[[], Scheduler]) -> None:
+        old = self.scheduler
+        with self._changing:
+            self.trouble = Trouble.RELOADING
+            old.fail_all(faults.error_of(Fault.DEVICE), retry=True)
+            old.free_model()
         traceback.clear_frames(error.__traceback__)  # they hold on to its memory
         give_memory_back()
-        batch = reload()
-        with self._submitting:
-            batch.line.take_over(old.line)
-            self.batch, self.trouble = batch, ""
+        new = reload()
+        with self._changing:
+            new.queue.take_over(old.queue)
+            self.scheduler, self.trouble = new, None
 
     @property
     def alive(self) -> bool:
@@ -102,82 +97,46 @@ class Worker:
     @property
     def step_age_s(self) -> float:
         """Seconds since the last step; 0 while there is nothing to do."""
-        return time.monotonic() - self._stepped_s if self.batch.busy else 0.0
+        return time.monotonic() - self._stepped_s if self.scheduler.busy else 0.0
 
-    async def stream(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None = None,
-        visitor: str = "",
-    ) -> AsyncIterator[Event]:
-        """The events of a request, ending with one `Finished` a variation.
-
-        Setting `stop` ends it with what was made so far; closing the iterator without a take.
+    def add(self, job: LoggedJob) -> None:
+        """Encodes the job's audio prompt on this thread and queues the job.
 
         Raises:
-            RequestError: what the user can mend.
+            RequestError: the device is lost.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-
-        def deliver(event: Event | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # its loop has ended: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        while self.trouble:  # it ends, or there never will be a batch
-            if self.trouble == faults.LOST:
-                raise RequestError(faults.LOST)
-            yield Progress("loading", note=self.trouble)
-            await asyncio.sleep(WAIT_S)
-        with self._submitting:
-            if not self.batch.busy:
-                self._stepped_s = time.monotonic()  # its age counts from here
-            ticket = self.batch.submit(request, stop, deliver, visitor)
-        self._wake.set()
-        try:
-            unfinished = request.variations
-            while unfinished:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                unfinished -= isinstance(event, Finished)
-                yield event
-        finally:
-            ticket.close()
+        while self._is_ready(job):
+            scheduler = self.scheduler
+            try:
+                with self._encoding:
+                    prompt = scheduler.encode(job.request)
+            except Exception:
+                if self.scheduler is scheduler and not self.trouble:
+                    raise
+                continue  # the device failed meanwhile
+            with self._changing:
+                if self.scheduler is not scheduler or self.trouble:
+                    continue
+                if not scheduler.busy:
+                    self._stepped_s = time.monotonic()  # its age counts from here
+                scheduler.add(job, prompt)
             self._wake.set()
+            return
+
+    def _is_ready(self, job: LoggedJob) -> bool:
+        """Waits while the model is loaded again; False where the job has ended meanwhile."""
+        if self.trouble is Trouble.RELOADING:
+            note = "the device failed: the model is loaded again"
+            job.log.append(Progress(Stage.LOADING, note=note))
+        while self.trouble is Trouble.RELOADING and not job.log.wait(RELOAD_LOOK_S):
+            pass
+        if self.trouble is Trouble.DEVICE_LOST:
+            raise faults.error_of(Fault.DEVICE_LOST)
+        return not job.ended
 
     def close(self) -> None:
-        """Ends the thread after its present step; callers should have ended before."""
+        """Ends the thread after its present step; its jobs should have ended before."""
         self._closed = True
         self._wake.set()
         while self._thread.is_alive():  # it may be starting another one in its place
             self._thread.join()
-
-
-def stream(
-    batch: Batch, request: GenerationRequest, stop: threading.Event | None = None
-) -> Iterator[Event]:
-    """The events of one request on a batch that nobody else drives.
-
-    Closing the iterator frees its rows without a take.
-
-    Raises:
-        RequestError: what the user can mend.
-    """
-    events: deque[Event | Exception] = deque()
-    ticket = batch.submit(request, stop, events.append)
-    try:
-        while ticket.open or events:
-            if not events:
-                try:
-                    batch.step()
-                except Exception as error:
-                    batch.losses.end_all(error)
-                continue
-            event = events.popleft()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-    finally:
-        ticket.close()
-        batch.step()  # frees the rows; nothing else is in flight here

@@ -1,7 +1,7 @@
 """The server: settings → engine, page, queue, limits, routes → launch.
 
 The page answers first; the engine is built in the background, since importing torch and loading
-a model take longer than a visitor waits. Until it is there, `BackgroundEngine` says so and lets
+a model take longer than a visitor waits. Until it is there, `StartingBackend` says so and lets
 clicks wait. The defaults are safe for a public server: no way round the queue, bounded uploads
 and bodies, a private temporary folder that is swept, nothing served but what the page shows.
 """
@@ -31,9 +31,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from musicgen_ui import environment, files
-from musicgen_ui.backends.starting import BackgroundEngine
-from musicgen_ui.engine import faults
-from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.backends.starting import StartingBackend
+from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.server import cleanup, logs
 from musicgen_ui.server.middleware import (
@@ -58,17 +57,17 @@ GRADIO_VARIABLES = ("GRADIO_SHARE_SERVER_ADDRESS",)  # that are left to Gradio
 log = logging.getLogger(__name__)
 
 
-def managed_engine(chosen: Settings) -> BackgroundEngine:
-    """The real engine, built and warmed up in the background."""
+def local_backend(chosen: Settings) -> StartingBackend:
+    """The real backend, built and warmed up in the background."""
 
-    def build() -> Engine:
-        from musicgen_ui.backends.local import ModelManager
+    def build() -> Backend:
+        from musicgen_ui.backends.local import LocalBackend
 
         # The libraries and the page stay until the end: the garbage collector need not look through
         # them, which held all threads up for a third of a second each time.
         gc.collect()
         gc.freeze()
-        return ModelManager(
+        return LocalBackend(
             device=chosen.device,
             precision=chosen.precision,
             budget_bytes=round(chosen.memory_gb * 1e9) or None,
@@ -78,7 +77,7 @@ def managed_engine(chosen: Settings) -> BackgroundEngine:
             also=chosen.listed_checkpoints,
         )
 
-    return BackgroundEngine(build, chosen.checkpoint)
+    return StartingBackend(build, chosen.checkpoint)
 
 
 def _set_environment(chosen: Settings, cache: Path) -> None:
@@ -133,47 +132,49 @@ def middleware(
     ]
 
 
-def launch(chosen: Settings, engine: Engine | None = None) -> tuple[Any, Path]:
+def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]:
     """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
     files.delete_leftovers(Path(chosen.output_folder) if chosen.output_folder else None)
     temporary = files.private_folder()
     cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
     cache.mkdir()
     _set_environment(chosen, cache)  # before gradio is imported
-    background = managed_engine(chosen)
-    engine = engine or background
+    background = local_backend(chosen)
+    backend = backend or background
 
+    from musicgen_ui.backends.admission import Admission, HourlyQuota
+    from musicgen_ui.backends.job_log import JobLog
     from musicgen_ui.server import gradio_patches
-    from musicgen_ui.server.job_log import Journal
     from musicgen_ui.server.metrics import Metrics, metrics_routes
     from musicgen_ui.ui import page
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
     files.TAKES.add(takes)
-    journal = Journal(chosen.log_prompts)
-    options = page.PageOptions(
-        chosen.checkpoint,
-        chosen.any_checkpoint,
-        chosen.max_duration_s,
-        chosen.queue_length,
-        chosen.visitor_jobs,
-        chosen.visitor_seconds,
+    admission = Admission(
+        backend,
+        takes,
+        temporary / "takes",
+        queue_length=chosen.queue_length,
+        client_jobs=chosen.visitor_jobs,
+        quota=HourlyQuota(chosen.visitor_seconds),
+        job_log=JobLog(chosen.log_prompts),
     )
-    demo: Any = page.build(engine, options, takes, temporary / "takes", journal)
+    options = page.PageOptions(chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s)
+    demo: Any = page.build(admission, options)
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     proxied = bool(chosen.trusted_proxies) or chosen.share
-    routes = metrics_routes(Metrics(engine, journal), chosen.metrics_token, proxied)
+    routes = metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied)
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
-    passed = middleware(chosen, cache, names, [demo.recall.route(), *routes])
+    passed = middleware(chosen, cache, names, [demo.sessions.route(), *routes])
     _launch_page(demo, chosen, passed, [takes, temporary / "takes"])
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
         gradio_patches.sign_in_mcp(demo, *chosen.credentials)
-    if engine is background:  # not before: importing torch beside it would delay the page
+    if backend is background:  # not before: importing torch beside it would delay the page
         background.start()
     running = lambda: demo.is_running  # noqa: E731
     work = (running, temporary, chosen.temporary_gb * 1e9)
@@ -230,17 +231,17 @@ def close(demo: Any, temporary: Path) -> None:
     """
     from musicgen_ui.server import gradio_patches
 
-    jobs = len(demo.desk)
-    demo.desk.close()
+    jobs = len(demo.backend)
+    demo.backend.stop_all()
     end_s = time.monotonic() + JOBS_END_S
-    while len(demo.desk) and time.monotonic() < end_s:
+    while len(demo.backend) and time.monotonic() < end_s:
         time.sleep(0.02)
     if jobs:
         time.sleep(DELIVERY_S)
 
     gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
-    demo.engine.close()
+    demo.backend.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
 
@@ -346,7 +347,7 @@ def leave_at_once(number: int) -> NoReturn:
     leave(128 + number)
 
 
-def serve(chosen: Settings, engine: Engine | None = None) -> int:
+def serve(chosen: Settings, backend: Backend | None = None) -> int:
     """Serves the page until a signal asks to stop; returns the exit code.
 
     Raises:
@@ -363,11 +364,11 @@ def serve(chosen: Settings, engine: Engine | None = None) -> int:
     asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # a signal's handler may call its `put`
     try:
         with stop_signals(leave_at_once):
-            if engine is None and os.environ.get("SPACES_ZERO_GPU"):
-                from musicgen_ui.backends.zerogpu import ZeroEngine
+            if backend is None and os.environ.get("SPACES_ZERO_GPU"):
+                from musicgen_ui.backends.zerogpu import ZeroBackend
 
-                engine = ZeroEngine(chosen.checkpoint)
-            demo, temporary = launch(chosen, engine)
+                backend = ZeroBackend(chosen.checkpoint)
+            demo, temporary = launch(chosen, backend)
             with stop_signals(asked.put):
                 try:
                     print(
@@ -388,10 +389,12 @@ def wait_for_end(demo: Any, asked: queue.SimpleQueue[int], check_every_s: float 
     while demo.server.thread.is_alive():
         with contextlib.suppress(queue.Empty):
             return 128 + asked.get(timeout=check_every_s)
-        if refusal := getattr(demo.engine, "refusal", None):
+        if refusal := getattr(demo.backend.backend, "refusal", None):
             print(refusal, file=sys.stderr)
             return WRONG
-        if demo.engine.health().trouble == faults.LOST:  # only a new process has CUDA again
+        if (
+            demo.backend.health().trouble is Trouble.DEVICE_LOST
+        ):  # only a new process has CUDA again
             log.critical("The device is lost: the server ends, to be started again")
             return FAILED
     log.critical("The server has ended by itself")

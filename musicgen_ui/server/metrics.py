@@ -21,9 +21,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.backends.job_log import JobLog, JobRecord, Outcome
+from musicgen_ui.engine.protocol import Backend
 from musicgen_ui.server import sign_in
-from musicgen_ui.server.job_log import OUTCOMES, Journal, Record
+from musicgen_ui.ui.wording import status_text
 
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 FACTORS = (0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
@@ -31,11 +32,11 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "v
 
 
 class Metrics(Collector):
-    """Counts jobs as they end, and looks at engine and journal when it is asked."""
+    """Counts jobs as they end, and looks at backend and job log when it is asked."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
-        self.engine = engine
-        self.journal = journal
+    def __init__(self, backend: Backend, job_log: JobLog) -> None:
+        self.backend = backend
+        self.job_log = job_log
         self.registry = prometheus.CollectorRegistry()
         common: Any = {"namespace": "musicgen", "registry": self.registry}
         self.jobs = prometheus.Counter("jobs", "Jobs that ended", ["outcome"], **common)
@@ -49,13 +50,13 @@ class Metrics(Collector):
         self.realtime = prometheus.Histogram(
             "realtime_factor", "Seconds of music a second of work", buckets=FACTORS, **common
         )
-        for outcome in OUTCOMES:
+        for outcome in Outcome:
             self.jobs.labels(outcome)
         prometheus.ProcessCollector(registry=self.registry)
         self.registry.register(self)
-        journal.count = self.count
+        job_log.count = self.count
 
-    def count(self, record: Record) -> None:
+    def count(self, record: JobRecord) -> None:
         """A job ended."""
         self.jobs.labels(record.outcome).inc()
         self.music.inc(record.made_s)
@@ -69,8 +70,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What holds now."""
-        health = self.engine.health()
-        stages = Count(record.stage for record in tuple(self.journal.open))
+        health = self.backend.health()
+        stages = Count(record.stage for record in tuple(self.job_log.open))
         yield gauge("up", "Whether music can be made", not health.trouble)
         yield gauge(
             "queue", "Jobs under way by stage", stages, "stage", "waiting loading composing"
@@ -101,10 +102,10 @@ def metrics_routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
     """
 
     def healthz(request: Request) -> Response:
-        health = metrics.engine.health()
+        health = metrics.backend.health()
         answer: dict[str, Any] = {
             "status": "failed" if health.trouble else "ok",
-            "engine": metrics.engine.status(),
+            "engine": status_text(metrics.backend.status()),
         }
         answer |= {"trouble": health.trouble} if health.trouble else {}
         answer |= {"warnings": health.warnings} if health.warnings else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui.audio import load
+from musicgen_ui.audio import clip_cache
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, WINDOW_S, check_melody, context_used_s
 from musicgen_ui.ui.components import CONTINUE, FOLLOW, Updates
@@ -73,7 +73,7 @@ def read_clip(
         line = clip_line(kept, duration_s, context_s, overlap_s)
         return {"clip": {}, "clip_line": line, **no_offer()}
     try:
-        reading = load.read(Path(path))
+        reading = clip_cache.read(Path(path))
     except RequestError as error:
         clip = {"refused": str(error)}
         line = clip_line(clip, duration_s, context_s, overlap_s)
@@ -108,7 +108,7 @@ def read_melody(path: str | None, duration_s: float, tune: dict[str, Any]) -> Up
         kept = tune if tune.get("refused") else {}
         return {"tune": {}, "melody_line": melody_line(kept, duration_s)}
     try:
-        reading = load.read(Path(path), keep_s=CLIP_FIELDS["melody"])
+        reading = clip_cache.read(Path(path), keep_s=CLIP_FIELDS["melody"])
         check_melody(reading.clip)
     except RequestError as error:
         tune = {"refused": str(error)}

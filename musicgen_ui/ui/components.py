@@ -91,7 +91,7 @@ class Updates(TypedDict, total=False):
     history: object
     chosen: object
     tab_key: object
-    watch: object
+    job_id: object
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class TakePanel:
     history: gr.State
     chosen: gr.State  # which take of the history is on show
     tab_key: gr.Textbox  # see `sessions`
-    watch: gr.Timer  # for a take that an earlier page began
+    job_id: gr.Textbox  # of a job that an earlier page began
 
 
 @dataclass(frozen=True)

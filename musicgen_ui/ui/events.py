@@ -12,7 +12,6 @@ from typing import Any
 import gradio as gr
 from gradio.blocks import Block
 
-from musicgen_ui.engine.protocol import Engine
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
 from musicgen_ui.ui.components import Components, Endpoint, Updates
@@ -100,14 +99,13 @@ class Events:
 def connect(
     c: Components,
     handlers: Handlers,
-    engine: Engine,
     page: gr.Blocks,
     endpoint: Endpoint,
     adapters: bool,
 ) -> None:
     """Connects everything on the page; `adapters` is whether it shows the adapter."""
     events = Events(c)
-    facts = CheckpointFacts(engine, handlers.max_duration_s)
+    facts = CheckpointFacts(handlers.backend, handlers.max_duration_s)
     restoring = Restoring(handlers.max_duration_s, adapters)
     done = jobs(events, handlers, endpoint)
     typing(c)
@@ -321,9 +319,9 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     """A page that is opened, opened again, or left."""
     c = events.c
     page.unload(handlers.closed)
-    opened = Pages(handlers.recall, restoring)
+    opened = Pages(handlers.sessions, restoring)
     typed: list[Any] = [c.form.checkpoint_defaults, *events.settings]
-    shown = [c.take.live, c.form.generate, c.form.stop, c.take.watch, *events.shown_take]
+    shown = [c.take.live, c.form.generate, c.form.stop, c.take.job_id, *events.shown_take]
     entered = page.load(
         events.named(opened.enter),
         c.take.tab_key,
@@ -336,4 +334,12 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     kept = [c.take.live, *typed]
     entered.then(None, kept, kept, js=back())
     gr.on([each.change for each in typed], None, typed, None, js=sessions.KEEP)
-    events.on(c.take.watch.tick, opened.news, [], shown, "news")
+    c.take.job_id.change(
+        events.named(handlers.follow),
+        c.take.job_id,
+        [c.take.live, c.form.generate, c.form.stop, *events.shown_take],
+        concurrency_limit=None,
+        show_progress="hidden",
+        api_name="follow",
+        api_visibility="private",
+    )

@@ -19,7 +19,6 @@ import gradio as gr
 import numpy as np
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.protocol import Progress
 from musicgen_ui.files import ASSETS
 
 RESENT = 3  # chunks in a message: as many as one update may swallow
@@ -91,33 +90,6 @@ class LiveStream:
             "chunks": list(self._recent),
             **self._format,
         }
-
-    def progress(self, now: Progress) -> dict[str, Any]:
-        """The message for where the take stands."""
-        return self.message(now.stage, status_text(now), now.done_s, now.speed)
-
-
-def status_text(progress: Progress) -> str:
-    """One line: where a job stands."""
-    if progress.stage == "waiting":
-        if not progress.place:
-            return "Waiting"
-        place = f" at place {progress.place}" if progress.place > 1 else ": you are next"
-        return f"Waiting{place}" + (f", {about(progress.wait_s)}" if progress.wait_s else "")
-    if progress.stage == "loading":
-        return "Loading the model" + (f": {progress.note}" if progress.note else " …")
-    text = f"Composing {progress.done_s:.1f} of {progress.total_s:.1f} s"
-    if not progress.speed or not progress.done_s:
-        return text
-    left_s = (progress.total_s - progress.done_s) / progress.speed
-    return f"{text} at {progress.speed:.1f}× real time, {about(left_s)} left"
-
-
-def about(seconds: float) -> str:
-    """A time to come, as exact as it can be known: "about 40 s", "about 12 minutes"."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    return f"about {round(seconds / 60)} minutes"
 
 
 def pcm16(clip: Clip) -> str:

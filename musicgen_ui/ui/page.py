@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components.api_component import Api
 
-from musicgen_ui.backends.admission import Desk, Ledger
-from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.backends.admission import Admission
 from musicgen_ui.files import ASSETS
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
 from musicgen_ui.ui import audio_panel, request_form, take_panel
@@ -73,29 +71,16 @@ class PageOptions:
     checkpoint: str = "auto"  # chosen when the page opens
     any_checkpoint: bool = True  # whether visitors may name any Hub id or folder
     max_duration_s: float = MAX_DURATION_S  # of one take
-    queue_length: int = 32  # takes being made or waiting
-    visitor_jobs: int = 0  # takes of one visitor being made or waiting; 0 is any number
-    visitor_seconds: float = 0.0  # seconds of music an hour for each visitor; 0 is any number
 
 
-def build(
-    engine: Engine,
-    settings: PageOptions,
-    folder: Path,
-    spare: Path | None = None,
-    journal: Any = None,
-) -> gr.Blocks:
-    """The page over an engine; takes are written to `folder`, or to `spare` when it is full.
-
-    Loads no model and no torch.
-    """
-    desk = Desk(settings.queue_length, settings.visitor_jobs, Ledger(settings.visitor_seconds))
-    handlers = Handlers(engine, folder, desk, settings.max_duration_s, spare, journal)
+def build(backend: Admission, settings: PageOptions) -> gr.Blocks:
+    """The page over a backend. Loads no model and no torch."""
+    handlers = Handlers(backend, settings.max_duration_s)
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         c = create(settings)
         lay_out(c, settings)
-        connect(c, handlers, engine, page, api(), adapters=settings.any_checkpoint)
-    page.recall, page.desk, page.engine = handlers.recall, desk, engine
+        connect(c, handlers, page, api(), adapters=settings.any_checkpoint)
+    page.sessions, page.backend = handlers.sessions, backend
     return page
 
 
@@ -226,7 +211,7 @@ def lay_out_take(take: TakePanel) -> None:
     with gr.Row(elem_id="take_actions"):
         place(take.wav, take.flac, take.continue_take, take.same_seed)
     place(take.take_facts, take.take_notes, take.take_history)
-    place(take.history, take.chosen, take.tab_key, take.watch)
+    place(take.history, take.chosen, take.tab_key, take.job_id)
 
 
 def request_fields(settings: PageOptions) -> RequestFields:
@@ -433,7 +418,8 @@ def take() -> TakePanel:
         history=gr.State([], render=False),
         chosen=gr.State([0, 0], render=False),
         tab_key=gr.Textbox(visible=False, render=False),
-        watch=gr.Timer(1, active=False, render=False),
+        # Mounted: a component that is not mounted tells of no change.
+        job_id=gr.Textbox(visible="hidden", render=False),
     )
 
 

@@ -1,22 +1,19 @@
-"""What a page shows when it is opened again: the takes of its tab, and one that is under way."""
+"""What a page shows when it is opened again: the takes of its tab, and a job that is under way."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import gradio as gr
 
-from musicgen_ui.backends.admission import Visitor
+from musicgen_ui.backends.admission import Client
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
-from musicgen_ui.ui.handlers import busy
+from musicgen_ui.ui.handlers import BROKEN, UNDER_WAY, JobReader, busy
 from musicgen_ui.ui.live_player import LiveStream
 from musicgen_ui.ui.request_form import Restoring
-from musicgen_ui.ui.sessions import BACK, Recall
-
-UNDER_WAY = "Your take is still being made: it comes here when it is done."
-DONE = "Finished while the page was away: here is your take."
-BROKEN = "Your take could not be finished: press Generate to try again."
+from musicgen_ui.ui.sessions import BACK, Sessions
 
 
 def back() -> str:
@@ -26,39 +23,36 @@ def back() -> str:
 
 
 class Pages:
-    """The answers to a page that is opened."""
+    """The answer to a page that is opened."""
 
-    def __init__(self, recall: Recall, restoring: Restoring | None = None) -> None:
-        self.recall = recall
+    def __init__(self, sessions: Sessions, restoring: Restoring | None = None) -> None:
+        self.sessions = sessions
         self.restoring = restoring or Restoring()
 
     def enter(self, key: str, request: gr.Request) -> Updates:
-        """A page was opened: shows again what its tab had before."""
-        visitor = Visitor.of(request)
-        tab = self.recall.enter(visitor.tab, key, visitor.address)
+        """A page was opened: shows again what its tab had before.
+
+        Where a job is under way, "job_id" gets its id: `Handlers.follow` reads its events then.
+        """
+        client = Client.of(request)
+        tab = self.sessions.enter(client.session, key, client.address)
         if tab is None or not tab.settings:
             return {}
+        message: Any = None
+        for job in list(tab.jobs):
+            if job.ended:
+                reader = JobReader(LiveStream(1.0), returned=True)
+                reader.read(job.log.so_far())
+                tab.end(job, take_panel.group(reader.takes))
+                message = reader.end()
+            else:
+                tab.note(job)
         shown, _ = self.restoring.form(tab.settings)  # asked for here, so nothing changes
         if tab.history:
             shown |= take_panel.show(tab.history, -1, 0)
-        if tab.jobs:
-            shown |= busy(True) | {"live": LiveStream(1.0).message("waiting", UNDER_WAY)}
-            shown["watch"] = gr.Timer(active=True)
-        elif tab.news:
-            tab.news = False
-            shown["live"] = LiveStream(1.0).message("finished", DONE, done_s=1.0)
+        if message:
+            shown["live"] = message
+        if tab.job:
+            message = LiveStream(1.0).message("waiting", UNDER_WAY)
+            shown |= busy(True) | {"live": message, "job_id": tab.job.id}
         return shown
-
-    def news(self, request: gr.Request) -> Updates:
-        """Whether the take is done that a page found under way."""
-        tab = self.recall.of(Visitor.of(request).tab)
-        if tab and tab.jobs:
-            return {}
-        ending = LiveStream(1.0).message("failed", BROKEN)
-        shown = busy(False) | {"watch": gr.Timer(active=False)}
-        if tab and tab.news:
-            tab.news = False
-            take_panel.draw(tab.history[-1][0])
-            shown |= take_panel.show(tab.history, -1, 0)
-            ending = LiveStream(1.0).message("finished", DONE, done_s=1.0)
-        return shown | {"live": ending}

@@ -19,11 +19,12 @@ import gradio as gr
 from anyio import to_thread
 
 from musicgen_ui import takes
-from musicgen_ui.engine.protocol import Engine
+from musicgen_ui.engine.protocol import Backend
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
 from musicgen_ui.ui.take_panel import Group, chosen_take
+from musicgen_ui.ui.wording import status_text
 
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
@@ -129,14 +130,14 @@ def follow_checkpoint(facts: dict[str, Any], defaults: dict[str, Any], *values: 
 class CheckpointFacts:
     """What the page says about a checkpoint; asking may take a while, so it is done in a thread."""
 
-    def __init__(self, engine: Engine, longest_s: float = MAX_DURATION_S) -> None:
-        self.engine = engine
+    def __init__(self, backend: Backend, longest_s: float = MAX_DURATION_S) -> None:
+        self.backend = backend
         self.longest_s = longest_s
 
     async def choose(self, checkpoint: str) -> Updates:
         """The stereo toggle, the line under a chosen checkpoint, and what it states."""
         try:
-            facts = await to_thread.run_sync(self.engine.describe, (checkpoint or "auto").strip())
+            facts = await to_thread.run_sync(self.backend.describe, (checkpoint or "auto").strip())
         except RequestError as error:
             text = f'<p class="clip-line wrong" role="alert">{html.escape(str(error))}</p>'
             return {"checkpoint_line": text, "checkpoint_facts": {}}
@@ -159,22 +160,23 @@ class CheckpointFacts:
 
     async def load(self) -> Updates:
         """What only the engine knows when the page opens: the checkpoints, facts of the first."""
-        names = await to_thread.run_sync(self.engine.checkpoints)
+        names = await to_thread.run_sync(self.backend.checkpoints)
         offered: Updates = {"checkpoint": gr.update(choices=names)}
         return offered | await self.choose(names[0])
 
     def status(self) -> str:
         """The line in the page's head."""
-        return f'<span class="engine">{html.escape(self.engine.status())}</span>'
+        return f'<span class="engine">{html.escape(status_text(self.backend.status()))}</span>'
 
     def tick(self) -> Updates:
         """The line, and when to look again: every tab asks, and few things change."""
-        loads = not self.engine.health().models and "nothing loaded" not in self.engine.status()
+        status = self.backend.status()
+        loads = status.starting or status.loading
         return {"status_line": self.status(), "timer": gr.Timer(SOON_S if loads else LATER_S)}
 
     async def unload(self) -> str:
         """Gives memory back and says what is loaded now."""
-        await to_thread.run_sync(self.engine.unload)
+        await to_thread.run_sync(self.backend.unload)
         return self.status()
 
 

@@ -10,12 +10,10 @@ the tab is open: browsers copy the key into a duplicated tab.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from musicgen_ui.backends.admission import Admission, AdmittedJob
 from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 
 GRACE_S = 60.0  # that a job goes on whose page lost its connection
@@ -57,26 +56,57 @@ BACK = """(live, ...form) => {
   return [cut_off ? CUT_OFF : live, ...(kept.length === form.length ? kept : form)];
 }"""
 
-_UNDER_WAY: set[asyncio.Task] = set()
-
 
 @dataclass(eq=False)
 class Tab:
     """One tab of a browser, whichever page it shows."""
 
-    address: str = ""  # of its visitor
-    sessions: list[str] = field(default_factory=list)  # Gradio's names of its pages, the last last
+    address: str = ""  # of its client
+    sessions: list[str] = field(default_factory=list)  # Gradio's names of its pages, in order
     open: dict[str, str] = field(default_factory=dict)  # its open pages' keys, by session
     history: list[Group] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # of the last click
-    jobs: int = 0  # under way
-    news: bool = False  # a take was finished that no page has shown
+    seed: Any = -1  # as the form had it then
+    jobs: list[AdmittedJob] = field(default_factory=list)  # whose end no page has shown
     timer: threading.Timer | None = None  # stops its jobs
 
     @property
     def holds_something(self) -> bool:
         """Whether there is anything to find again."""
         return bool(self.history or self.settings)
+
+    @property
+    def job(self) -> AdmittedJob | None:
+        """The last of its jobs whose end no page has shown."""
+        return self.jobs[-1] if self.jobs else None
+
+    @property
+    def is_busy(self) -> bool:
+        """A job of it is under way."""
+        return any(not job.ended for job in self.jobs)
+
+    def end(
+        self, job: AdmittedJob, group: Group | None = None, history: Sequence[Group] = ()
+    ) -> list[Group]:
+        """A page shows the end of a job; the history with its takes.
+
+        Args:
+            job: that has ended.
+            group: its takes.
+            history: that the page shows; the tab's own where it shows none.
+        """
+        if job in self.jobs:
+            self.jobs.remove(job)
+            self.note(job)
+            if group:
+                self.history = [*(history or self.history), group][-KEPT_GROUPS:]
+        if not self.is_busy:
+            self.cancel()
+        return self.history
+
+    def note(self, job: AdmittedJob) -> None:
+        """Keeps the settings of a job, with the seed as the form has it and not as it was drawn."""
+        self.settings = job.request.settings() | {"seed": self.seed}
 
     def cancel(self) -> None:
         """Lets its jobs go on."""
@@ -85,16 +115,16 @@ class Tab:
             self.timer = None
 
 
-class Recall:
+class Sessions:
     """The tabs that were here.
 
     Args:
-        stop: asks the jobs of a session to stop; how many there were.
+        backend: whose jobs they have.
         grace: whether a job goes on for a while whose page is gone.
     """
 
-    def __init__(self, stop: Callable[[str], int], grace: bool = True) -> None:
-        self._stop, self._grace = stop, grace
+    def __init__(self, backend: Admission, grace: bool = True) -> None:
+        self._backend, self._grace = backend, grace
         self._tabs: OrderedDict[str, Tab] = OrderedDict()  # by key
         self._keys: dict[str, str] = {}  # by session
 
@@ -132,7 +162,7 @@ class Recall:
         and those of the visitor who has the most."""
         while len(self._tabs) > TABS:
             of = Counter(tab.address for tab in self._tabs.values())
-            idle = [key for key, tab in self._tabs.items() if not tab.jobs][:-1]
+            idle = [key for key, tab in self._tabs.items() if not tab.is_busy][:-1]
             if not idle:
                 return
             tabs = self._tabs
@@ -142,11 +172,26 @@ class Recall:
         """The tab that shows, or showed, a page."""
         return self._tabs.get(self._keys.get(session, ""))
 
+    def begin(self, session: str, job: AdmittedJob, seed: Any) -> Tab | None:
+        """A page has a new job; its tab, where it has one.
+
+        Args:
+            session: Gradio's name of the page.
+            job: of it.
+            seed: as the form has it, not as it was drawn.
+        """
+        tab = self.of(session)
+        if tab:
+            tab.seed = -1 if seed is None else seed
+            tab.note(job)
+            tab.jobs.append(job)
+        return tab
+
     def lost(self, session: str) -> None:
         """A page's connection has ended: its jobs do after a while, unless its tab comes back."""
         tab = self.of(session)
         if tab is None:
-            self._stop(session)
+            self._backend.leave(session)
             return
         tab.open.pop(session, None)
         if not tab.open and tab.timer is None:
@@ -166,10 +211,11 @@ class Recall:
             self._stop_after(tab, LEFT_S if self._grace else 0.0)
 
     def stop(self, session: str) -> int:
-        """Asks the jobs of a page to stop; where it has none, those it shows of its tab's other
-        pages. How many."""
-        tab = self.of(session)
-        return self._stop(session) or sum(map(self._stop, tab.sessions if tab else ()))
+        """Stops the jobs of a page; where it has none, those it shows of its tab's other pages.
+        How many.
+        """
+        tab, stop = self.of(session), self._backend.stop
+        return stop(session) or sum(map(stop, tab.sessions if tab else ()))
 
     def route(self) -> Route:
         """Where a page says that it is closed."""
@@ -181,9 +227,10 @@ class Recall:
         return Route("/left", left, methods=["POST"])
 
     def _stop_after(self, tab: Tab, seconds: float) -> None:
-        if not tab.jobs:
+        if not tab.is_busy:
             return
-        tab.timer = threading.Timer(seconds, lambda: [self._stop(s) for s in tab.sessions])
+        stop = self._backend.stop
+        tab.timer = threading.Timer(seconds, lambda: [stop(s) for s in tab.sessions])
         tab.timer.daemon = True
         tab.timer.start()
 
@@ -192,43 +239,4 @@ class Recall:
         tab.cancel()
         for session in tab.sessions:
             self._keys.pop(session, None)
-            self._stop(session)
-
-
-def keep(tab: Tab, group: Group, history: list[Group]) -> None:
-    """Remembers a new take and those before it."""
-    tab.history = [*(history or tab.history), group][-KEPT_GROUPS:]
-    tab.news = True
-
-
-async def outliving(tab: Tab, updates: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """The updates of a job that goes on to its end when this iterator is closed."""
-    waiting: asyncio.Queue[Any] = asyncio.Queue()
-    read = True
-
-    async def work() -> None:
-        end: Any = None
-        try:
-            async with aclosing(updates):
-                async for update in updates:
-                    if read:
-                        waiting.put_nowait(update)
-        except Exception as error:
-            end = error
-        finally:
-            tab.jobs -= 1
-            if not tab.jobs:
-                tab.cancel()
-            waiting.put_nowait(end)
-
-    tab.jobs += 1
-    task = asyncio.create_task(work())
-    _UNDER_WAY.add(task)  # the event loop itself would forget it
-    task.add_done_callback(_UNDER_WAY.discard)
-    try:
-        while (update := await waiting.get()) is not None:
-            if isinstance(update, Exception):
-                raise update
-            yield update
-    finally:
-        read = False
+            self._backend.stop(session)

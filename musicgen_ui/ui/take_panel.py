@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import gradio as gr
 from musicgen_ui import takes
 from musicgen_ui.audio import load, spectrogram
 from musicgen_ui.audio.clip import Chroma
+from musicgen_ui.backends.admission import Saved
 from musicgen_ui.files import ASSETS
 from musicgen_ui.ui.components import Updates
 
@@ -62,6 +64,17 @@ def unsaved(error: takes.UnsavedError) -> ShownTake:
     """What is left of a take that could not be saved: how to make it again."""
     again = "It plays above as it was made; Same seed and Generate make it again."
     return ShownTake(None, None, error.settings, [str(error), again])
+
+
+def group(saved: Iterable[Saved]) -> Group:
+    """The takes of a job as the page shows them, those without new music left out."""
+    found: Group = []
+    for each in saved:
+        if each.take:
+            found.append(shown(each.take))
+        elif each.error:
+            found.append(unsaved(each.error))
+    return found
 
 
 def draw(take: ShownTake) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +12,18 @@ import httpx
 import pytest
 
 from musicgen_ui.backends import admission
-from musicgen_ui.backends.admission import Desk, Ledger, Visitor
+from musicgen_ui.backends.admission import Admission, AdmittedJob, Client, HourlyQuota, Saved
+from musicgen_ui.backends.job_log import JobRecord, Outcome
+from musicgen_ui.engine.protocol import Chunk, Failed
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import FIELDS
+from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.server.app import close, launch
-from musicgen_ui.server.job_log import Record
 from musicgen_ui.server.settings import Settings, settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.jobs import takes
+from tests.helpers.local import wait_for
 
-ANNA = Visitor("anna", "192.0.2.1")
+ANNA = Client("anna", "192.0.2.1")
 
 
 class Clock:
@@ -34,10 +38,10 @@ def clock() -> Clock:
     return Clock()
 
 
-def have(ledger: Ledger, visitor: Visitor, asked_s: float, made_s: float | None = None) -> None:
+def have(quota: HourlyQuota, client: Client, asked_s: float, made_s: float | None = None) -> None:
     """A job that ends at once."""
-    record = Record(asked_s=asked_s)
-    with ledger.share(visitor, record):
+    record = JobRecord("a", asked_s=asked_s)
+    with quota.reserve(client, record):
         record.made_s = asked_s if made_s is None else made_s
 
 
@@ -57,56 +61,56 @@ def have(ledger: Ledger, visitor: Visitor, asked_s: float, made_s: float | None 
 )
 def test_an_address_stands_for_a_visitor(host: str, name: str) -> None:
     request = SimpleNamespace(session_hash="s", client=SimpleNamespace(host=host))
-    assert Visitor.of(request) == Visitor("s", name)
+    assert Client.of(request) == Client("s", name)
 
 
 def test_a_visitor_takes_turns_by_address_and_by_tab_where_there_is_none() -> None:
     assert ANNA.name == "192.0.2.1"
-    assert Visitor("anna").name == "anna"
-    assert Visitor.of(SimpleNamespace(session_hash=None, client=None)).names == ["nameless"]
+    assert Client("anna").name == "anna"
+    assert Client.of(SimpleNamespace(session_hash=None, client=None)).names == ["nameless"]
 
 
 def test_a_name_that_the_client_chooses_is_short() -> None:
-    assert len(Visitor.of(SimpleNamespace(session_hash="x" * 10**6)).tab) < 100
+    assert len(Client.of(SimpleNamespace(session_hash="x" * 10**6)).session) < 100
 
 
 def test_an_hours_share_is_kept_and_comes_back(clock: Clock) -> None:
-    ledger = Ledger(60, clock)
-    have(ledger, ANNA, 30)
+    quota = HourlyQuota(60, clock)
+    have(quota, ANNA, 30)
     clock.now_s += 600
-    have(ledger, ANNA, 25)
+    have(quota, ANNA, 25)
     with pytest.raises(RequestError, match=r"60 s of music an hour is used up.* about 50 minutes"):
-        have(ledger, ANNA, 10)
-    have(ledger, ANNA, 5)
+        have(quota, ANNA, 10)
+    have(quota, ANNA, 5)
     clock.now_s += 3000 - 20
     with pytest.raises(RequestError, match=r"come back in about 20 s\."):
-        have(ledger, ANNA, 10)
+        have(quota, ANNA, 10)
     clock.now_s += 20
-    have(ledger, ANNA, 30)
+    have(quota, ANNA, 30)
     with pytest.raises(RequestError):
-        have(ledger, ANNA, 1)
+        have(quota, ANNA, 1)
 
 
 def test_what_was_told_to_wait_for_is_there_then(clock: Clock) -> None:
     """Whenever somebody comes back as told, the take is made."""
-    ledger = Ledger(100, clock)
+    quota = HourlyQuota(100, clock)
     for number in range(40):
         asked_s = 10.0 + 7 * (number % 5)
         try:
-            have(ledger, ANNA, asked_s)
+            have(quota, ANNA, asked_s)
         except RequestError as error:
             words = str(error).split("about ")[1].split()
             clock.now_s += float(words[0]) * (60 if "minutes" in words[1] else 1) + 31
-            have(ledger, ANNA, asked_s)
+            have(quota, ANNA, asked_s)
         clock.now_s += 100
 
 
 def test_no_hour_holds_more_than_the_share(clock: Clock) -> None:
-    ledger, had = Ledger(100, clock), []
+    quota, had = HourlyQuota(100, clock), []
     for number in range(500):
         clock.now_s += 17 * (number % 9)
         try:
-            have(ledger, ANNA, 9)
+            have(quota, ANNA, 9)
         except RequestError:
             continue
         had.append((clock.now_s, 9))
@@ -115,77 +119,144 @@ def test_no_hour_holds_more_than_the_share(clock: Clock) -> None:
 
 
 def test_only_what_was_made_counts(clock: Clock) -> None:
-    ledger = Ledger(60, clock)
-    have(ledger, ANNA, 60, made_s=4)
-    have(ledger, ANNA, 56)
+    quota = HourlyQuota(60, clock)
+    have(quota, ANNA, 60, made_s=4)
+    have(quota, ANNA, 56)
 
 
 def test_what_is_being_made_counts(clock: Clock) -> None:
-    ledger = Ledger(60, clock)
-    with ledger.share(ANNA, Record(asked_s=50)), pytest.raises(RequestError, match="60 minutes"):
-        have(ledger, ANNA, 20)
-    have(ledger, ANNA, 60)
+    quota = HourlyQuota(60, clock)
+    with (
+        quota.reserve(ANNA, JobRecord("a", asked_s=50)),
+        pytest.raises(RequestError, match="60 minutes"),
+    ):
+        have(quota, ANNA, 20)
+    have(quota, ANNA, 60)
 
 
 def test_a_new_tab_or_a_new_address_does_not_renew_the_share(clock: Clock) -> None:
-    ledger = Ledger(60, clock)
-    have(ledger, ANNA, 60)
-    for same in (Visitor("another tab", ANNA.address), Visitor(ANNA.tab, "192.0.2.99")):
+    quota = HourlyQuota(60, clock)
+    have(quota, ANNA, 60)
+    for same in (Client("another tab", ANNA.address), Client(ANNA.session, "192.0.2.99")):
         with pytest.raises(RequestError):
-            have(ledger, same, 1)
-    have(ledger, Visitor("bert", "192.0.2.2"), 60)
-    have(ledger, Visitor("at home"), 60)
-    have(ledger, Visitor("another at home"), 60)
+            have(quota, same, 1)
+    have(quota, Client("bert", "192.0.2.2"), 60)
+    have(quota, Client("at home"), 60)
+    have(quota, Client("another at home"), 60)
 
 
 def test_more_than_the_share_at_once_is_said_as_such(clock: Clock) -> None:
     with pytest.raises(RequestError, match="shorter length or fewer variations"):
-        have(Ledger(60, clock), ANNA, 61)
+        have(HourlyQuota(60, clock), ANNA, 61)
 
 
-def test_the_ledger_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "VISITORS", 50)
-    ledger = Ledger(10_000, clock)
+def test_the_quota_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "CLIENTS", 50)
+    quota = HourlyQuota(10_000, clock)
     for number in range(200):
         clock.now_s += 1
-        have(ledger, Visitor(f"tab {number}"), 1)
-        have(ledger, ANNA, 1)  # often seen, so remembered
-    assert len(ledger) <= 50
+        have(quota, Client(f"page {number}"), 1)
+        have(quota, ANNA, 1)  # often seen, so remembered
+    assert len(quota) <= 50
     with pytest.raises(RequestError):
-        have(ledger, ANNA, 9_801)
-    assert len(ledger._had["tab anna"]) <= 200 / admission.SLOT_S + 1
+        have(quota, ANNA, 9_801)
+    assert len(quota._given["session anna"]) <= 200 / admission.SLOT_S + 1
     clock.now_s += 4000
-    have(ledger, Visitor("next"), 1)
-    assert len(ledger) == 1
-    assert not ledger._under_way
+    have(quota, Client("next"), 1)
+    assert len(quota) == 1
+    assert not quota._under_way
 
 
-def test_a_full_queue_says_so() -> None:
-    desk = Desk(2)
-    with desk.place(Visitor("a"), 2), pytest.raises(RequestError, match=r"queue is full: 2 takes"):
-        desk.place(Visitor("b")).__enter__()
-    assert len(desk) == 0
-    with pytest.raises(RequestError, match="at most 2 takes"):
-        desk.place(Visitor("b"), 3).__enter__()
+def submitted(backend: Admission, client: Client, takes: int = 1) -> AdmittedJob:
+    return backend.submit(GenerationRequest(variations=takes, duration_s=20), client)
 
 
-def test_a_visitors_places_are_bounded_whatever_tab_asks() -> None:
-    desk = Desk(10, each=3)
-    with desk.place(ANNA, 2):
-        for same in (ANNA, Visitor("other", ANNA.address), Visitor(ANNA.tab)):
-            with pytest.raises(RequestError, match=r"2 of your takes .* when one of them"):
-                desk.place(same, 2).__enter__()
-        with desk.place(ANNA, 1), desk.place(Visitor("b", "192.0.2.2"), 3):
-            assert len(desk) == 6
+def refusal(job: AdmittedJob) -> str:
+    (failed,) = job.log.so_far()
+    assert isinstance(failed, Failed)
+    return str(failed.error)
 
 
-def test_stop_reaches_a_tabs_jobs_and_no_others() -> None:
-    desk = Desk(10)
-    other = Visitor("other", ANNA.address)
-    with desk.place(ANNA) as mine, desk.place(ANNA) as mine_too, desk.place(other) as theirs:
-        assert desk.stop("anna") == 2
-        assert mine.is_set() and mine_too.is_set() and not theirs.is_set()
-    assert theirs.is_set() and desk.stop("anna") == 0
+@pytest.fixture
+def slow() -> Iterator[FakeBackend]:
+    backend = FakeBackend(speed=0.5)
+    yield backend
+    wait_for(lambda: not backend.running)
+
+
+def test_a_full_queue_says_so(slow: FakeBackend) -> None:
+    backend = Admission(slow, None, queue_length=2)
+    job = submitted(backend, Client("a"), 2)
+    assert "queue is full: 2 takes" in refusal(submitted(backend, Client("b")))
+    job.stop()
+    list(job.follow())
+    assert len(backend) == 0
+    assert "at most 2 takes" in refusal(submitted(backend, Client("b"), 3))
+
+
+def test_takes_of_a_client_are_bounded_by_both_names(slow: FakeBackend) -> None:
+    backend = Admission(slow, None, queue_length=10, client_jobs=3)
+    submitted(backend, ANNA, 2)
+    for same in (ANNA, Client("other", ANNA.address), Client(ANNA.session)):
+        assert "2 of your takes" in refusal(submitted(backend, same, 2))
+    submitted(backend, ANNA, 1)
+    submitted(backend, Client("b", "192.0.2.2"), 3)
+    assert len(backend) == 6
+    backend.stop_all()
+
+
+def test_stop_reaches_the_jobs_of_a_session_alone(slow: FakeBackend) -> None:
+    backend = Admission(slow, None)
+    mine, more, theirs = (
+        submitted(backend, client) for client in (ANNA, ANNA, Client("other", ANNA.address))
+    )
+    assert backend.stop("anna") == 2
+    for job in (mine, more):
+        assert list(job.follow())[-1].stopped
+    assert not theirs.stopping.is_set()
+    backend.stop_all()
+    assert "being stopped" in refusal(submitted(backend, ANNA))
+    list(theirs.follow())
+    assert backend.stop("anna") == 0
+
+
+def test_a_job_is_found_by_its_id_and_owned_by_its_address() -> None:
+    backend = Admission(FakeBackend(), None)
+    job = submitted(backend, ANNA)
+    list(job.follow())
+    assert backend.job(job.id) is job and backend.job("x") is None
+    assert job.is_owned_by(Client("later", ANNA.address))
+    assert not job.is_owned_by(Client(ANNA.session, "192.0.2.9"))
+
+
+def test_a_take_is_saved_once_for_all_readers(tmp_path: Path) -> None:
+    job = submitted(Admission(FakeBackend(), tmp_path), ANNA, 2)
+    first, second = list(job.follow()), list(job.follow())
+    assert first == second and len(list(tmp_path.glob("*.wav"))) == 2
+    saved = [event for event in first if isinstance(event, Saved)]
+    assert [one.take.wav.exists() for one in saved] == [True, True]
+
+
+def test_a_client_that_leaves_gets_no_take(tmp_path: Path, slow: FakeBackend) -> None:
+    slow.speed = 5.0
+    backend, ended = Admission(slow, tmp_path), []
+    backend.job_log.count = ended.append
+    job = submitted(backend, ANNA)
+    next(event for event in job.follow() if isinstance(event, Chunk))
+    job.leave()
+    list(job.follow())
+    assert [record.outcome for record in ended] == [Outcome.CLOSED]
+    assert not list(tmp_path.iterdir())
+
+
+def test_audio_of_ended_jobs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "KEPT_BYTES", 1)
+    backend = Admission(FakeBackend(), None)
+    old, new = submitted(backend, ANNA), submitted(backend, ANNA)
+    list(old.follow()), list(new.follow())
+    wait_for(lambda: (backend.job(old.id) is None) != (backend.job(new.id) is None))
+    sizes = sorted(sum(e.clip.samples.size for e in takes(list(j.follow()))) for j in (old, new))
+    assert sizes == [0, 320_000]
 
 
 def test_shares_are_off_at_home_and_on_in_public(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +269,8 @@ def test_shares_are_off_at_home_and_on_in_public(monkeypatch: pytest.MonkeyPatch
 
 
 @contextmanager
-def server(**changes: Any) -> Iterator[tuple[str, FakeEngine]]:
-    engine = FakeEngine()
+def server(**changes: Any) -> Iterator[tuple[str, FakeBackend]]:
+    engine = FakeBackend()
     demo, temporary = launch(Settings(port=7989, **changes), engine)
     try:
         yield demo.local_url, engine
@@ -228,8 +299,8 @@ def test_an_address_is_believed_of_a_trusted_proxy_alone(
 ) -> None:
     with server(trusted_proxies=trusted) as (url, engine):
         assert "event: complete" in generate(url, **{"x-forwarded-for": forwarded})
-        (visitor,) = engine.visitors
-        assert visitor == address if address else visitor not in ("", forwarded)
+        (client,) = engine.clients
+        assert client == address if address else client not in ("", forwarded)
 
 
 def test_a_share_that_is_used_up_is_said_to_the_client() -> None:

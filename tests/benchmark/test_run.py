@@ -19,7 +19,7 @@ from musicgen_ui.benchmark import run as bench
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import memory, registry
 from musicgen_ui.engine import device as devices
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 
 WANTED = (
@@ -75,8 +75,8 @@ def test_peers_and_ours_are_measured_alike_one_at_a_time(tmp_path, monkeypatch, 
 
 def test_the_steps_that_are_counted_are_the_steps_that_are_run(tiny, monkeypatch):
     ours = runners.EngineRunner(tiny, devices.choose("cpu", "float32"), max_jobs=1)
-    step, moved = Batch.step, []
-    monkeypatch.setattr(Batch, "step", lambda batch: moved.append(step(batch)) or moved[-1])
+    step, moved = Scheduler.step, []
+    monkeypatch.setattr(Scheduler, "step", lambda batch: moved.append(step(batch)) or moved[-1])
     ours.run(1, 0.5)
     assert len(moved) == bench._steps(registry.config_of(tiny), 0.5) == 28
 

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.helpers.browser import Open, serving
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 ARGUMENTS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -37,14 +37,14 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[tuple[str, FakeEngine]]:
-    engine = FakeEngine()
+def served() -> Iterator[tuple[str, FakeBackend]]:
+    engine = FakeBackend()
     with serving(engine) as url:
         yield url, engine
 
 
 @pytest.fixture
-def engine(served: tuple[str, FakeEngine]) -> Iterator[FakeEngine]:
+def engine(served: tuple[str, FakeBackend]) -> Iterator[FakeBackend]:
     """The engine behind the page, back to its usual speed afterwards."""
     engine = served[1]
     engine.speed, engine.failure = 8.0, None
@@ -53,7 +53,7 @@ def engine(served: tuple[str, FakeEngine]) -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def open_page(
-    chromium: Browser, served: tuple[str, FakeEngine], engine: FakeEngine
+    chromium: Browser, served: tuple[str, FakeBackend], engine: FakeBackend
 ) -> Iterator[Open]:
     """Opens the page in a context of its own; anything odd in the browser fails the test."""
     contexts, odd = [], []

@@ -9,12 +9,12 @@ import soundfile
 from playwright.sync_api import Browser, expect
 
 from tests.helpers.browser import serving
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.reverse_proxy import under_music
 
 
 def test_sign_in_generate_hear_and_download_under_music(chromium: Browser, tmp_path: Path) -> None:
-    hidden = serving(FakeEngine(speed=4.0), auth="ann:secret", root_path="/music")
+    hidden = serving(FakeBackend(speed=4.0), auth="ann:secret", root_path="/music")
     with hidden as own, under_music(urlsplit(own).port) as url:
         page = chromium.new_page()
         page.set_default_timeout(20_000)

@@ -15,7 +15,7 @@ from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from tests.helpers.browser import Open, download, finished, generate, serving, set_number, unfold
-from tests.helpers.fakes import FakeEngine, tone
+from tests.helpers.fakes import FakeBackend, tone
 
 # Nothing here is a default, and much is what the command line alone used to take.
 EVERYTHING = GenerationRequest(
@@ -65,7 +65,7 @@ def restore(page: Page, file: Path) -> None:
 
 
 def test_every_field_goes_through_the_page_into_the_take(
-    open_page: Open, engine: FakeEngine, tmp_path: Path, tune: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path, tune: Path
 ) -> None:
     assert all(
         getattr(EVERYTHING, name) != spec.default
@@ -95,7 +95,7 @@ def test_every_field_goes_through_the_page_into_the_take(
 
 
 def test_a_number_beyond_its_slider_is_said_at_its_field_and_stays_as_typed(
-    open_page: Open, engine: FakeEngine
+    open_page: Open, engine: FakeBackend
 ) -> None:
     page = open_page()
     asked = len(engine.requests)
@@ -130,7 +130,7 @@ def test_a_server_with_a_limit_says_what_of_a_file_it_cannot_take(
     open_page: Open, tmp_path: Path
 ) -> None:
     long = replace(EVERYTHING, duration_s=120, sections=((0.0, "piano"), (90.0, "strings")))
-    engine = FakeEngine()
+    engine = FakeBackend()
     with serving(engine, max_duration_s=4, any_checkpoint=False) as url:
         page = open_page(url=url)
         expect(page.locator("#duration_s input[type=number]")).to_have_value("4")

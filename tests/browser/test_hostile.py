@@ -14,7 +14,7 @@ from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.browser import Open, finished, generate, unfold
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 MARKUP = (
     "<img src=x onerror=\"window.hacked='img'\"><script>window.hacked='script'</script>"
@@ -29,7 +29,7 @@ def untouched(page: Page) -> None:
     assert page.locator("#hostile, img[src=x], a[href^=javascript]").count() == 0
 
 
-def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeEngine) -> None:
+def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     unfold(page, "Advanced")
     page.get_by_label("Negative prompt").fill(MARKUP)
@@ -44,7 +44,7 @@ def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeEngine
     untouched(page)
 
 
-def test_an_error_that_quotes_markup_is_text(open_page: Open, engine: FakeEngine) -> None:
+def test_an_error_that_quotes_markup_is_text(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     engine.failure = RequestError(f"There is no checkpoint “{MARKUP}”: choose another.")
     generate(page, "calm", 1)

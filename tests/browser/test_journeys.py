@@ -12,14 +12,14 @@ import soundfile
 from playwright.sync_api import Page, expect
 
 from tests.helpers.browser import Open, download, finished, generate, set_number, unfold
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 HEARD = "() => window.musicgenLive.heard_s()"
 
 
 @pytest.mark.parametrize("screen", ["desk", "phone"])
 def test_generate_hear_and_download(
-    open_page: Open, engine: FakeEngine, tmp_path: Path, screen: str
+    open_page: Open, engine: FakeBackend, tmp_path: Path, screen: str
 ) -> None:
     page = open_page(screen)
     engine.speed = 2.0
@@ -42,7 +42,7 @@ def test_generate_hear_and_download(
         assert len(samples) == 4 * rate and np.abs(samples).max() > 0.1
 
 
-def test_slower_than_real_time_buffers_first(open_page: Open, engine: FakeEngine) -> None:
+def test_slower_than_real_time_buffers_first(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     engine.speed = 0.6
     generate(page, length_s=3)
@@ -53,7 +53,7 @@ def test_slower_than_real_time_buffers_first(open_page: Open, engine: FakeEngine
 
 
 def test_stop_is_acknowledged_at_once_and_keeps_the_partial(
-    open_page: Open, engine: FakeEngine, tmp_path: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path
 ) -> None:
     page = open_page()
     engine.speed = 1.0
@@ -69,7 +69,7 @@ def test_stop_is_acknowledged_at_once_and_keeps_the_partial(
     expect(page.locator("#take_history label")).to_have_count(2)
 
 
-def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeEngine) -> None:
+def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeBackend) -> None:
     engine.speed = 2.0
     one, two = open_page(), open_page()
     generate(one, "one", 20)
@@ -82,7 +82,7 @@ def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeEngine) ->
     expect(two.locator("#take_facts")).to_contain_text("5.0 s")
 
 
-def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeEngine) -> None:
+def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeBackend) -> None:
     engine.speed = 1.0
     page = open_page()
     generate(page, length_s=30)
@@ -96,7 +96,7 @@ def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeEngine) -> None
 
 
 def test_an_upload_is_continued_and_a_take_too(
-    open_page: Open, engine: FakeEngine, tmp_path: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path
 ) -> None:
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, 0.2 * np.sin(np.arange(32_000) / 9), 16_000)
@@ -124,7 +124,7 @@ def test_an_upload_is_continued_and_a_take_too(
 
 
 def test_a_melody_is_followed_where_the_checkpoint_can(
-    open_page: Open, engine: FakeEngine, tmp_path: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path
 ) -> None:
     clip = tmp_path / "tune.wav"
     soundfile.write(clip, 0.2 * np.sin(np.arange(32_000) / 9), 16_000)
@@ -153,7 +153,7 @@ def choose_checkpoint(page: Page, name: str) -> None:
 
 
 def test_mistakes_are_said_at_the_field_and_lose_nothing(
-    open_page: Open, engine: FakeEngine, tmp_path: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path
 ) -> None:
     page = open_page()
     bad = tmp_path / "bad.wav"
@@ -196,7 +196,7 @@ def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
     expect(page.locator("#checkpoint_line [role=alert]")).to_contain_text("no checkpoint")
 
 
-def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeEngine) -> None:
+def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     prompt = page.get_by_label("Prompt", exact=True)
     prompt.fill("rainy evening.")
@@ -241,7 +241,7 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
         assert box["y"] + box["height"] <= page.evaluate("innerHeight")
 
 
-def test_streaming_moves_nothing(open_page: Open, engine: FakeEngine) -> None:
+def test_streaming_moves_nothing(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     places = """['#live', '#take_title', '#take_audio', '#spectrogram', '#go'].map(s =>
         Math.round(document.querySelector(s).getBoundingClientRect().top + scrollY))"""

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from musicgen_ui.ui import sessions
 from tests.helpers.browser import finished, generate, set_number, unfold
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.flaky_proxy import Proxy
 from tests.helpers.local import wait_for
 
@@ -18,7 +18,7 @@ HEARD = "() => musicgenLive.heard_s() > 0.2"
 
 
 @pytest.fixture
-def line(served: tuple[str, FakeEngine]) -> Iterator[Proxy]:
+def line(served: tuple[str, FakeBackend]) -> Iterator[Proxy]:
     """The connection between browser and server."""
     proxy = Proxy(int(served[0].rstrip("/").rpartition(":")[2]))
     yield proxy
@@ -26,7 +26,7 @@ def line(served: tuple[str, FakeEngine]) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def page(chromium: Browser, engine: FakeEngine, line: Proxy) -> Iterator[Page]:
+def page(chromium: Browser, engine: FakeBackend, line: Proxy) -> Iterator[Page]:
     """A page behind it; what the browser logs of a broken connection is nothing odd."""
     context = chromium.new_context()
     page = context.new_page()
@@ -39,7 +39,7 @@ def page(chromium: Browser, engine: FakeEngine, line: Proxy) -> Iterator[Page]:
 
 
 def test_a_take_that_was_finished_while_the_connection_was_lost_is_there_when_it_is_back(
-    page: Page, line: Proxy, engine: FakeEngine
+    page: Page, line: Proxy, engine: FakeBackend
 ) -> None:
     engine.speed = 3.0
     generate(page, "lost and found", 6)
@@ -58,7 +58,7 @@ def test_a_take_that_was_finished_while_the_connection_was_lost_is_there_when_it
 
 
 def test_a_take_under_way_is_waited_for_after_the_connection_is_back_and_can_be_stopped(
-    page: Page, line: Proxy, engine: FakeEngine
+    page: Page, line: Proxy, engine: FakeBackend
 ) -> None:
     engine.speed = 1.0
     generate(page, "still going", 30)
@@ -76,7 +76,7 @@ def test_a_take_under_way_is_waited_for_after_the_connection_is_back_and_can_be_
 
 
 def test_a_page_that_does_not_come_back_frees_its_place(
-    page: Page, line: Proxy, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    page: Page, line: Proxy, engine: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "GRACE_S", 0.5)
     engine.speed = 1.0
@@ -87,7 +87,7 @@ def test_a_page_that_does_not_come_back_frees_its_place(
 
 
 def test_a_page_that_is_loaded_anew_keeps_takes_and_settings_and_another_tab_has_none(
-    page: Page, line: Proxy, engine: FakeEngine
+    page: Page, line: Proxy, engine: FakeBackend
 ) -> None:
     engine.speed = 20.0
     unfold(page, "Advanced")

@@ -9,7 +9,7 @@ from musicgen_ui.server import gradio_patches
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers.browser import generate, set_number, unfold
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 
@@ -18,7 +18,7 @@ def test_what_was_typed_outlives_the_server(
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # noted, to be set back
     settings = Settings(port=free_port())
-    demo, temporary = launch(settings, FakeEngine(speed=1.0))
+    demo, temporary = launch(settings, FakeBackend(speed=1.0))
     context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -35,7 +35,7 @@ def test_what_was_typed_outlives_the_server(
         page.wait_for_timeout(300)
         gradio_patches.hang_up(demo.server)  # before anybody is told
         close(demo, temporary)
-        demo, temporary = launch(settings, FakeEngine())
+        demo, temporary = launch(settings, FakeBackend())
         page.locator(".live[data-stage=failed]").wait_for()  # it was loaded anew
         expect(page.locator("#generate")).to_be_visible()
         expect(page.get_by_label("Prompt", exact=True)).to_have_value("typed since then")

@@ -7,7 +7,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect
 
 from tests.helpers.browser import Open, download, finished, generate, unfold
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 
 def fill(page: Page, row: int, start: str, words: str) -> None:
@@ -22,7 +22,7 @@ def fill(page: Page, row: int, start: str, words: str) -> None:
 
 
 def test_a_table_of_sections_reaches_the_take_and_comes_back_from_its_file(
-    open_page: Open, engine: FakeEngine, tmp_path: Path
+    open_page: Open, engine: FakeBackend, tmp_path: Path
 ) -> None:
     page = open_page()
     unfold(page, "Change over time")

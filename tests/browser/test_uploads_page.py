@@ -11,7 +11,7 @@ import soundfile
 from playwright.sync_api import Page, expect
 
 from tests.helpers.browser import Open, serving
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 DROP = """([target, name, base64]) => {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
@@ -38,7 +38,7 @@ def tune(tmp_path: Path) -> Path:
 def test_a_file_is_taken_wherever_it_is_dropped_and_what_fails_says_why(
     open_page: Open, tune: Path
 ) -> None:
-    with serving(FakeEngine(), max_upload_mb=1) as url:
+    with serving(FakeBackend(), max_upload_mb=1) as url:
         page = open_page(url=url)
         told, line = page.locator(".notice-words"), page.locator("#clip_line")
         drop(page, "#prompt textarea", "large.wav", bytes(1_200_000))

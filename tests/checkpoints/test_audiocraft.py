@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.backends.local import load_batch
+from musicgen_ui.backends.local import load_scheduler
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import hub, registry
 from musicgen_ui.checkpoints.audiocraft import config as audiocraft
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.checkpoints.audiocraft import weights as exported
 from musicgen_ui.engine import device as devices
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import generated, make_batch, run, run_job, whole
@@ -150,7 +150,7 @@ def test_melody_checkpoints_give_audiocrafts_tokens_here(tmp_path, as_it_is):
     else:
         out = converted(GOLDEN / "melody", tmp_path / "melody")
     loaded = registry.load(registry.resolve(str(out)), torch.float32, quiet)
-    batch = Batch(
+    batch = Scheduler(
         loaded.model, loaded.tokenizer, checkpoint=loaded.name, extractor=loaded.extractor
     )
     expected = np.load(GOLDEN / "melody" / "expected.npz")
@@ -710,7 +710,7 @@ def sounds(tmp_path_factory) -> Path:
 def test_audiogen_gives_audiocrafts_tokens_and_sound(sounds, tmp_path):
     expected = np.load(GOLDEN / "audiogen" / "expected.npz")
     for folder in (sounds, converted(sounds, tmp_path / "converted", None)):
-        batch = load_batch(registry.resolve(str(folder)), CPU, 2, quiet)
+        batch = load_scheduler(registry.resolve(str(folder)), CPU, 2, quiet)
         assert (batch.codec.sampling_rate, batch.codec.frame_rate) == (16_000, 50)
         for prompt, codes in zip(expected["prompts"], expected["greedy_single"], strict=True):
             assert len(np.unique(codes)) > 10
@@ -730,7 +730,7 @@ def test_audiogen_gives_audiocrafts_tokens_and_sound(sounds, tmp_path):
 def test_audiogen_goes_on_after_10_s_as_audiocraft_does(sounds):
     """12.5 s in windows of 10 s with a stride of 2 s: the window is the checkpoint's."""
     expected = np.load(GOLDEN / "audiogen" / "expected.npz")
-    batch = load_batch(registry.resolve(str(sounds)), CPU, 1, quiet)
+    batch = load_scheduler(registry.resolve(str(sounds)), CPU, 1, quiet)
     assert batch.window_s == 10
     request = GenerationRequest(
         str(expected["prompts"][0]), duration_s=12.5, overlap_s=8, do_sample=False

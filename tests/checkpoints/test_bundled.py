@@ -15,10 +15,10 @@ import pytest
 import soundfile
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.engine.worker import stream
 from musicgen_ui.request import GenerationRequest
+from tests.helpers.engine import stream
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {name: ROOT / "assets" / name for name in ("bundled", "bundled-stereo")}
@@ -26,7 +26,7 @@ GREEDY = GenerationRequest(prompt="techno with a hard kick", duration_s=1.5, do_
 
 
 def take(name: str, request: GenerationRequest) -> Clip:
-    manager = ModelManager(device="cpu", precision="float32")
+    manager = LocalBackend(device="cpu", precision="float32")
     with manager.use(str(FOLDERS[name])) as batch:
         *_, finished = stream(batch, request)
     assert isinstance(finished, Finished)

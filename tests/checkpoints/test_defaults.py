@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.checkpoints import lora, registry
 from musicgen_ui.checkpoints.config import GENERATION_FILE
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, completed
 from musicgen_ui.ui import request_form
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.request_form import Restoring
-from tests.helpers.fakes import OWN, FakeEngine
+from tests.helpers.fakes import OWN, FakeBackend
 from tests.helpers.page import compose, handlers, state
 
 __all__ = ["handlers"]  # a fixture
@@ -87,7 +87,7 @@ def test_an_adapter_alone_takes_its_bases_settings(folder, tmp_path):
     adapter.mkdir()
     (adapter / lora.CONFIG).write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     save_file({"a": torch.zeros(1)}, adapter / lora.WEIGHTS)
-    manager = ModelManager(device="cpu")
+    manager = LocalBackend(device="cpu")
     stated = lambda *names: manager.describe(*names).defaults  # noqa: E731
     values = completed({"adapter": str(adapter)}, stated)
     assert (values["temperature"], values["top_k"]) == (1.3, 40)
@@ -109,7 +109,7 @@ def test_a_request_without_settings_takes_the_checkpoints_and_its_take_says_so(h
 
 
 def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
-    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))[
+    facts = asyncio.run(request_form.CheckpointFacts(FakeBackend()).choose("wide"))[
         "checkpoint_facts"
     ]
     told = request_form.follow_checkpoint(facts, APPS, *APPS.values())
@@ -123,7 +123,7 @@ def test_the_page_follows_the_checkpoint_but_keeps_what_the_user_changed():
     assert "temperature 0.7; yours is kept" in told["checkpoint_line"]
     # Another one that states nothing: what followed goes back, what was changed stays.
     shown = {**mine, "top_k": 50}
-    other = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("mono"))[
+    other = asyncio.run(request_form.CheckpointFacts(FakeBackend()).choose("mono"))[
         "checkpoint_facts"
     ]
     back = request_form.follow_checkpoint(other, told["checkpoint_defaults"], *shown.values())
@@ -145,7 +145,7 @@ def test_a_click_before_the_page_knows_its_checkpoint_leaves_its_settings_to_it(
 
 def test_what_a_file_restored_stays_whatever_its_checkpoint_states(handlers: Handlers):
     del handlers
-    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("wide"))[
+    facts = asyncio.run(request_form.CheckpointFacts(FakeBackend()).choose("wide"))[
         "checkpoint_facts"
     ]
     restored = Restoring().settings({"temperature": 1.0, "checkpoint": "wide"})
@@ -154,7 +154,7 @@ def test_what_a_file_restored_stays_whatever_its_checkpoint_states(handlers: Han
 
 
 def test_a_stated_length_is_no_more_than_the_server_makes():
-    facts = asyncio.run(request_form.CheckpointFacts(FakeEngine(), longest_s=5.0).choose("wide"))[
+    facts = asyncio.run(request_form.CheckpointFacts(FakeBackend(), longest_s=5.0).choose("wide"))[
         "checkpoint_facts"
     ]
     assert request_form.follow_checkpoint(facts, APPS, *APPS.values())["duration_s"] == 5.0

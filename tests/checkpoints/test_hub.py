@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from anyio import to_thread
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.checkpoints import hub, hub_errors, lora, registry
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -493,17 +492,12 @@ def test_a_silent_hub_delays_those_alone_who_ask_it(served):
     def refused(*_: object) -> None:
         raise RequestError("loaded")
 
-    manager = ModelManager(device="cpu", load=refused)
+    manager = LocalBackend(device="cpu", load=refused)
 
     async def made(**settings: str) -> str:
-        request = GenerationRequest(duration_s=1, **settings)
-        try:
-            async with aclosing(manager.stream(request)) as events:
-                async for _ in events:
-                    pass
-        except RequestError as error:
-            return str(error)
-        return ""
+        job = manager.submit(GenerationRequest(duration_s=1, **settings))
+        events = [event async for event in job.events()]
+        return str(events[-1].error)
 
     async def described(checkpoint: str) -> object:
         try:

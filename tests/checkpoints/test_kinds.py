@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MusicgenForCausalLM, MusicgenForConditionalGeneration
 
-from musicgen_ui.backends.local import load_batch
+from musicgen_ui.backends.local import load_scheduler
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import memory, registry
 from musicgen_ui.engine import device as devices
@@ -31,7 +31,7 @@ def load(folder: Path, streamed: bool = False) -> registry.Loaded:
 
 
 def codes(folder: Path) -> torch.Tensor:
-    batch = load_batch(registry.resolve(str(folder)), CPU, 4, lambda _: None)
+    batch = load_scheduler(registry.resolve(str(folder)), CPU, 4, lambda _: None)
     return run_job(batch, GREEDY)[1]
 
 

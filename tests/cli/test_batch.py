@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,15 @@ from musicgen_ui import __main__ as cli
 from musicgen_ui import takes
 from musicgen_ui.cli import batch as batches
 from musicgen_ui.cli import rows
+from musicgen_ui.cli.generate import Interruption
 from musicgen_ui.request import CLIP_FIELDS, FIELDS
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 
 ROOT = Path(__file__).parents[2]
 
 
-class FakeManager(FakeEngine):
+class FakeManager(FakeBackend):
     """Tones; a prompt with "broken" fails, one with "slow" takes its time."""
 
     made: FakeManager
@@ -37,13 +38,16 @@ class FakeManager(FakeEngine):
         FakeManager.made = self
         self.most = 0
 
-    async def stream(self, request, stop=None, visitor=""):
-        if len(self.requests) == self.interrupt_at:
+    def submit(self, request, client=""):
+        if len(self.clients) == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        if "broken" in request.prompt:
+        return super().submit(request, client)
+
+    def _compose(self, job):
+        if "broken" in job.request.prompt:
             raise RuntimeError("a fault")
-        self.speed = 5.0 if "slow" in request.prompt else 0.0
-        async for event in super().stream(request, stop):
+        self.speed = 5.0 if "slow" in job.request.prompt else 0.0
+        for event in super()._compose(job):
             self.most = max(self.most, self.running)
             yield event
 
@@ -58,7 +62,7 @@ class FakeManager(FakeEngine):
 def manager(monkeypatch):
     import musicgen_ui.backends.local
 
-    monkeypatch.setattr(musicgen_ui.backends.local, "ModelManager", FakeManager)
+    monkeypatch.setattr(musicgen_ui.backends.local, "LocalBackend", FakeManager)
     monkeypatch.setattr(FakeManager, "interrupt_at", None)
     return FakeManager
 
@@ -355,6 +359,7 @@ def test_a_batch_that_fails_to_save_leaves_no_stream_open(folder, manager):
     tally = batches.Tally(quiet=True)
     engine = FakeManager("cpu", "auto", 2)
     pieces = rows.Pieces({"duration_s": 1}, Path()).of(rows.Row(1, {"prompt": "slow"}))
-    maker = batches.Batch(folder / "sub" / "clip.wav", threading.Event(), tally)
+    maker = batches.Batch(folder / "sub" / "clip.wav", Interruption(), tally)
     asyncio.run(maker.make(engine, pieces * 4, 2))
-    assert engine.running == 0 and len(engine.requests) <= 3 and tally.failed
+    wait_for(lambda: engine.running == 0)
+    assert len(engine.requests) <= 3 and tally.failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -12,7 +11,6 @@ import pwd
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +20,17 @@ import soundfile
 from musicgen_ui import __main__ as cli
 from musicgen_ui import takes
 from musicgen_ui.cli import generate
-from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.jobs import made
 from tests.helpers.takes import finished, with_codes
 
 ROOT = Path(__file__).parents[2]
 
 
 class FakeManager:
-    """A `ModelManager` for the command line that plays tones and keeps what it was asked."""
+    """A `LocalBackend` for the command line that plays tones and keeps what it was asked."""
 
     asked: list[GenerationRequest]
     interrupt_after: int | None = None
@@ -41,39 +39,35 @@ class FakeManager:
     def __init__(self, **options):
         FakeManager.options = options
 
-    def stream_sync(self, request, stop):
+    def submit(self, request):
         FakeManager.asked.append(request)
-        FakeManager.options["ended"] = []  # in order
-        try:
-            yield from self._played(request, stop)
-        finally:
-            FakeManager.options["ended"].append("stream")
+        interrupted = FakeManager.interrupt_after is not None
+        backend = FakeBackend(failure=FakeManager.failure, speed=20.0 if interrupted else 0.0)
+        job = backend.submit(dataclasses.replace(request, checkpoint="auto"))
+        follow = job.follow
 
-    def _played(self, request, stop):
-        engine = FakeEngine(failure=FakeManager.failure)
-        with asyncio.Runner() as runner:
-            events = engine.stream(dataclasses.replace(request, checkpoint="auto"), stop)
-            for count in range(10_000):
+        def interrupting():
+            for count, event in enumerate(follow()):
                 if count == FakeManager.interrupt_after:
                     signal.raise_signal(signal.SIGINT)
-                try:
-                    yield runner.run(anext(events))
-                except StopAsyncIteration:
-                    return
+                yield event
 
-    def describe(self, checkpoint, adapter=""):
-        return FakeEngine().describe("auto")
+        job.follow = interrupting
+        FakeManager.job = job
+        return job
+
+    def describe(self, checkpoint):
+        return FakeBackend().describe("auto")
 
     def close(self):
         FakeManager.options["closed"] = True
-        FakeManager.options.setdefault("ended", []).append("manager")
 
 
 @pytest.fixture
 def manager(monkeypatch):
     import musicgen_ui.backends.local
 
-    monkeypatch.setattr(musicgen_ui.backends.local, "ModelManager", FakeManager)
+    monkeypatch.setattr(musicgen_ui.backends.local, "LocalBackend", FakeManager)
     monkeypatch.setattr(FakeManager, "asked", [], raising=False)
     return FakeManager
 
@@ -233,9 +227,9 @@ def test_interrupted_before_the_first_sound_it_leaves_no_file(
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt), generate.stop_on_interrupt() as stop:
+    with pytest.raises(KeyboardInterrupt), generate.stop_on_interrupt() as interruption:
         signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
+        assert interruption.pressed
         signal.raise_signal(signal.SIGINT)
 
 
@@ -258,23 +252,18 @@ def test_quiet_prints_the_files_alone(manager, tmp_path, capsys):
 
 
 def test_a_seed_gives_the_same_take_as_on_the_page(tiny_mono, tmp_path):
-    """The page streams over a worker, the command line drives the model itself."""
-    from musicgen_ui.backends.local import ModelManager
-
-    async def on_the_page(request: GenerationRequest) -> list[Finished]:
-        events = manager.stream(request, threading.Event())
-        return [event async for event in events if isinstance(event, Finished)]
+    from musicgen_ui.backends.local import LocalBackend
 
     out = tmp_path / "out.wav"
     arguments = ["rock", "--duration", "0.5", "--seed", "7", "--checkpoint", str(tiny_mono)]
     assert cli.main(["generate", *arguments, "--device", "cpu", "-o", str(out)]) == 0
-    manager = ModelManager(device="cpu")
+    manager = LocalBackend(device="cpu")
     request = GenerationRequest("rock", duration_s=0.5, seed=7, checkpoint=str(tiny_mono))
-    (finished,) = asyncio.run(on_the_page(request))
+    *_, finished = made(manager, request)
     manager.close()
     take = takes.save(finished, tmp_path / "page")
-    made, shown = soundfile.read(out)[0], soundfile.read(take.wav)[0]
-    assert np.array_equal(made, shown) and made.any()
+    written, shown = soundfile.read(out)[0], soundfile.read(take.wav)[0]
+    assert np.array_equal(written, shown) and written.any()
 
 
 def test_serve_takes_the_settings_from_its_flags(monkeypatch):

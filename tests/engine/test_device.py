@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine import device as devices
 from musicgen_ui.errors import RequestError
 
@@ -47,7 +47,7 @@ def test_choose_refuses_an_unavailable_device(monkeypatch, device, precision, sa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "_has_mps", lambda: False)
     with pytest.raises(RequestError, match=said):
-        ModelManager(device=device, precision=precision)
+        LocalBackend(device=device, precision=precision)
 
 
 def test_int8_is_refused_on_a_gpu(monkeypatch):
@@ -59,7 +59,7 @@ def test_int8_is_refused_on_a_gpu(monkeypatch):
 def test_the_budget_is_a_share_of_the_memory():
     place = devices.choose("cpu")
     assert 0.1e9 < devices.budget_bytes(place) < devices._ram_bytes()
-    assert ModelManager(device="cpu", budget_bytes=123).budget_bytes == 123
+    assert LocalBackend(device="cpu", budget_bytes=123).budget_bytes == 123
 
 
 GIB = 2**30
@@ -123,7 +123,7 @@ def test_memory_without_cgroups_is_the_computers(group):
 def test_model_without_enough_free_memory_is_refused(group, monkeypatch, tiny_mono):
     group.told("0::/\n")
     group("", V2, 64 * GIB, used=64 * GIB - 100_000)
-    manager = ModelManager(device="cpu")
+    manager = LocalBackend(device="cpu")
     with pytest.raises(RequestError, match="not enough free memory"), manager.use(str(tiny_mono)):
         pass
     group("", V2, 64 * GIB, used=64 * GIB - 100_000, cached=GIB)
@@ -144,11 +144,11 @@ def test_small_decoder_uses_one_thread(tiny_mono, monkeypatch) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with ModelManager(device="cpu").use(str(tiny_mono)) as batch:
+        with LocalBackend(device="cpu").use(str(tiny_mono)) as batch:
             assert not batch.step()
         assert torch.get_num_threads() == 1
         monkeypatch.setattr(devices, "BYTES_A_THREAD", 5_000)  # as if it were large
-        with ModelManager(device="cpu").use(str(tiny_mono)) as batch:
+        with LocalBackend(device="cpu").use(str(tiny_mono)) as batch:
             assert batch.threads == 4
     finally:
         torch.set_num_threads(threads)

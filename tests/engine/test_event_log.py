@@ -10,7 +10,7 @@ import pytest
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.event_log import EventLog
-from musicgen_ui.engine.protocol import Event, Failed, Finished, Progress
+from musicgen_ui.engine.protocol import Event, Failed, Finished, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
@@ -27,7 +27,7 @@ async def read(log: EventLog, after: int = 0) -> list[Event]:
 
 def test_readers_on_loops_and_threads_see_all_events_in_order():
     log = EventLog()
-    sent = [Progress("composing", done_s=n) for n in range(200)] + [finished()]
+    sent = [Progress(Stage.COMPOSING, done_s=n) for n in range(200)] + [finished()]
     followed: list[Event] = []
     thread = threading.Thread(target=lambda: followed.extend(log.follow()))
     thread.start()
@@ -49,7 +49,7 @@ def test_a_log_ends_with_its_last_variation_or_with_a_failure():
     log.append(finished(1))
     assert not log.ended
     log.append(finished(0))
-    log.append(Progress("composing"))
+    log.append(Progress(Stage.COMPOSING))
     assert log.ended and len(log) == 2
     failing = EventLog(variations=2)
     failing.append(Failed(RequestError("No room.")))
@@ -58,7 +58,7 @@ def test_a_log_ends_with_its_last_variation_or_with_a_failure():
 
 def test_a_reader_that_leaves_is_forgotten():
     log = EventLog()
-    log.append(Progress("waiting"))
+    log.append(Progress(Stage.WAITING))
 
     async def leaves() -> None:
         events = log.events()
@@ -71,7 +71,7 @@ def test_a_reader_that_leaves_is_forgotten():
 
 
 def test_a_caller_without_a_loop_can_make_the_events_it_reads():
-    log, coming = EventLog(), [Progress("waiting"), finished()]
+    log, coming = EventLog(), [Progress(Stage.WAITING), finished()]
     assert list(log.follow(poll=lambda: log.append(coming.pop(0)))) == [
         log._events[0],
         log._events[1],

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import stream
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers import tiny
-from tests.helpers.engine import ROCK, load
+from tests.helpers.engine import ROCK, load, stream
+from tests.helpers.jobs import made
 
 LAYER = "decoder.model.decoder.layers.1"
 WEIGHTS = [
@@ -42,23 +42,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(base: Path) -> Callable[..., Batch]:
+def make(base: Path) -> Callable[..., Scheduler]:
     """Batches of a tiny model of which some weights were changed."""
     model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
 
-    def made(changes: dict[str, Any], precision: str = "float32") -> Batch:
+    def made(changes: dict[str, Any], precision: str = "float32") -> Scheduler:
         changed = copy.deepcopy(model)
         weights = dict(changed.named_parameters()) | dict(changed.named_buffers())
         with torch.no_grad():
             for name, value in changes.items():
                 weights[name].view(-1)[-1 if value else slice(None)] = value
-        return Batch(changed, tokenizer, checkpoint="changed", precision=precision)
+        return Scheduler(changed, tokenizer, checkpoint="changed", precision=precision)
 
     return made
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_with_nan_is_refused_by_its_name(make: Callable[..., Batch], name: str) -> None:
+def test_a_weight_with_nan_is_refused_by_its_name(
+    make: Callable[..., Scheduler], name: str
+) -> None:
     with pytest.raises(RequestError, match=name) as refused:
         make({name: float("nan")}, "int8")
     assert refused.value.field == "checkpoint"
@@ -67,13 +69,15 @@ def test_a_weight_with_nan_is_refused_by_its_name(make: Callable[..., Batch], na
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "int8"])
 def test_it_is_refused_in_every_precision(
-    make: Callable[..., Batch], precision: str, value: float
+    make: Callable[..., Scheduler], precision: str, value: float
 ) -> None:
     with pytest.raises(RequestError, match=f"{LAYER}.fc1.weight"):
         make({f"{LAYER}.fc1.weight": value}, precision)
 
 
-def test_what_half_precision_cannot_hold_is_refused_in_it_alone(make: Callable[..., Batch]) -> None:
+def test_what_half_precision_cannot_hold_is_refused_in_it_alone(
+    make: Callable[..., Scheduler],
+) -> None:
     name = f"{LAYER}.fc1.weight"
     with pytest.raises(RequestError, match=f"{name}.*precision"):
         make({name: 70_000.0}, "float16")
@@ -81,7 +85,7 @@ def test_what_half_precision_cannot_hold_is_refused_in_it_alone(make: Callable[.
         make({name: 70_000.0}, precision)
 
 
-def test_a_weight_norm_that_divides_by_nothing_is_refused(make: Callable[..., Batch]) -> None:
+def test_a_weight_norm_that_divides_by_nothing_is_refused(make: Callable[..., Scheduler]) -> None:
     name = "audio_encoder.decoder.layers.0.conv"
     with pytest.raises(RequestError, match=f"{name}.weight"):
         make({f"{name}.parametrizations.weight.original1": 0.0})
@@ -94,14 +98,14 @@ def test_the_files_of_a_checkpoint_are_looked_at(base: Path, tmp_path: Path) -> 
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     request = GenerationRequest(ROCK, checkpoint=str(folder), duration_s=0.5)
     refused = pytest.raises(RequestError, match=f"{LAYER}.fc1.weight")
-    with closing(ModelManager(device="cpu", precision="int8")) as manager, refused:
-        list(manager.stream_sync(request))
+    with closing(LocalBackend(device="cpu", precision="int8")) as manager, refused:
+        made(manager, request)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_overflows_later_is_seen_and_makes_no_take(
-    make: Callable[..., Batch], precision: str, value: float
+    make: Callable[..., Scheduler], precision: str, value: float
 ) -> None:
     """NaN goes through the kernels of int8 as it does through float32."""
     batch = make({}, precision)

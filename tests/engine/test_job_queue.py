@@ -1,124 +1,131 @@
-"""Who is next: visitors in turn, nobody overtaken, places and waits that come true."""
+"""Which variation is next: clients in turn, none overtaken, places and waits that come true."""
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musicgen_ui.engine import job_queue as line_module
-from musicgen_ui.engine.job_queue import Line, Pace, Ticket, starts_after
-from musicgen_ui.engine.protocol import Progress
+from musicgen_ui.engine import job_queue
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.job_queue import JobQueue, Pace, starts_after
+from musicgen_ui.engine.protocol import Failed, Progress
+from musicgen_ui.engine.variation import Specification
+from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 
-def ticket(visitor: str = "", variations: int = 1, steps: int = 10, heard: list | None = None):
-    request = GenerationRequest(variations=variations, seed=1)
-    deliver = (heard if heard is not None else []).append
-    return Ticket(request, threading.Event(), deliver, variations, steps, visitor)
+def specified(client: str = "", variations: int = 1, steps: int = 10) -> list[Specification]:
+    job = LoggedJob(GenerationRequest(variations=variations, seed=1), client)
+    return [
+        Specification(job, index, job.request.variation(index), None, steps)
+        for index in range(variations)
+    ]
 
 
-def joined(*tickets: Ticket) -> Line:
-    line = Line()
-    for each in tickets:
-        line.add(each)
-    line.take_in()
-    return line
+def joined(*jobs: list[Specification]) -> JobQueue:
+    queue = JobQueue()
+    for each in jobs:
+        queue.add(each)
+    queue.take_in()
+    return queue
 
 
-def drained(line: Line) -> list[str]:
-    """The visitors in the order in which their jobs start."""
-    return [entry[0].visitor for entry in iter(line.pop, None)]
+def drained(queue: JobQueue) -> list[str]:
+    """The clients in the order in which their variations start."""
+    return [each.job.client for each in iter(queue.pop, None)]
 
 
-def test_visitors_take_turns_in_the_order_of_their_arrival():
-    line = joined(ticket("a", 4), ticket("b"), ticket("a"), ticket("c", 2))
-    assert drained(line) == ["a", "b", "c", "a", "c", "a", "a", "a"]
+def reports(variations: list[Specification]) -> list[Progress]:
+    """What a job was told so far."""
+    return list(variations[0].job.log.so_far())
 
 
-def test_a_visitors_own_jobs_keep_their_order():
-    first, second = ticket("a", 2), ticket("a")
-    line = joined(first, ticket("b"), second)
-    own = [entry for entry in iter(line.pop, None) if entry[0].visitor == "a"]
-    assert own == [(first, 0), (first, 1), (second, 0)]
+def test_clients_take_turns_in_the_order_of_arrival():
+    queue = joined(specified("a", 4), specified("b"), specified("a"), specified("c", 2))
+    assert drained(queue) == ["a", "b", "c", "a", "c", "a", "a", "a"]
 
 
-def test_requests_without_a_name_are_visitors_of_their_own():
-    first, second = ticket("", 2), ticket("")
-    line = joined(first, second)
-    assert [entry[0] for entry in iter(line.pop, None)] == [first, second, first]
+def test_jobs_of_a_client_keep_their_order():
+    first, second = specified("a", 2), specified("a")
+    queue = joined(first, specified("b"), second)
+    assert [each for each in iter(queue.pop, None) if each.job.client == "a"] == first + second
+
+
+def test_a_job_without_a_client_is_one_of_its_own():
+    first, second = specified("", 2), specified("")
+    queue = joined(first, second)
+    assert list(iter(queue.pop, None)) == [first[0], second[0], first[1]]
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from("abcde")), max_size=40))
-def test_nobody_is_overtaken_by_a_later_visitor(moves):
-    """Between a visitor's arrival and turn, nobody who came later starts; None lets one start."""
-    line, arrived = Line(), defaultdict(list)  # visitors in line, the first in front
+def test_no_client_is_overtaken_by_a_later_one(moves):
+    """Between a client's arrival and turn no later one starts; None lets one start."""
+    queue, arrived = JobQueue(), defaultdict(list)
     ring: list[str] = []
     for move in moves:
         if move is None:
-            entry = line.pop()
-            assert (entry is None) == (not ring)
-            if entry:
-                visitor = entry[0].visitor
-                assert ring.pop(0) == visitor
-                arrived[visitor].pop()
-                ring += [visitor] if arrived[visitor] else []
+            found = queue.pop()
+            assert (found is None) == (not ring)
+            if found:
+                client = found.job.client
+                assert ring.pop(0) == client
+                arrived[client].pop()
+                ring += [client] if arrived[client] else []
             continue
-        line.add(ticket(move))
-        line.take_in()
+        queue.add(specified(move))
+        queue.take_in()
         ring += [] if arrived[move] else [move]
         arrived[move].append(1)
-    assert [entry[0].visitor for entry in line.entries()] == drained(line)
+    assert [each.job.client for each in queue.waiting()] == drained(queue)
 
 
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
-        monkeypatch.setattr(line_module.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(job_queue.time, "monotonic", lambda: self.now_s)
 
 
-def test_those_who_close_or_stop_leave_and_the_places_are_told_within_a_second(monkeypatch):
-    clock, heard = Clock(monkeypatch), []
-    gone, stopped, last = ticket("a", 2), ticket("b"), ticket("c", heard=heard)
-    line = joined(gone, stopped, last)
-    line.tell((), [0])
-    assert heard[-1].place == 3
-    gone.close()
-    line.drop_closed()
+def test_a_queue_that_shortens_reports_new_places_in_a_second(monkeypatch):
+    clock = Clock(monkeypatch)
+    failed, stopped, last = specified("a", 2), specified("b"), specified("c")
+    queue = joined(failed, stopped, last)
+    queue.report((), [0])
+    assert reports(last)[-1].place == 3
+    failed[0].job.log.append(Failed(RequestError("No.")))
+    queue.drop_ended()
     clock.now_s += 1
-    line.tell((), [0])
-    assert heard[-1].place == 2
-    stopped.stop.set()
-    assert line.pop_stopped() == [(stopped, 0)]
+    queue.report((), [0])
+    assert reports(last)[-1].place == 2
+    stopped[0].job.stopping.set()
+    assert queue.pop_stopped() == stopped
     clock.now_s += 1
-    line.tell((), [0])
-    assert heard[-1].place == 1 and len(line) == 1
+    queue.report((), [0])
+    assert reports(last)[-1].place == 1 and len(queue) == 1
 
 
-def test_who_joins_is_told_at_once_and_alone(monkeypatch):
+def test_a_new_job_learns_its_place_at_once_and_alone(monkeypatch):
     Clock(monkeypatch)
-    heard: dict[str, list[Progress]] = defaultdict(list)
-    line = joined(ticket("a", heard=heard["a"]))
-    line.tell((), [9])
-    line.add(ticket("b", heard=heard["b"]))
-    line.take_in()
-    line.tell((), [8])
-    line.tell((), [7])
-    assert [p.place for p in heard["a"]] == [1] and [p.place for p in heard["b"]] == [2]
+    first, second = specified("a"), specified("b")
+    queue = joined(first)
+    queue.report((), [9])
+    queue.add(second)
+    queue.take_in()
+    queue.report((), [8])
+    queue.report((), [7])
+    assert [p.place for p in reports(first)] == [1] and [p.place for p in reports(second)] == [2]
 
 
-def test_places_count_jobs_and_the_running_are_not_told():
-    heard: dict[str, list[Progress]] = defaultdict(list)
-    many = ticket("a", 3, heard=heard["a"])
-    line = joined(many, ticket("b", heard=heard["b"]), ticket("a", heard=heard["second"]))
-    line.pop()
-    line.tell([many], [0])
-    assert not heard["a"]
-    assert heard["b"][-1].place == 1  # it is b's turn, then twice a's
-    assert heard["second"][-1].place == 4
+def test_places_count_variations_and_running_jobs_get_none():
+    many, other, later = specified("a", 3), specified("b"), specified("a")
+    queue = joined(many, other, later)
+    queue.pop()
+    queue.report([many[0].job], [0])
+    assert not reports(many)
+    assert reports(other)[-1].place == 1  # it is b's turn, then twice a's
+    assert reports(later)[-1].place == 4
 
 
 def test_starts_follow_from_the_steps_left_in_each_place():
@@ -139,35 +146,35 @@ def test_starts_are_those_of_a_step_by_step_run(left, waiting):
     assert starts_after(left, waiting) == starts
 
 
-def test_the_wait_is_the_steps_before_at_the_pace_of_the_last(monkeypatch):
-    clock, heard = Clock(monkeypatch), []
-    line = joined(ticket("a", steps=100), ticket("b", heard=heard))
-    line.tell((), [50, 80])
-    assert heard[-1].wait_s == 0  # no pace is known yet
+def test_the_wait_is_the_steps_before_at_the_last_pace(monkeypatch):
+    clock, last = Clock(monkeypatch), specified("b")
+    queue = joined(specified("a", steps=100), last)
+    queue.report((), [50, 80])
+    assert reports(last)[-1].wait_s == 0  # no pace is known yet
     for _ in range(30):
         clock.now_s += 0.2
-        line.stepped()
-    line.tell((), [50, 80])
-    assert heard[-1].wait_s == pytest.approx(80 * 0.2)
-    count = len(heard)
-    line.tell((), [49, 79])
-    assert len(heard) == count  # not with every step
+        queue.stepped()
+    queue.report((), [50, 80])
+    assert reports(last)[-1].wait_s == pytest.approx(80 * 0.2)
+    count = len(reports(last))
+    queue.report((), [49, 79])
+    assert len(reports(last)) == count  # not with every step
     clock.now_s += 1
-    line.tell((), [20, 50])
-    assert heard[-1].wait_s == pytest.approx(50 * 0.2)
+    queue.report((), [20, 50])
+    assert reports(last)[-1].wait_s == pytest.approx(50 * 0.2)
 
 
-def test_steps_while_places_are_free_tell_no_pace(monkeypatch):
+def test_steps_while_places_are_free_give_no_pace(monkeypatch):
     """A crowd that fills them is slow, and soon over."""
-    clock, heard = Clock(monkeypatch), []
-    line = joined(ticket(heard=heard))
+    clock, waiting = Clock(monkeypatch), specified()
+    queue = joined(waiting)
     for seconds, left in [(1.0, [9, 0])] * 40 + [(0.2, [9, 9])] * 40:
-        line.tell((), left)
+        queue.report((), left)
         clock.now_s += seconds
-        line.stepped()
+        queue.stepped()
     clock.now_s += 1
-    line.tell((), [10, 10])
-    assert heard[-1].wait_s == pytest.approx(10 * 0.2)
+    queue.report((), [10, 10])
+    assert reports(waiting)[-1].wait_s == pytest.approx(10 * 0.2)
 
 
 def test_the_pace_forgets_and_leaves_out_the_time_without_a_queue(monkeypatch):

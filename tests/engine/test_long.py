@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from musicgen_ui.engine import job, sampling
+from musicgen_ui.engine import sampling, variation
 from musicgen_ui.engine import scheduler as batches
 from musicgen_ui.engine.protocol import Chunk, Event
-from musicgen_ui.engine.worker import stream
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import PIANO, ROCK, codes_of, make_batch, noise, run, whole
+from tests.helpers.engine import (
+    PIANO,
+    ROCK,
+    codes_of,
+    make_batch,
+    noise,
+    run,
+    stream,
+    submit,
+    whole,
+)
 from tests.helpers.long_takes import generated
 
 WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do
@@ -23,7 +32,7 @@ WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "WINDOW_S", WINDOW / 50)
+    monkeypatch.setattr(variation, "WINDOW_S", WINDOW / 50)
 
 
 def long_request(**settings: object) -> GenerationRequest:
@@ -37,10 +46,10 @@ def test_every_window_is_what_generate_makes_of_the_overlap(folder, batch, refer
     clip = noise(clip_s, batch.codec.channels) if clip_s else None
     request = long_request(do_sample=False, audio_prompt=clip, context_s=clip_s)
     windows, _, job = run(batch, request)
-    frames = job.context_frames + 200
+    frames = job.window.context_frames + 200
     starts = range(0, frames - OVERLAP, WINDOW - OVERLAP)
     assert list(windows) == list(starts) and len(windows) >= 3
-    known = windows[0][:, : job.context_frames]
+    known = windows[0][:, : job.window.context_frames]
     for window in windows.values():
         if known.shape[1]:
             assert torch.equal(window, generated(reference, folder, known, window.shape[1]))
@@ -67,14 +76,14 @@ def test_chunks_joined_are_the_take_and_progress_only_rises(batch):
 
 def test_memory_is_that_of_a_window(batch):
     held, events = set(), []
-    batch.submit(long_request(), None, events.append)
+    submit(batch, long_request(), events.append)
     while batch.step():
-        held.update(job.sequence.nbytes for job in batch.jobs)
-    batch.submit(long_request(duration_s=WINDOW / 50), None, events.append)
+        held.update(job.slot.sequence.nbytes for job in batch.running)
+    submit(batch, long_request(duration_s=WINDOW / 50), events.append)
     batch.step()
-    (single,) = batch.jobs
+    (single,) = batch.running
     assert max(held) == single.sequence.nbytes
-    batch.jobs[single].close()
+    batch.running[single].close()
     assert not batch.step()
 
 
@@ -83,15 +92,15 @@ def test_a_seed_gives_the_same_piece_alone_beside_others_and_whatever_the_length
     alone = whole(run(batch, request)[0])
     assert not torch.equal(alone, whole(run(batch, dataclasses.replace(request, seed=8))[0]))
     events: list[Event | Exception] = []
-    batch.submit(dataclasses.replace(request, prompt=PIANO, seed=1), None, events.append)
+    submit(batch, dataclasses.replace(request, prompt=PIANO, seed=1), events.append)
     for _ in range(30):
         batch.step()
-    batch.submit(request, None, events.append)
-    batch.submit(GenerationRequest("", duration_s=0.6, seed=2), None, events.append)
+    submit(batch, request, events.append)
+    submit(batch, GenerationRequest("", duration_s=0.6, seed=2), events.append)
     batch.step()
-    beside = next(job for job in batch.jobs if job.request.seed == 7)
+    beside = next(job for job in batch.running if job.request.seed == 7)
     windows = {}
-    while batch.jobs:
+    while batch.running:
         batch.step()
         windows[beside.start] = codes_of(beside)
     assert torch.equal(whole(windows), alone)
@@ -110,7 +119,7 @@ def test_every_frame_has_random_numbers_of_its_own_whatever_its_window(batch, mo
     windows, _, job = run(batch, long_request(audio_prompt=noise(0.5, batch.codec.channels)))
     expected = []  # a code is drawn with the row of its frame and its codebook's delay
     for start, window in windows.items():
-        first = start + OVERLAP if start else job.context_frames
+        first = start + OVERLAP if start else job.window.context_frames
         expected += range(first, start + window.shape[1] + 3)
     assert torch.equal(torch.stack(rows), job.uniforms[torch.tensor(expected) - 25])
 
@@ -133,14 +142,14 @@ def test_stop_keeps_every_window_before(batch):
 def test_others_go_on_while_a_window_takes_its_past_in(batch, monkeypatch):
     monkeypatch.setattr(batches, "PREFILL_COLUMNS", 5)
     events: list[Event | Exception] = []
-    batch.submit(long_request(duration_s=3.0), None, events.append)
+    submit(batch, long_request(duration_s=3.0), events.append)
     for _ in range(60):
         batch.step()
-    batch.submit(GenerationRequest(ROCK, duration_s=1.5, seed=1), None, events.append)
+    submit(batch, GenerationRequest(ROCK, duration_s=1.5, seed=1), events.append)
     batch.step()
-    long, short = batch.jobs
+    long, short = batch.running
     waited = 0  # steps without a column of its own
-    while short in batch.jobs:
+    while short in batch.running:
         before = long.written, short.written
         batch.step()
         if long.written == before[0] and not long.done:
@@ -153,7 +162,7 @@ def test_others_go_on_while_a_window_takes_its_past_in(batch, monkeypatch):
 
 def test_a_window_waits_for_the_codec_where_it_lags_behind_the_overlap(batch, monkeypatch):
     """A long audio prompt is decoded while few new frames fill the window."""
-    monkeypatch.setattr(job, "CHUNK_FRAMES", 2)
+    monkeypatch.setattr(variation, "CHUNK_FRAMES", 2)
     clip = noise(1.96, batch.codec.channels)
     request = long_request(audio_prompt=clip, context_s=1.96, duration_s=1.0, include_prompt=False)
     windows, finished, _ = run(batch, request)
@@ -180,7 +189,7 @@ def test_loudness_does_not_drift_and_joints_do_not_click(
     monkeypatch, window_s, overlap_s, duration_s
 ):
     """The bundled checkpoint, as people hear it."""
-    monkeypatch.setattr(job, "WINDOW_S", window_s)
+    monkeypatch.setattr(variation, "WINDOW_S", window_s)
     batch = make_batch(Path(__file__).parents[2] / "assets" / "bundled")
     request = GenerationRequest(
         "80s rock with drums, bass and electric guitar",

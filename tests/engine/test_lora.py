@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import re
@@ -15,24 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.checkpoints import lora
 from musicgen_ui.engine.lora import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Finished
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers import melody as melodies
 from tests.helpers import tiny
-from tests.helpers.engine import PIANO, ROCK, generated, make_batch, run_job
+from tests.helpers.engine import PIANO, ROCK, generated, make_batch, run_job, submit
+from tests.helpers.jobs import made
 from tests.helpers.lora import load_model, merged, write
 
 GREEDY = {"prompt": ROCK, "duration_s": 0.5, "do_sample": False}
 
 
 @pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(base: Path, adapter: Path, request: pytest.FixtureRequest) -> Batch:
+def batch(base: Path, adapter: Path, request: pytest.FixtureRequest) -> Scheduler:
     made = make_batch(base, graphs=request.param == "graph")
     made.adapters.add("one", adapter)
     return made
@@ -43,7 +43,7 @@ def changeable(adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
 
-def codes(batch: Batch, name: str = "one", **settings) -> torch.Tensor:
+def codes(batch: Scheduler, name: str = "one", **settings) -> torch.Tensor:
     return run_job(batch, GenerationRequest(**{**GREEDY, "adapter": name} | settings))[1]
 
 
@@ -97,7 +97,7 @@ def test_lora_changes_only_its_own_job(base, batch, tmp_path):
     alone = [run_job(batch, request)[2].clip.samples for request in requests]
     events: list[list] = [[] for _ in requests]
     for request, heard in zip(requests, events, strict=True):
-        batch.submit(request, None, heard.append)
+        submit(batch, request, heard.append)
     while batch.step():
         pass
     for heard, expected in zip(events, alone, strict=True):
@@ -111,10 +111,10 @@ def test_lora_on_an_int8_base_is_close_to_the_merged_model(base, adapter):
     batch.adapters.add("one", adapter)
     plain, expected = (
         make_batch(base),
-        Batch(merged(base, adapter), batch.conditioner.tokenizer, checkpoint="merged"),
+        Scheduler(merged(base, adapter), batch.conditioner.tokenizer, checkpoint="merged"),
     )
 
-    def first_logits(of: Batch, name: str = "") -> torch.Tensor:
+    def first_logits(of: Scheduler, name: str = "") -> torch.Tensor:
         request = GenerationRequest(**GREEDY, adapter=name)
         adapter, states = (
             of.adapters.applied(request),
@@ -164,7 +164,7 @@ def test_lora_targets_are_applied_in_every_precision(targeted):
     make, found, melody = targeted
     told = {**GREEDY, **({"melody": melodies.SCALE} if melody else {})}
 
-    def logits(batch: Batch, name: str) -> torch.Tensor:
+    def logits(batch: Scheduler, name: str) -> torch.Tensor:
         request = GenerationRequest(**told, adapter=name)
         adapter, states = (
             batch.adapters.applied(request),
@@ -192,26 +192,23 @@ def test_lora_folder_is_named_in_the_take(base, adapter):
     request = GenerationRequest(
         **GREEDY, checkpoint=str(base), adapter=str(adapter), adapter_strength=0.8, seed=1
     )
-    with closing(ModelManager(device="cpu", precision="float32")) as manager:
-        take = list(manager.stream_sync(request))[-1]
+    with closing(LocalBackend(device="cpu", precision="float32")) as manager:
+        take = made(manager, request)[-1]
         assert (take.request.adapter, take.request.adapter_strength) == (str(adapter), 0.8)
-        bare = list(manager.stream_sync(dataclasses.replace(request, adapter="")))[-1]
+        bare = made(manager, dataclasses.replace(request, adapter=""))[-1]
         assert abs(bare.clip.samples - take.clip.samples).max() > 0.01
-        assert len(manager._residents.all()) == 1  # the base was not read again
+        assert len(manager._cache.all()) == 1  # the base was not read again
 
         # An open choice of the checkpoint is the adapter's own base.
-        async def auto() -> list:
-            asked = dataclasses.replace(request, checkpoint="auto")
-            return [event async for event in manager.stream(asked)]
-
-        assert asyncio.run(auto())[-1].request.checkpoint == str(base)
+        asked = dataclasses.replace(request, checkpoint="auto")
+        assert made(manager, asked)[-1].request.checkpoint == str(base)
 
 
-def test_lora_is_refused_on_a_server_with_listed_checkpoints(base, adapter):
-    with closing(ModelManager(device="cpu", allow_any=False, also=[str(base)])) as manager:
+def test_a_server_with_listed_checkpoints_alone_puts_nothing_on(base, adapter):
+    with closing(LocalBackend(device="cpu", allow_any=False, also=[str(base)])) as manager:
         request = GenerationRequest(**GREEDY, checkpoint=str(base), adapter=str(adapter))
         with pytest.raises(RequestError, match="adapters are disabled") as error:
-            list(manager.stream_sync(request))
+            made(manager, request)
         assert error.value.field == "adapter"
 
 
@@ -219,12 +216,12 @@ def test_lora_is_refused_on_a_server_with_listed_checkpoints(base, adapter):
 
 
 @pytest.fixture(scope="module")
-def eager(base: Path) -> Batch:
+def eager(base: Path) -> Scheduler:
     return make_batch(base, graphs=False)
 
 
 @pytest.fixture
-def assert_refused(eager: Batch) -> Callable[[Path, str], None]:
+def assert_refused(eager: Scheduler) -> Callable[[Path, str], None]:
     def refused(folder: Path, match: str) -> None:
         with pytest.raises(RequestError, match=match) as error:
             eager.adapters.add("bad", folder)

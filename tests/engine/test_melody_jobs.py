@@ -18,22 +18,32 @@ import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine import delay_pattern
 from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import stream
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import PIANO, ROCK, beside, make_batch, noise, run, run_job
+from tests.helpers.engine import (
+    PIANO,
+    ROCK,
+    beside,
+    make_batch,
+    noise,
+    run,
+    run_job,
+    stream,
+    submit,
+)
+from tests.helpers.jobs import made
 from tests.helpers.melody import DOWN, SCALE, generated, melody_batch, tune
 
 WINDOW = 235  # columns of chroma in 30 s
 
 
 @pytest.fixture(scope="module", params=["eager", "graph"])
-def batch(folder: Path, request: pytest.FixtureRequest) -> Batch:
+def batch(folder: Path, request: pytest.FixtureRequest) -> Scheduler:
     """Both ways of stepping; the graph's as it runs before it is captured."""
     return melody_batch(folder, graphs=request.param == "graph")
 
@@ -88,9 +98,9 @@ def test_shorter_prompt_is_padded_with_zeros(folder, batch, reference):
     expected = (unwanted + 3 * (wanted - unwanted)).argmax(-1)
     job, _, _ = run_job(batch, request)
     own = torch.arange(batch.decoder.codebooks) < batch.codec.channels  # not delayed
-    assert torch.equal(job.columns[own, 1], expected[own])
+    assert torch.equal(job.window.columns[own, 1], expected[own])
     plain, _, _ = run_job(batch, dataclasses.replace(request, negative_prompt=""))
-    assert not torch.equal(job.columns, plain.columns)
+    assert not torch.equal(job.window.columns, plain.window.columns)
 
 
 def test_melody_beside_an_audio_prompt(folder, batch, reference):
@@ -102,7 +112,9 @@ def test_melody_beside_an_audio_prompt(folder, batch, reference):
     job, codes, finished = run_job(batch, request)
     melody = ChromaExtractor()(SCALE)
     heard = torch.cat([ChromaExtractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
-    context = delay_pattern.undelayed(job.columns, 0, job.context_frames, batch.codec.channels)
+    context = delay_pattern.undelayed(
+        job.window.columns, 0, job.window.context_frames, batch.codec.channels
+    )
     assert torch.equal(codes, generated(reference, folder, ROCK, heard, 3.0, 30, context))
     assert np.array_equal(finished.melody.classes, melody[:5])
     other = run_job(batch, dataclasses.replace(request, melody=None))[1]
@@ -119,7 +131,7 @@ def test_melody_jobs_do_not_affect_others(batch):
         GenerationRequest(PIANO, duration_s=0.5, guidance_scale=1, do_sample=False),
     ]
     job = beside(batch, request, others)
-    codes = delay_pattern.undelayed(job.columns, 0, job.frames, batch.codec.channels)
+    codes = delay_pattern.undelayed(job.window.columns, 0, job.window.frames, batch.codec.channels)
     assert torch.equal(codes, alone)
 
 
@@ -136,13 +148,13 @@ def test_variations_stream_and_stop(batch):
         kept = event
         if isinstance(event, Chunk):
             stop.set()
-    assert kept.stopped and 0 < kept.clip.duration_s < 2 and not batch.jobs
+    assert kept.stopped and 0 < kept.clip.duration_s < 2 and not batch.running
     # A stop while the prefix is taken in: nothing was made, and the rows are free.
     stop = threading.Event()
     for event in stream(batch, request, stop):
         kept = event
         stop.set()
-    assert kept.stopped and kept.clip.duration_s == 0 and not batch.jobs
+    assert kept.stopped and kept.clip.duration_s == 0 and not batch.running
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
@@ -169,21 +181,21 @@ def test_takes_tell_what_they_followed(batch):
 
 def test_melody_is_refused_by_other_checkpoints(tiny_mono, tiny_melody):
     request = GenerationRequest(ROCK, melody=SCALE, checkpoint=str(tiny_mono), duration_s=0.5)
-    manager = ModelManager("cpu", "float32")
+    manager = LocalBackend("cpu", "float32")
     with pytest.raises(RequestError, match="cannot follow a melody: choose melody, melody-large"):
-        list(manager.stream_sync(request))
+        made(manager, request)
     assert not manager.describe(str(tiny_mono)).melody
     assert manager.describe(str(tiny_melody)).melody and manager.describe("melody").melody
     (error,) = {str(e) for e in refused(make_batch(tiny_mono), request)}
     assert "cannot follow a melody" in error
     took = dataclasses.replace(request, checkpoint=str(tiny_melody))
-    assert list(manager.stream_sync(took))[-1].melody is not None
+    assert made(manager, took)[-1].melody is not None
     manager.close()
 
 
-def refused(batch: Batch, request: GenerationRequest) -> list[Exception]:
+def refused(batch: Scheduler, request: GenerationRequest) -> list[Exception]:
     events: list[Event | Exception] = []
-    batch.submit(request, None, events.append)
+    submit(batch, request, events.append)
     while batch.step():
         pass
     return [event for event in events if isinstance(event, Exception)]
@@ -204,7 +216,7 @@ def test_clips_without_a_melody_are_refused(clip, said):
 
 def test_melody_moves_along_with_the_windows(folder, batch, reference, monkeypatch):
     """Each window is what `generate` makes of the overlap and the chroma from there on."""
-    monkeypatch.setattr("musicgen_ui.engine.job.WINDOW_S", 2.0)
+    monkeypatch.setattr("musicgen_ui.engine.variation.WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, finished, _ = run(batch, request)
     assert list(windows) == [0, 50, 100] and finished.clip.samples.shape[1] == 128_000
@@ -228,7 +240,7 @@ def test_sections_change_at_their_frame_beside_a_melody(batch, reference):
         do_sample=False,
     )
     job, _, _ = run_job(batch, request)
-    columns = job.columns[None]  # [1, codebooks, columns]
+    columns = job.window.columns[None]  # [1, codebooks, columns]
     for at_s, part in ((0.0, slice(0, 15)), (0.3, slice(15, 30))):
         (states,) = batch.conditioner.conditions(request, at_s=at_s).states
         with torch.no_grad():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from musicgen_ui.backends.local import ModelManager, load_batch
+from musicgen_ui.backends.local import LocalBackend, load_scheduler
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.protocol import Event, Finished
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
+from tests.helpers.engine import submit
 
 
 def tensors() -> dict[int, Tensor]:
@@ -25,16 +26,16 @@ def tensors() -> dict[int, Tensor]:
             for each in found}  # fmt: skip
 
 
-def load(folder, precision: str, max_jobs: int = 8) -> Batch:
+def load(folder, precision: str, max_jobs: int = 8) -> Scheduler:
     source = Source(str(folder), folder)
-    return load_batch(source, devices.choose("cpu", precision), max_jobs, lambda note: None)
+    return load_scheduler(source, devices.choose("cpu", precision), max_jobs, lambda note: None)
 
 
-def run(batch: Batch, jobs: int) -> list[Finished]:
+def run(batch: Scheduler, jobs: int) -> list[Finished]:
     events: list[Event | Exception] = []
     for seed in range(jobs):
         request = GenerationRequest("80s rock", duration_s=0.5, seed=seed)
-        batch.submit(request, None, events.append)
+        submit(batch, request, events.append)
     while batch.step():
         pass
     return [event for event in events if isinstance(event, Finished)]
@@ -68,7 +69,7 @@ def test_two_hundred_jobs_leave_nothing_behind(tiny_mono, precision):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_unload_gives_everything_back(tiny_mono, precision):
     before = set(tensors())
-    manager = ModelManager(device="cpu", precision=precision)
+    manager = LocalBackend(device="cpu", precision=precision)
     with manager.use(str(tiny_mono)) as batch:
         run(batch, 3)
     del batch

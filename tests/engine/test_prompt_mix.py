@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from musicgen_ui.engine import job, sampling
 from musicgen_ui.engine.conditioning import Conditions, normalised
 from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -68,7 +68,7 @@ def test_wrong_weights_are_refused(prompts, says):
     assert caught.value.field == "prompt"
 
 
-def mixing(batch: Batch, monkeypatch: pytest.MonkeyPatch, prompts=MIX) -> Batch:
+def mixing(batch: Scheduler, monkeypatch: pytest.MonkeyPatch, prompts=MIX) -> Scheduler:
     """A batch whose jobs mix these prompts from their first frame on."""
     conditions = partial(batch.conditioner.conditions, prompts=prompts)
     monkeypatch.setattr(batch.conditioner, "conditions", conditions)
@@ -137,15 +137,15 @@ def test_one_prompt_of_any_weight_is_the_plain_request(tiny_mono, monkeypatch, p
 
 # Changes between two frames
 
-Change = Callable[[Batch, Job], None]
+Change = Callable[[Scheduler, Job], None]
 
 
-def changed(batch: Batch, request: GenerationRequest, changes: dict[int, Change]) -> Tensor:
+def changed(batch: Scheduler, request: GenerationRequest, changes: dict[int, Change]) -> Tensor:
     """The columns of a job, changed once so many of them are written."""
     batch.submit(request, None, lambda event: None)
     batch.step()
-    (made,) = batch.jobs
-    while batch.jobs:
+    (made,) = batch.running
+    while batch.running:
         if change := changes.get(made.written):
             change(batch, made)
         batch.step()
@@ -155,7 +155,7 @@ def changed(batch: Batch, request: GenerationRequest, changes: dict[int, Change]
 def steer(prompts, guidance_scale: float) -> Change:
     """As a scheduler does it: other rows, then other sampling parameters."""
 
-    def change(batch: Batch, made: Job) -> None:
+    def change(batch: Scheduler, made: Job) -> None:
         conditions = batch.conditioner.conditions(
             made.request, prompts=normalised(prompts), guidance_scale=guidance_scale
         )
@@ -168,7 +168,7 @@ def steer(prompts, guidance_scale: float) -> Change:
 
 
 @torch.no_grad()
-def steered(folder: Path, batch: Batch, script: dict[int, tuple], frames: int) -> Tensor:
+def steered(folder: Path, batch: Scheduler, script: dict[int, tuple], frames: int) -> Tensor:
     """Greedy columns of transformers' decoder, a cache a row, stepped and mixed by hand."""
     model, channels = load(folder), batch.codec.channels
     count = 1 + frames + (model.decoder.num_codebooks - 1) // channels
@@ -227,7 +227,7 @@ def test_sampling_changes_from_the_next_frame_on(batch, reference):
     """Drawn at first, then the likeliest of a temperature near 0, then the likeliest of top-k 1."""
 
     def of(**values: float) -> Change:
-        def change(batch: Batch, made: Job) -> None:
+        def change(batch: Scheduler, made: Job) -> None:
             params = sampling.SamplingParams.of(made.request)
             batch.stepper.set_sampling(made, dataclasses.replace(params, **values))
 
@@ -263,8 +263,8 @@ def test_a_mix_beside_other_jobs_is_what_it_is_alone(batch, monkeypatch):
     batch.step()
     batch.submit(plain, None, takes.append)
     batch.step()
-    jobs, windows = {each.request.seed: each for each in batch.jobs}, {}
-    while batch.jobs:
+    jobs, windows = {each.request.seed: each for each in batch.running}, {}
+    while batch.running:
         batch.step()
         windows[jobs[4].start] = codes_of(jobs[4])
     assert torch.equal(whole(windows), alone)

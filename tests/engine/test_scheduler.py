@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -18,12 +18,24 @@ from transformers.generation.logits_process import (
 )
 
 from musicgen_ui.engine import delay_pattern, job_queue, sampling
-from musicgen_ui.engine.job import Job
-from musicgen_ui.engine.protocol import Chunk, Event, Finished, Progress
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import Worker, stream
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Chunk, Event, Finished, Progress, Stage
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.engine.variation import TakeRecorder
+from musicgen_ui.engine.worker import Worker
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import PIANO, ROCK, beside, generated, make_batch, noise, run_job
+from tests.helpers.engine import (
+    PIANO,
+    ROCK,
+    beside,
+    generated,
+    listen,
+    make_batch,
+    noise,
+    run_job,
+    stream,
+    submit,
+)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -80,20 +92,20 @@ def test_negative_prompt_takes_the_place_of_the_null_condition(folder, batch, re
     expected = (unwanted + 3 * (wanted - unwanted)).argmax(-1)
     request = GenerationRequest(ROCK, negative_prompt=PIANO, duration_s=0.5, do_sample=False)
     job, _, _ = run_job(batch, request)
-    assert job.columns[0, 1] == expected[0]
+    assert job.window.columns[0, 1] == expected[0]
     plain, _, _ = run_job(batch, dataclasses.replace(request, negative_prompt=""))
-    assert not torch.equal(job.columns, plain.columns)
+    assert not torch.equal(job.window.columns, plain.window.columns)
 
 
 def test_step_sees_the_logits_of_transformers(folder, batch, reference):
     job, _, _ = run_job(batch, GenerationRequest(ROCK, duration_s=0.5, seed=3))
     tokens = AutoTokenizer.from_pretrained(folder)([ROCK], return_tensors="pt")
     with torch.no_grad():
-        expected = reference(**tokens, decoder_input_ids=job.columns[:, :-1]).logits
+        expected = reference(**tokens, decoder_input_ids=job.window.columns[:, :-1]).logits
     states = batch.conditioner.states(ROCK)
-    sequence = batch.decoder.sequence([states], job.positions)
-    for step in range(job.positions):
-        logits = batch.decoder.step(job.columns[None, :, step], [sequence])
+    sequence = batch.decoder.sequence([states], job.window.positions)
+    for step in range(job.window.positions):
+        logits = batch.decoder.step(job.window.columns[None, :, step], [sequence])
         assert torch.allclose(logits[0], expected[:, step], atol=1e-4)
 
 
@@ -161,7 +173,8 @@ def test_neighbours_change_neither_draws_nor_codes(batch):
     job = beside(batch, request, others)
     assert torch.equal(job.uniforms, alone.uniforms)
     assert torch.equal(
-        delay_pattern.undelayed(job.columns, 0, job.frames, batch.codec.channels), codes
+        delay_pattern.undelayed(job.window.columns, 0, job.window.frames, batch.codec.channels),
+        codes,
     )
 
 
@@ -172,7 +185,7 @@ def test_clips_that_are_taken_in_side_by_side_sound_as_alone(batch):
     alone = run_job(batch, request)[2].clip.samples
     finished: list[Event | Exception] = []
     for _ in range(3):
-        batch.submit(request, None, finished.append)
+        submit(batch, request, finished.append)
     while batch.step():
         pass
     takes = [event.clip.samples for event in finished if isinstance(event, Finished)]
@@ -235,7 +248,7 @@ def test_stop_keeps_what_was_made_and_frees_the_rows(batch):
     finished = events[-1]
     assert finished.stopped
     assert 0 < finished.clip.duration_s < 2
-    assert not batch.jobs
+    assert not batch.running
     whole = run_job(batch, GenerationRequest(ROCK, duration_s=2, seed=3))[2].clip.samples
     kept = finished.clip.samples[:, : -4 * 640]  # its end is decoded without what would follow
     assert np.abs(kept - whole[:, : kept.shape[1]]).max() < 1e-4
@@ -252,8 +265,8 @@ def test_closed_iterator_frees_the_rows_without_a_take(batch):
     held = batch.nbytes
     with closing(stream(batch, GenerationRequest(ROCK, duration_s=20, variations=2))) as events:
         next(event for event in events if isinstance(event, Chunk))
-        assert batch.jobs
-    assert not batch.jobs and not batch.line
+        assert batch.running
+    assert not batch.running and not batch.queue
     assert batch.nbytes == held
 
 
@@ -261,15 +274,15 @@ def test_long_prompt_beside_a_short_one(batch, reference, folder):
     """More tokens than the graph's buffers had room for, admitted while another job runs."""
     long = ROCK + " " + "piano with " * 60
     events: list[Event | Exception] = []
-    batch.submit(GenerationRequest(ROCK, duration_s=0.6, do_sample=False), None, events.append)
+    submit(batch, GenerationRequest(ROCK, duration_s=0.6, do_sample=False), events.append)
     batch.step()
-    (short,) = batch.jobs
-    batch.submit(GenerationRequest(long, duration_s=0.6, do_sample=False), None, events.append)
+    (short,) = batch.running
+    submit(batch, GenerationRequest(long, duration_s=0.6, do_sample=False), events.append)
     while batch.step():
         pass
     expected, _ = generated(reference, folder, [ROCK], 30, 3.0)
     assert torch.equal(
-        delay_pattern.undelayed(short.columns, 0, 30, batch.codec.channels), expected[0]
+        delay_pattern.undelayed(short.window.columns, 0, 30, batch.codec.channels), expected[0]
     )
     codes = run_job(batch, GenerationRequest(long, duration_s=0.6, do_sample=False))[1]
     assert torch.equal(codes, generated(reference, folder, [long.strip()], 30, 3.0)[0][0])
@@ -286,15 +299,15 @@ def test_prompt_beyond_the_text_encoder_is_cut_and_said(tiny_mono):
 
 
 def test_more_jobs_than_places_wait_in_order(tiny_mono, monkeypatch):
-    monkeypatch.setattr(job_queue, "TOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(job_queue, "REPORT_EVERY_S", 0.0)
     batch = make_batch(tiny_mono, max_jobs=2)
     heard: list[tuple[int, Event | Exception]] = []
     for caller in range(4):
         request = GenerationRequest(ROCK, duration_s=0.5, seed=caller)
-        batch.submit(request, None, lambda event, caller=caller: heard.append((caller, event)))
+        submit(batch, request, lambda event, caller=caller: heard.append((caller, event)))
     for _ in range(3):
         batch.step()
-    places = {c: e.place for c, e in heard if isinstance(e, Progress) and e.stage == "waiting"}
+    places = {c: e.place for c, e in heard if isinstance(e, Progress) and e.stage is Stage.WAITING}
     assert {caller: places[caller] for caller in (2, 3)} == {2: 1, 3: 2}
     while batch.step():
         pass
@@ -312,8 +325,8 @@ def test_fault_in_one_job_is_its_own(tiny_mono, monkeypatch):
 
     monkeypatch.setattr(batch.conditioner, "states", broken)
     events: list[Event | Exception] = []
-    batch.submit(GenerationRequest(PIANO, duration_s=0.5, variations=2), None, events.append)
-    batch.submit(GenerationRequest(ROCK, duration_s=0.5), None, events.append)
+    submit(batch, GenerationRequest(PIANO, duration_s=0.5, variations=2), events.append)
+    submit(batch, GenerationRequest(ROCK, duration_s=0.5), events.append)
     while batch.step():
         pass
     (error,) = [event for event in events if isinstance(event, Exception)]
@@ -325,38 +338,21 @@ def test_fault_in_one_job_is_its_own(tiny_mono, monkeypatch):
 def test_worker_serves_callers_side_by_side(tiny_mono):
     worker = Worker(make_batch(tiny_mono))
 
-    async def take(seed: int) -> Finished:
-        events = [
-            event
-            async for event in worker.stream(GenerationRequest(ROCK, duration_s=0.5, seed=seed))
-        ]
-        return events[-1]
+    def take(seed: int) -> Finished:
+        return listen(worker, GenerationRequest(ROCK, duration_s=0.5, seed=seed))[-1]
 
-    async def leave_early() -> None:
-        events = worker.stream(GenerationRequest(ROCK, duration_s=20))
-        async for event in events:
-            if isinstance(event, Chunk):
-                break
-        await events.aclose()
-
-    async def everybody() -> list[Finished]:
-        takes = asyncio.gather(*(take(seed) for seed in range(6)))
-        await leave_early()
-        return await takes
-
-    takes = asyncio.run(asyncio.wait_for(everybody(), 60))
+    with ThreadPoolExecutor() as pool:
+        taking = [pool.submit(take, seed) for seed in range(6)]
+        stopped = LoggedJob(GenerationRequest(ROCK, duration_s=20))
+        worker.add(stopped)
+        next(event for event in stopped.follow() if isinstance(event, Chunk))
+        stopped.stop()
+        takes = [each.result(60) for each in taking]
     assert [finished.request.seed for finished in takes] == list(range(6))
-    expected = run_alone(worker, takes[2].request)
+    expected = take(2).clip.samples
     worker.close()
     assert np.abs(expected - takes[2].clip.samples).max() < 1e-4
-
-
-def run_alone(worker: Worker, request: GenerationRequest) -> np.ndarray:
-    async def run() -> np.ndarray:
-        events = [event async for event in worker.stream(request)]
-        return events[-1].clip.samples
-
-    return asyncio.run(run())
+    assert stopped.log.so_far()[-1].stopped
 
 
 def test_int8_makes_music_and_holds_fewer_bytes(tiny_mono):
@@ -374,17 +370,17 @@ def test_jobs_whose_audio_is_decoded_together_are_what_each_is_alone(batch, monk
     lengths = (1.5, 0.7, 3.0, 1.1, 2.0, 2.5)
     asked = [GenerationRequest(ROCK, duration_s=s, seed=i) for i, s in enumerate(lengths)]
     alone = [run_job(batch, request)[2].clip.samples for request in asked]
-    together, decode_together = [], Job.decode_together
+    together, decode_together = [], TakeRecorder.decode_together
 
-    def spy(jobs, frames):
-        together.append(len(jobs))
-        decode_together(jobs, frames)
+    def spy(recorders, *args):
+        together.append(len(recorders))
+        decode_together(recorders, *args)
 
-    monkeypatch.setattr(Job, "decode_together", staticmethod(spy))
-    monkeypatch.setattr(Batch, "_beside", True)
+    monkeypatch.setattr(TakeRecorder, "decode_together", staticmethod(spy))
+    monkeypatch.setattr(Scheduler, "_beside", True)
     ends: list[list[Event | Exception]] = [[] for _ in asked]
     for request, events in zip(asked, ends, strict=True):
-        batch.submit(request, None, events.append)
+        submit(batch, request, events.append)
     while batch.step():
         pass
     assert max(together) > 2
@@ -396,17 +392,17 @@ def test_jobs_whose_audio_is_decoded_together_are_what_each_is_alone(batch, monk
 
 @pytest.mark.parametrize("batch", ["graph"], indirect=True)
 def test_jobs_that_cannot_be_decoded_together_are_decoded_alone(batch, monkeypatch):
-    def full(jobs: list[Job], frames: int) -> None:
-        tried.append(len(jobs))
+    def full(recorders: list[TakeRecorder], *_: object) -> None:
+        tried.append(len(recorders))
         raise torch.OutOfMemoryError("out of memory")
 
     asked, tried = [GenerationRequest(ROCK, duration_s=0.7, seed=seed) for seed in (1, 2)], []
     alone = [run_job(batch, request)[2].clip.samples for request in asked]
-    monkeypatch.setattr(Job, "decode_together", staticmethod(full))
-    monkeypatch.setattr(Batch, "_beside", True)
+    monkeypatch.setattr(TakeRecorder, "decode_together", staticmethod(full))
+    monkeypatch.setattr(Scheduler, "_beside", True)
     ends: list[list[Event | Exception]] = [[] for _ in asked]
     for request, events in zip(asked, ends, strict=True):
-        batch.submit(request, None, events.append)
+        submit(batch, request, events.append)
     while batch.step():
         pass
     assert max(tried) == 2

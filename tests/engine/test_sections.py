@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from musicgen_ui import takes
-from musicgen_ui.engine import job
+from musicgen_ui.engine import variation
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import PIANO, ROCK, codes_of, noise, run, whole
+from tests.helpers.engine import PIANO, ROCK, codes_of, noise, run, submit, whole
 from tests.helpers.sections import switched
 
 SECTIONS = ((0.3, "slow piano"), (0.6, "fast drums"))
@@ -131,20 +131,20 @@ def test_a_section_without_words_beside_one_with_them_is_guided_where_there_are_
 
 def test_sections_of_a_long_piece_and_neighbours_that_change_too(batch, monkeypatch):
     """Each row hears its own words, in whatever window a change falls."""
-    monkeypatch.setattr(job, "WINDOW_S", 1.6)
+    monkeypatch.setattr(variation, "WINDOW_S", 1.6)
     sections = [(0.7, PIANO), (1.6, "fast drums"), (1.98, "")]  # the second begins with a window
     request = GenerationRequest(ROCK, sections=sections, duration_s=2.8, overlap_s=1, seed=4)
     alone = whole(run(batch, request)[0])
     events: list = []
     other = GenerationRequest(PIANO, sections=[(0.5, ROCK)], duration_s=1.0, seed=9)
-    batch.submit(other, None, events.append)
+    submit(batch, other, events.append)
     for _ in range(9):
         batch.step()
-    batch.submit(request, None, events.append)
+    submit(batch, request, events.append)
     batch.step()
-    beside = next(job for job in batch.jobs if job.request.seed == 4)
+    beside = next(job for job in batch.running if job.request.seed == 4)
     windows = {}
-    while batch.jobs:
+    while batch.running:
         batch.step()
         windows[beside.start] = codes_of(beside)
     assert torch.equal(whole(windows), alone)

@@ -17,15 +17,14 @@ import pytest
 import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
-from musicgen_ui.engine import delay_pattern, faults, job
+from musicgen_ui.engine import delay_pattern, faults, variation
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
-from musicgen_ui.engine.job_queue import Ticket
-from musicgen_ui.engine.protocol import Chunk, Event, Finished
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import stream
+from musicgen_ui.engine.protocol import Chunk, Finished
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.errors import Fault
 from musicgen_ui.request import GenerationRequest
 from tests.helpers import long_takes, lora, sections, tiny
-from tests.helpers.engine import PIANO, ROCK, generated, noise, run, run_job
+from tests.helpers.engine import PIANO, ROCK, generated, noise, run, run_job, stream, submit
 from tests.helpers.melody import DOWN, SCALE
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +35,9 @@ CLOSE = 1e-4  # of audio, full scale 1: rounding in the codec; another code chan
 class Caller:
     """Submits a request and keeps what comes back."""
 
-    def __init__(self, batch: Batch, request: GenerationRequest) -> None:
-        self.events: list[Event | Exception] = []
-        self.stop = threading.Event()
-        self.ticket: Ticket = batch.submit(request, self.stop, self.events.append)
+    def __init__(self, batch: Scheduler, request: GenerationRequest) -> None:
+        self.request, self.events = request, []
+        self.job = submit(batch, request, self.events.append)
 
     @property
     def heard(self) -> bool:
@@ -53,12 +51,12 @@ class Caller:
         return self.events[-1].clip.samples
 
 
-def finish(batch: Batch, until: Callable[[], object] = lambda: False) -> None:
+def finish(batch: Scheduler, until: Callable[[], object] = lambda: False) -> None:
     while not until() and batch.step():
         pass
 
 
-def alone(batch: Batch, request: GenerationRequest) -> np.ndarray:
+def alone(batch: Scheduler, request: GenerationRequest) -> np.ndarray:
     caller = Caller(batch, request)
     finish(batch)
     return caller.samples
@@ -68,7 +66,7 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
     return found.shape == expected.shape and bool(np.abs(found - expected).max() < CLOSE)
 
 
-def codes_of(batch: Batch, request: GenerationRequest) -> torch.Tensor:
+def codes_of(batch: Scheduler, request: GenerationRequest) -> torch.Tensor:
     return run_job(batch, request)[1].cpu()
 
 
@@ -123,7 +121,7 @@ def test_greedy_melody_codes_equal_transformers(request, make, device, name, gui
     asked = GenerationRequest(
         ROCK, melody=SCALE, duration_s=0.6, guidance_scale=guidance_scale, do_sample=False
     )
-    columns = run_job(batch, asked)[0].columns
+    columns = run_job(batch, asked)[0].window.columns
     model = MusicgenMelodyForConditionalGeneration.from_pretrained(folder).eval().to(device)
     logits = []
     for states in on_cpu.conditioner.conditions(asked).states:
@@ -170,7 +168,7 @@ def test_captured_steps_equal_plain_ones(request, make, device, name, plain):
         assert same(ours, theirs)
 
 
-def takes(batch: Batch, request: GenerationRequest) -> list[np.ndarray]:
+def takes(batch: Scheduler, request: GenerationRequest) -> list[np.ndarray]:
     ends = [event for event in stream(batch, request) if isinstance(event, Finished)]
     return [end.clip.samples for end in sorted(ends, key=lambda end: end.variation)]
 
@@ -271,7 +269,7 @@ def test_eight_jobs_give_beside_each_other_what_each_gives_alone(batch):
             batch.step()
     finish(batch)
     for caller, take in zip(callers, expected, strict=True):
-        assert same(caller.samples, take), caller.ticket.request
+        assert same(caller.samples, take), caller.request
     assert not np.array_equal(expected[0][:, :6400], expected[1][:, :6400])
 
 
@@ -286,15 +284,14 @@ def test_jobs_come_and_go_while_another_runs(batch):
     first = [Caller(batch, short) for _ in range(3)]
     stopped, left = (Caller(batch, GenerationRequest(PIANO, duration_s=20)) for _ in range(2))
     finish(batch, lambda: stopped.heard and left.heard)
-    stopped.stop.set()
-    left.ticket.close()
+    stopped.job.stop()
+    left.job.stop()
     second = [Caller(batch, short) for _ in range(4)]
     finish(batch)
     assert same(long.samples, expected)
     assert all(same(caller.samples, briefly) for caller in (*first, *second))
     end = stopped.events[-1]
     assert isinstance(end, Finished) and end.stopped and 0 < end.clip.duration_s < 4
-    assert not any(isinstance(event, Finished) for event in left.events)
     assert not batch.busy
 
 
@@ -355,7 +352,7 @@ def test_sections_are_heard_from_their_frame_on(folder, batch):
 
 def test_windows_equal_generate(folder, batch, reference, monkeypatch):
     """Each is what `generate` makes of the codes that it begins with."""
-    monkeypatch.setattr(job, "WINDOW_S", 2.0)
+    monkeypatch.setattr(variation, "WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, _, _ = run(batch, request)
     assert list(windows) == [0, 50, 100]
@@ -411,17 +408,17 @@ def test_a_job_that_finds_no_memory_costs_the_other_nothing(tiny_mono, make, exh
     assert all(same(caller.samples, expected[0]) for caller in crowd)
 
 
-def running(batch: Batch, seed: int) -> bool:
-    return any(job.request.seed == seed for job in batch.jobs)
+def running(batch: Scheduler, seed: int) -> bool:
+    return any(job.request.seed == seed for job in batch.running)
 
 
-def touches(batch: Batch, args: tuple, seed: int) -> bool:
+def touches(batch: Scheduler, args: tuple, seed: int) -> bool:
     """Whether a call of the stepper or the decoder is about the job of this seed."""
     jobs = args[0] if isinstance(args[0], list) else [args[0]]
     for each in jobs:
-        if isinstance(each, job.Job) and each.request.seed == seed:
+        if isinstance(each, variation.Variation) and each.request.seed == seed:
             return True
-        own = [j for j in batch.jobs if getattr(j, "sequence", None) is each]
+        own = [j for j in batch.running if getattr(j, "sequence", None) is each]
         if own and own[0].request.seed == seed:
             return True
     return False
@@ -436,7 +433,7 @@ def test_a_model_that_finds_no_memory_costs_the_one_in_use_nothing(tiny_mono, ma
         batch.step()
     with pytest.raises(torch.OutOfMemoryError) as caught, exhausted():
         make(tiny_mono)
-    assert faults.sentence(caught.value) == faults.MEMORY
+    assert faults.fault_of(caught.value) is Fault.MEMORY
     finish(batch)
     assert same(caller.samples, expected)
     assert same(alone(make(tiny_mono), request), expected)  # there is room again
@@ -445,13 +442,15 @@ def test_a_model_that_finds_no_memory_costs_the_one_in_use_nothing(tiny_mono, ma
 # A device that fails
 
 POISONED = """
-import asyncio, sys, torch
+import sys, time, torch
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tests.helpers.engine import make_batch
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.protocol import Chunk, Finished
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Chunk, Failed, Finished, Trouble
 from musicgen_ui.engine.worker import Worker
-from musicgen_ui.errors import RequestError
+from musicgen_ui.errors import Fault, RequestError
 from musicgen_ui.request import GenerationRequest
 
 device, folder = sys.argv[1], Path(sys.argv[2])
@@ -471,28 +470,36 @@ def reload():
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     return made()
 
-async def listen(worker, seed):
+def listen(worker, seed):
+    job = LoggedJob(GenerationRequest("80s rock", duration_s=3, seed=seed))
     try:
-        async for event in worker.stream(GenerationRequest("80s rock", duration_s=3, seed=seed)):
-            if isinstance(event, Chunk):
-                heard.append(seed)
-            elif isinstance(event, Finished):
-                return event.fault
+        worker.add(job)
     except RequestError as error:
         return str(error)
+    for event in job.follow():
+        if isinstance(event, Chunk):
+            heard.append(seed)
+        elif isinstance(event, Failed):
+            return str(event.error)
+        elif isinstance(event, Finished):
+            return event.fault
 
-async def main():
+def main():
     worker = Worker(batch, reload)
-    first = asyncio.create_task(listen(worker, 1))
-    while not heard:
-        await asyncio.sleep(0.001)
-    told = await asyncio.wait_for(asyncio.gather(first, listen(worker, 2)), 60)
-    later = await asyncio.wait_for(listen(worker, 3), 60)
-    names = {faults.DEVICE: "device", faults.LOST: "lost"}
-    print("told", *(names.get(each, each) for each in (*told, later, worker.trouble)), flush=True)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(listen, worker, 1)
+        while not heard:
+            time.sleep(0.001)
+        told = first.result(60), pool.submit(listen, worker, 2).result(60)
+        later = pool.submit(listen, worker, 3).result(60)
+    names = {
+        Fault.DEVICE.sentence: "device", Fault.DEVICE_LOST.sentence: "lost",
+        Trouble.DEVICE_LOST: "lost",
+    }
+    print("told", *(names.get(each, each) for each in (*told, later, worker.trouble)))
 
 batch.stepper.step = poisoned
-asyncio.run(main())
+main()
 """
 
 

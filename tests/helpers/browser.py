@@ -12,14 +12,14 @@ from playwright.sync_api import Page, expect
 
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 Open = Callable[..., Page]
 
 
 @contextmanager
-def serving(engine: FakeEngine | None = None, **settings: Any) -> Iterator[str]:
+def serving(engine: FakeBackend | None = None, **settings: Any) -> Iterator[str]:
     """A server of its own; the address.
 
     Gradio takes the folder of its uploads from the environment, so of two servers in a process

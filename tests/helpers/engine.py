@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from transformers import (
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine import delay_pattern
 from musicgen_ui.engine.cpu.codec_kernels import Convolution16
-from musicgen_ui.engine.job import Job
+from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.protocol import Event, Finished
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.protocol import Event, Failed, Finished
+from musicgen_ui.engine.scheduler import Scheduler
+from musicgen_ui.engine.variation import Variation
+from musicgen_ui.engine.worker import Worker
 from musicgen_ui.request import GenerationRequest
 
 ROCK = "80s rock with drums and bass"
@@ -31,9 +35,9 @@ def load(folder: Path) -> MusicgenForConditionalGeneration:
     return MusicgenForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def make_batch(folder: Path, **options: object) -> Batch:
+def make_batch(folder: Path, **options: object) -> Scheduler:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Batch(load(folder), tokenizer, checkpoint=folder.name, **options)
+    return Scheduler(load(folder), tokenizer, checkpoint=folder.name, **options)
 
 
 def noise(duration_s: float, channels: int = 1, seed: int = 0) -> Clip:
@@ -41,16 +45,67 @@ def noise(duration_s: float, channels: int = 1, seed: int = 0) -> Clip:
     return Clip(samples.astype(np.float32), 32000)
 
 
-def run_job(batch: Batch, request: GenerationRequest) -> tuple[Job, torch.Tensor, Finished]:
+def submit(
+    scheduler: Scheduler,
+    request: GenerationRequest,
+    deliver: Callable[[Event | Exception], object],
+) -> LoggedJob:
+    """Submits a request; every event is delivered as it comes, a failure as its error."""
+    job = LoggedJob(request)
+    append = job.log.append
+
+    def append_and_deliver(event: Event) -> None:
+        append(event)
+        deliver(event.error if isinstance(event, Failed) else event)
+
+    job.log.append = append_and_deliver  # type: ignore[method-assign]
+    scheduler.add(job, scheduler.encode(job.request))
+    return job
+
+
+def stream(
+    scheduler: Scheduler, request: GenerationRequest, stop: threading.Event | None = None
+) -> Iterator[Event]:
+    """The events of a request on a scheduler that nothing else steps; raises its failure."""
+    job = scheduler.submit(request)
+
+    def step() -> None:
+        if stop and stop.is_set():
+            job.stop()
+        scheduler.poll()
+
+    try:
+        for event in job.follow(poll=step):
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+    finally:
+        job.stop()
+        scheduler.poll()
+
+
+def listen(worker: Worker, request: GenerationRequest) -> list[Event | Exception]:
+    """The events of a request to a worker, a failure as its error."""
+    job = LoggedJob(request)
+    try:
+        worker.add(job)
+    except Exception as error:
+        return [error]
+    return [e.error if isinstance(e, Failed) else e for e in job.follow()]
+
+
+def run_job(
+    batch: Scheduler, request: GenerationRequest
+) -> tuple[Variation, torch.Tensor, Finished]:
     """The finished job, its codes [codebooks, frames] and its take."""
     events: list[Event | Exception] = []
-    batch.submit(request, None, events.append)
+    submit(batch, request, events.append)
     batch.step()
-    (job,) = batch.jobs
-    while batch.jobs:
+    (job,) = batch.running
+    while batch.running:
         batch.step()
     assert isinstance(events[-1], Finished), events[-1]
-    codes = delay_pattern.undelayed(job.columns, 0, job.frames, batch.codec.channels)
+    codes = delay_pattern.undelayed(job.window.columns, 0, job.window.frames, batch.codec.channels)
     return job, codes, events[-1]
 
 
@@ -87,39 +142,45 @@ def generated(
     return codes, audio
 
 
-def beside(batch: Batch, request: GenerationRequest, others: list[GenerationRequest]) -> Job:
+def beside(
+    batch: Scheduler, request: GenerationRequest, others: list[GenerationRequest]
+) -> Variation:
     """The job of `request` when three others run too; two begin before it, one after it."""
     events: list[Event | Exception] = []
-    batch.submit(others[0], None, events.append)
+    submit(batch, others[0], events.append)
     for _ in range(5):
         batch.step()
-    batch.submit(others[1], None, events.append)
-    batch.submit(request, None, events.append)
+    submit(batch, others[1], events.append)
+    submit(batch, request, events.append)
     batch.step(), batch.step()
-    job = next(job for job in batch.jobs if job.request.seed == request.seed)
-    batch.submit(others[2], None, events.append)
+    job = next(job for job in batch.running if job.request.seed == request.seed)
+    submit(batch, others[2], events.append)
     while batch.step():
         pass
     assert sum(isinstance(event, Finished) for event in events) == 4
     return job
 
 
-def run(batch: Batch, request: GenerationRequest) -> tuple[dict[int, torch.Tensor], Finished, Job]:
+def run(
+    batch: Scheduler, request: GenerationRequest
+) -> tuple[dict[int, torch.Tensor], Finished, Variation]:
     """The codes of each window by its first frame, the take and its job."""
     events: list[Event | Exception] = []
-    batch.submit(request, None, events.append)
+    submit(batch, request, events.append)
     batch.step()
-    (job,) = batch.jobs
+    (job,) = batch.running
     windows = {}
-    while batch.jobs:
+    while batch.running:
         batch.step()
-        windows[job.start] = codes_of(job)
+        windows[job.window.start] = codes_of(job)
     assert isinstance(events[-1], Finished), events[-1]
     return windows, events[-1], job
 
 
-def codes_of(job: Job) -> torch.Tensor:
-    return delay_pattern.undelayed(job.columns, 0, job.window_frames, job.codec.channels)
+def codes_of(job: Variation) -> torch.Tensor:
+    return delay_pattern.undelayed(
+        job.window.columns, 0, job.window.window_frames, job._codec.channels
+    )
 
 
 def whole(windows: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -1,26 +1,30 @@
-"""A fake engine: the real protocol, tones instead of music, as fast or slow as a test wants.
+"""A fake backend: the real protocol, tones instead of music, as fast or slow as a test wants.
 
 A tone's pitch depends on the seed alone, so takes are deterministic and differ by seed.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from musicgen_ui.audio.clip import Clip
+from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import (
-    Chroma,
+    CheckpointInfo,
     Chunk,
-    Description,
     Event,
+    Failed,
     Finished,
     Health,
     Progress,
+    Stage,
+    Status,
+    Trouble,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -39,8 +43,8 @@ def tone(seed: int, duration_s: float, sampling_rate: int, channels: int) -> np.
 
 
 @dataclass
-class FakeEngine:
-    """Implements `musicgen_ui.engine.protocol.Engine` with tones."""
+class FakeBackend:
+    """Implements `musicgen_ui.engine.protocol.Backend` with tones."""
 
     speed: float = 0.0  # seconds of music a second; 0 is at once
     chunk_s: float = 0.25
@@ -49,57 +53,71 @@ class FakeEngine:
     load_s: float = 0.0
     failure: Exception | None = None  # raised while composing
     requests: list[GenerationRequest] = field(default_factory=list)
-    visitors: list[str] = field(default_factory=list)
-    closed: int = 0  # iterators closed, finished or not
+    clients: list[str] = field(default_factory=list)
+    closed: int = 0  # jobs that ended, finished or not
     running: int = 0
     unloads: int = 0
-    trouble: str = ""  # of its health
+    trouble: Trouble | None = None  # of its health
     ended: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def stream(
-        self,
-        request: GenerationRequest,
-        stop: threading.Event | None = None,
-        visitor: str = "",
-    ) -> AsyncIterator[Event]:
-        stop = stop or threading.Event()
-        self.describe(request.checkpoint)
-        request = request.with_seed()
-        self.requests.append(request)
-        self.visitors.append(visitor)
+    def submit(self, request: GenerationRequest, client: str = "") -> LoggedJob:
+        job = LoggedJob(request, client)
+        self.clients.append(client)
+        threading.Thread(target=self._run, args=(job,), daemon=True).start()
+        return job
+
+    def _run(self, job: LoggedJob) -> None:
         try:
-            place = self.running - self.max_jobs + 1
-            self.running += 1
-            if place > 0:
-                yield Progress("waiting", place=place)
-            while self.running > self.max_jobs and not stop.is_set():
-                await asyncio.sleep(0.01)
-            if self.load_s:
-                yield Progress("loading", note="reading 17 MB")
-                await asyncio.sleep(self.load_s)
-            async for event in self._compose(request, stop):
-                yield event
-        finally:
-            self.running -= 1
-            self.closed += 1
+            self.describe(job.request.checkpoint)
+            self.requests.append(job.request)
+            with self._counted(job):
+                if self.load_s:
+                    job.log.append(Progress(Stage.LOADING, note="reading 17 MB"))
+                    job.log.wait(self.load_s)
+                events = self._compose(job) if job.begin() else []
+                for event in events:
+                    last = event
+                    if not isinstance(event, Finished) or job.log.unfinished > 1:
+                        job.log.append(event)
+            if not job.ended:
+                job.log.append(last)
+        except Exception as error:
+            job.log.append(Failed(error))
 
-    async def _compose(
-        self, request: GenerationRequest, stop: threading.Event
-    ) -> AsyncIterator[Event]:
+    @contextlib.contextmanager
+    def _counted(self, job: LoggedJob) -> Iterator[None]:
+        """The job counts as running; it waits while there are too many."""
+        try:
+            with self._lock:
+                place = self.running - self.max_jobs + 1
+                self.running += 1
+            if place > 0:
+                job.log.append(Progress(Stage.WAITING, place=place))
+            while self.running > self.max_jobs and not job.log.wait(0.01):
+                pass
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+                self.closed += 1
+
+    def _compose(self, job: LoggedJob) -> Iterator[Event]:
+        request = job.request
         total_s, speed = request.duration_s, self.speed or 20.0
         made_s = 0.0
-        yield Progress("composing", total_s=total_s)
-        while made_s < total_s - 1e-9 and not stop.is_set():
+        yield Progress(Stage.COMPOSING, total_s=total_s)
+        while made_s < total_s - 1e-9 and not job.stopping.is_set():
             until_s = min(total_s, made_s + self.chunk_s)
-            if self.speed:
-                await asyncio.sleep((until_s - made_s) / self.speed)
+            if self.speed and job.stopping.wait((until_s - made_s) / self.speed):
+                break
             if self.failure:
                 raise self.failure
             for index in range(request.variations):
-                part = slice(*(round(s * self.sampling_rate) for s in (made_s, until_s)))
-                samples = self._music(request.variation(index))[:, part]
-                yield Chunk(index, Clip(samples, self.sampling_rate))
-                yield Progress("composing", index, done_s=until_s, total_s=total_s, speed=speed)
+                begin, end = (round(s * self.sampling_rate) for s in (made_s, until_s))
+                samples = self._music(request.variation(index))[:, begin:end]
+                yield Chunk(index, Clip(samples, self.sampling_rate), begin)
+                yield Progress(Stage.COMPOSING, index, done_s=until_s, total_s=total_s, speed=speed)
             made_s = until_s
         for index in range(request.variations):
             yield self._finished(request, index, made_s, speed)
@@ -131,12 +149,12 @@ class FakeEngine:
     def checkpoints(self) -> list[str]:
         return list(STEREO)
 
-    def describe(self, checkpoint: str, adapter: str = "") -> Description:
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
         if checkpoint not in STEREO:
             raise RequestError(
                 f"There is no checkpoint “{checkpoint}”: choose one from the list.", "checkpoint"
             )
-        return Description(
+        return CheckpointInfo(
             checkpoint,
             STEREO[checkpoint],
             self.sampling_rate,
@@ -145,8 +163,8 @@ class FakeEngine:
             defaults=OWN.get(checkpoint, {}),
         )
 
-    def status(self) -> str:
-        return "fake · CPU · float32"
+    def status(self) -> Status:
+        return Status(("fake",), device="CPU", precision="float32", nbytes=1_000_000)
 
     def health(self) -> Health:
         return Health(self.trouble, {"fake": 1_000_000}, jobs=self.running)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 
 
 def tune(*notes: int, note_s: float = 0.5, rate: int = 32_000) -> Clip:
@@ -28,10 +28,10 @@ def tune(*notes: int, note_s: float = 0.5, rate: int = 32_000) -> Clip:
 SCALE, DOWN = tune(0, 2, 4, 5, 7, 9, 11, 12), tune(11, 7, 5, 2)
 
 
-def melody_batch(folder: Path, **options: Any) -> Batch:
+def melody_batch(folder: Path, **options: Any) -> Scheduler:
     model = MusicgenMelodyForConditionalGeneration.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Batch(model, tokenizer, checkpoint=folder.name, **options)
+    return Scheduler(model, tokenizer, checkpoint=folder.name, **options)
 
 
 def needs_generate() -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from musicgen_ui.backends.admission import Desk
+from musicgen_ui.backends.admission import Admission
 from musicgen_ui.request import FIELDS
 from musicgen_ui.ui.handlers import Handlers
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 TAB = SimpleNamespace(session_hash="a")
 
@@ -26,7 +26,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def handlers(tmp_path: Path) -> Handlers:
-    return Handlers(FakeEngine(), tmp_path, Desk(3))
+    return Handlers(Admission(FakeBackend(), tmp_path, queue_length=3))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ nothing, and weights that "move" where they are. Run by test_zero.py in a proces
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.server
 import itertools
@@ -107,7 +106,7 @@ def main(checkpoint: str) -> dict[str, Any]:
 
     from musicgen_ui.audio.clip import Clip
     from musicgen_ui.backends import zerogpu, zerogpu_worker
-    from musicgen_ui.engine.protocol import Chunk, Finished
+    from musicgen_ui.engine.protocol import Chunk, Failed, Finished
     from musicgen_ui.errors import RequestError
     from musicgen_ui.request import GenerationRequest
 
@@ -119,7 +118,7 @@ def main(checkpoint: str) -> dict[str, Any]:
         return whole_load(source, device)
 
     zerogpu._loaded = loaded
-    engine = zerogpu.ZeroEngine(checkpoint)
+    engine = zerogpu.ZeroBackend(checkpoint)
     device = zerogpu.MODELS[checkpoint].model.device
     # What the launch of a page does: the weights leave the memory.
     told: dict[str, Any] = {"device": str(device), "packed_bytes": pack()}
@@ -136,31 +135,24 @@ def main(checkpoint: str) -> dict[str, Any]:
         }
 
     def run(request: GenerationRequest, at_first_chunk: Any = None) -> dict[str, Any]:
-        async def collect() -> dict[str, Any]:
+        def collect() -> dict[str, Any]:
             kinds, takes, heard = [], [], {}
-            stop = threading.Event()
-            events = engine.stream(request, stop)
-            try:
-                async with contextlib.aclosing(events):
-                    async for event in events:
-                        kinds.append(type(event).__name__)
-                        if isinstance(event, Finished):
-                            takes.append(plain(event))
-                        if isinstance(event, Chunk):
-                            before = heard.setdefault(event.variation, [])
-                            before.extend(event.clip.samples.ravel().tolist())
-                            if (
-                                at_first_chunk
-                                and kinds.count("Chunk") == 1
-                                and at_first_chunk(stop)
-                            ):
-                                break
-            except RequestError as error:
-                return {"error": str(error), "kinds": kinds}
+            job = engine.submit(request)
+            for event in job.follow():
+                kinds.append(type(event).__name__)
+                if isinstance(event, Failed):
+                    return {"error": str(event.error), "kinds": kinds}
+                if isinstance(event, Finished):
+                    takes.append(plain(event))
+                if isinstance(event, Chunk):
+                    before = heard.setdefault(event.variation, [])
+                    before.extend(event.clip.samples.ravel().tolist())
+                    if at_first_chunk and kinds.count("Chunk") == 1:
+                        at_first_chunk(job)
             return {"kinds": kinds, "takes": takes, "heard": heard}
 
         before = len(DeviceApi.calls)
-        result = asyncio.run(collect())
+        result = collect()
         until = time.monotonic() + 20
         while any(t.name == "zero-call" for t in threading.enumerate()):
             assert time.monotonic() < until, "a call did not end"
@@ -180,8 +172,7 @@ def main(checkpoint: str) -> dict[str, Any]:
     )
     long = GenerationRequest(duration_s=30, seed=3, checkpoint=checkpoint)
     told["whole"] = run(short)
-    told["stopped"] = run(long, lambda stop: stop.set())
-    told["closed"] = run(long, lambda stop: True)
+    told["stopped"] = run(long, lambda job: job.stop())
     told["killed"] = run(long, kill)
     with set_to(kill=True):
         told["killed early"] = run(long)
@@ -190,7 +181,7 @@ def main(checkpoint: str) -> dict[str, Any]:
     told["alone"] = run(GenerationRequest(duration_s=1, checkpoint=checkpoint))
     with set_to(idle=True):
         told["again"] = run(short)
-    whole = zerogpu_worker.worker.stream
+    whole = zerogpu_worker._events
 
     def fails(*_: Any) -> Iterator[Any]:
         raise RequestError("The memory of this machine is full.")
@@ -200,11 +191,11 @@ def main(checkpoint: str) -> dict[str, Any]:
         raise ZeroDivisionError("a secret of the server")
         yield
 
-    zerogpu_worker.worker.stream = fails
+    zerogpu_worker._events = fails
     told["mended"] = run(long)
-    zerogpu_worker.worker.stream = breaks
+    zerogpu_worker._events = breaks
     told["broken"] = run(long)
-    zerogpu_worker.worker.stream = whole
+    zerogpu_worker._events = whole
     kill(None)  # they would wait for more, and hold on to our output
     return told
 

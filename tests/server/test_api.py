@@ -19,17 +19,17 @@ from gradio_client.exceptions import AppError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 
 @pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine()
+def engine() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture(scope="module")
-def url(engine: FakeEngine) -> Iterator[str]:
+def url(engine: FakeBackend) -> Iterator[str]:
     chosen = Settings(port=free_port(), queue_length=2, max_upload_mb=2)
     demo, temporary = launch(chosen, engine)
     yield f"http://127.0.0.1:{chosen.port}"
@@ -43,7 +43,7 @@ def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Client:
 
 
 @contextlib.contextmanager
-def slowly(engine: FakeEngine, speed: float) -> Iterator[None]:
+def slowly(engine: FakeBackend, speed: float) -> Iterator[None]:
     engine.speed = speed
     try:
         yield
@@ -72,7 +72,7 @@ def test_predict_without_anything_gives_files_and_settings(client: Client) -> No
     assert "path" not in str(settings) and ".wav" not in str(settings)
 
 
-def test_settings_reach_the_engine(client: Client, engine: FakeEngine, tmp_path: Path) -> None:
+def test_settings_reach_the_engine(client: Client, engine: FakeBackend, tmp_path: Path) -> None:
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, np.full(16_000, 0.1), 16_000)
     files, settings = client.predict(
@@ -93,7 +93,7 @@ def test_settings_reach_the_engine(client: Client, engine: FakeEngine, tmp_path:
     assert [take["seed"] for take in settings["takes"]] == [3, 4]
 
 
-def test_submit_tells_progress(client: Client, engine: FakeEngine) -> None:
+def test_submit_tells_progress(client: Client, engine: FakeBackend) -> None:
     with slowly(engine, 8):
         job = client.submit(duration_s=4, api_name="/generate")
         job.result()
@@ -122,7 +122,7 @@ def test_a_misspelt_parameter_is_noticed(client: Client) -> None:
         client.predict(lenght_s=3, api_name="/generate")
 
 
-def test_a_full_queue_says_so(client: Client, engine: FakeEngine) -> None:
+def test_a_full_queue_says_so(client: Client, engine: FakeBackend) -> None:
     with slowly(engine, 1):
         jobs = [client.submit(duration_s=30, api_name="/generate") for _ in range(2)]
         while engine.running < 2:
@@ -135,7 +135,7 @@ def test_a_full_queue_says_so(client: Client, engine: FakeEngine) -> None:
             time.sleep(0.02)
 
 
-def test_a_cancelled_job_leaves_the_engine(client: Client, engine: FakeEngine) -> None:
+def test_a_cancelled_job_leaves_the_engine(client: Client, engine: FakeBackend) -> None:
     with slowly(engine, 1):
         job = client.submit(duration_s=30, api_name="/generate")
         while not engine.running:
@@ -150,7 +150,7 @@ def test_a_cancelled_job_leaves_the_engine(client: Client, engine: FakeEngine) -
 
 
 @pytest.mark.parametrize("path", ["run/generate", "api/generate", "call/generate"])
-def test_there_is_no_way_round_the_queue(url: str, engine: FakeEngine, path: str) -> None:
+def test_there_is_no_way_round_the_queue(url: str, engine: FakeBackend, path: str) -> None:
     before = len(engine.requests)
     answer = httpx.post(
         f"{url}/gradio_api/{path}", json={"data": [s.default for s in FIELDS.values()]}
@@ -161,7 +161,7 @@ def test_there_is_no_way_round_the_queue(url: str, engine: FakeEngine, path: str
     assert answer.status_code >= 400 and len(engine.requests) == before
 
 
-def test_a_file_of_the_server_cannot_be_named_as_a_clip(url: str, engine: FakeEngine) -> None:
+def test_a_file_of_the_server_cannot_be_named_as_a_clip(url: str, engine: FakeBackend) -> None:
     values = [spec.default for spec in FIELDS.values()]
     values[list(FIELDS).index("audio_prompt")] = {
         "path": str(Path(__file__).resolve()),

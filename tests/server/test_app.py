@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from musicgen_ui.backends.starting import BackgroundEngine
-from musicgen_ui.engine.protocol import Progress
+from musicgen_ui.backends.starting import StartingBackend
+from musicgen_ui.engine.protocol import Progress, Stage, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.middleware import BodyLimit
 from musicgen_ui.server.settings import Settings, settings, table, variable
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.jobs import made, read, takes
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,47 +83,41 @@ c.malloc_info(0, file), c.fclose(file), over.set()
     assert (tmp_path / "heaps").read_text().count("<heap nr") == int(own or 2)
 
 
-def collect(engine: Any, request: GenerationRequest, stop: threading.Event | None = None) -> list:
-    async def run() -> list:
-        return [event async for event in engine.stream(request, stop)]
-
-    return asyncio.run(run())
-
-
 def test_a_click_waits_for_an_engine_that_is_being_built() -> None:
     built = threading.Event()
 
-    def build() -> FakeEngine:
+    def build() -> FakeBackend:
         built.wait()
-        return FakeEngine()
+        return FakeBackend()
 
-    engine = BackgroundEngine(build, "mono")
+    engine = StartingBackend(build, "mono")
     engine.start()
-    assert engine.status() == "starting …"
+    assert engine.status().starting
     threading.Timer(0.3, built.set).start()
-    events = collect(engine, GenerationRequest(duration_s=0.5))
-    assert events[0] == Progress("loading", note="starting the engine")
+    events = made(engine, GenerationRequest(duration_s=0.5))
+    assert events[0] == Progress(Stage.LOADING, note="starting the engine")
     assert events[-1].clip.duration_s == 0.5
     assert engine.checkpoints() == ["mono", "auto", "wide"]
-    assert engine.status() == "fake · CPU · float32"
+    assert engine.status().loaded == ("fake",)
 
 
 def test_stop_ends_the_wait_for_the_engine() -> None:
-    engine = BackgroundEngine(FakeEngine, "auto")  # never started
-    stop = threading.Event()
-    stop.set()
-    assert collect(engine, GenerationRequest(), stop) == []
+    engine = StartingBackend(FakeBackend, "auto")  # never started
+    job = engine.submit(GenerationRequest())
+    job.stop()
+    (take,) = takes(read(job))
+    assert take.stopped and not take.clip.samples.size
 
 
 def test_an_engine_that_fails_to_start_is_said_in_a_sentence() -> None:
-    def build() -> FakeEngine:
+    def build() -> FakeBackend:
         raise OSError("no such device")
 
-    engine = BackgroundEngine(build, "auto")
+    engine = StartingBackend(build, "auto")
     engine.start()
     with pytest.raises(RequestError, match="could not start"):
         engine.describe("auto")
-    assert "failed" in engine.status()
+    assert engine.health().trouble is Trouble.NOT_STARTED
 
 
 async def app(scope: dict, receive: Any, send: Any) -> None:

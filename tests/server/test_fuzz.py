@@ -38,7 +38,7 @@ from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers import mutated
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 # files
 
@@ -193,7 +193,7 @@ def api() -> Iterator[schemathesis.BaseSchema]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    demo, temporary = launch(Settings(port=port, max_upload_mb=2), FakeEngine())
+    demo, temporary = launch(Settings(port=port, max_upload_mb=2), FakeBackend())
     described = {**demo.app.openapi(), "servers": [{"url": f"http://127.0.0.1:{port}"}]}
     paths = (
         described["paths"]

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from musicgen_ui.server import gradio_patches
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 GRADIO = Path(gr.__file__).parent
@@ -27,7 +27,7 @@ GRADIO = Path(gr.__file__).parent
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Any]:
-    demo, temporary = launch(Settings(port=free_port()), FakeEngine())
+    demo, temporary = launch(Settings(port=free_port()), FakeBackend())
     yield demo
     close(demo, temporary)
 
@@ -121,7 +121,7 @@ def test_mcp_server_calls_the_api_with_a_client_of_ours() -> None:
 
 
 def test_hang_up_breaks_connections_off() -> None:
-    demo, temporary = launch(Settings(port=free_port()), FakeEngine())
+    demo, temporary = launch(Settings(port=free_port()), FakeBackend())
     with socket.create_connection(("127.0.0.1", demo.server_port), timeout=10) as connection:
         connection.sendall(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(15) == b"HTTP/1.1 200 OK"

@@ -25,7 +25,7 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.server import sign_in
 from musicgen_ui.server.app import close, launch, serve
 from musicgen_ui.server.settings import Settings, settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 from tests.helpers.reverse_proxy import under_music
 
@@ -38,7 +38,7 @@ def guarded(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]
     """A server with a password: its address and Gradio's app."""
     monkeypatch_module.setattr(sign_in, "WRONG_S", 0.01)
     port = free_port()
-    demo, temporary = launch(Settings(port=port, auth=f"ann:{SECRET}"), FakeEngine())
+    demo, temporary = launch(Settings(port=port, auth=f"ann:{SECRET}"), FakeBackend())
     yield f"http://127.0.0.1:{port}", demo.app
     close(demo, temporary)
 
@@ -238,7 +238,7 @@ def test_secrets_are_in_no_log_message_or_help(
 def test_mcp_without_its_packages_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("musicgen_ui.server.app.find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"pip install -r requirements-mcp\.txt"):
-        serve(Settings(mcp=True), FakeEngine())
+        serve(Settings(mcp=True), FakeBackend())
 
 
 def test_a_shared_link_offers_the_listed_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +249,8 @@ def test_a_shared_link_offers_the_listed_checkpoints(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="module")
-def proxied() -> Iterator[tuple[str, FakeEngine]]:
-    port, engine = free_port(), FakeEngine(speed=20)
+def proxied() -> Iterator[tuple[str, FakeBackend]]:
+    port, engine = free_port(), FakeBackend(speed=20)
     demo, temporary = launch(
         Settings(port=port, root_path="music/", allowed_hosts="music.example"), engine
     )
@@ -259,7 +259,7 @@ def proxied() -> Iterator[tuple[str, FakeEngine]]:
     close(demo, temporary)
 
 
-def test_behind_a_proxy_everything_lies_under_its_path(proxied: tuple[str, FakeEngine]) -> None:
+def test_behind_a_proxy_everything_lies_under_its_path(proxied: tuple[str, FakeBackend]) -> None:
     url, _ = proxied
     page = httpx.get(url + "/").text
     config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});</script>", page)[1])
@@ -282,7 +282,7 @@ def test_behind_a_proxy_everything_lies_under_its_path(proxied: tuple[str, FakeE
     ],
 )
 def test_what_the_page_asks_for_is_answered_with_addresses_relative_to_it(
-    proxied: tuple[str, FakeEngine], headers: dict[str, str], relative: bool
+    proxied: tuple[str, FakeBackend], headers: dict[str, str], relative: bool
 ) -> None:
     url, _ = proxied
     config = httpx.get(url + "/config").json()
@@ -299,7 +299,7 @@ def test_what_the_page_asks_for_is_answered_with_addresses_relative_to_it(
         assert httpx.get(f"{url}/{file['url']}").status_code == 200
 
 
-def test_a_link_is_previewed_as_this_app(proxied: tuple[str, FakeEngine]) -> None:
+def test_a_link_is_previewed_as_this_app(proxied: tuple[str, FakeBackend]) -> None:
     head = httpx.get(proxied[0] + "/").text.partition("</head>")[0]
     previews = re.findall(
         r'<meta\s+(?:property|name)="(?:og|twitter):\w+"\s+content="([^"]*)"', head
@@ -311,7 +311,7 @@ def test_a_link_is_previewed_as_this_app(proxied: tuple[str, FakeEngine]) -> Non
 
 
 def test_the_api_streams_and_downloads_through_a_proxy(
-    proxied: tuple[str, FakeEngine], tmp_path: Path
+    proxied: tuple[str, FakeBackend], tmp_path: Path
 ) -> None:
     url, _ = proxied
     client = Client(url, verbose=False, download_files=tmp_path)
@@ -322,7 +322,7 @@ def test_the_api_streams_and_downloads_through_a_proxy(
 
 
 def test_several_users_at_once_have_their_own_takes(
-    proxied: tuple[str, FakeEngine], tmp_path: Path
+    proxied: tuple[str, FakeBackend], tmp_path: Path
 ) -> None:
     url, _ = proxied
 

@@ -11,12 +11,13 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress
+from musicgen_ui.backends.admission import Admission
+from musicgen_ui.backends.job_log import JobLog, JobRecord
+from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress, Stage, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from musicgen_ui.server.job_log import Journal
 from musicgen_ui.server.metrics import Metrics, metrics_routes
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 LOCAL = ("127.0.0.1", 4000)
 
@@ -25,9 +26,9 @@ class Watched:
     """A server's two routes over a fake engine."""
 
     def __init__(self, token: str = "", proxied: bool = False) -> None:
-        self.engine, self.journal = FakeEngine(), Journal()
+        self.backend, self.job_log = FakeBackend(), JobLog()
         self.app = Starlette(
-            routes=metrics_routes(Metrics(self.engine, self.journal), token, proxied)
+            routes=metrics_routes(Metrics(self.backend, self.job_log), token, proxied)
         )
 
     def get(self, path: str, peer: Any = LOCAL, host: str = "127.0.0.1:7860", **headers: str):
@@ -44,26 +45,28 @@ class Watched:
         }
 
 
-def run(journal: Journal, made_s: float = 2.0, speed: float = 4.0) -> None:
+def run(job_log: JobLog, made_s: float = 2.0, speed: float = 4.0) -> None:
     """A job's life."""
     request = GenerationRequest(duration_s=2, checkpoint="fake")
     clip = Clip(np.zeros((1, round(made_s * 1000)), np.float32), 1000)
-    with journal.job() as record:
-        record.asks(request)
-        record.note(Progress("waiting", place=1))
-        record.note(Progress("composing"))
-        record.note(Chunk(0, clip))
-        record.note(Finished(0, clip, request, 0.0, speed))
+    record = JobRecord("a")
+    record.set_request(request)
+    job_log.begin(record)
+    record.note(Progress(Stage.WAITING, place=1))
+    record.note(Progress(Stage.COMPOSING))
+    record.note(Chunk(0, clip))
+    record.note(Finished(0, clip, request, 0.0, speed))
+    job_log.end(record)
 
 
 def test_health_is_the_engines() -> None:
     watched = Watched()
     well = watched.get("/healthz", peer=("192.0.2.1", 1))
     assert well.status_code == 200 and well.json()["status"] == "ok"
-    watched.engine.trouble = "the thread that makes music has ended"
+    watched.backend.trouble = Trouble.THREAD_ENDED
     ill = watched.get("/healthz")
     assert ill.status_code == 503 and ill.json()["status"] == "failed"
-    assert ill.json()["trouble"] == watched.engine.trouble
+    assert ill.json()["trouble"] == watched.backend.trouble
     assert watched.values()["musicgen_up"] == 0
 
 
@@ -71,7 +74,7 @@ def test_what_works_less_well_is_a_warning_and_no_trouble(monkeypatch: pytest.Mo
     watched = Watched()
     assert "warnings" not in watched.get("/healthz").json()
     health = Health(warnings=("compiled kernels cannot be kept",))
-    monkeypatch.setattr(watched.engine, "health", lambda: health)
+    monkeypatch.setattr(watched.backend, "health", lambda: health)
     told = watched.get("/healthz")
     assert told.status_code == 200 and told.json()["warnings"] == list(health.warnings)
 
@@ -80,10 +83,9 @@ def test_jobs_are_counted_and_timed() -> None:
     watched = Watched()
     before = watched.values()
     assert before["musicgen_jobs_total finished"] == before["musicgen_jobs_total failed"] == 0
-    run(watched.journal)
-    run(watched.journal, speed=2.0)
-    with pytest.raises(RequestError), watched.journal.job():
-        raise RequestError("The queue is full.")
+    run(watched.job_log)
+    run(watched.job_log, speed=2.0)
+    Admission(watched.backend, None, job_log=watched.job_log).refuse(RequestError("No."))
     now = watched.values()
     assert now["musicgen_jobs_total finished"] == 2 and now["musicgen_jobs_total refused"] == 1
     assert now["musicgen_music_seconds_total"] == 4
@@ -95,11 +97,13 @@ def test_jobs_are_counted_and_timed() -> None:
 
 def test_the_queue_is_told_by_stage() -> None:
     watched = Watched()
-    with watched.journal.job(), watched.journal.job() as composing:
-        composing.note(Progress("composing"))
-        now = watched.values()
+    waiting, composing = JobRecord("a"), JobRecord("b")
+    watched.job_log.begin(waiting), watched.job_log.begin(composing)
+    composing.note(Progress(Stage.COMPOSING))
+    now = watched.values()
     stages = [now[f"musicgen_queue {stage}"] for stage in ("waiting", "loading", "composing")]
     assert stages == [1, 0, 1]
+    watched.job_log.end(waiting)
     assert watched.values()["musicgen_queue waiting"] == 0
 
 

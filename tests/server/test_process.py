@@ -21,12 +21,12 @@ import soundfile
 from musicgen_ui import __main__ as cli
 from musicgen_ui import environment
 from musicgen_ui.backends.admission import Desk, Visitor
-from musicgen_ui.backends.starting import BackgroundEngine
+from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server import app, settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -89,10 +89,10 @@ def test_the_settings_offer_the_engines_precisions() -> None:
 
 
 def test_a_setting_that_only_the_engine_knows_ends_the_server() -> None:
-    def build() -> FakeEngine:
+    def build() -> FakeBackend:
         raise RequestError("There is no such device.")
 
-    engine = BackgroundEngine(build, "auto")
+    engine = StartingBackend(build, "auto")
     engine.start()
     demo = SimpleNamespace(engine=engine, server=SimpleNamespace(thread=threading.current_thread()))
     assert app.wait_for_end(demo, app.queue.SimpleQueue()) == 2
@@ -164,9 +164,9 @@ def test_a_proxy_that_cannot_be_used_is_named_in_a_sentence(
 
 SERVER = """
 import sys
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from musicgen_ui.server import app as server, settings
-server.leave(server.serve(settings.settings(sys.argv[1:]), FakeEngine(speed=1.0)))
+server.leave(server.serve(settings.settings(sys.argv[1:]), FakeBackend(speed=1.0)))
 """
 ODD = {
     "GRADIO_DEBUG": "1",
@@ -363,16 +363,16 @@ def test_an_engine_that_is_closed_while_it_is_built_leaves_no_load_behind() -> N
     building, go = threading.Event(), threading.Event()
     loaded = []
 
-    class Slow(FakeEngine):
+    class Slow(FakeBackend):
         def preload(self, checkpoint: str) -> None:
             loaded.append(checkpoint)
 
-    def build() -> FakeEngine:
+    def build() -> FakeBackend:
         building.set()
         go.wait()
         return Slow()
 
-    engine = BackgroundEngine(build, "auto")
+    engine = StartingBackend(build, "auto")
     engine.start()
     building.wait()
     threading.Timer(0.1, go.set).start()
@@ -383,9 +383,9 @@ def test_an_engine_that_is_closed_while_it_is_built_leaves_no_load_behind() -> N
 def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> None:
     import asyncio
 
-    from musicgen_ui.backends.local import ModelManager
+    from musicgen_ui.backends.local import LocalBackend
 
-    manager, stop = ModelManager(device="cpu", precision="float32"), threading.Event()
+    manager, stop = LocalBackend(device="cpu", precision="float32"), threading.Event()
 
     async def run() -> int:
         request = GenerationRequest(duration_s=20, checkpoint=str(tiny_mono))

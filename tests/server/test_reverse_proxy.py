@@ -19,7 +19,7 @@ from gradio_client import Client
 
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     """A server as documented, behind nginx with small limits."""
     own = free_port()
     arguments = "--root-path /music --trusted-proxies 127.0.0.1 --allowed-hosts music.example.com"
-    demo, temporary = launch(settings([*arguments.split(), "--port", str(own)]), FakeEngine())
+    demo, temporary = launch(settings([*arguments.split(), "--port", str(own)]), FakeBackend())
     limits = {
         "client_header_timeout": "1s",
         "client_body_timeout": "1s",

@@ -32,7 +32,8 @@ from musicgen_ui.server import app as server_app
 from musicgen_ui.server import gradio_patches, logs, middleware
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.jobs import made
 from tests.helpers.local import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +42,12 @@ SCRIPT = "<img src=x onerror=\"window.hacked='yes'\"><script>window.hacked='yes'
 
 
 @pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine()
+def engine() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture(scope="module")
-def server(engine: FakeEngine) -> Iterator[SimpleNamespace]:
+def server(engine: FakeBackend) -> Iterator[SimpleNamespace]:
     """An open server: its address, Gradio's Blocks, its folder."""
     chosen = Settings(port=free_port(), max_upload_mb=20, allowed_hosts="Music.example.com, ")
     demo, temporary = launch(chosen, engine)
@@ -625,15 +626,15 @@ def hostile(tiny_mono: Path, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoints_own_code_is_never_run(hostile, tmp_path):
-    from musicgen_ui.backends.local import ModelManager
+    from musicgen_ui.backends.local import LocalBackend
     from musicgen_ui.errors import RequestError
     from musicgen_ui.request import GenerationRequest
 
-    manager = ModelManager(device="cpu")
+    manager = LocalBackend(device="cpu")
     try:
         with contextlib.suppress(RequestError):
             request = GenerationRequest(checkpoint=str(hostile), duration_s=0.5)
-            list(manager.stream_sync(request))
+            made(manager, request)
     finally:
         manager.close()
     assert not (tmp_path / "ran").exists()
@@ -673,12 +674,12 @@ def test_a_pickle_that_runs_something_is_refused(tiny_mono, tmp_path):
     "named", ["{folder}", "/etc", "~", ".", "../..", "evil/remote-code", "file:///etc", "\x00"]
 )
 def test_on_a_public_server_visitors_name_listed_checkpoints_alone(named, hostile, monkeypatch):
-    from musicgen_ui.backends.local import ModelManager
+    from musicgen_ui.backends.local import LocalBackend
     from musicgen_ui.checkpoints import hub
     from musicgen_ui.errors import RequestError
 
     monkeypatch.setattr(hub, "config_file", lambda name: pytest.fail(f"asked the Hub for {name}"))
-    manager = ModelManager(device="cpu", allow_any=False)
+    manager = LocalBackend(device="cpu", allow_any=False)
     with pytest.raises(RequestError, match="offers these checkpoints alone"):
         manager.describe(named.format(folder=hostile))
 
@@ -686,9 +687,9 @@ def test_on_a_public_server_visitors_name_listed_checkpoints_alone(named, hostil
 @pytest.fixture
 def real(server, tiny_mono) -> Iterator[Any]:
     """The real engine beside an open server, whose folders hold checkpoints of visitors."""
-    from musicgen_ui.backends.local import ModelManager
+    from musicgen_ui.backends.local import LocalBackend
 
-    manager = ModelManager(device="cpu", load=lambda *_: pytest.fail("a visitor's file was loaded"))
+    manager = LocalBackend(device="cpu", load=lambda *_: pytest.fail("a visitor's file was loaded"))
     yield manager
     manager.close()
 

@@ -16,14 +16,17 @@ import pytest
 import soundfile
 
 from musicgen_ui import takes
-from musicgen_ui.backends.admission import Desk
-from musicgen_ui.engine.protocol import Progress
+from musicgen_ui.audio import load
+from musicgen_ui.backends.admission import Admission
+from musicgen_ui.engine.protocol import Progress, Stage
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import FIELDS
+from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.ui import request_form, take_panel
-from musicgen_ui.ui.handlers import SORRY, Handlers
-from musicgen_ui.ui.live_player import LiveStream, status_text
-from tests.helpers.fakes import FakeEngine
+from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.live_player import LiveStream
+from musicgen_ui.ui.wording import SORRY, progress_text
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 from tests.helpers.page import TAB, compose, state, values
 
 OTHER_TAB = SimpleNamespace(session_hash="b")
@@ -98,7 +101,7 @@ def test_generate_comes_back_with_the_last_answer(handlers: Handlers) -> None:
 
 
 def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(speed=5.0, chunk_s=0.1), tmp_path, Desk(3))
+    handlers = Handlers(Admission(FakeBackend(speed=5.0, chunk_s=0.1), tmp_path, queue_length=3))
 
     async def run() -> list[dict[str, Any]]:
         updates, told = [], None
@@ -119,7 +122,7 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
 
 
 def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(speed=1.0), tmp_path, Desk(3))
+    handlers = Handlers(Admission(FakeBackend(speed=1.0), tmp_path, queue_length=3))
 
     async def run() -> list[dict[str, Any]]:
         updates = []
@@ -135,8 +138,8 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
 
 
 def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
-    engine = FakeEngine(speed=2.0, chunk_s=0.05)
-    handlers = Handlers(engine, tmp_path, Desk(3))
+    engine = FakeBackend(speed=2.0, chunk_s=0.05)
+    handlers = Handlers(Admission(engine, tmp_path, queue_length=3))
 
     async def job(tab: Any, duration_s: float) -> float:
         async for update in handlers.compose([], {}, tab, **values(duration_s=duration_s)):
@@ -151,12 +154,12 @@ def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
 
     mine_s, other_s = asyncio.run(both())
     assert mine_s < 2 and other_s == 1.0
-    assert len(handlers.desk) == 0
+    assert len(handlers.backend) == 0
 
 
 def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
-    engine = FakeEngine(speed=1.0)
-    handlers = Handlers(engine, tmp_path, Desk(3))
+    engine = FakeBackend(speed=1.0)
+    handlers = Handlers(Admission(engine, tmp_path, queue_length=3))
 
     async def run() -> None:
         updates = handlers.compose([], {}, TAB, **values())
@@ -166,7 +169,7 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
         await updates.aclose()
 
     asyncio.run(run())
-    assert engine.closed == 1 and engine.running == 0 and len(handlers.desk) == 0
+    wait_for(lambda: engine.closed == 1 and engine.running == 0 and len(handlers.backend) == 0)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +182,8 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
 def test_errors_become_sentences_and_the_page_is_usable_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: Exception, said: str
 ) -> None:
-    engine = FakeEngine(failure=failure)
-    handlers = Handlers(engine, tmp_path, Desk(3))
+    engine = FakeBackend(failure=failure)
+    handlers = Handlers(Admission(engine, tmp_path, queue_length=3))
     seen: list[dict[str, Any]] = []
 
     async def run() -> None:
@@ -221,13 +224,13 @@ def test_a_wrong_value_is_said_at_its_field(
 
 
 def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
+    handlers = Handlers(Admission(FakeBackend(), tmp_path, queue_length=3), max_duration_s=5.0)
     with pytest.raises(gr.Error, match="at most 5 s"):
         compose(handlers, duration_s=6)
 
 
 def test_what_nobody_asked_for_stays_within_a_servers_limit(tmp_path: Path) -> None:
-    handlers = Handlers(FakeEngine(), tmp_path, Desk(3), max_duration_s=5.0)
+    handlers = Handlers(Admission(FakeBackend(), tmp_path, queue_length=3), max_duration_s=5.0)
     end = state(compose(handlers, duration_s=None))
     assert soundfile.info(end["take_audio"]).duration == 5.0
 
@@ -261,18 +264,44 @@ def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
         assert f"    {name}: " in (handlers.generate.__doc__ or "")
 
 
+@pytest.mark.parametrize("api", [False, True])
+def test_a_click_is_validated_once(
+    handlers: Handlers, clip: str, monkeypatch: pytest.MonkeyPatch, api: bool
+) -> None:
+    """Several variations of a clip; nothing is validated on the threads of the job."""
+    checked, read = [], []
+    parse, decode = GenerationRequest.parse, load.read
+    monkeypatch.setattr(GenerationRequest, "parse", lambda v: checked.append(v) or parse(v))
+    monkeypatch.setattr(load, "read", lambda *args: read.append(args) or decode(*args))
+    changes = {"variations": 3, "audio_prompt": clip, "temperature": None}
+    if api:
+
+        async def run() -> list[Any]:
+            return [answer async for answer in handlers.generate(TAB, **values(**changes))]
+
+        asyncio.run(run())
+    else:
+        request_form.read_clip(clip, 10.0, 0.0, 12.0, {})  # as the upload does
+        compose(handlers, **changes)
+    reads = [path for path, *_ in read if str(path) == clip]
+    assert len(checked) == 1 and len(reads) == 1
+
+
 def test_status_lines() -> None:
-    assert status_text(Progress("waiting", place=2)) == "Waiting at place 2"
-    assert status_text(Progress("waiting", place=3, wait_s=39.6)) == (
+    assert progress_text(Progress(Stage.WAITING, place=2)) == "Waiting at place 2"
+    assert progress_text(Progress(Stage.WAITING, place=3, wait_s=39.6)) == (
         "Waiting at place 3, about 40 s"
     )
-    assert status_text(Progress("waiting", place=1, wait_s=200)).endswith("next, about 3 minutes")
-    assert (
-        status_text(Progress("loading", note="0.3 of 2.4 GB")) == "Loading the model: 0.3 of 2.4 GB"
+    assert progress_text(Progress(Stage.WAITING, place=1, wait_s=200)).endswith(
+        "next, about 3 minutes"
     )
-    composing = Progress("composing", done_s=4.2, total_s=10.0, speed=1.3)
+    assert (
+        progress_text(Progress(Stage.LOADING, note="0.3 of 2.4 GB"))
+        == "Loading the model: 0.3 of 2.4 GB"
+    )
+    composing = Progress(Stage.COMPOSING, done_s=4.2, total_s=10.0, speed=1.3)
     expected = "Composing 4.2 of 10.0 s at 1.3× real time, about 4 s left"
-    assert status_text(composing) == expected
+    assert progress_text(composing) == expected
 
 
 def test_a_message_carries_the_last_three_chunks() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from musicgen_ui.backends.admission import Admission
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
 from musicgen_ui.ui import page
 from musicgen_ui.ui.components import (
@@ -19,12 +20,12 @@ from musicgen_ui.ui.components import (
     TakePanel,
     Updates,
 )
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> gr.Blocks:
-    return page.build(FakeEngine(), page.PageOptions(), tmp_path_factory.mktemp("takes"))
+def built() -> gr.Blocks:
+    return page.build(Admission(FakeBackend(), None), page.PageOptions())
 
 
 def event(built: gr.Blocks, api_name: str) -> Any:
@@ -82,7 +83,7 @@ def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
 
 
 def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
-    short = page.build(FakeEngine(), page.PageOptions(max_duration_s=5), tmp_path)
+    short = page.build(Admission(FakeBackend(), None), page.PageOptions(max_duration_s=5))
     at = {b.elem_id: b for b in short.blocks.values() if getattr(b, "elem_id", None)}
     assert at["duration_s"].maximum == at["duration_s"].value == 5
     assert [seconds for _, seconds in at["length_choice"].choices] == [5]

@@ -12,7 +12,7 @@ from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.components import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.request_form import Restoring
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.page import compose, state
 
 WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
@@ -134,21 +134,21 @@ def test_reset_gives_the_checkpoints_sampling_back() -> None:
 def test_the_stereo_toggle_follows_the_checkpoint(
     checkpoint: str, value: bool | None, usable: bool
 ) -> None:
-    told = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose(checkpoint))["stereo"]
+    told = asyncio.run(request_form.CheckpointFacts(FakeBackend()).choose(checkpoint))["stereo"]
     assert told["interactive"] is usable and told.get("value") is value
     assert told["info"]
 
 
 def test_an_unknown_checkpoint_is_said_beside_its_field() -> None:
-    told = asyncio.run(request_form.CheckpointFacts(FakeEngine()).choose("nonsense"))
+    told = asyncio.run(request_form.CheckpointFacts(FakeBackend()).choose("nonsense"))
     assert "There is no checkpoint" in told["checkpoint_line"] and "stereo" not in told
 
 
 def test_a_tab_asks_seldom_once_it_is_settled_what_is_loaded() -> None:
-    engine = FakeEngine()
+    engine = FakeBackend()
     assert request_form.CheckpointFacts(engine).tick()["timer"].value == request_form.LATER_S
 
-    class Loading(FakeEngine):
+    class Loading(FakeBackend):
         def health(self) -> Health:
             return Health()
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from musicgen_ui.backends.admission import Desk, Visitor
-from musicgen_ui.request import FIELDS
-from musicgen_ui.ui import pages, sessions
-from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.backends.admission import Admission, Client
+from musicgen_ui.request import FIELDS, GenerationRequest
+from musicgen_ui.ui import sessions
+from musicgen_ui.ui.handlers import BROKEN, DONE, UNDER_WAY, Handlers
 from musicgen_ui.ui.pages import Pages
-from musicgen_ui.ui.sessions import Recall
-from tests.helpers.fakes import FakeEngine
+from musicgen_ui.ui.sessions import Sessions
+from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
 
 KEY, OTHER = "a" * 32, "b" * 32
@@ -29,23 +28,51 @@ def values(**changes: Any) -> dict[str, Any]:
     return {n: s.default for n, s in FIELDS.items()} | {"duration_s": 1.0, "seed": 7} | changes
 
 
-@pytest.fixture
-def stopped() -> list[str]:
-    return []
+class FakeJob:
+    """A job that is under way until it is stopped."""
+
+    def __init__(self, session: str = "") -> None:
+        self.owner = Client(session)
+        self.request = GenerationRequest()
+        self.ended = self.left = False
+        self.id = session
+
+
+class Stopped(list[str]):
+    """Stands for `Admission`: keeps the sessions whose jobs were stopped."""
+
+    left: list[str]
+
+    def stop(self, session: str) -> int:
+        self.append(session)
+        return 1
+
+    leave = stop
 
 
 @pytest.fixture
-def tabs(stopped: list[str]) -> Recall:
-    return Recall(lambda session: stopped.append(session) or 1)
+def stopped() -> Stopped:
+    return Stopped()
+
+
+@pytest.fixture
+def tabs(stopped: Stopped) -> Sessions:
+    return Sessions(stopped)
+
+
+def busy_tab(tabs: Sessions, session: str, key: str) -> Any:
+    tab = tabs.enter(session, key)
+    tab.jobs = [FakeJob(session)]
+    return tab
 
 
 @pytest.mark.parametrize("key", ["", None, "short", "A" * 32, "a" * 33, "../" * 11])
-def test_a_key_that_no_page_makes_opens_nothing(tabs: Recall, key: Any) -> None:
+def test_a_key_that_no_page_makes_opens_nothing(tabs: Sessions, key: Any) -> None:
     assert tabs.enter("one", key) is None and tabs.of("one") is None
 
 
 def test_who_has_no_key_is_stopped_at_once_and_no_other_tab_is(
-    tabs: Recall, stopped: list[str]
+    tabs: Sessions, stopped: Stopped
 ) -> None:
     tabs.enter("page", KEY)
     tabs.lost("client")
@@ -55,27 +82,28 @@ def test_who_has_no_key_is_stopped_at_once_and_no_other_tab_is(
 @pytest.mark.parametrize("way", ["lost", "left"])
 @pytest.mark.parametrize("lent", [True, False])
 def test_a_lent_gpu_makes_nothing_for_a_page_that_is_gone(
-    lent: bool, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lent: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPACES_ZERO_GPU", "true" if lent else "")
-    desk = Desk(1)
-    tabs = Handlers(FakeEngine(), tmp_path, desk).recall
-    tab = tabs.enter("page", KEY)
-    tab.jobs = 1
-    with desk.place(Visitor("page")) as stop:
-        tabs.lost("page") if way == "lost" else tabs.left(KEY)
-        assert stop.wait(5 if lent else 0.2) == lent
+    backend = Admission(FakeBackend(speed=1.0), None)
+    tabs = Handlers(backend).sessions
+    tabs.enter("page", KEY)
+    job = backend.submit(GenerationRequest(duration_s=20), Client("page"))
+    tab = tabs.begin("page", job, 1)
+    tabs.lost("page") if way == "lost" else tabs.left(KEY)
+    assert job.stopping.wait(5 if lent else 0.2) == lent
     tab.cancel()
+    job.stop()
 
 
 @pytest.mark.parametrize("way", ["lost", "left"])
 def test_a_tab_that_is_gone_is_stopped_after_its_grace_unless_it_comes_back(
-    tabs: Recall, stopped: list[str], monkeypatch: pytest.MonkeyPatch, way: str
+    tabs: Sessions, stopped: Stopped, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(sessions, "GRACE_S", 0.05)
     monkeypatch.setattr(sessions, "LEFT_S", 0.05)
     go = {"lost": lambda: tabs.lost("two"), "left": lambda: tabs.left(KEY)}[way]
-    tabs.enter("one", KEY).jobs = 1
+    busy_tab(tabs, "one", KEY)
     tabs.enter("two", KEY)
     tabs.lost("one")  # an earlier page's connection: the tab has another one
     go()
@@ -87,7 +115,7 @@ def test_a_tab_that_is_gone_is_stopped_after_its_grace_unless_it_comes_back(
     assert set(stopped) == {"one", "two"}
 
 
-def test_tabs_are_bounded(tabs: Recall, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tabs_are_bounded(tabs: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "TABS", 3)
     before = set(threading.enumerate())
     for number in range(10):
@@ -100,21 +128,21 @@ def test_tabs_are_bounded(tabs: Recall, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_flood_of_tabs_forgets_no_job_and_no_take(
-    tabs: Recall, stopped: list[str], monkeypatch: pytest.MonkeyPatch
+    tabs: Sessions, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "TABS", 5)
-    tabs.enter("busy", KEY).jobs = 1
+    busy_tab(tabs, "busy", KEY)
     tabs.enter("done", OTHER, "192.0.2.1").history = [[]]
     for number in range(20):
         tabs.enter(f"flood-{number}", f"{number:032x}")
     assert stopped == [f"flood-{number}" for number in range(17)]
     for number in range(20):  # takes of its own: the flood loses them first
         tabs.enter(f"more-{number}", f"{number:031x}f", "192.0.2.2").history = [[]]
-    assert tabs.of("busy").jobs == 1 and tabs.of("done").history and len(tabs._tabs) == 5
+    assert tabs.of("busy").is_busy and tabs.of("done").history and len(tabs._tabs) == 5
     assert "busy" not in stopped and "done" not in stopped
 
 
-def test_a_session_that_takes_many_keys_is_in_one_tab(tabs: Recall) -> None:
+def test_a_session_that_takes_many_keys_is_in_one_tab(tabs: Sessions) -> None:
     for key in (KEY, OTHER, KEY + OTHER):
         tab = tabs.enter("page", key)
     assert tabs.of("page") is tab and [t.sessions for t in tabs._tabs.values()] == [[], ["page"]]
@@ -122,13 +150,13 @@ def test_a_session_that_takes_many_keys_is_in_one_tab(tabs: Recall) -> None:
 
 @pytest.mark.parametrize("closed", ["first", "second"])
 def test_a_duplicated_tab_that_closes_ends_nothing_of_the_other(
-    tabs: Recall, stopped: list[str], monkeypatch: pytest.MonkeyPatch, closed: str
+    tabs: Sessions, stopped: Stopped, monkeypatch: pytest.MonkeyPatch, closed: str
 ) -> None:
     monkeypatch.setattr(sessions, "LEFT_S", 0.02)
     monkeypatch.setattr(sessions, "GRACE_S", 0.02)
     pages_of = {"first": KEY + "1" * 32, "second": KEY + "2" * 32}  # the copy has the same key
     for session, key in pages_of.items():
-        tabs.enter(session, key).jobs = 1
+        busy_tab(tabs, session, key)
     tabs.left(pages_of[closed])
     tabs.lost(closed)
     time.sleep(0.1)
@@ -138,85 +166,85 @@ def test_a_duplicated_tab_that_closes_ends_nothing_of_the_other(
     wait_for(lambda: set(stopped) == {"first", "second"})
 
 
-def test_stop_ends_the_jobs_of_its_own_page(stopped: list[str]) -> None:
-    tabs = Recall(lambda session: stopped.append(session) or session == "first")
+def test_stop_ends_the_jobs_of_its_own_page(
+    stopped: Stopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = stopped.stop
+    monkeypatch.setattr(stopped, "stop", lambda session: stop(session) * (session == "first"))
+    tabs = Sessions(stopped)
     for session in ("first", "second"):
         tabs.enter(session, KEY)
     assert tabs.stop("first") == 1 and stopped == ["first"]
     assert tabs.stop("second") == 1  # it has none: the one that it shows is its tab's
 
 
+async def begun(handlers: Handlers, **changes: Any) -> None:
+    """A job whose page loses the connection after the first audio."""
+    job = handlers.compose([], {}, BEFORE, **values(**changes))
+    async for update in job:
+        if update.get("live", {}).get("chunks"):
+            break
+    await job.aclose()
+    handlers.closed(BEFORE)
+
+
+async def followed(handlers: Handlers, page: Any = AFTER) -> list[dict[str, Any]]:
+    key = handlers.sessions.of(page.session_hash).job.id
+    return [update async for update in handlers.follow(key, page)]
+
+
 def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(
     tmp_path: Path,
 ) -> None:
-    engine = FakeEngine(speed=5.0, chunk_s=0.1)
-    handlers = Handlers(engine, tmp_path, Desk(3))
-    page = Pages(handlers.recall)
+    engine = FakeBackend(speed=5.0, chunk_s=0.1)
+    handlers = Handlers(Admission(engine, tmp_path))
+    page = Pages(handlers.sessions)
 
-    async def run() -> dict[str, Any]:
+    async def run() -> list[list[dict[str, Any]]]:
         assert page.enter(KEY, BEFORE) == {}
-        job = handlers.compose([], {}, BEFORE, **values(prompt="mine"))
-        async for update in job:
-            if update.get("live", {}).get("chunks"):
-                break
-        await job.aclose()
-        handlers.closed(BEFORE)
+        await begun(handlers, prompt="mine")
         assert page.enter(OTHER, SimpleNamespace(session_hash="other")) == {}
         found = page.enter(KEY, AFTER)
-        assert found["live"]["text"] == pages.UNDER_WAY and not found["generate"]["visible"]
-        assert page.news(AFTER) == {}
-        while not (news := page.news(AFTER)):
-            await asyncio.sleep(0.02)
-        return news
+        assert found["live"]["text"] == UNDER_WAY and not found["generate"]["visible"]
+        assert found["job_id"] == handlers.sessions.of("after").job.id
+        return await asyncio.gather(followed(handlers), followed(handlers))
 
-    news = asyncio.run(run())
-    assert news["history"][0][0].settings["prompt"] == "mine"
-    assert news["live"]["text"] == pages.DONE and news["generate"]["visible"]
-    assert news["live"]["done_s"] == news["live"]["total_s"]
-    assert news["history"][0][0].settings["made_s"] == 1.0
-    assert engine.running == 0 and len(handlers.desk) == 0
+    first, second = asyncio.run(run())
+    assert any(UNDER_WAY in update.get("live", {}).get("text", "") for update in first)
+    for updates in (first, second):  # two pages of a tab show the same
+        end = {name: value for update in updates for name, value in update.items()}
+        assert end["history"][0][0].settings["prompt"] == "mine" and len(end["history"]) == 1
+        assert end["live"]["text"] == DONE and end["generate"]["visible"]
+        assert end["live"]["done_s"] == end["live"]["total_s"]
+        assert end["history"][0][0].settings["made_s"] == 1.0
+    assert engine.running == 0 and len(handlers.backend) == 0
     again = page.enter(KEY, SimpleNamespace(session_hash="third"))
-    assert again["take_audio"] == news["take_audio"] and again["prompt"] == "mine"
+    assert again["take_audio"] == end["take_audio"] and again["prompt"] == "mine"
 
 
-def test_a_job_that_breaks_off_while_its_page_is_gone_is_told(tmp_path: Path) -> None:
-    engine = FakeEngine(speed=5.0, chunk_s=0.1)
-    handlers = Handlers(engine, tmp_path, Desk(3))
-    page = Pages(handlers.recall)
+def test_a_page_that_comes_back_late_shows_the_take_at_once(tmp_path: Path) -> None:
+    engine = FakeBackend(speed=20.0, chunk_s=0.1)
+    handlers = Handlers(Admission(engine, tmp_path))
+    page = Pages(handlers.sessions)
+    page.enter(KEY, BEFORE)
+    asyncio.run(begun(handlers, prompt="mine"))
+    wait_for(lambda: handlers.sessions.of("before").job.ended)
+    found = page.enter(KEY, AFTER)
+    assert found["live"]["text"] == DONE and "job_id" not in found
+    assert Path(found["take_audio"]).exists() and found["prompt"] == "mine"
 
-    async def run() -> dict[str, Any]:
+
+def test_a_job_that_fails_while_its_page_is_gone_says_so(tmp_path: Path) -> None:
+    engine = FakeBackend(speed=5.0, chunk_s=0.1)
+    handlers = Handlers(Admission(engine, tmp_path))
+    page = Pages(handlers.sessions)
+
+    async def run() -> list[dict[str, Any]]:
         page.enter(KEY, BEFORE)
-        job = handlers.compose([], {}, BEFORE, **values())
-        async for update in job:
-            if update.get("live", {}).get("chunks"):
-                break
-        await job.aclose()
-        engine.failure = ValueError("a bug")
+        await begun(handlers)
         page.enter(KEY, AFTER)
-        while not (news := page.news(AFTER)):
-            await asyncio.sleep(0.02)
-        return news
+        engine.failure = ValueError("a bug")
+        return await followed(handlers)
 
-    news = asyncio.run(run())
-    assert news["live"]["text"] == pages.BROKEN and news["generate"]["visible"]
-
-
-def test_updates_that_nobody_reads_are_not_kept() -> None:
-    made = []
-
-    async def updates() -> AsyncGenerator[int, None]:
-        for number in range(100):
-            made.append(number)
-            yield number
-            await asyncio.sleep(0)
-
-    async def run() -> int:
-        tab = sessions.Tab()
-        reading = sessions.outliving(tab, updates())
-        await anext(reading)
-        await reading.aclose()
-        while tab.jobs:
-            await asyncio.sleep(0)
-        return len(made)
-
-    assert asyncio.run(run()) == 100
+    *_, last = asyncio.run(run())
+    assert last["live"]["text"] == BROKEN and last["generate"]["visible"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from musicgen_ui.backends.local import ModelManager
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine.cpu import machine_code
 from musicgen_ui.engine.cpu.machine_code import CHECKSUM, PREFIX, STORE, Kernel, Store, is_complete
 
@@ -173,7 +173,7 @@ def test_without_a_folder_everything_is_compiled(tmp_path: Path) -> None:
 
 
 def test_health_tells_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(ModelManager(device="cpu")) as manager:
+    with closing(LocalBackend(device="cpu")) as manager:
         assert not manager.health().warnings
         monkeypatch.setattr(STORE, "trouble", "the disk is full")
         health = manager.health()

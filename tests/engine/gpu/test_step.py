@@ -14,9 +14,9 @@ from torch import Tensor
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
-from musicgen_ui.engine.scheduler import Batch
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import ROCK, make_batch
+from tests.helpers.engine import ROCK, make_batch, submit
 from tests.helpers.melody import melody_batch
 
 triton = pytest.importorskip("triton")
@@ -212,13 +212,13 @@ def test_sample_marks_nan_and_skips_idle_slots():
     assert (columns[1] == UNWRITTEN).all() and columns[0, 0, 1] >= 0
 
 
-def stepped(batch: Batch, requests: list[GenerationRequest], steps: int) -> list[Tensor]:
+def stepped(batch: Scheduler, requests: list[GenerationRequest], steps: int) -> list[Tensor]:
     """The columns of each job after so many steps."""
     for request in requests:
-        batch.submit(request, None, lambda event: None)
+        submit(batch, request, lambda event: None)
     for _ in range(steps):
         batch.step()
-    return [job.columns.clone() for job in batch.jobs]
+    return [job.window.columns.clone() for job in batch.running]
 
 
 @pytest.mark.parametrize("rows", ["few", "many"])

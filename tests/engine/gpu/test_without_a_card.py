@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from musicgen_ui.benchmark import runners
-from musicgen_ui.engine import job
+from musicgen_ui.engine import variation
 from musicgen_ui.engine.protocol import Chunk, Finished
-from musicgen_ui.engine.scheduler import Batch
-from musicgen_ui.engine.worker import stream
+from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import PIANO, ROCK, noise
+from tests.helpers.engine import PIANO, ROCK, noise, stream
 from tests.helpers.melody import SCALE, melody_batch
 
 CPU_KERNELS = "musicgen_ui.engine.cpu"
@@ -81,7 +80,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
     return made
 
 
-def on_card(batch: Batch) -> Batch:
+def on_card(batch: Scheduler) -> Scheduler:
     """Captured as on CUDA."""
     batch.stepper.capture = True  # type: ignore[union-attr]
     batch.stepper.warm_up()  # type: ignore[union-attr]
@@ -91,10 +90,10 @@ def on_card(batch: Batch) -> Batch:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
     """An audio prompt, sections, further windows, neighbours that come and go."""
-    monkeypatch.setattr(job, "WINDOW_S", 2.0)
+    monkeypatch.setattr(variation, "WINDOW_S", 2.0)
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     place = {"device": "meta", "precision": precision, "max_jobs": 3}
-    batch = on_card(Batch(made.model, made.tokenizer, checkpoint="tiny", graphs=True, **place))
+    batch = on_card(Scheduler(made.model, made.tokenizer, checkpoint="tiny", graphs=True, **place))
     captured = len(graphs)
     assert captured
     request = GenerationRequest(
@@ -106,7 +105,7 @@ def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
     (take,) = [event for event in stream(batch, long) if isinstance(event, Finished)]
     assert take.clip.samples.shape == (1, 3 * 32_000) and not take.fault
     assert len(graphs) > captured and all(graph.replayed for graph in graphs[captured:])
-    batch.let_go()
+    batch.free_model()
 
 
 def test_cuda_lines_follow_a_melody_on_meta_tensors(tiny_melody, graphs):
@@ -120,7 +119,7 @@ def test_cuda_lines_follow_a_melody_on_meta_tensors(tiny_melody, graphs):
 
 def test_tensor_on_another_device_is_found(graphs):
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
-    batch = Batch(made.model, made.tokenizer, checkpoint="tiny", device="meta", graphs=True)
+    batch = Scheduler(made.model, made.tokenizer, checkpoint="tiny", device="meta", graphs=True)
     batch.decoder.norm.to_empty(device="cpu")
     with pytest.raises(RuntimeError, match="meta"):
         list(stream(batch, GenerationRequest(ROCK, duration_s=0.5)))

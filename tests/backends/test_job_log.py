@@ -12,20 +12,21 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from musicgen_ui.backends.admission import Desk
+from musicgen_ui.backends.admission import Admission
+from musicgen_ui.backends.job_log import JobRecord, Outcome, line
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import FIELDS
-from musicgen_ui.server.job_log import Journal, Record, line
 from musicgen_ui.ui.handlers import Handlers
-from tests.helpers.fakes import FakeEngine
+from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 
 TAB = SimpleNamespace(session_hash="secret-tab", client=SimpleNamespace(host="192.0.2.77"))
 CHUNK = re.compile(r"(\w+)=(\"(?:[^\"\\]|\\.)*\"|\S+)")
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, str]]:
-    """The journal's lines as dictionaries."""
-    lines = [r.getMessage() for r in caplog.records if r.name == "musicgen_ui.server.job_log"]
+    """The lines of the job log as dictionaries."""
+    lines = [r.getMessage() for r in caplog.records if r.name == "musicgen_ui.backends.job_log"]
     assert all("\n" not in text for text in lines)
     return [dict(CHUNK.findall(text)) for text in lines]
 
@@ -33,7 +34,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, str]]:
 @pytest.fixture
 def handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Handlers:
     caplog.set_level(logging.INFO)
-    return Handlers(FakeEngine(), tmp_path, Desk(2))
+    return Handlers(Admission(FakeBackend(), tmp_path, queue_length=2))
 
 
 def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **changes: Any) -> None:
@@ -50,10 +51,11 @@ def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **chang
         await updates.aclose()
 
     asyncio.run(run())
+    wait_for(lambda: not handlers.backend.job_log.open)
 
 
 def test_a_finished_job_is_a_line(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
-    handlers.engine.speed = 10.0
+    handlers.backend.backend.speed = 10.0
     compose(handlers, variations=2, prompt="my private song")
     (one,) = told(caplog)
     assert one["outcome"] == "finished" and one["takes"] == "2"
@@ -62,23 +64,25 @@ def test_a_finished_job_is_a_line(handlers: Handlers, caplog: pytest.LogCaptureF
     assert 0 <= float(one["waited_s"]) <= float(one["first_audio_s"]) < float(one["took_s"]) < 5
     for secret in ("private", "secret-tab", "192.0.2.77"):
         assert secret not in caplog.text
-    assert not handlers.journal.open
+    assert not handlers.backend.job_log.open
 
 
 def test_prompts_are_told_where_they_are_asked_for_and_stay_on_their_line() -> None:
     evil = 'a"b\nINFO job=fake outcome=finished\x1b[2J'
-    text = line(Record(prompt=evil, checkpoint="my folder/with space", outcome="closed"), True)
+    text = line(
+        JobRecord("a", prompt=evil, checkpoint="my folder/with space", outcome=Outcome.CLOSED), True
+    )
     assert text.isprintable() and text.count("outcome=") == 2  # one of them quoted
     values = dict(CHUNK.findall(text))
     assert values["outcome"] == "closed" and values["checkpoint"] == '"my folder/with space"'
 
 
 def test_each_end_has_its_outcome(handlers: Handlers, caplog: pytest.LogCaptureFixture) -> None:
-    handlers.engine.speed = 5.0
+    handlers.backend.backend.speed = 5.0
     compose(handlers, leave=True, duration_s=20)
     compose(handlers, stop=True, duration_s=20)
     for failure in (RequestError("The memory is full."), ZeroDivisionError()):
-        handlers.engine.failure = failure
+        handlers.backend.backend.failure = failure
         with pytest.raises(gr.Error):
             compose(handlers)
     with pytest.raises(gr.Error):
@@ -90,22 +94,3 @@ def test_each_end_has_its_outcome(handlers: Handlers, caplog: pytest.LogCaptureF
     assert [one["outcome"] for one in lines] == outcomes
     assert 0 < float(lines[0]["made_s"]) < 20 and 0 < float(lines[1]["made_s"]) < 20
     assert len({one["job"] for one in lines}) == 6
-
-
-def test_a_job_that_is_cancelled_while_it_waits_is_closed() -> None:
-    journal, ended = Journal(), []
-    journal.count = ended.append
-
-    async def wait() -> None:
-        with journal.job():
-            await asyncio.sleep(10)
-
-    async def run() -> None:
-        task = asyncio.create_task(wait())
-        await asyncio.sleep(0)
-        assert len(journal.open) == 1
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(run())
-    assert [record.outcome for record in ended] == ["closed"] and not journal.open

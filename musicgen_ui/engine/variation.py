@@ -1,0 +1,445 @@
+"""One variation of a job: what is asked for, its codes, its audio so far.
+
+`Specification` is fixed when the job is queued. `CodeWindow` holds the codes that the decoder reads
+and writes, `TakeRecorder` turns finished frames into audio, and `Slot` is what the stepper keeps.
+
+The columns are laid out when a variation starts, with the audio prompt's codes and the start tokens
+in their places, so a step only fills what is `UNWRITTEN`. Frames whose last codebook is written go
+to the codec's stream. The audio prompt goes through that stream first: the codec's decoder then
+hears prompt and new frames as one piece, and the new audio is what `generate` would give from its
+first sample.
+
+The columns are those of a window, which is as long as the model's training examples: 30 s for
+MusicGen, 10 s for AudioGen. A longer piece is made of several, as in audiocraft
+(`GenModel._generate_tokens`): a window is written to its end, the last codebooks of its last frames
+included, and the codes of its last frames, the overlap, stand where the audio prompt's would at the
+head of the next one. There they are delayed anew, after a column of start tokens and with start
+tokens before the delayed codebooks: the only head of a window that the model knows. So each window
+is what `generate` makes of the overlap's codes. To go on from the columns as they are would save as
+many steps a window as codebooks are delayed, 3 of 900, and begin every window with a head that no
+training piece had. The codec's stream knows no windows, so nothing is decoded twice and there is no
+seam.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.engine import delay_pattern, sampling
+from musicgen_ui.engine.codec import Codec, Decoding
+from musicgen_ui.engine.faults import NotFiniteError
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.lora import AppliedAdapter
+from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Stage
+from musicgen_ui.engine.transformer import Sequence
+from musicgen_ui.request import WINDOW_S, GenerationRequest, overlap_used_s
+
+FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that the first audio comes early
+CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other variations
+PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the others go on
+
+
+def bounded_window_s(training_s: float) -> float:
+    """The length of a window for a decoder whose training examples are so long."""
+    return min(training_s, WINDOW_S)
+
+
+@dataclass(frozen=True, eq=False)
+class AudioPrompt:
+    """A request's audio prompt as the model takes it: made once for all variations."""
+
+    clip: Clip  # at the codec's sampling rate and channel count
+    codes: np.ndarray  # int16 [codebooks, frames] of the clip's end, as much as the model reads
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, given: Clip, context_s: float, codec: Codec) -> AudioPrompt:
+        """Converts a clip and encodes at most its last `context_s` seconds.
+
+        A clip that carries codes of this codec is not encoded again.
+        """
+        clip = audio.convert(given, codec.sampling_rate, codec.channels)
+        most = int(context_s * codec.frame_rate + 1e-6)
+        frames = min(most, clip.samples.shape[1] // codec.hop)
+        known = given.codes if given.codec == codec.name else None
+        if known is not None and known.shape[1] >= frames:
+            return cls(clip, known[:, known.shape[1] - frames :])
+        rows = codec.channels * codec.codebooks
+        if not frames:
+            return cls(clip, np.zeros((rows, 0), np.int16))
+        end = torch.from_numpy(clip.samples[:, -frames * codec.hop :])
+        return cls(clip, codec.encode(end).to(torch.int16).cpu().numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Specification:
+    """What a variation is made of. The queue holds these."""
+
+    job: LoggedJob
+    index: int  # its number among the job's variations
+    request: GenerationRequest  # with its own seed and the checkpoint's name
+    prompt: AudioPrompt | None
+    steps: int  # that it takes, about
+
+    @classmethod
+    def of_job(
+        cls, job: LoggedJob, prompt: AudioPrompt | None, checkpoint: str, codec: Codec
+    ) -> list[Specification]:
+        """One for each variation of the job."""
+        request = dataclasses.replace(job.request, checkpoint=checkpoint)
+        context = prompt.codes.shape[1] if prompt else 0
+        delayed = codec.codebooks - 1
+        steps = round(request.duration_s * codec.frame_rate) + delayed + prefill_steps(context)
+        return [
+            cls(job, index, request.variation(index), prompt, steps)
+            for index in range(request.variations)
+        ]
+
+
+def prefill_steps(context_frames: int) -> int:
+    """Steps in which an audio prompt is taken in."""
+    return math.ceil(context_frames / PREFILL_COLUMNS)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A variation's state in the stepper, which alone changes it."""
+
+    sequence: Sequence  # its KV caches and the text that it attends to
+    finite: Tensor  # bool, any shape: all logits were numbers
+
+
+class CodeWindow:
+    """The codes of a piece, a window at a time.
+
+    Args:
+        context: the audio prompt's codes, int64 [codebooks, context frames], on the decoder's
+            device.
+        new_frames: to make.
+        codec: of the checkpoint.
+        start_token: of the decoder.
+        window_s: the length of the decoder's training examples.
+    """
+
+    def __init__(
+        self, context: Tensor, new_frames: int, codec: Codec, start_token: int, window_s: float
+    ) -> None:
+        self._window_s = bounded_window_s(window_s)
+        self.context_frames = context.shape[1]
+        self.frames = self.context_frames + new_frames
+        self._codec = codec
+        self._start_token = start_token
+        self._lay_out(0, context)
+
+    def _lay_out(self, start: int, known: Tensor) -> None:
+        """Begins the window at frame `start` with the codes of its first frames."""
+        codec = self._codec
+        self.start = start  # frames before the window
+        self.window_frames = min(self.frames - start, round(self._window_s * codec.frame_rate))
+        self.known_frames = known.shape[1]
+        # int64 [codebooks, 1 + frames + delay]; the stepper may move it into its own buffer
+        self.columns = delay_pattern.delayed(
+            known, self.window_frames, codec.channels, self._start_token
+        )
+        self.written = self.known_frames  # the last column that is wholly known
+
+    @property
+    def positions(self) -> int:
+        """Columns of the window that go through the decoder."""
+        return self.columns.shape[1] - 1
+
+    @property
+    def done(self) -> bool:
+        """Every column of the last window is written."""
+        last = self.start + self.window_frames == self.frames
+        return last and self.written == self.positions
+
+    @property
+    def frames_done(self) -> int:
+        """Frames whose codebooks are all known, the context's included."""
+        delayed = self.positions - self.window_frames
+        return self.start + max(self.known_frames, self.written - delayed)
+
+    def codes(self, begin: int, end: int) -> Tensor:
+        """Frames `begin` to `end` of the piece, of this window; int64 [codebooks, frames]."""
+        begin, end = begin - self.start, end - self.start
+        return delay_pattern.undelayed(self.columns, begin, end, self._codec.channels)
+
+    @torch.inference_mode()
+    def slide(self, overlap_s: float, decoded_frames: int) -> bool:
+        """Begins the next window if this one is full, with the codes of its end; whether it did.
+
+        It waits for the codec where that lags behind the overlap.
+        """
+        overlap_s = overlap_used_s(overlap_s, self._window_s)
+        overlap = min(round(overlap_s * self._codec.frame_rate), self.window_frames - 1)
+        start = self.start + self.window_frames - overlap
+        if self.done or self.written < self.positions or decoded_frames < start:
+            return False
+        self._lay_out(start, self.codes(start, start + overlap))
+        return True
+
+
+class TakeRecorder:
+    """Decodes finished frames, hands out the audio in chunks, and keeps all of it.
+
+    Args:
+        window: where the codes come from.
+        codec: of the checkpoint.
+        index: the variation's number.
+    """
+
+    def __init__(self, window: CodeWindow, codec: Codec, index: int) -> None:
+        self._window = window
+        self._codec = codec
+        self._index = index
+        self.stream = codec.stream()
+        self.decoded_frames = 0  # that went to the codec
+        self.decoding: Decoding | None = None  # what is there now
+        self.ended = False  # nothing more goes there
+        self._codes: list[Tensor] = []  # all that went there, int64 [codebooks, frames] each
+        self._decoded_samples = 0  # of `_samples`, which hold the context too
+        self._samples = np.empty((codec.channels, window.frames * codec.hop), np.float32)
+        self._hop = codec.hop
+        self._context_samples = window.context_frames * codec.hop
+
+    @property
+    def waiting_frames(self) -> int:
+        """Frames that are done and did not go to the codec."""
+        return self._window.frames_done - self.decoded_frames
+
+    def is_due(self, most_frames: int = CHUNK_FRAMES) -> bool:
+        """There are enough frames for a call of the codec, and it has none of this variation.
+
+        Chunks grow up to `most_frames`: each is at most as long as the music before it, so that a
+        listener has time to wait for it.
+        """
+        if self.decoding or self.ended:
+            return False
+        new = self.decoded_frames - self._window.context_frames
+        frames = min(max(new, CHUNK_FRAMES), most_frames) if new > 0 else FIRST_CHUNK_FRAMES
+        return self.waiting_frames >= frames
+
+    def decode(self, finite: Tensor, last: bool = False) -> None:
+        """Sends all frames that are done to the codec; `chunk` has what comes back."""
+        codes = self._take_codes(self.waiting_frames)
+        (self.decoding,) = Decoding.start([self.stream], [codes], [finite], last)
+        self.ended = last
+
+    @staticmethod
+    def decode_together(recorders: list[TakeRecorder], finite: list[Tensor], frames: int) -> None:
+        """Sends so many frames of each to the codec in one pass; their streams are of one phase."""
+        streams = [recorder.stream for recorder in recorders]
+        begins = [recorder.decoded_frames for recorder in recorders]
+        codes = [
+            recorder._window.codes(begin, begin + frames)
+            for recorder, begin in zip(recorders, begins, strict=True)
+        ]
+        started = Decoding.start(streams, codes, finite)
+        for recorder, decoding, some in zip(recorders, started, codes, strict=True):
+            recorder.decoding = decoding
+            recorder._codes.append(some)
+            recorder.decoded_frames += frames
+
+    def _take_codes(self, frames: int) -> Tensor:
+        codes = self._window.codes(self.decoded_frames, self.decoded_frames + frames)
+        self._codes.append(codes)
+        self.decoded_frames += frames
+        return codes
+
+    def chunk(self) -> Chunk | None:
+        """The new audio of the frames that went to the codec, for which it waits.
+
+        Raises:
+            NotFiniteError: logits or audio are no numbers.
+        """
+        assert self.decoding
+        piece = self.decoding.samples()
+        self.decoding = None
+        if piece is None:
+            raise NotFiniteError
+        begin = self._decoded_samples
+        self._decoded_samples += piece.shape[1]
+        self._samples[:, begin : self._decoded_samples] = piece
+        begin = max(self._context_samples, begin)
+        new = self._samples[:, begin : self._decoded_samples]
+        if not new.size:
+            return None
+        clip = Clip(new, self._codec.sampling_rate)
+        return Chunk(self._index, clip, begin - self._context_samples)
+
+    def rest(self, finite: Tensor) -> Iterator[Chunk | None]:
+        """The chunks of all that is done and was not handed out yet; ends the signal."""
+        if self.decoding:
+            yield self.chunk()
+        if not self.ended and self._window.frames_done > self._window.context_frames:
+            self.decode(finite, last=True)
+            yield self.chunk()
+
+    def codes(self) -> np.ndarray | None:
+        """All that were decoded, int16 [codebooks, frames].
+
+        None before the first, and where the audio breaks off within them.
+        """
+        if not self._decoded_samples or self._decoded_samples != self.decoded_frames * self._hop:
+            return None
+        return torch.cat(self._codes, dim=1).to(torch.int16).cpu().numpy()
+
+    def clip(self, prompt: Clip | None) -> Clip:
+        """The take: the audio prompt, if it is included, and all new audio."""
+        decoded = self._samples[:, : self._decoded_samples]
+        new = decoded[:, self._context_samples :]
+        take = Clip(new, self._codec.sampling_rate)
+        if prompt:
+            take = audio.join(prompt, decoded, self._context_samples) if decoded.size else prompt
+        return dataclasses.replace(take, codes=self.codes(), codec=self._codec.name)
+
+
+class Variation:
+    """A variation that has been admitted to the decoder.
+
+    Args:
+        specification: what to make.
+        codec: of the checkpoint.
+        codebooks: rows of codes: 4 in mono, 8 in stereo for Meta's.
+        start_token: of the decoder.
+        device: of the decoder.
+        window_s: the length of its training examples.
+    """
+
+    slot: Slot  # set by the stepper
+    adapter: AppliedAdapter | None = None  # set before it is admitted, as the next two
+    notes: tuple[str, ...] = ()  # of the take
+    melody: Chroma | None = None  # what it follows
+
+    def __init__(
+        self,
+        specification: Specification,
+        codec: Codec,
+        codebooks: int,
+        start_token: int,
+        device: torch.device,
+        window_s: float,
+    ) -> None:
+        self.specification = specification
+        self.request = request = specification.request
+        self._codec = codec
+        prompt = specification.prompt
+        codes = prompt.codes if prompt else np.zeros((codebooks, 0), np.int16)
+        context = torch.from_numpy(codes).to(device, torch.int64)
+        new_frames = round(request.duration_s * codec.frame_rate)
+        self.window = CodeWindow(context, new_frames, codec, start_token, window_s)
+        # Drawn for the whole piece: a code's number depends on its frame and never on the window.
+        draws = new_frames + self.window.positions - self.window.window_frames
+        self.uniforms = sampling.uniforms(request.seed, draws, codebooks).to(device)
+        self.recorder = TakeRecorder(self.window, codec, specification.index)
+        self._text = request.words()
+        self._started_s: float | None = None
+        self.reported_s = 0.0  # when progress was last reported, on the monotonic clock
+
+    @property
+    def job(self) -> LoggedJob:
+        """The job that it is a part of."""
+        return self.specification.job
+
+    @property
+    def index(self) -> int:
+        """Its number among the job's variations."""
+        return self.specification.index
+
+    @property
+    def next_uniform(self) -> int:
+        """The row of `uniforms` that the next column is drawn with."""
+        return self.window.start + self.window.written - self.window.context_frames
+
+    @property
+    def at_s(self) -> float:
+        """Where in the new music the frame lies that is begun next, in seconds."""
+        window = self.window
+        frame = window.start + min(window.written, window.window_frames - 1)
+        return (frame - window.context_frames) / self._codec.frame_rate
+
+    @property
+    def start_s(self) -> float:
+        """Where in the new music the window begins, in seconds; below 0 with an audio prompt."""
+        return (self.window.start - self.window.context_frames) / self._codec.frame_rate
+
+    @property
+    def prefilled(self) -> bool:
+        """The decoder has taken in all that is written."""
+        return self.slot.sequence.length >= self.window.written
+
+    @property
+    def ready(self) -> bool:
+        """Its next column can be stepped."""
+        return self.slot.sequence.length == self.window.written < self.window.positions
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until it is done, about."""
+        window = self.window
+        prefill = 0 if self._started_s else prefill_steps(window.context_frames)
+        return window.frames - window.frames_done + prefill
+
+    def slide(self) -> bool:
+        """Begins the next window if its time has come; whether it did."""
+        return self.window.slide(self.request.overlap_s, self.recorder.decoded_frames)
+
+    def change_text(self) -> bool:
+        """Goes on to the section of the frame that is written next; whether it has other words."""
+        before, self._text = self._text, self.request.words(self.at_s)
+        return self._text != before
+
+    def advance(self) -> None:
+        """Another column was written."""
+        if self._started_s is None:
+            self._started_s = time.monotonic()
+        self.window.written += 1
+
+    def decode(self, last: bool = False) -> None:
+        """Sends all frames that are done to the codec."""
+        self.recorder.decode(self.slot.finite, last)
+
+    @property
+    def _done_s(self) -> float:
+        return (self.window.frames_done - self.window.context_frames) / self._codec.frame_rate
+
+    @property
+    def _speed(self) -> float:
+        worked_s = time.monotonic() - self._started_s if self._started_s else 0.0
+        return self._done_s / worked_s if worked_s else 0.0
+
+    def progress(self) -> Progress:
+        """How far the new music is."""
+        total_s = (self.window.frames - self.window.context_frames) / self._codec.frame_rate
+        done_s = self._done_s
+        return Progress(
+            Stage.COMPOSING, self.index, done_s=done_s, total_s=total_s, speed=self._speed
+        )
+
+    def finished(self) -> Finished:
+        """The take, once the recorder's `rest` was read or nothing was made."""
+        prompt = self.specification.prompt if self.request.include_prompt else None
+        clip = self.recorder.clip(prompt.clip if prompt else None)
+        return Finished(
+            variation=self.index,
+            clip=clip,
+            request=dataclasses.replace(self.request, stereo=self._codec.channels == 2),
+            prompt_s=prompt.clip.duration_s if prompt else 0.0,
+            speed=self._speed,
+            stopped=not self.window.done,
+            notes=self.notes,
+            melody=self.melody,
+            codes=clip.codes,
+            context_frames=self.window.context_frames,
+        )

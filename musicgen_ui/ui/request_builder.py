@@ -1,0 +1,85 @@
+"""Values of a form or of an API client become a request: checked once, then completed.
+
+What the user did not choose is left to the checkpoint, and a form's value counts as chosen only
+once it differs from what the page was given of the checkpoint that it knew last. The page learns of
+a checkpoint some time after its choice, of the first one when the engine is there: a click before
+that still makes music with the checkpoint's own settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from musicgen_ui.audio import clip_cache
+from musicgen_ui.engine.protocol import Backend
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    GenerationRequest,
+    check_melody,
+    coerce,
+)
+
+
+def without_unchanged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with None for those that still are as the page was given them, `given`."""
+    return {**values, **{name: None for name, value in given.items() if values.get(name) == value}}
+
+
+class RequestBuilder:
+    """Builds what may be asked of a backend on this server."""
+
+    def __init__(self, backend: Backend, max_duration_s: float) -> None:
+        self._backend = backend
+        self._max_duration_s = max_duration_s
+
+    def check(self, values: Mapping[str, Any]) -> GenerationRequest:
+        """The request as far as it is known before `complete`: without clips; raises RequestError.
+
+        The one validation of a click.
+        """
+        request = GenerationRequest.parse({**values, **dict.fromkeys(CLIP_FIELDS)})
+        if values.get("duration_s") is not None and request.duration_s > self._max_duration_s:
+            raise RequestError(
+                f"This server makes at most {self._max_duration_s:g} s at once: choose a shorter "
+                "length.",
+                "duration_s",
+            )
+        return request
+
+    def complete(
+        self, request: GenerationRequest, values: Mapping[str, Any]
+    ) -> tuple[GenerationRequest, tuple[str, ...]]:
+        """The request with its clips and the checkpoint's settings, and notes about the clips.
+
+        Reads files and may wait for the backend.
+
+        Raises:
+            RequestError: a clip cannot be read, or there is no such checkpoint.
+        """
+        missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
+        stated = self._stated(request.checkpoint, request.adapter) if missing else {}
+        changes = {name: coerce(name, stated[name]) for name in missing if name in stated}
+        notes: list[str] = []
+        for name, keep_s in CLIP_FIELDS.items():
+            if values.get(name):
+                reading = clip_cache.read(Path(values[name]), keep_s)
+                changes[name] = reading.clip
+                notes += reading.notes
+        if changes.get("melody"):
+            check_melody(changes["melody"])
+        completed = replace(request, **changes)
+        if completed.sections and completed.duration_s < request.duration_s:
+            GenerationRequest.parse({"sections": completed.sections, **changes})
+        return completed, tuple(notes)
+
+    def _stated(self, checkpoint: str, adapter: str) -> dict[str, Any]:
+        """What a checkpoint states, and a length that this server makes."""
+        stated = self._backend.describe(checkpoint, adapter).defaults
+        length_s = stated.get("duration_s", FIELDS["duration_s"].default)
+        return {**stated, "duration_s": min(length_s, self._max_duration_s)}
