@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from musicgen_ui.engine.shelf import CONFIG, PICKLED, WEIGHTS
 from safetensors.torch import load, save_file
 
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.checkpoints import lora
-from musicgen_ui.engine.melody import Extractor
+from musicgen_ui.engine.lora import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
@@ -58,7 +58,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_greedy_codes_are_those_of_pefts_merged_model(base, adapter, batch, strength):
+def test_lora_equals_pefts_merged_model(base, adapter, batch, strength):
     expected, _ = generated(merged(base, adapter, strength), base, [ROCK], 25, 3.0)
     plain, _ = generated(load_model(base), base, [ROCK], 25, 3.0)
     assert torch.equal(codes(batch, adapter_strength=strength), expected[0])
@@ -76,7 +76,7 @@ def test_greedy_codes_are_those_of_pefts_merged_model(base, adapter, batch, stre
         {"alone": True, "target_modules": ["k_proj", "lm_heads.1"]},
     ],
 )
-def test_every_scaling_of_peft_is_the_same_here(base, batch, tmp_path, settings):
+def test_lora_scales_as_peft(base, batch, tmp_path, settings):
     alone = settings.get("alone", False)
     folder = write(base, tmp_path / "other", **settings)
     batch.adapters.add("other", folder)
@@ -84,9 +84,7 @@ def test_every_scaling_of_peft_is_the_same_here(base, batch, tmp_path, settings)
     assert torch.equal(codes(batch, "other"), expected[0])
 
 
-def test_jobs_with_different_adapters_share_steps_and_hear_nothing_of_each_other(
-    base, batch, tmp_path
-):
+def test_lora_changes_only_its_own_job(base, batch, tmp_path):
     batch.adapters.add("two", write(base, tmp_path / "two", seed=2))
     asked = [
         {"adapter": "one"},
@@ -108,7 +106,7 @@ def test_jobs_with_different_adapters_share_steps_and_hear_nothing_of_each_other
     assert abs(alone[0] - alone[1]).max() > 0.01
 
 
-def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(base, adapter):
+def test_lora_on_an_int8_base_is_close_to_the_merged_model(base, adapter):
     batch = make_batch(base, precision="int8", graphs=False)
     batch.adapters.add("one", adapter)
     plain, expected = (
@@ -118,8 +116,11 @@ def test_logits_on_an_int8_base_are_those_of_the_merged_one_within_its_rounding(
 
     def first_logits(of: Scheduler, name: str = "") -> torch.Tensor:
         request = GenerationRequest(**GREEDY, adapter=name)
-        worn, states = of.adapters.worn(request), of.conditioner.conditions(request)
-        sequence = of.decoder.sequence(states, 4, worn=worn)
+        adapter, states = (
+            of.adapters.applied(request),
+            of.conditioner.conditions(request).states,
+        )
+        sequence = of.decoder.sequence(states, 4, adapter=adapter)
         start = torch.full((1, of.decoder.codebooks), of.decoder.start_token)
         return of.decoder.step(start, [sequence])
 
@@ -157,7 +158,7 @@ def targeted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return lambda precision: make(base, precision=precision), found, request.param
 
 
-def test_every_target_changes_in_every_precision_what_it_does_in_float32(targeted):
+def test_lora_targets_are_applied_in_every_precision(targeted):
     """The projections stay in float32 beside a decoder in half precision, and so do their parts
     of an adapter; it is the dtype of a GPU's default."""
     make, found, melody = targeted
@@ -165,8 +166,11 @@ def test_every_target_changes_in_every_precision_what_it_does_in_float32(targete
 
     def logits(batch: Scheduler, name: str) -> torch.Tensor:
         request = GenerationRequest(**told, adapter=name)
-        worn, states = batch.adapters.worn(request), batch.conditioner.conditions(request)
-        sequence = batch.decoder.sequence(states, 4, worn=worn)
+        adapter, states = (
+            batch.adapters.applied(request),
+            batch.conditioner.conditions(request).states,
+        )
+        sequence = batch.decoder.sequence(states, 4, adapter=adapter)
         start = torch.full((1, batch.decoder.codebooks), batch.decoder.start_token)
         while sequence.length < 0:
             batch.decoder.prefill(sequence, start.T, 500)
@@ -184,7 +188,7 @@ def test_every_target_changes_in_every_precision_what_it_does_in_float32(targete
         assert run_job(batch, GenerationRequest(**told, adapter=name))[2].clip.samples.size
 
 
-def test_a_request_names_a_folder_and_its_take_says_what_it_wore(base, adapter):
+def test_lora_folder_is_named_in_the_take(base, adapter):
     request = GenerationRequest(
         **GREEDY, checkpoint=str(base), adapter=str(adapter), adapter_strength=0.8, seed=1
     )
@@ -227,13 +231,13 @@ def assert_refused(eager: Scheduler) -> Callable[[Path, str], None]:
 
 
 def edit(folder: Path, **values) -> Path:
-    file = folder / CONFIG
+    file = folder / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return folder
 
 
 @pytest.mark.parametrize("shape", [{"layers": 1}, {"hidden": 32}])
-def test_an_adapter_for_another_base_is_refused(shape, base, assert_refused, tmp_path):
+def test_lora_for_another_base_is_refused(shape, base, assert_refused, tmp_path):
     other = tiny.build(tmp_path / "other-base", text_hidden=24, **shape)
     if shape == {"layers": 1}:
         eager = make_batch(other, graphs=False)
@@ -245,7 +249,7 @@ def test_an_adapter_for_another_base_is_refused(shape, base, assert_refused, tmp
         )
 
 
-def test_an_adapter_of_another_published_checkpoint_is_refused(changeable):
+def test_lora_of_another_published_checkpoint_is_refused(changeable):
     edit(changeable, base_model_name_or_path="facebook/musicgen-small")
     source = lora.find(str(changeable))
     request = GenerationRequest(checkpoint="stereo-small", adapter=str(changeable))
@@ -266,45 +270,45 @@ def test_an_adapter_of_another_published_checkpoint_is_refused(changeable):
         ({"peft_type": None}, "no plain LoRA"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(changeable, assert_refused, values, said):
+def test_lora_of_another_kind_is_refused(changeable, assert_refused, values, said):
     assert_refused(edit(changeable, **values), said)
 
 
-def test_weights_that_would_be_left_out_are_refused(changeable, assert_refused):
-    weights = load((changeable / WEIGHTS).read_bytes())
+def test_lora_with_unsupported_weights_is_refused(changeable, assert_refused):
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
     extra = "base_model.model.text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
-    save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS)
-    assert_refused(changeable, r"changes base_model\.model\.text_encoder.* cannot be put on")
+    save_file({**weights, extra: torch.zeros(4, 24)}, changeable / WEIGHTS_FILE)
+    assert_refused(changeable, r"changes base_model\.model\.text_encoder.* is not supported")
 
 
-def test_damaged_files_are_refused(changeable, assert_refused, tmp_path):
-    whole = (changeable / WEIGHTS).read_bytes()
-    weights = load((changeable / WEIGHTS).read_bytes())
-    (changeable / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+def test_lora_damaged_files_are_refused(changeable, assert_refused, tmp_path):
+    whole = (changeable / WEIGHTS_FILE).read_bytes()
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
+    (changeable / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
     assert_refused(changeable, "no readable adapter_model")
     key = next(iter(weights))
     for value in (float("nan"), float("inf")):
-        save_file({**weights, key: weights[key] * value}, changeable / WEIGHTS)
+        save_file({**weights, key: weights[key] * value}, changeable / WEIGHTS_FILE)
         assert_refused(changeable, re.escape(key))
-    save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS)
+    save_file({k: w for k, w in weights.items() if k != key}, changeable / WEIGHTS_FILE)
     assert_refused(changeable, "does not fit|no readable")
-    (changeable / CONFIG).write_text("{")
+    (changeable / CONFIG_FILE).write_text("{")
     assert_refused(changeable, "no readable adapter_config")
-    (changeable / CONFIG).unlink()
+    (changeable / CONFIG_FILE).unlink()
     with pytest.raises(RequestError, match=r"it has no adapter_config\.json"):
         lora.fetch(lora.find(str(changeable)))
     with pytest.raises(RequestError, match='no adapter "nowhere"'):
         lora.find("nowhere")
 
 
-def test_a_changed_file_is_read_again(base, eager, changeable, tmp_path):
+def test_lora_store_reads_changed_weights_again(base, eager, changeable, tmp_path):
     eager.adapters.add("same", changeable)
     first = codes(eager, "same")
-    shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS, changeable / WEIGHTS)
+    shutil.copy(write(base, tmp_path / "later", seed=5) / WEIGHTS_FILE, changeable / WEIGHTS_FILE)
     assert not torch.equal(codes(eager, "same"), first)
 
 
-def test_a_changed_setting_is_read_again(eager, changeable):
+def test_lora_store_reads_changed_settings_again(eager, changeable):
     eager.adapters.add("scaled", changeable)
     first = codes(eager, "scaled")
     edit(changeable, lora_alpha=0.001)
@@ -312,37 +316,37 @@ def test_a_changed_setting_is_read_again(eager, changeable):
 
 
 @pytest.mark.parametrize("named", ["folder", "file"])
-def test_the_pickle_of_older_peft_is_the_same_adapter(eager, changeable, named):
+def test_lora_reads_the_pickle_of_older_peft(eager, changeable, named):
     eager.adapters.add("one", changeable)
     expected = codes(eager, "one")
-    weights = load((changeable / WEIGHTS).read_bytes())
-    (changeable / WEIGHTS).unlink()
-    torch.save(weights, changeable / PICKLED)
-    path = changeable if named == "folder" else changeable / PICKLED
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
+    (changeable / WEIGHTS_FILE).unlink()
+    torch.save(weights, changeable / PICKLE_FILE)
+    path = changeable if named == "folder" else changeable / PICKLE_FILE
     folder = lora.fetch(lora.find(str(path)))
     eager.adapters.add("old", folder)
     assert torch.equal(codes(eager, "old"), expected)
 
 
-def test_an_adapter_of_a_compiled_model_is_unwrapped(eager, changeable):
+def test_lora_of_a_compiled_model_is_unwrapped(eager, changeable):
     eager.adapters.add("plain", changeable)
     expected = codes(eager, "plain")
-    weights = load((changeable / WEIGHTS).read_bytes())
+    weights = load((changeable / WEIGHTS_FILE).read_bytes())
     wrapped = {
         name.replace("model.model.", "model._orig_mod.model."): w for name, w in weights.items()
     }
-    save_file(wrapped, changeable / WEIGHTS)
+    save_file(wrapped, changeable / WEIGHTS_FILE)
     eager.adapters.add("compiled", changeable)
     assert torch.equal(codes(eager, "compiled"), expected)
 
 
-def test_a_melody_checkpoint_wears_one_on_its_chroma_and_its_prefix_too(tmp_path):
+def test_lora_is_applied_to_chroma_and_prefix(tmp_path):
     base = tiny.build(tmp_path / "base", melody=True, text_hidden=24)
     folder = write(base, tmp_path / "adapter")
     batch = melodies.melody_batch(base)
     batch.adapters.add("one", folder)
     told = {**GREEDY, "melody": melodies.SCALE}
-    chroma = Extractor()(told["melody"])
+    chroma = ChromaExtractor()(told["melody"])
     worn, plain = codes(batch, **told), codes(batch, "", **told)
     whole = merged(base, folder)
     assert torch.equal(worn, melodies.generated(whole, base, ROCK, chroma, 3.0, 25))

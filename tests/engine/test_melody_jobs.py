@@ -20,7 +20,7 @@ from transformers import MusicgenMelodyForConditionalGeneration
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine import delay_pattern
-from musicgen_ui.engine.melody import Extractor
+from musicgen_ui.engine.melody import ChromaExtractor
 from musicgen_ui.engine.protocol import Chunk, Event, Finished
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
@@ -66,13 +66,13 @@ def test_greedy_equals_generate(folder, batch, reference, prompt, melody, guidan
         prompt, melody=melody, duration_s=0.6, guidance_scale=guidance_scale, do_sample=False
     )
     _, codes, _ = run_job(batch, request)
-    chroma = Extractor()(melody) if melody else None
+    chroma = ChromaExtractor()(melody) if melody else None
     expected = generated(reference, folder, prompt, chroma, guidance_scale, 30)
     assert len(expected.unique()) > 10  # a sequence that says something
     assert torch.equal(codes, expected)
 
 
-def test_two_melodies_give_two_results(batch):
+def test_melody_changes_the_music(batch):
     request = GenerationRequest(ROCK, duration_s=0.6, do_sample=False)
     takes = [
         run_job(batch, dataclasses.replace(request, melody=melody))[1]
@@ -83,12 +83,12 @@ def test_two_melodies_give_two_results(batch):
     assert not torch.equal(takes[1], takes[2])
 
 
-def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, reference):
+def test_shorter_prompt_is_padded_with_zeros(folder, batch, reference):
     """A negative prompt that is longer: the reference gets zeros after the shorter one."""
     request = GenerationRequest(
         PIANO, negative_prompt=ROCK, melody=SCALE, duration_s=0.5, do_sample=False
     )
-    wanted, unwanted = batch.conditioner.conditions(request)
+    wanted, unwanted = batch.conditioner.conditions(request).states
     assert wanted.shape == unwanted.shape and not wanted[-1].any() and unwanted[-1].any()
     columns = torch.full((2 * batch.decoder.codebooks, 1), batch.decoder.start_token)
     with torch.no_grad():
@@ -103,15 +103,15 @@ def test_words_that_are_padded_are_those_of_the_other_row(folder, batch, referen
     assert not torch.equal(job.window.columns, plain.window.columns)
 
 
-def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
+def test_melody_beside_an_audio_prompt(folder, batch, reference):
     """The melody begins with the new music; before it the clip's own chroma stands."""
     clip = noise(1.28, batch.codec.channels)  # ten columns of chroma
     request = GenerationRequest(
         ROCK, audio_prompt=clip, include_prompt=False, melody=SCALE, duration_s=0.6, do_sample=False
     )
     job, codes, finished = run_job(batch, request)
-    melody = Extractor()(SCALE)
-    heard = torch.cat([Extractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
+    melody = ChromaExtractor()(SCALE)
+    heard = torch.cat([ChromaExtractor()(clip)[-10:], melody.repeat(8)])[:WINDOW]
     context = delay_pattern.undelayed(
         job.window.columns, 0, job.window.context_frames, batch.codec.channels
     )
@@ -121,7 +121,7 @@ def test_a_clip_is_continued_and_another_followed(folder, batch, reference):
     assert not torch.equal(codes, other)
 
 
-def test_melodies_beside_other_jobs_change_nothing(batch):
+def test_melody_jobs_do_not_affect_others(batch):
     """Jobs of other lengths, prefixes and positions; one of them is admitted late."""
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=0.6, seed=7)
     _, alone, _ = run_job(batch, request)
@@ -172,14 +172,14 @@ def test_takes_tell_what_they_followed(batch):
     stop = threading.Event()
     stop.set()
     batch.step()
-    melody = batch.conditioner.followed(request)
-    own = Extractor()(DOWN).numpy()  # 2 s, so it is heard again
+    melody = batch.conditioner.chroma(request)
+    own = ChromaExtractor()(DOWN).numpy()  # 2 s, so it is heard again
     assert melody.column_s == 0.128 and len(melody.classes) == 24
     assert np.array_equal(melody.classes, np.tile(own, 2)[:24])
-    assert batch.conditioner.followed(GenerationRequest(ROCK)) is None
+    assert batch.conditioner.chroma(GenerationRequest(ROCK)) is None
 
 
-def test_plain_checkpoints_refuse_a_melody_and_name_those_that_follow(tiny_mono, tiny_melody):
+def test_melody_is_refused_by_other_checkpoints(tiny_mono, tiny_melody):
     request = GenerationRequest(ROCK, melody=SCALE, checkpoint=str(tiny_mono), duration_s=0.5)
     manager = LocalBackend("cpu", "float32")
     with pytest.raises(RequestError, match="cannot follow a melody: choose melody, melody-large"):
@@ -214,15 +214,13 @@ def test_clips_without_a_melody_are_refused(clip, said):
     assert caught.value.field == "melody"
 
 
-def test_melody_moves_along_with_the_windows_of_a_longer_piece(
-    folder, batch, reference, monkeypatch
-):
+def test_melody_moves_along_with_the_windows(folder, batch, reference, monkeypatch):
     """Each window is what `generate` makes of the overlap and the chroma from there on."""
     monkeypatch.setattr("musicgen_ui.engine.variation.WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, finished, _ = run(batch, request)
     assert list(windows) == [0, 50, 100] and finished.clip.samples.shape[1] == 128_000
-    tune_again = Extractor()(SCALE).repeat(9)
+    tune_again = ChromaExtractor()(SCALE).repeat(9)
     known = None
     for start, window in windows.items():
         first = round(start / 50 / 0.128)
@@ -232,7 +230,7 @@ def test_melody_moves_along_with_the_windows_of_a_longer_piece(
         known = window[:, -50:]
 
 
-def test_words_change_at_their_frame_beside_a_melody(batch, reference):
+def test_sections_change_at_their_frame_beside_a_melody(batch, reference):
     request = GenerationRequest(
         ROCK,
         sections=[(0.3, PIANO)],
@@ -244,7 +242,7 @@ def test_words_change_at_their_frame_beside_a_melody(batch, reference):
     job, _, _ = run_job(batch, request)
     columns = job.window.columns[None]  # [1, codebooks, columns]
     for at_s, part in ((0.0, slice(0, 15)), (0.3, slice(15, 30))):
-        (states,) = batch.conditioner.conditions(request, at_s=at_s)
+        (states,) = batch.conditioner.conditions(request, at_s=at_s).states
         with torch.no_grad():
             logits = reference.decoder(
                 columns[0, :, :-1], encoder_hidden_states=states[None]

@@ -18,7 +18,7 @@ import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
 from musicgen_ui.engine import delay_pattern, faults, variation
-from musicgen_ui.engine.cuda_graph import Graphed
+from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import Fault
@@ -124,7 +124,7 @@ def test_greedy_melody_codes_equal_transformers(request, make, device, name, gui
     columns = run_job(batch, asked)[0].window.columns
     model = MusicgenMelodyForConditionalGeneration.from_pretrained(folder).eval().to(device)
     logits = []
-    for states in on_cpu.conditioner.conditions(asked):
+    for states in on_cpu.conditioner.conditions(asked).states:
         with torch.no_grad():
             heard = states[None].to(device)
             found = model.decoder(columns[:, :-1], encoder_hidden_states=heard).logits
@@ -158,12 +158,12 @@ def test_captured_steps_equal_plain_ones(request, make, device, name, plain):
     duration_s = 0.5 if quickly else 5.5
     asked = GenerationRequest(ROCK, duration_s=duration_s, variations=3, seed=9, top_p=0.9)
     captured = make(folder)
-    assert isinstance(captured.stepper, Graphed)
+    assert isinstance(captured.stepper, CudaGraphStepper)
     other = make(folder, device="cpu" if plain == "cpu" else device, graphs=False)
     if plain == "uncaptured":
-        other.stepper = Graphed(other.decoder, other.max_jobs, capture=False)
+        other.stepper = CudaGraphStepper(other.decoder, other.max_jobs, capture=False)
     elif plain == "torch":
-        other.stepper = Graphed(other.decoder, other.max_jobs, triton=False)
+        other.stepper = CudaGraphStepper(other.decoder, other.max_jobs, triton=False)
     for ours, theirs in zip(takes(captured, asked), takes(other, asked), strict=True):
         assert same(ours, theirs)
 

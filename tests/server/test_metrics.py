@@ -16,7 +16,7 @@ from musicgen_ui.backends.job_log import JobLog, JobRecord
 from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress, Stage, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from musicgen_ui.server.metrics import Metrics, routes
+from musicgen_ui.server.metrics import Metrics, metrics_routes
 from tests.helpers.fakes import FakeBackend
 
 LOCAL = ("127.0.0.1", 4000)
@@ -27,7 +27,9 @@ class Watched:
 
     def __init__(self, token: str = "", proxied: bool = False) -> None:
         self.backend, self.job_log = FakeBackend(), JobLog()
-        self.app = Starlette(routes=routes(Metrics(self.backend, self.job_log), token, proxied))
+        self.app = Starlette(
+            routes=metrics_routes(Metrics(self.backend, self.job_log), token, proxied)
+        )
 
     def get(self, path: str, peer: Any = LOCAL, host: str = "127.0.0.1:7860", **headers: str):
         client = TestClient(self.app, base_url=f"http://{host}", client=peer)

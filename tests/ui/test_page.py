@@ -11,7 +11,6 @@ import pytest
 
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
-from musicgen_ui.server.settings import Settings
 from musicgen_ui.ui import page
 from musicgen_ui.ui.components import (
     AudioPanel,
@@ -26,7 +25,7 @@ from tests.helpers.fakes import FakeBackend
 
 @pytest.fixture(scope="module")
 def built() -> gr.Blocks:
-    return page.build(Admission(FakeBackend(), None), Settings())
+    return page.build(Admission(FakeBackend(), None), page.PageOptions())
 
 
 def event(built: gr.Blocks, api_name: str) -> Any:
@@ -50,8 +49,8 @@ def test_request_fields_are_those_of_a_request() -> None:
 
 def test_every_component_is_placed_on_the_page(tmp_path: Path) -> None:
     with gr.Blocks() as blocks:
-        components = page.create(Settings())
-        page.lay_out(components, Settings())
+        components = page.create(page.PageOptions())
+        page.lay_out(components, page.PageOptions())
     assert all(each._id in blocks.blocks for each in components.by_name().values())
 
 
@@ -84,7 +83,7 @@ def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
 
 
 def test_a_short_server_offers_no_more_than_it_makes(tmp_path: Path) -> None:
-    short = page.build(Admission(FakeBackend(), None), Settings(max_duration_s=5))
+    short = page.build(Admission(FakeBackend(), None), page.PageOptions(max_duration_s=5))
     at = {b.elem_id: b for b in short.blocks.values() if getattr(b, "elem_id", None)}
     assert at["duration_s"].maximum == at["duration_s"].value == 5
     assert [seconds for _, seconds in at["length_choice"].choices] == [5]
