@@ -21,7 +21,7 @@ from musicgen_ui.backends.admission import Admission
 from musicgen_ui.engine.protocol import Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import FIELDS, GenerationRequest
-from musicgen_ui.ui import request_form, take_panel
+from musicgen_ui.ui import audio_panel, request_form, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.live_player import LiveStream
 from musicgen_ui.ui.wording import SORRY, progress_text
@@ -281,7 +281,7 @@ def test_a_click_is_validated_once(
 
         asyncio.run(run())
     else:
-        request_form.read_clip(clip, 10.0, 0.0, 12.0, {})  # as the upload does
+        audio_panel.read_clip(clip, 10.0, 0.0, 12.0, {})  # as the upload does
         compose(handlers, **changes)
     reads = [path for path, *_ in read if str(path) == clip]
     assert len(checked) == 1 and len(reads) == 1
