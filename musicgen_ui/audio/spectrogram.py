@@ -104,15 +104,20 @@ def _drawn(clip: Clip, prompt_s: float, melody: Chroma | None) -> bytes:
 def mel_db(clip: Clip) -> np.ndarray:
     """Power in mel bands in dB below full scale: float32 [channels, bands, frames]."""
     rate, samples = clip.sampling_rate, clip.samples.shape[1]
-    column = samples // (WIDTH_PX * PIXEL_DENSITY)  # samples of a column at the picture's width
-    window = 2 ** round(np.log2(max(WINDOW_S * rate, column)))  # nothing falls between columns
-    hop = max(window // 4, column)
+    window, hop = window_and_hop(clip)
     padded = np.pad(clip.samples, ((0, 0), (window // 2, window)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)[:, ::hop]
     frames = frames[:, : samples // hop + 1]
     blocks = np.array_split(frames, -(-frames.shape[1] // BLOCK), axis=1)
     bands = np.concatenate([_bands(block, rate) for block in blocks], axis=2)
     return 10 * np.log10(np.maximum(bands, 1e-12))
+
+
+def window_and_hop(clip: Clip) -> tuple[int, int]:
+    """Samples of a transform, and from the middle of one column of `mel_db` to the next."""
+    column = clip.samples.shape[1] // (WIDTH_PX * PIXEL_DENSITY)  # samples at the picture's width
+    window = 2 ** round(np.log2(max(WINDOW_S * clip.sampling_rate, column)))
+    return window, max(window // 4, column)  # nothing falls between columns
 
 
 def _bands(frames: np.ndarray, rate: int) -> np.ndarray:

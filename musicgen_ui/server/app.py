@@ -144,9 +144,9 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
 
     from musicgen_ui.backends.admission import Admission, HourlyQuota
     from musicgen_ui.backends.job_log import JobLog
-    from musicgen_ui.server import gradio_patches
+    from musicgen_ui.server import audio_stream, gradio_patches
     from musicgen_ui.server.metrics import Metrics, metrics_routes
-    from musicgen_ui.ui import page
+    from musicgen_ui.ui import page, player
 
     takes = Path(chosen.output_folder or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
@@ -166,9 +166,12 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     proxied = bool(chosen.trusted_proxies) or chosen.share
-    routes = metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied)
+    routes = [
+        *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
+        *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
+    ]
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
-    passed = middleware(chosen, cache, names, [demo.sessions.route(), *routes])
+    passed = middleware(chosen, cache, names, routes)
     _launch_page(demo, chosen, passed, [takes, temporary / "takes"])
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
@@ -203,7 +206,7 @@ def _launch_page(
             state_session_capacity=SESSIONS,
             strict_cors=True,
             max_file_size=chosen.max_upload_bytes,
-            allowed_paths=[str(p) for p in (*folders, take_panel.EXAMPLE.with_suffix(".wav"))],
+            allowed_paths=[str(path) for path in (*folders, *take_panel.EXAMPLE_SHOWN)],
             footer_links=["api"],
             theme=page.theme(),
             css_paths=[files.ASSETS / "style.css"],

@@ -80,7 +80,6 @@ class Updates(TypedDict, total=False):
     take_title: object
     take_variation: object
     take_audio: object
-    spectrogram: object
     wav: object
     flac: object
     continue_take: object
@@ -175,8 +174,7 @@ class TakePanel:
     live: gr.HTML
     take_title: gr.HTML
     take_variation: gr.Radio
-    take_audio: gr.Audio
-    spectrogram: gr.Image
+    take_audio: gr.HTML
     wav: gr.DownloadButton
     flac: gr.DownloadButton
     continue_take: gr.Button

@@ -42,8 +42,7 @@ class Events:
         self.settings: list[Any] = [self.by_name[name] for name in SETTINGS]
         self.shown_take: list[Block] = [
             *(take.history, take.chosen, take.take_title, take.take_audio, take.wav, take.flac),
-            *(take.spectrogram, take.take_facts, take.take_notes, take.take_variation),
-            take.take_history,
+            *(take.take_facts, take.take_notes, take.take_variation, take.take_history),
         ]
         # What decides how much of a clip the model hears, and what a clip's answers change.
         self.window: list[Block] = [request.duration_s, request.context_s, request.overlap_s]

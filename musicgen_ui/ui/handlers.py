@@ -20,12 +20,12 @@ import gradio as gr
 from anyio import to_thread
 
 from musicgen_ui.backends.admission import Admission, AdmittedJob, Client, Saved
-from musicgen_ui.engine.protocol import Chunk, Event, Failed, Progress, Stage
+from musicgen_ui.engine.protocol import Event, Failed, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
-from musicgen_ui.ui.live_player import LiveStream
+from musicgen_ui.ui.player import JobState
 from musicgen_ui.ui.request_builder import RequestBuilder, without_unchanged
 from musicgen_ui.ui.sessions import Sessions, Tab
 from musicgen_ui.ui.wording import ending, error_text, progress_text
@@ -89,13 +89,15 @@ class Handlers:
         A setting that still is as the page had it from a checkpoint (`own`) is left to the chosen
         checkpoint, which the page may not know yet.
         """
-        live, client = LiveStream(total_s=1.0), Client.of(request)
+        client = Client.of(request)
+        live = JobState(session=client.session)
         yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
         try:
             job = self._submit(without_unchanged(values, own), client)
         except RequestError as error:
             yield self._failed(live, error)
             raise self._shown(error) from None
+        live.job = job.id
         tab = self.sessions.begin(client.session, job, values.get("seed"))
         try:
             async with aclosing(self._updates(job, live, history, tab)) as updates:
@@ -107,10 +109,11 @@ class Handlers:
 
     async def follow(self, key: str, request: gr.Request) -> AsyncGenerator[Updates, None]:
         """A page that comes back reads the events of its tab's job from the first one on."""
-        tab = self.sessions.of(Client.of(request).session)
+        session = Client.of(request).session
+        tab = self.sessions.of(session)
         if not (tab and key and (job := tab.job)):
             return
-        live = LiveStream(total_s=1.0)
+        live = JobState(session=session, job=job.id)
         updates = self._updates(job, live, list(tab.history), tab, returned=True)
         async with aclosing(updates):
             async for update in updates:
@@ -179,12 +182,12 @@ class Handlers:
     async def _updates(
         self,
         job: AdmittedJob,
-        live: LiveStream,
+        live: JobState,
         history: list[take_panel.Group],
         tab: Tab | None,
         returned: bool = False,
     ) -> AsyncGenerator[Updates, None]:
-        """What the page shows of a job; a page that `returned` gets no live music."""
+        """What the page shows of a job; one that `returned` is told that it was not forgotten."""
         reader = JobReader(live, returned)
         async with aclosing(job.events()) as events:
             async for event in events:
@@ -198,7 +201,7 @@ class Handlers:
                 live.total_s = job.request.duration_s
                 if message := reader.message(event):
                     yield {"live": message}
-        group = take_panel.group(reader.takes)
+        group = take_panel.group(reader.takes, job.id)
         if tab:
             history = tab.end(job, group, history)
         elif group:
@@ -212,7 +215,7 @@ class Handlers:
         # Generate only now: while this event lasts, the page ignores a click on it.
         yield take_panel.picture(group[0]) | busy(False)
 
-    def _failed(self, live: LiveStream, error: Exception, returned: bool = False) -> Updates:
+    def _failed(self, live: JobState, error: Exception, returned: bool = False) -> Updates:
         text = BROKEN if returned else error_text(error)
         return busy(False) | {"live": live.message("failed", text)}
 
@@ -225,7 +228,7 @@ class Handlers:
 class JobReader:
     """Turns the events of a job into messages to the live player, and collects the takes."""
 
-    def __init__(self, live: LiveStream, returned: bool = False) -> None:
+    def __init__(self, live: JobState, returned: bool = False) -> None:
         self.takes: list[Saved] = []
         self._live = live
         self._returned = returned
@@ -248,9 +251,6 @@ class JobReader:
             if changed or time.monotonic() - self._shown_s > STATUS_EVERY_S:
                 self._shown_s = time.monotonic()
                 return self._now()
-        elif isinstance(event, Chunk) and event.variation == 0 and not self._returned:
-            self._live.add(event.clip)
-            return self._now()
         return None
 
     def _now(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from musicgen_ui.ui.components import (
 )
 from musicgen_ui.ui.events import connect
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.live_player import live_player
+from musicgen_ui.ui.player import player, take_on_show
 
 PROMPT_IDEAS = {
     "80s pop": "80s pop with warm synth pads, gated drums and a catchy bass line",
@@ -51,9 +51,6 @@ PROMPT_IDEAS = {
     "Ambient": "ambient, slow evolving pads, calm and spacious",
 }
 LENGTHS_S = {"5 s": 5, "10 s": 10, "20 s": 20, "30 s": 30, "1 min": 60, "2 min": 120, "5 min": 300}
-WAVEFORM = gr.WaveformOptions(
-    waveform_color="#a8a29e", waveform_progress_color="#0d9488", show_recording_waveform=True
-)
 # Never rendered again, so that the script may write into it: nothing here depends on the value.
 NOTICE = """
 <div class="notice" hidden>
@@ -207,7 +204,7 @@ def lay_out_audio(c: Components) -> None:
 
 def lay_out_take(take: TakePanel) -> None:
     """What was made."""
-    place(take.live, take.take_title, take.take_variation, take.take_audio, take.spectrogram)
+    place(take.live, take.take_title, take.take_variation, take.take_audio)
     with gr.Row(elem_id="take_actions"):
         place(take.wav, take.flac, take.continue_take, take.same_seed)
     place(take.take_facts, take.take_notes, take.take_history)
@@ -377,7 +374,7 @@ def take() -> TakePanel:
     intro = f'<p class="intro">{take_panel.INTRO}</p>{take_panel.title_html(opening)}'
     small: dict[str, Any] = {"size": "sm", "min_width": 60, "render": False}
     return TakePanel(
-        live=live_player(),
+        live=player(),
         take_title=gr.HTML(intro, elem_id="take_title", render=False),
         take_variation=gr.Radio(
             label="Variations",
@@ -386,26 +383,7 @@ def take() -> TakePanel:
             elem_id="take_variation",
             render=False,
         ),
-        take_audio=gr.Audio(
-            str(opening.wav),
-            label="Take",
-            show_label=False,
-            interactive=False,
-            elem_id="take_audio",
-            buttons=[],
-            waveform_options=WAVEFORM,
-            render=False,
-        ),
-        spectrogram=gr.Image(
-            str(opening.picture),
-            label="Spectrogram",
-            show_label=False,
-            interactive=False,
-            elem_id="spectrogram",
-            alt_text=opening.alt,
-            buttons=["fullscreen"],
-            render=False,
-        ),
+        take_audio=take_on_show(take_panel.in_player(opening)),
         wav=gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small),
         flac=gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small),
         continue_take=gr.Button("Continue this", elem_id="continue", **small),

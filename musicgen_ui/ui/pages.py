@@ -11,14 +11,14 @@ from musicgen_ui.backends.admission import Client
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.handlers import BROKEN, UNDER_WAY, JobReader, busy
-from musicgen_ui.ui.live_player import LiveStream
+from musicgen_ui.ui.player import JobState
 from musicgen_ui.ui.request_form import Restoring
 from musicgen_ui.ui.sessions import BACK, Sessions
 
 
 def back() -> str:
     """The script that gives a page the form as it was, and says so of a take that is lost."""
-    message = LiveStream(1.0).message("failed", BROKEN)
+    message = JobState().message("failed", BROKEN)
     return BACK.replace("CUT_OFF", json.dumps(message))
 
 
@@ -41,7 +41,7 @@ class Pages:
         message: Any = None
         for job in list(tab.jobs):
             if job.ended:
-                reader = JobReader(LiveStream(1.0), returned=True)
+                reader = JobReader(JobState(), returned=True)
                 reader.read(job.log.so_far())
                 tab.end(job, take_panel.group(reader.takes))
                 message = reader.end()
@@ -53,6 +53,6 @@ class Pages:
         if message:
             shown["live"] = message
         if tab.job:
-            message = LiveStream(1.0).message("waiting", UNDER_WAY)
+            message = JobState().message("waiting", UNDER_WAY)
             shown |= busy(True) | {"live": message, "job_id": tab.job.id}
         return shown

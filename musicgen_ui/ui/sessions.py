@@ -50,7 +50,7 @@ BACK = """(live, ...form) => {
   const cut_off = sessionStorage.musicgenBusy && !live;
   window.musicgenForm = true;
   addEventListener('pagehide', () => {
-    const message = window.musicgenLive?.message;
+    const message = window.musicgenPlayer?.state;
     sessionStorage.musicgenBusy = message && !message.last ? 'yes' : '';
   });
   return [cut_off ? CUT_OFF : live, ...(kept.length === form.length ? kept : form)];
@@ -186,6 +186,15 @@ class Sessions:
             tab.note(job)
             tab.jobs.append(job)
         return tab
+
+    def job(self, id: str, session: str) -> AdmittedJob | None:
+        """A job by its id, for a page of the tab that asked for it."""
+        job = self._backend.job(id)
+        if job is None or not session:
+            return None
+        tab = self.of(session)
+        is_same_tab = tab is not None and tab is self.of(job.owner.session)
+        return job if is_same_tab or job.owner.session == session else None
 
     def lost(self, session: str) -> None:
         """A page's connection has ended: its jobs do after a while, unless its tab comes back."""

@@ -7,6 +7,7 @@ paths and words are kept, never samples. Functions return updates by component n
 from __future__ import annotations
 
 import html
+import json
 import logging
 import unicodedata
 from collections.abc import Iterable
@@ -16,11 +17,12 @@ from typing import Any
 
 import gradio as gr
 
-from musicgen_ui import takes
-from musicgen_ui.audio import load, spectrogram
+from musicgen_ui import files, takes
+from musicgen_ui.audio import load, spectrogram, spectrogram_image
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.backends.admission import Saved
 from musicgen_ui.files import ASSETS
+from musicgen_ui.ui import player
 from musicgen_ui.ui.components import Updates
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ INTRO = (
     "Describe music in words, or hand over a clip to carry on, and hear it while it is made. "
     "Here is one to begin with:"
 )
-EXAMPLE = ASSETS / "example.flac"  # beside it the same as WAV and its picture
+EXAMPLE = ASSETS / "example.flac"  # beside it the same as WAV, its picture and `Drawn` as JSON
+EXAMPLE_SHOWN = [EXAMPLE.with_suffix(ending) for ending in (".wav", ".png")]
 KEPT_GROUPS = 20
 
 
@@ -42,8 +45,8 @@ class ShownTake:
     settings: dict[str, Any]  # the request's and what came of it, as the files carry them
     notes: list[str] = field(default_factory=list)
     melody: Chroma | None = None
-    picture: Path | None = None  # drawn a moment after the take is shown
-    alt: str = ""
+    job: str = ""  # whose stream it was
+    drawn: dict[str, Any] | None = None  # `player.picture_state`, a moment after it is shown
 
     @property
     def title(self) -> str:
@@ -55,9 +58,12 @@ class ShownTake:
 Group = list[ShownTake]
 
 
-def shown(take: takes.Take) -> ShownTake:
-    """A saved take as the page shows it, for now without its picture."""
-    return ShownTake(take.wav, take.flac, take.settings, list(take.notes), take.melody)
+def shown(take: takes.Take, job: str = "") -> ShownTake:
+    """A saved take as the page shows it, for now without its picture.
+
+    `job` is the one whose stream the player has.
+    """
+    return ShownTake(take.wav, take.flac, take.settings, list(take.notes), take.melody, job)
 
 
 def unsaved(error: takes.UnsavedError) -> ShownTake:
@@ -66,12 +72,15 @@ def unsaved(error: takes.UnsavedError) -> ShownTake:
     return ShownTake(None, None, error.settings, [str(error), again])
 
 
-def group(saved: Iterable[Saved]) -> Group:
-    """The takes of a job as the page shows them, those without new music left out."""
+def group(saved: Iterable[Saved], job: str = "") -> Group:
+    """The takes of a job as the page shows them, those without new music left out.
+
+    `job` is the id of the one whose first variation the player streams.
+    """
     found: Group = []
     for each in saved:
         if each.take:
-            found.append(shown(each.take))
+            found.append(shown(each.take, job if each.variation == 0 else ""))
         elif each.error:
             found.append(unsaved(each.error))
     return found
@@ -79,14 +88,16 @@ def group(saved: Iterable[Saved]) -> Group:
 
 def draw(take: ShownTake) -> None:
     """Draws a take's spectrogram beside its files, once."""
-    if take.picture or take.wav is None:
+    if take.drawn or take.wav is None:
         return
     try:
         length_s = take.settings["prompt_s"] + take.settings["made_s"]
         clip = load.read(take.wav, keep_s=length_s + 1).clip
-        about = take.settings["prompt_s"], take.melody
-        take.alt = spectrogram.alt_text(clip, *about)
-        take.picture = spectrogram.draw(clip, take.wav.with_suffix(".png"), *about)
+        alt = spectrogram.alt_text(clip, take.settings["prompt_s"], take.melody)
+        content, edges = spectrogram_image.png(clip)
+        picture = take.wav.with_suffix(".png")
+        files.replace(picture, content)
+        take.drawn = player.picture_state(picture, edges, *spectrogram_image.peaks(clip), alt)
     except Exception:  # the music is what matters: it is never lost for its picture
         if not take.wav.exists():  # the server is being stopped, and deletes what was temporary
             return
@@ -98,10 +109,9 @@ def example() -> ShownTake:
     """The ready-made take that the page opens with."""
     settings = takes.read_settings(EXAMPLE)
     assert settings, "assets/example.flac carries its settings"
-    alt = f"Mel spectrogram of the example: {settings['prompt']}."
-    return ShownTake(
-        EXAMPLE.with_suffix(".wav"), EXAMPLE, settings, [], None, EXAMPLE.with_suffix(".png"), alt
-    )
+    drawn = json.loads(EXAMPLE.with_suffix(".json").read_text())
+    drawn["picture"] = player.file(EXAMPLE.with_suffix(".png"))
+    return ShownTake(EXAMPLE.with_suffix(".wav"), EXAMPLE, settings, drawn=drawn)
 
 
 def show(history: list[Group], which: int, variation: int) -> Updates:
@@ -116,7 +126,6 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
         "history": history,
         "chosen": [which, variation],
         "take_title": gr.update(value=title_html(take)),
-        "take_audio": take.wav and str(take.wav),
         "wav": gr.update(value=take.wav and str(take.wav), interactive=take.wav is not None),
         "flac": gr.update(value=take.flac and str(take.flac), interactive=take.flac is not None),
         "take_facts": facts_line(take),
@@ -126,17 +135,16 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
     }
 
 
+def in_player(take: ShownTake) -> dict[str, Any]:
+    """The take as the player shows it."""
+    state = player.take_state(take.wav, take.settings, take.title, take.job, take.melody)
+    return state | (take.drawn or {})
+
+
 def picture(take: ShownTake) -> Updates:
     """The updates for what comes a moment after the music."""
-    shape = ["two-channels"] * (take.settings["channels"] == 2)
-    shape += ["with-melody"] * (take.melody is not None)
-    drawn = gr.update(
-        value=take.picture and str(take.picture),
-        alt_text=take.alt,
-        elem_classes=shape,
-    )
     return {
-        "spectrogram": drawn,
+        "take_audio": in_player(take),
         "take_notes": gr.update(value=notes_html(take.notes), visible=bool(take.notes)),
     }
 

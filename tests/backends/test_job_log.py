@@ -43,7 +43,7 @@ def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **chang
     async def run() -> None:
         updates = handlers.compose([], {}, TAB, **values)
         async for update in updates:
-            if update.get("live", {}).get("chunks"):
+            if update.get("live", {}).get("done_s"):
                 if leave:
                     break
                 if stop:

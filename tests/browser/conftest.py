@@ -19,6 +19,7 @@ SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "heig
 # What the browser logs when the page refuses a form (422), a file that is no audio or too large,
 # and when a server ends before its page does.
 REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+REFUSED += ("ERR_CONNECTION_RESET",)  # a connection that a test breaks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +71,7 @@ def open_page(
         page.on("request", lambda r: odd.append(r.url) if outside(r.url, url) else None)
         page.goto(url)
         page.locator("#generate").wait_for()
+        page.wait_for_function("() => window.musicgenPlayer")
         return page
 
     yield open_one

@@ -24,7 +24,7 @@ def test_sign_in_generate_hear_and_download_under_music(chromium: Browser, tmp_p
         page.get_by_role("button", name="Sign in").click()
         page.get_by_label("Prompt", exact=True).fill("waltz")
         page.get_by_role("button", name="Generate", exact=True).click()
-        page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
+        page.wait_for_function("() => window.musicgenPlayer?.sound.position_s > 0.5")
         expect(page.locator("#take_facts")).to_contain_text("10.0 s")
         with page.expect_download() as download:
             page.locator("#wav").click()

@@ -18,10 +18,10 @@ def test_each_tab_hears_its_own_music(open_page: Open) -> None:
         for number, page in enumerate(pages):
             generate(page, f"techno {number}", 4 + number)
         for page in pages:
-            expect(page.locator(".live[data-stage=finished]")).to_be_visible(timeout=200_000)
+            expect(page.locator(".player[data-stage=finished]")).to_be_visible(timeout=200_000)
         for number, page in enumerate(pages):
             finished(page)
             expect(page.locator("#take_title")).to_have_text(f"techno {number}")
             expect(page.locator("#take_facts")).to_contain_text(f"{4 + number}.0 s")
-            heard = f"() => musicgenLive.heard_s() > {number + 3.9}"
+            heard = f"() => musicgenPlayer.sound.position_s > {number + 3.9}"
             page.wait_for_function(heard, timeout=60_000)

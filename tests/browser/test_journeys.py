@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 from tests.helpers.browser import Open, download, finished, generate, set_number, unfold
 from tests.helpers.fakes import FakeBackend
 
-HEARD = "() => window.musicgenLive.heard_s()"
+HEARD = "() => musicgenPlayer.sound.position_s"
 
 
 @pytest.mark.parametrize("screen", ["desk", "phone"])
@@ -24,17 +24,19 @@ def test_generate_hear_and_download(
     page = open_page(screen)
     engine.speed = 2.0
     generate(page, "slow waltz", 4)
-    expect(page.locator(".live-text")).to_have_text(
+    expect(page.locator(".player-text")).to_have_text(
         re.compile(r"^Composing [123]\.\d of 4.0 s at 2")
     )
-    page.wait_for_function("() => musicgenLive.heard_s() > 0.5 && musicgenLive.level() > 0.2")
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.5")
     before = page.evaluate(HEARD)
-    page.wait_for_function(f"() => musicgenLive.heard_s() > {before} + 0.3")  # the clock runs
+    page.wait_for_function(
+        f"() => musicgenPlayer.sound.position_s > {before} + 0.3"
+    )  # the clock runs
     finished(page)
     expect(page.locator("#take_title")).to_have_text("slow waltz")
-    expect(page.locator("#spectrogram img")).to_have_attribute("alt", re.compile("Mel spectrogram"))
-    page.wait_for_function("() => musicgenLive.heard_s() > 3.9")
-    assert page.evaluate("musicgenLive.lost") == 0
+    expect(page.locator("#player-alt")).to_contain_text("Mel spectrogram")
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 3.9")
+    assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
     wav, flac = (download(page, kind, tmp_path) for kind in ("wav", "flac"))
     assert wav.name.startswith("slow-waltz")
     for path in (wav, flac):
@@ -46,10 +48,10 @@ def test_slower_than_real_time_buffers_first(open_page: Open, engine: FakeBacken
     page = open_page()
     engine.speed = 0.6
     generate(page, length_s=3)
-    page.wait_for_function("() => musicgenLive.buffered_s > 0.5")
+    page.wait_for_function("() => musicgenPlayer.sound.track?.received_s > 0.5")
     assert page.evaluate(HEARD) == 0
-    page.wait_for_function("() => musicgenLive.heard_s() > 2.9")
-    assert page.evaluate("musicgenLive.lost") == 0
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 2.9")
+    assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
 
 
 def test_stop_is_acknowledged_at_once_and_keeps_the_partial(
@@ -58,10 +60,10 @@ def test_stop_is_acknowledged_at_once_and_keeps_the_partial(
     page = open_page()
     engine.speed = 1.0
     generate(page, length_s=25)
-    page.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.2")
     page.locator("#stop").click()
     finished(page, "stopped")
-    expect(page.locator(".live-text")).to_have_text(re.compile("Stopped: .* kept as a take"))
+    expect(page.locator(".player-text")).to_have_text(re.compile("Stopped: .* kept as a take"))
     made_s = soundfile.info(download(page, "wav", tmp_path)).duration
     assert 0.2 < made_s < 15
     generate(page, "again", 1)  # the page is ready for more
@@ -74,8 +76,8 @@ def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeBackend) -
     one, two = open_page(), open_page()
     generate(one, "one", 20)
     generate(two, "two", 5)
-    one.wait_for_function("() => musicgenLive.heard_s() > 0.2")
-    two.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+    one.wait_for_function("() => musicgenPlayer.sound.position_s > 0.2")
+    two.wait_for_function("() => musicgenPlayer.sound.position_s > 0.2")
     one.locator("#stop").click()
     finished(one, "stopped")
     finished(two)
@@ -86,7 +88,7 @@ def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeBackend) -> Non
     engine.speed = 1.0
     page = open_page()
     generate(page, length_s=30)
-    page.wait_for_function("() => musicgenLive.received > 0")
+    page.wait_for_function("() => musicgenPlayer.sound.track?.received > 0")
     page.close()
     for _ in range(100):
         if engine.running == 0:
@@ -139,7 +141,7 @@ def test_a_melody_is_followed_where_the_checkpoint_can(
     generate(page, length_s=3)
     expect(page.locator("#take_facts")).to_contain_text("follows a melody of")
     finished(page)
-    expect(page.locator("#spectrogram")).to_have_class(re.compile("with-melody"))
+    page.wait_for_function("() => musicgenPlayer.shown.melody?.classes.length")
     assert engine.requests[-1].melody is not None and engine.requests[-1].audio_prompt is None
     choose_checkpoint(page, "mono")
     expect(page.locator("#clip_use")).to_be_hidden()
@@ -174,7 +176,9 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     page.locator("#generate").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("Something went wrong")
     expect(page.locator("#generate")).to_be_visible()
-    said = page.locator(".live[data-stage=failed] .live-text")  # in full, once the toast is gone
+    said = page.locator(
+        ".player[data-stage=failed] .player-text"
+    )  # in full, once the toast is gone
     assert said.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight")
     expect(prompt).to_have_value("kept")
 
@@ -243,19 +247,18 @@ def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> 
 
 def test_streaming_moves_nothing(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
-    places = """['#live', '#take_title', '#take_audio', '#spectrogram', '#go'].map(s =>
+    places = """['#live', '.player-picture', '.player-foot', '#take_title', '#go'].map(s =>
         Math.round(document.querySelector(s).getBoundingClientRect().top + scrollY))"""
-    expect(page.locator("#take_audio").get_by_label("Play", exact=True)).to_be_visible()
-    for name in ("#live", "#spectrogram img", "#go"):  # not all is there at once
+    for name in ("#live", ".player-play", "#go"):  # not all is there at once
         page.locator(name).wait_for()
     engine.speed = 2.0
     before = page.evaluate(places)
     generate(page, length_s=3)
-    page.wait_for_function("() => musicgenLive.heard_s() > 0.5")
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.5")
     assert page.evaluate(places) == before
     finished(page)
     top = "e => Math.round(e.getBoundingClientRect().top + scrollY)"
-    assert page.locator("#take_title").evaluate(top) == before[1]
+    assert page.locator("#take_title").evaluate(top) == before[3]
 
 
 def test_everything_has_a_name_for_screen_readers(open_page: Open) -> None:
@@ -266,4 +269,4 @@ def test_everything_has_a_name_for_screen_readers(open_page: Open) -> None:
         .filter(e => !e.querySelector('img[alt]'))
         .map(e => e.outerHTML.slice(0, 120))""")
     assert nameless == []
-    expect(page.locator(".live-said")).to_have_attribute("aria-live", "polite")
+    expect(page.locator(".player-said")).to_have_attribute("aria-live", "polite")

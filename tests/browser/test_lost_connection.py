@@ -14,7 +14,7 @@ from tests.helpers.fakes import FakeBackend
 from tests.helpers.flaky_proxy import Proxy
 from tests.helpers.local import wait_for
 
-HEARD = "() => musicgenLive.heard_s() > 0.2"
+HEARD = "() => musicgenPlayer.sound.position_s > 0.2"
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_take_that_was_finished_while_the_connection_was_lost_is_there_when_it
     line.mend()
     expect(page.locator("#take_title")).to_have_text("lost and found")
     expect(page.locator("#take_facts")).to_contain_text("6.0 s")
-    expect(page.locator(".live-text")).to_contain_text("Finished while the page was away")
+    expect(page.locator(".player-text")).to_contain_text("Finished while the page was away")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("lost and found")
     generate(page, "another", 1)
     finished(page)
@@ -66,13 +66,13 @@ def test_a_take_under_way_is_waited_for_after_the_connection_is_back_and_can_be_
     line.cut()
     page.wait_for_timeout(500)
     line.mend()
-    expect(page.locator(".live-text")).to_contain_text("still being made")
+    expect(page.locator(".player-text")).to_contain_text("still being made")
     expect(page.locator("#generate")).to_be_hidden()
     assert engine.running == 1
     page.locator("#stop").click()
     expect(page.locator("#take_title")).to_have_text("still going")
     expect(page.locator("#generate")).to_be_visible()
-    expect(page.locator(".live-text")).to_contain_text("here is your take")
+    expect(page.locator(".player-text")).to_contain_text("here is your take")
 
 
 def test_a_page_that_does_not_come_back_frees_its_place(

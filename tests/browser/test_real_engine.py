@@ -16,8 +16,8 @@ from tests.helpers.browser import Open, serving
 
 TAKE_DOWN = """() => {
   window.said = [];
-  const look = () => window.said.push(document.querySelector(".live-text").textContent);
-  new MutationObserver(look).observe(document.querySelector(".live"),
+  const look = () => window.said.push(document.querySelector(".player-text").textContent);
+  new MutationObserver(look).observe(document.querySelector(".player"),
     {subtree: true, childList: true, characterData: true});
 }"""
 
@@ -38,9 +38,9 @@ def test_a_click_before_the_engine_is_there_becomes_music(
     length.press("Tab")
     page.evaluate(TAKE_DOWN)  # two seconds are composed faster than a look from here
     page.get_by_role("button", name="Generate", exact=True).click()
-    expect(page.locator(".live[data-stage=finished]")).to_be_visible(timeout=120_000)
+    expect(page.locator(".player[data-stage=finished]")).to_be_visible(timeout=120_000)
     assert "Composing" in page.evaluate("() => window.said.join()")
-    page.wait_for_function("() => musicgenLive.heard_s() > 1.9")
+    page.wait_for_function("() => musicgenPlayer.sound.position_s > 1.9")
     expect(page.locator("#engine")).to_contain_text("bundled")
     with page.expect_download() as waiting:
         page.locator("#wav").click()

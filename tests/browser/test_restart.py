@@ -30,13 +30,13 @@ def test_what_was_typed_outlives_the_server(
         page.get_by_label("Negative prompt").fill("vocals")
         set_number(page, "variations", 2)
         generate(page, "a take", 30)
-        page.wait_for_function("() => musicgenLive.heard_s() > 0.2")
+        page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.2")
         page.get_by_label("Prompt", exact=True).fill("typed since then")
         page.wait_for_timeout(300)
         gradio_patches.hang_up(demo.server)  # before anybody is told
         close(demo, temporary)
         demo, temporary = launch(settings, FakeBackend())
-        page.locator(".live[data-stage=failed]").wait_for()  # it was loaded anew
+        page.locator(".player[data-stage=failed]").wait_for()  # it was loaded anew
         expect(page.locator("#generate")).to_be_visible()
         expect(page.get_by_label("Prompt", exact=True)).to_have_value("typed since then")
         unfold(page, "Advanced")

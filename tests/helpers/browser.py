@@ -53,7 +53,7 @@ def unfold(page: Page, name: str) -> None:
 
 
 def finished(page: Page, stage: str = "finished") -> None:
-    expect(page.locator(f".live[data-stage={stage}]")).to_be_visible()
+    expect(page.locator(f".player[data-stage={stage}]")).to_be_visible()
     expect(page.locator("#generate")).to_be_visible()
 
 

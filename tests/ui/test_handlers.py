@@ -18,12 +18,12 @@ import soundfile
 from musicgen_ui import takes
 from musicgen_ui.audio import load
 from musicgen_ui.backends.admission import Admission
-from musicgen_ui.engine.protocol import Progress, Stage
+from musicgen_ui.engine.protocol import Chunk, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import FIELDS, GenerationRequest
+from musicgen_ui.server.audio_stream import pcm16
 from musicgen_ui.ui import audio_panel, request_form, take_panel
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.live_player import LiveStream
 from musicgen_ui.ui.wording import SORRY, progress_text
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
@@ -32,20 +32,22 @@ from tests.helpers.page import TAB, compose, state, values
 OTHER_TAB = SimpleNamespace(session_hash="b")
 
 
-def heard(updates: list[dict[str, Any]]) -> np.ndarray:
-    """What the live player played, with chunks that came twice taken once."""
-    chunks: dict[int, str] = {}
-    for update in updates:
-        chunks |= dict(update.get("live", {}).get("chunks", []))
-    assert list(chunks) == list(range(len(chunks)))
-    return np.frombuffer(b"".join(base64.b64decode(c) for c in chunks.values()), "<i2")
+def wav(updates: dict[str, Any]) -> str:
+    """The file of the take in the player."""
+    return updates["take_audio"]["wav"]["path"]
 
 
-def test_a_take_is_heard_live_and_its_file_holds_the_same_music(handlers: Handlers) -> None:
-    updates = compose(handlers, prompt="calm")
-    samples, rate = soundfile.read(state(updates)["take_audio"], dtype="int16")
+def test_the_stream_and_the_file_hold_the_same_samples(handlers: Handlers) -> None:
+    end = state(compose(handlers, prompt="calm"))
+    samples, rate = soundfile.read(wav(end), dtype="int16")
     assert rate == 16_000 and len(samples) == 16_000
-    assert np.abs(heard(updates).astype(int) - samples).max() <= 1
+    job = handlers.sessions.job(end["live"]["job"], end["live"]["session"])
+    assert job is not None and end["live"]["session"] == TAB.session_hash
+    streamed = b"".join(pcm16(e.clip) for e in job.follow() if isinstance(e, Chunk))
+    assert np.array_equal(np.frombuffer(streamed, "<i2"), samples)
+    assert end["take_audio"]["as_streamed"] and end["take_audio"]["job"] == job.id
+    for session in ("", "b", "another"):
+        assert handlers.sessions.job(job.id, session) is None
 
 
 def test_the_page_says_what_is_going_on_from_the_first_moment(handlers: Handlers) -> None:
@@ -56,8 +58,10 @@ def test_the_page_says_what_is_going_on_from_the_first_moment(handlers: Handlers
     assert end["live"]["stage"] == "finished" and end["live"]["last"]
     assert end["generate"]["visible"] and not end["stop"]["visible"]
     assert "seed</dt><dd>7<" in end["take_facts"]
-    assert Path(end["spectrogram"]["value"]).stat().st_size > 1000
-    assert end["spectrogram"]["alt_text"].startswith("Mel spectrogram")
+    shown = end["take_audio"]
+    assert Path(shown["picture"]["path"]).stat().st_size > 1000
+    assert shown["alt"].startswith("Mel spectrogram") and shown["edges"]["channels"] == 1
+    assert len(base64.b64decode(shown["peaks"])) == 2 * 100
 
 
 def test_every_variation_is_a_take_with_its_seed(handlers: Handlers) -> None:
@@ -69,8 +73,8 @@ def test_every_variation_is_a_take_with_its_seed(handlers: Handlers) -> None:
     ]
     group = end["history"][0]
     shown = take_panel.choose_variation(end["history"], [0, 0], 2)
-    assert shown["take_audio"] == str(group[2].wav)
-    assert Path(shown["spectrogram"]["value"]).exists()
+    assert wav(shown) == str(group[2].wav)
+    assert Path(shown["take_audio"]["picture"]["path"]).exists()
     assert takes.read_settings(group[2].wav)["seed"] == 9
 
 
@@ -80,7 +84,7 @@ def test_earlier_takes_stay_within_reach(handlers: Handlers) -> None:
     labels = [label for label, _ in second["take_history"]["choices"]]
     assert labels[0].startswith("2 · two") and labels[1].startswith("1 · one")
     back = take_panel.choose_earlier(second["history"], 0)
-    assert back["take_audio"] == first["take_audio"]
+    assert wav(back) == wav(first)
     assert request_form.same_seed(second["history"], back["chosen"])["seed"] == 7
 
 
@@ -107,14 +111,14 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
         updates, told = [], None
         async for update in handlers.compose([], {}, TAB, **values(duration_s=20)):
             updates.append(update)
-            if update.get("live", {}).get("chunks") and not told:
+            if update.get("live", {}).get("done_s") and not told:
                 handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
                 told = handlers.stop(TAB)["stop"] if len(updates) > 5 else None
                 assert told is None or told["value"] == "Stopping …"
         return updates
 
     end = state(asyncio.run(run()))
-    made_s = soundfile.info(end["take_audio"]).duration
+    made_s = soundfile.info(wav(end)).duration
     assert 0.1 <= made_s < 15
     assert end["live"]["stage"] == "stopped" and f"{made_s:.1f} s" in end["live"]["text"]
     # What was heard is shown as a share of what there is.
@@ -143,10 +147,10 @@ def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
 
     async def job(tab: Any, duration_s: float) -> float:
         async for update in handlers.compose([], {}, tab, **values(duration_s=duration_s)):
-            if tab is TAB and update.get("live", {}).get("chunks"):
+            if tab is TAB and update.get("live", {}).get("done_s"):
                 handlers.closed(TAB)
             if "take_audio" in update:
-                return soundfile.info(update["take_audio"]).duration
+                return soundfile.info(wav(update)).duration
         return 0.0
 
     async def both() -> list[float]:
@@ -164,7 +168,7 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
     async def run() -> None:
         updates = handlers.compose([], {}, TAB, **values())
         async for update in updates:
-            if update.get("live", {}).get("chunks"):
+            if update.get("live", {}).get("done_s"):
                 break
         await updates.aclose()
 
@@ -232,15 +236,15 @@ def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
 def test_what_nobody_asked_for_stays_within_a_servers_limit(tmp_path: Path) -> None:
     handlers = Handlers(Admission(FakeBackend(), tmp_path, queue_length=3), max_duration_s=5.0)
     end = state(compose(handlers, duration_s=None))
-    assert soundfile.info(end["take_audio"]).duration == 5.0
+    assert soundfile.info(wav(end)).duration == 5.0
 
 
 def test_an_upload_is_continued(handlers: Handlers, clip: str) -> None:
     end = state(compose(handlers, audio_prompt=clip))
-    assert soundfile.info(end["take_audio"]).duration == 6.0
+    assert soundfile.info(wav(end)).duration == 6.0
     assert "after your clip of" in end["take_facts"]
     alone = state(compose(handlers, audio_prompt=clip, include_prompt=False))
-    assert soundfile.info(alone["take_audio"]).duration == 1.0
+    assert soundfile.info(wav(alone)).duration == 1.0
 
 
 def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip: str) -> None:
@@ -302,15 +306,3 @@ def test_status_lines() -> None:
     composing = Progress(Stage.COMPOSING, done_s=4.2, total_s=10.0, speed=1.3)
     expected = "Composing 4.2 of 10.0 s at 1.3× real time, about 4 s left"
     assert progress_text(composing) == expected
-
-
-def test_a_message_carries_the_last_three_chunks() -> None:
-    from musicgen_ui.audio.clip import Clip
-    from tests.helpers.fakes import tone
-
-    live = LiveStream(10.0)
-    for _ in range(5):
-        live.add(Clip(tone(1, 0.1, 16_000, 2), 16_000))
-    message = live.message("composing", "")
-    assert [index for index, _ in message["chunks"]] == [2, 3, 4]
-    assert message["channels"] == 2 and message["rate"] == 16_000

@@ -53,7 +53,7 @@ def test_a_take_offers_its_settings(handlers: Handlers) -> None:
 def test_a_take_can_be_continued(handlers: Handlers) -> None:
     end = state(compose(handlers))
     told = audio_panel.continue_take(end["history"], end["chosen"], *WINDOW)
-    assert told["audio_prompt"] == end["take_audio"]
+    assert told["audio_prompt"] == end["take_audio"]["wav"]["path"]
     # Its fold may be closed, and then its field would not have it checked.
     assert "of 1.0 s" in told["clip_line"] and told["offered"]["seed"] == 7
     assert audio_panel.continue_take([], [0, 0], *WINDOW)["audio_prompt"].endswith("example.wav")

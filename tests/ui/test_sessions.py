@@ -182,7 +182,7 @@ async def begun(handlers: Handlers, **changes: Any) -> None:
     """A job whose page loses the connection after the first audio."""
     job = handlers.compose([], {}, BEFORE, **values(**changes))
     async for update in job:
-        if update.get("live", {}).get("chunks"):
+        if update.get("live", {}).get("stage") == "composing":
             break
     await job.aclose()
     handlers.closed(BEFORE)
@@ -231,7 +231,7 @@ def test_a_page_that_comes_back_late_shows_the_take_at_once(tmp_path: Path) -> N
     wait_for(lambda: handlers.sessions.of("before").job.ended)
     found = page.enter(KEY, AFTER)
     assert found["live"]["text"] == DONE and "job_id" not in found
-    assert Path(found["take_audio"]).exists() and found["prompt"] == "mine"
+    assert Path(found["take_audio"]["wav"]["path"]).exists() and found["prompt"] == "mine"
 
 
 def test_a_job_that_fails_while_its_page_is_gone_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,397 @@
+// @ts-check
+// The player as it is seen and touched: what the server says of a job, the take on show, the
+// picture with its playhead, buttons, keys. The markup is that of `ui/player.py`.
+
+import { Picture, clock } from './picture.js';
+import { listen_to_keys, listen_to_pointer } from './controls.js';
+import { Sound } from './sound.js';
+
+/**
+ * @typedef {import('./picture.js').Shown} Shown
+ * @typedef {import('./track.js').Track} Track
+ * @typedef {{ job: string, session: string, stage: string, text: string, done_s: number,
+ *   total_s: number, speed: number, last: boolean }} State of a job, from the server
+ * @typedef {{ url: string } | null} File
+ * @typedef {{ id: string, job: string, as_streamed: boolean, title: string, wav: File,
+ *   duration_s: number, prompt_s: number, context_s: number, sections: [number, string][],
+ *   picture: File, edges: import('./picture.js').Edges | null, alt: string,
+ *   peaks: string, peak_s: number, melody: string, melody_s: number }} Take from the server
+ */
+
+const LIVE_COLUMN_S = 0.01;
+const CLOSEST_S = 0.5; // the shortest time that fills the width
+const BLOCKED = 'The browser holds the sound back. Press Play; if it stays silent, check that a '
+  + 'loudspeaker is connected.';
+const FAILED = 'The sound could not be loaded. Load the page again.';
+const no_peaks = () => ({
+  low: new Int8Array(0), high: new Int8Array(0), columns: 0, column_s: LIVE_COLUMN_S,
+});
+/** @param {string} text base64 */
+const bytes_of = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+/** @type {(view: View) => void} */
+let arrive = () => {};
+/** The page's player, once it is there. @type {Promise<View>} */
+export const mounted = new Promise((done) => (arrive = done));
+
+/** @param {HTMLElement} root */
+export function mount(root) {
+  const view = new View(root, new Sound(new URL('sound_worklet.js', import.meta.url)));
+  Object.assign(window, { musicgenPlayer: view });
+  arrive(view);
+}
+
+export class View {
+  /**
+   * @param {HTMLElement} root
+   * @param {Sound} sound
+   */
+  constructor(root, sound) {
+    this.root = root;
+    this.sound = sound;
+    this.slider = this.find('picture');
+    this.picture = new Picture(/** @type {HTMLCanvasElement} */ (root.querySelector('canvas')));
+    /** @type {State | null} */
+    this.state = null;
+    /** @type {Take | null} */
+    this.take = null;
+    this.streaming = ''; // the job whose sound is in the player
+    this.source = ''; // the take's file, until it is played for the first time
+    this.said = ''; // to screen readers
+    this.left = ''; // the job from whose sound the page went on
+    this.ticking = false;
+    this.drawing = 0;
+    /** @type {'' | 'seek' | 'region'} */
+    this.dragging = '';
+    /** @type {[number, number] | null} */
+    this.region = null; // while it is dragged
+    /** @type {Shown} */
+    this.shown = { duration_s: 0, prompt_s: 0, context_s: 0, sections: [], peaks: no_peaks(),
+      image: null, edges: null, melody: null };
+    sound.addEventListener('change', () => this.refresh());
+    sound.addEventListener('samples', (event) => {
+      const { track, pcm } = /** @type {CustomEvent} */ (event).detail;
+      if (this.streaming && track === sound.track) this.add_peaks(track, pcm);
+    });
+    new ResizeObserver(() => this.draw()).observe(this.slider);
+    this.listen();
+    this.refresh();
+  }
+
+  /**
+   * @param {string} name
+   * @returns {HTMLElement}
+   */
+  find(name) {
+    return /** @type {HTMLElement} */ (this.root.querySelector(`.player-${name}`));
+  }
+
+  // What the server says
+
+  /** @param {State | null} state */
+  show_state(state) {
+    if (!state?.stage) return;
+    this.state = state;
+    this.root.dataset.stage = state.stage;
+    this.find('text').textContent = state.text;
+    const done = Math.min(1, state.done_s / state.total_s) || 0;
+    this.find('bar').setAttribute('aria-valuenow', String(Math.round(100 * done)));
+    /** @type {HTMLElement} */ (this.find('bar').firstElementChild).style.transform = `scaleX(${done})`;
+    // Screen readers hear each stage and each third of the way, not every update.
+    const milestone = state.stage + Math.floor(done * 3) + (state.last ? 'end' : '');
+    if (milestone !== this.said) this.find('said').textContent = state.text;
+    this.said = milestone;
+    if (state.job && state.stage === 'composing' && state.job !== this.streaming && !this.is_over(state.job))
+      this.stream(state);
+    if (this.streaming === state.job && this.sound.track) {
+      this.sound.track.pace = state;
+      if (!this.take) this.shown.duration_s = Math.max(state.total_s, this.sound.track.received_s);
+      this.sound.go_on();
+    }
+    this.refresh();
+  }
+
+  /**
+   * Whether the page went on from a job to something else.
+   * @param {string} job
+   */
+  is_over(job) {
+    return this.take?.job === job || this.left === job;
+  }
+
+  /**
+   * Plays a job's music while it is being made.
+   * @param {State} state
+   */
+  stream({ job, session, total_s }) {
+    this.sound.stop();
+    this.sound.set_loop(null);
+    this.streaming = job;
+    this.left = '';
+    this.take = null;
+    this.source = '';
+    this.show({ duration_s: total_s, prompt_s: 0, context_s: 0, sections: [], peaks: no_peaks(),
+      image: null, edges: null, melody: null });
+    this.sound.open(this.sound.selected, { url: `jobs/${job}/audio`, session, live: true });
+    this.sound.play();
+  }
+
+  /** @param {Take | null} take */
+  show_take(take) {
+    if (!take?.id) return;
+    const known = take.id === this.take?.id;
+    const of_stream = Boolean(take.job) && take.job === this.streaming;
+    this.take = take;
+    if (!known) {
+      this.sound.title = take.title;
+      const url = take.wav?.url ?? '';
+      if (of_stream && take.as_streamed) this.source = '';
+      else if (of_stream && this.sound.playing && url) this.sound.hand_over({ url }, take.prompt_s);
+      else this.put(url);
+    }
+    if (!known && !(of_stream && take.as_streamed)) this.left = this.streaming;
+    if (!known) this.streaming = '';
+    const { low, high, columns, column_s } = known || !take.peaks ? this.shown.peaks : no_peaks();
+    const peaks = take.peaks ? this.read_peaks(take) : { low, high, columns, column_s };
+    const melody = take.melody
+      ? { classes: bytes_of(take.melody), column_s: take.melody_s } : null;
+    this.show({ duration_s: take.duration_s, prompt_s: take.prompt_s, context_s: take.context_s,
+      sections: take.sections, peaks, image: null, edges: take.edges, melody }, known);
+    this.find('alt').textContent = take.alt;
+    if (take.picture) this.load_picture(take);
+  }
+
+  /**
+   * Another take: it is loaded when it is played.
+   * @param {string} url
+   */
+  put(url) {
+    this.sound.set_loop(null);
+    this.sound.stop();
+    this.sound.close(this.sound.selected);
+    this.source = url;
+  }
+
+  /** @param {Take} take */
+  read_peaks({ peaks, peak_s }) {
+    const all = new Int8Array(bytes_of(peaks).buffer), columns = all.length / 2;
+    return { low: all.subarray(0, columns), high: all.subarray(columns), columns, column_s: peak_s };
+  }
+
+  /** @param {Take} take */
+  load_picture(take) {
+    const image = new Image();
+    image.onload = () => {
+      if (this.take?.id !== take.id) return;
+      this.shown.image = image;
+      this.draw();
+    };
+    image.src = /** @type {{ url: string }} */ (take.picture).url;
+  }
+
+  /**
+   * @param {Shown} shown
+   * @param {boolean} same whether it is more of the same take
+   */
+  show(shown, same = false) {
+    this.shown = { ...shown, image: same ? this.shown.image : null };
+    if (!same) this.set_span(0, shown.duration_s);
+    this.refresh();
+    this.draw();
+  }
+
+  /**
+   * The waveform of what comes while it is being made.
+   * @param {Track} track
+   * @param {Int16Array} pcm
+   */
+  add_peaks({ rate, channels, received }, pcm) {
+    const { peaks } = this.shown, width = Math.round(LIVE_COLUMN_S * rate);
+    const first = received - pcm.length / channels; // frame
+    const columns = Math.ceil(received / width);
+    if (columns > peaks.low.length) {
+      for (const side of /** @type {const} */ (['low', 'high'])) {
+        const longer = new Int8Array(2 * columns + 1000);
+        longer.set(peaks[side]);
+        peaks[side] = longer;
+      }
+    }
+    for (let i = 0; i < pcm.length; i++) {
+      const column = Math.floor((first + Math.floor(i / channels)) / width), value = pcm[i] >> 8;
+      if (value < peaks.low[column]) peaks.low[column] = value;
+      if (value > peaks.high[column]) peaks.high[column] = value;
+    }
+    peaks.columns = columns;
+    this.draw();
+  }
+
+  // What is seen
+
+  get duration_s() {
+    return Math.max(this.shown.duration_s, this.sound.track?.received_s ?? 0);
+  }
+
+  draw() {
+    if (this.drawing) return;
+    this.drawing = requestAnimationFrame(() => {
+      this.drawing = 0;
+      this.picture.draw(this.shown);
+      this.place();
+    });
+  }
+
+  /**
+   * @param {number} from_s
+   * @param {number} to_s
+   */
+  set_span(from_s, to_s) {
+    const all = Math.max(this.duration_s, 0.1);
+    const length = Math.min(all, Math.max(CLOSEST_S, to_s - from_s));
+    const start = Math.max(0, Math.min(from_s, all - length));
+    this.picture.span = { from_s: start, to_s: start + length };
+    /** @type {HTMLButtonElement} */ (this.find('wider')).disabled = length >= all;
+    this.draw();
+  }
+
+  /**
+   * @param {number} factor above 1 is closer
+   * @param {number} around_s stays where it is
+   */
+  zoom(factor, around_s = this.sound.position_s) {
+    const { from_s, to_s } = this.picture.span;
+    const share = Math.max(0, Math.min(1, (around_s - from_s) / (to_s - from_s)));
+    const length = (to_s - from_s) / factor;
+    this.set_span(around_s - share * length, around_s + (1 - share) * length);
+  }
+
+  /** Buttons, words and the slider, as things stand. */
+  refresh() {
+    const { sound } = this, playing = sound.playing && !sound.blocked;
+    const play = this.find('play');
+    for (const name of ['aria-label', 'title']) play.setAttribute(name, playing ? 'Pause' : 'Play');
+    this.root.classList.toggle('is-playing', playing);
+    const silent = !sound.track && !this.source;
+    /** @type {HTMLButtonElement} */ (play).disabled = silent;
+    this.find('loop').setAttribute('aria-pressed', String(Boolean(sound.loop)));
+    this.find('mute').setAttribute('aria-pressed', String(sound.muted));
+    const hint = sound.track?.failed ? FAILED : sound.blocked ? BLOCKED : '';
+    if (this.find('hint').textContent !== hint) this.find('hint').textContent = hint;
+    this.find('hint').hidden = !hint;
+    this.place();
+    if (playing && !this.ticking) {
+      this.ticking = true;
+      requestAnimationFrame(() => this.tick());
+    }
+  }
+
+  tick() {
+    this.follow();
+    this.place();
+    this.ticking = this.sound.playing;
+    if (this.ticking) requestAnimationFrame(() => this.tick());
+  }
+
+  /** Turns the page of a picture that is zoomed in. */
+  follow() {
+    const { from_s, to_s } = this.picture.span, at_s = this.sound.position_s;
+    if (this.dragging || !this.sound.moving || (at_s >= from_s && at_s <= to_s)) return;
+    this.set_span(at_s - 0.05 * (to_s - from_s), at_s + 0.95 * (to_s - from_s));
+  }
+
+  /** Playhead, loop and clock. */
+  place() {
+    const { sound, picture } = this, at_s = Math.min(sound.position_s, this.duration_s);
+    const head = this.find('playhead'), x = picture.x_of(at_s);
+    head.style.transform = `translateX(${x.toFixed(1)}px)`;
+    head.hidden = !this.duration_s || x < -1 || x > picture.width + 1;
+    const region = this.find('region'), loop = this.region ?? sound.loop;
+    region.hidden = !loop;
+    if (loop) {
+      const left = picture.x_of(loop[0]);
+      region.style.transform = `translateX(${left.toFixed(1)}px)`;
+      region.style.width = `${(picture.x_of(loop[1]) - left).toFixed(1)}px`;
+    }
+    const text = `${clock(at_s)} of ${clock(this.duration_s)}`;
+    if (this.slider.getAttribute('aria-valuetext') !== text) {
+      this.slider.setAttribute('aria-valuetext', text);
+      this.slider.setAttribute('aria-valuenow', at_s.toFixed(0));
+      this.slider.setAttribute('aria-valuemax', this.duration_s.toFixed(0));
+    }
+    const time = `${clock(at_s, 1)} / ${clock(this.duration_s, 1)}`;
+    if (this.find('clock').textContent !== time) this.find('clock').textContent = time;
+  }
+
+  /**
+   * Says what lies under the pointer.
+   * @param {number} x outside: nothing
+   * @param {number} y
+   */
+  point(x, y) {
+    const label = this.find('pointer');
+    label.hidden = x < 0 || !this.duration_s;
+    if (label.hidden) return;
+    label.textContent = this.picture.at(this.shown, x, y);
+    const left = x + 14 + label.offsetWidth < this.picture.width ? x + 12 : x - 12 - label.offsetWidth;
+    label.style.transform = `translate(${left}px, ${Math.min(y + 14, this.picture.height - 24)}px)`;
+  }
+
+  // What is done
+
+  /** The take's file is loaded when it is first needed. */
+  load() {
+    if (!this.source) return;
+    const position_s = this.sound.position_s;
+    this.sound.open(this.sound.selected, { url: this.source });
+    this.sound.seek(position_s);
+    this.source = '';
+  }
+
+  toggle() {
+    this.load();
+    if (this.sound.blocked) this.sound.play();
+    else if (this.sound.track) this.sound.toggle();
+  }
+
+  /** Silence at once; what is being made ends, and stays as a take. */
+  stop() {
+    this.sound.stop();
+    const button = /** @type {HTMLButtonElement | null} */ (document.querySelector('#stop'));
+    if (button?.offsetParent && !button.disabled) button.click();
+  }
+
+  /** @param {number} position_s */
+  seek(position_s) {
+    this.sound.seek(Math.min(position_s, Math.max(0, this.duration_s - 0.01)));
+    const { from_s, to_s } = this.picture.span, at_s = this.sound.position_s;
+    if (at_s < from_s || at_s > to_s) this.set_span(at_s - (to_s - from_s) / 2, at_s + (to_s - from_s) / 2);
+  }
+
+  toggle_loop() {
+    this.sound.set_loop(this.sound.loop ? null : [0, this.duration_s]);
+  }
+
+  listen() {
+    const { sound } = this;
+    /** @type {[string, () => void][]} */
+    const clicks = [
+      ['play', () => this.toggle()], ['stop', () => this.stop()], ['loop', () => this.toggle_loop()],
+      ['closer', () => this.zoom(2)], ['wider', () => this.zoom(0.5)],
+      ['mute', () => { sound.set_volume(sound.level, !sound.muted); this.refresh(); }],
+    ];
+    for (const [name, act] of clicks) this.find(name).addEventListener('click', act);
+    const volume = /** @type {HTMLInputElement} */ (this.find('volume'));
+    volume.value = String(sound.level);
+    volume.addEventListener('input', () => {
+      sound.set_volume(Number(volume.value), false);
+      this.refresh();
+    });
+    listen_to_pointer(this);
+    listen_to_keys(this);
+    // The click on Generate lets the clock run before the first sound comes.
+    document.addEventListener('click', ({ target }) => {
+      if (!(target instanceof Element)) return;
+      if (target.closest('#generate')) sound.wake();
+      if (target.closest('#stop')) sound.stop();
+    }, true);
+  }
+}

@@ -1,0 +1,229 @@
+"""The player: one place for the sound of a job while it is being made, and for its take.
+
+The scripts in `assets/player/` fetch the sound from the server (`server.audio_stream`, a take's
+WAV) and play it; components carry state only. `live` says how far a job is, `take_audio` which take
+is on show: its file, its picture and what is marked on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from musicgen_ui.audio.clip import Chroma
+from musicgen_ui.audio.spectrogram_image import Edges
+from musicgen_ui.engine.protocol import Stage
+from musicgen_ui.files import ASSETS
+from musicgen_ui.request import context_used_s
+
+SCRIPTS = ASSETS / "player"
+IDLE = "Press Generate: the music plays here while it is being made."
+
+
+def _version() -> str:
+    """The scripts' version: a browser keeps them until they change."""
+    content = b"".join(path.read_bytes() for path in sorted(SCRIPTS.glob("*.js")))
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+VERSION = _version()
+VIEW = f"new URL('player/{VERSION}/view.js', document.baseURI).href"
+ON_LOAD = f"""
+import({VIEW}).then(({{ mount, mounted }}) => {{
+  mount(element.querySelector('.player'));
+  const show = () => mounted.then((view) => view.show_state(props.value));
+  watch('value', show);
+  show();
+}});
+"""
+TAKE_ON_LOAD = f"""
+const show = () => import({VIEW}).then(({{ mounted }}) =>
+  mounted.then((view) => view.show_take(props.value)));
+watch('value', show);
+show();
+"""
+
+
+def _icon(name: str, shape: str) -> str:
+    return f'<svg class="{name}" viewBox="0 0 24 24" aria-hidden="true">{shape}</svg>'
+
+
+def _button(name: str, label: str, icon: str, rest: str = "") -> str:
+    return (
+        f'<button type="button" class="player-{name}" aria-label="{label}" title="{label}" {rest}>'
+        f"{icon}</button>"
+    )
+
+
+_PLAY = _icon("icon-play", '<path d="M8 5v14l11-7z"/>') + _icon(
+    "icon-pause", '<path d="M7 5h4v14H7zM13 5h4v14h-4z"/>'
+)
+_STOP = _icon("icon", '<path d="M6 6h12v12H6z"/>')
+_LOOP = _icon("icon-drawn", '<path d="M17 3l4 4-4 4M3 11a4 4 0 0 1 4-4h14M7 21l-4-4 4-4'
+              'M21 13a4 4 0 0 1-4 4H3"/>')  # fmt: skip
+_GLASS = '<circle cx="10.5" cy="10.5" r="6.5"/><path d="M20 20l-4.8-4.8M7.5 10.5h6{}"/>'
+_WIDER, _CLOSER = (_icon("icon-drawn", _GLASS.format(bar)) for bar in ("", "M10.5 7.5v6"))
+_MUTE = _icon(
+    "icon-drawn",
+    '<path d="M4 9v6h4l5 4V5L8 9z"/><path class="waves" d="M16 8.5a5 5 0 0 1 0 7'
+    'M18.5 6a8.5 8.5 0 0 1 0 12"/>',
+)
+# Never re-rendered, so the script may write into it: nothing here depends on the value.
+SKELETON = f"""
+<section class="player" data-stage="idle" aria-label="Player">
+  <div class="player-head"><span class="player-dot" aria-hidden="true"></span>
+    <span class="player-text" dir="auto">{IDLE}</span></div>
+  <div class="player-picture" role="slider" tabindex="0" aria-label="Position"
+    aria-valuemin="0" aria-valuemax="0" aria-valuenow="0" aria-valuetext="0:00 of 0:00"
+    aria-describedby="player-alt">
+    <canvas></canvas>
+    <i class="player-region" hidden></i><i class="player-playhead" hidden></i>
+    <span class="player-pointer" hidden></span>
+  </div>
+  <p id="player-alt" class="player-alt sr-only"></p>
+  <div class="player-bar" role="progressbar" aria-label="Composed"
+    aria-valuemin="0" aria-valuemax="100" aria-valuenow="0"><i></i></div>
+  <div class="player-foot">
+    {_button("play", "Play", _PLAY)}
+    {_button("stop", "Stop", _STOP)}
+    {_button("loop", "Loop", _LOOP, 'aria-pressed="false"')}
+    <span class="player-clock"></span>
+    <span class="player-zoom">{_button("wider", "Zoom out", _WIDER)}
+      {_button("closer", "Zoom in", _CLOSER)}</span>
+    <span class="player-sound">{_button("mute", "Mute", _MUTE, 'aria-pressed="false"')}
+      <input type="range" class="player-volume" min="0" max="1" step="0.01" value="0.9"
+        aria-label="Volume"></span>
+  </div>
+  <p class="player-hint" role="alert" hidden></p>
+  <span class="sr-only player-said" role="status" aria-live="polite"></span>
+</section>
+"""
+
+
+@dataclass
+class JobState:
+    """How far a job is, as the player shows it."""
+
+    total_s: float = 1.0  # seconds of new music that will come
+    session: str = ""  # Gradio's name of the page
+    job: str = ""  # whose sound the player fetches; "" is none
+
+    def message(
+        self, stage: str, text: str, done_s: float = 0.0, speed: float = 0.0
+    ) -> dict[str, Any]:
+        """What the player should show now. A stage that is none of a job under way ends it."""
+        return {
+            "job": self.job,
+            "session": self.session,
+            "stage": stage,
+            "text": text,
+            "done_s": round(done_s, 2),
+            "total_s": self.total_s,
+            "speed": round(speed, 3),
+            "last": stage not in list(Stage),
+        }
+
+
+def player() -> gr.HTML:
+    """The player. Its value is a message of `JobState`; None leaves it idle."""
+    return gr.HTML(
+        value=None,
+        html_template=SKELETON,
+        js_on_load=ON_LOAD,
+        apply_default_css=False,
+        elem_id="live",
+        render=False,
+    )
+
+
+def take_on_show(state: dict[str, Any]) -> gr.HTML:
+    """What of a take is in the player, see `take_state`; nothing of it is seen by itself."""
+    return gr.HTML(
+        value=state,
+        html_template="<span></span>",
+        js_on_load=TAKE_ON_LOAD,
+        apply_default_css=False,
+        elem_id="take_audio",
+        render=False,
+    )
+
+
+def scripts() -> Route:
+    """The route of the player's scripts. Their address changes with their content."""
+    served = {path.name: path for path in SCRIPTS.glob("*.js")}
+
+    async def script(request: Request) -> Response:
+        path = served.get(request.path_params["name"])
+        if path is None:
+            return Response("Not found.\n", 404)
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return FileResponse(path, headers=headers, media_type="text/javascript")
+
+    # Not a Mount: it finds nothing where a proxy takes the server's root path off.
+    return Route(f"/player/{VERSION}/{{name}}", script)
+
+
+def file(path: Path | None) -> dict[str, Any] | None:
+    """A file as Gradio serves it: the page finds its address as `url`."""
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}} if path else None
+
+
+def take_state(
+    wav: Path | None,
+    settings: dict[str, Any],
+    title: str,
+    streamed_as: str = "",
+    melody: Chroma | None = None,
+) -> dict[str, Any]:
+    """A take as the player shows it, for now without its picture.
+
+    Args:
+        wav: its file; None where it could not be saved.
+        settings: as its files carry them.
+        title: what it is called.
+        streamed_as: the job whose stream was, or began as, this take.
+        melody: what the new music follows.
+    """
+    prompt_s, made_s = settings["prompt_s"], settings["made_s"]
+    window = (settings[n] for n in ("context_s", "duration_s", "overlap_s"))
+    return {
+        "id": wav.stem if wav else streamed_as,
+        "job": streamed_as,
+        # To the last bit: then the player goes on with what it has.
+        "as_streamed": not prompt_s and not settings["normalize"],
+        "title": title,
+        "wav": file(wav),
+        "duration_s": prompt_s + made_s,
+        "prompt_s": prompt_s,
+        "context_s": context_used_s(prompt_s, *window) if prompt_s else 0.0,
+        "sections": [[prompt_s + start_s, words] for start_s, words in settings["sections"]],
+        "melody": base64.b64encode(melody.classes.tobytes()).decode() if melody else "",
+        "melody_s": melody.column_s if melody else 0.0,
+        "picture": None,
+        "edges": None,
+        "peaks": "",
+        "peak_s": 0.0,
+        "alt": "",
+    }
+
+
+def picture_state(
+    picture: Path | None, edges: Edges, peaks: np.ndarray, peak_s: float, alt: str
+) -> dict[str, Any]:
+    """What `take_state` holds once the take is drawn; `peaks` is int8 [2, columns]."""
+    return {
+        "picture": file(picture),
+        "edges": asdict(edges),
+        "peaks": base64.b64encode(peaks.tobytes()).decode(),
+        "peak_s": peak_s,
+        "alt": alt,
+    }
