@@ -237,7 +237,8 @@ def overlap_used_s(overlap_s: float, window_s: float = WINDOW_S) -> float:
 
     Otherwise a default of 12 s would not fit a window of 10 s.
     """
-    return min(overlap_s, window_s * FIELDS["overlap_s"].metadata["max"] / WINDOW_S)
+    most_s: float = FIELDS["overlap_s"].metadata["max"]
+    return min(overlap_s, window_s * most_s / WINDOW_S)
 
 
 def coerce(name: str, value: Any) -> Any:

@@ -110,7 +110,8 @@ def mel_db(clip: Clip) -> np.ndarray:
     frames = frames[:, : samples // hop + 1]
     blocks = np.array_split(frames, -(-frames.shape[1] // BLOCK), axis=1)
     bands = np.concatenate([_bands(block, rate) for block in blocks], axis=2)
-    return 10 * np.log10(np.maximum(bands, 1e-12))
+    decibels: np.ndarray = 10 * np.log10(np.maximum(bands, 1e-12))
+    return decibels
 
 
 def window_and_hop(clip: Clip) -> tuple[int, int]:
@@ -126,7 +127,9 @@ def _bands(frames: np.ndarray, rate: int) -> np.ndarray:
     shape = np.hanning(window + 1)[:-1].astype(np.float32)
     spectrum = np.fft.rfft(frames * (shape * (2 / shape.sum())), n=PADDING * window, axis=2)
     power = (np.abs(spectrum) ** 2 / PADDING).astype(np.float32)  # [channels, frames, bins]
-    return np.einsum("bf,ctf->cbt", _filters(rate, PADDING * window), power, optimize=True)
+    filters = _filters(rate, PADDING * window)
+    bands: np.ndarray = np.einsum("bf,ctf->cbt", filters, power, optimize=True)
+    return bands
 
 
 @lru_cache(maxsize=8)

@@ -104,7 +104,7 @@ def gpu_seconds(name: str, request: GenerationRequest, stop: StopFile) -> int:
     return PACE.seconds(name, request)
 
 
-@spaces.GPU(duration=gpu_seconds)
+@spaces.GPU(duration=gpu_seconds)  # type: ignore[untyped-decorator] # spaces has no types
 def compose(name: str, request: GenerationRequest, stop: StopFile) -> Iterator[Part]:
     """The events of a request in parts, with what it took in the end.
 

@@ -68,9 +68,9 @@ class Memory:
     def peak_mb(self) -> float:
         """In MB of a million bytes."""
         if self._cuda:
-            return torch.cuda.max_memory_allocated(self._cuda) / 1e6
+            return float(torch.cuda.max_memory_allocated(self._cuda)) / 1e6
         if not self._resets:
-            return psutil.Process().memory_info().rss / 1e6
+            return float(psutil.Process().memory_info().rss) / 1e6
         status = Path("/proc/self/status").read_text(encoding="ascii")
         peak = re.search(r"VmHWM:\s+(\d+) kB", status)
         return int(peak[1]) * 1024 / 1e6 if peak else math.nan

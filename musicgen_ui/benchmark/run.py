@@ -42,7 +42,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import transformers
 
@@ -167,8 +167,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint, to see it work")
 
 
-def _numbers(kind: Callable[[str], float]) -> Callable[[str], list]:
-    def numbers(text: str) -> list:
+_Number = TypeVar("_Number", int, float)
+
+
+def _numbers(kind: Callable[[str], _Number]) -> Callable[[str], list[_Number]]:
+    def numbers(text: str) -> list[_Number]:
         return [kind(part) for part in text.split(",")]
 
     return numbers
@@ -385,22 +388,25 @@ def _bytes_read(config: dict[str, Any], jobs: int, at_s: float, precision: str) 
     decoder = config["decoder"]
     columns = 2 * jobs * _steps(config, at_s)  # with guidance
     cached = 2 * columns * decoder["num_hidden_layers"] * decoder["hidden_size"]
-    return _weights_read(decoder) * BYTES_READ[precision] + cached * BYTES_CACHED[precision]
+    read: float = _weights_read(decoder) * BYTES_READ[precision] + cached * BYTES_CACHED[precision]
+    return read
 
 
 def _steps(config: dict[str, Any], duration_s: float) -> int:
     """Decoder steps for one take: its frames, and the delay of the last codebook."""
     codec, decoder = config["audio_encoder"], config["decoder"]
-    frames = duration_s * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
-    return round(frames) + decoder["num_codebooks"] // decoder["audio_channels"] - 1
+    frames: float = duration_s * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
+    delay: int = decoder["num_codebooks"] // decoder["audio_channels"] - 1
+    return round(frames) + delay
 
 
 def _weights_read(decoder: dict[str, Any]) -> int:
     """The weights that a step reads: all matrices but those of the prompt's keys and values."""
-    hidden = decoder["hidden_size"]
-    layer = 6 * hidden**2 + 2 * hidden * decoder["ffn_dim"]
-    heads = decoder["num_codebooks"] * decoder["vocab_size"] * hidden
-    return decoder["num_hidden_layers"] * layer + heads
+    hidden: int = decoder["hidden_size"]
+    layer: int = 6 * hidden**2 + 2 * hidden * decoder["ffn_dim"]
+    heads: int = decoder["num_codebooks"] * decoder["vocab_size"] * hidden
+    layers: int = decoder["num_hidden_layers"] * layer
+    return layers + heads
 
 
 def _rows(

@@ -322,7 +322,7 @@ class RandomLayers(torch.nn.Module):
         self._of = config, device, dtype
 
     def __len__(self) -> int:
-        return self._of[0].num_hidden_layers
+        return int(self._of[0].num_hidden_layers)
 
     def __iter__(self) -> Iterator[torch.nn.Module]:
         config, device, dtype = self._of

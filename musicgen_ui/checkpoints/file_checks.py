@@ -274,7 +274,8 @@ def require_bounded_tokenizer(tokenizer: Any) -> None:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    return json.loads(bytes(part.__getstate__()))
+    state: dict[str, Any] = json.loads(bytes(part.__getstate__()))
+    return state
 
 
 def _growth(normalizer: dict[str, Any]) -> float:

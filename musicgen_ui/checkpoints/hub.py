@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import get_session
 from tqdm import tqdm
 
 from musicgen_ui.checkpoints.hub_errors import explained
@@ -381,7 +380,7 @@ def _progress_bars(action: str, report: Report) -> type[tqdm]:
     reported_s = 0.0
     most = 0
 
-    class Words(tqdm):
+    class Words(tqdm):  # type: ignore[misc] # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)

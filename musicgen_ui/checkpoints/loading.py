@@ -222,10 +222,11 @@ class Layers:
 
     def _empty(self) -> nn.Module:
         with torch.device("meta"):
-            return self._kind(self._config)
+            layer: nn.Module = self._kind(self._config)
+        return layer
 
     def __len__(self) -> int:
-        return self._config.num_hidden_layers
+        return int(self._config.num_hidden_layers)
 
     def __iter__(self) -> Iterator[nn.Module]:
         for index in range(len(self)):

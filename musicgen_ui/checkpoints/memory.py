@@ -80,8 +80,8 @@ def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
     codec, decoder = config["audio_encoder"], config["decoder"]
     frame_rate = codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
     frames = config["training"]["window_s"] * frame_rate
-    positions = frames + config["melody"].get("chroma_length", 0)
-    cached = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
+    positions: float = frames + config["melody"].get("chroma_length", 0)
+    cached: float = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
     return round((count_parameters(config) + cached) * bytes_a_weight)
 
 
@@ -101,25 +101,25 @@ def count_parameters(config: Configuration) -> int:
 
 
 def _count_text(text: dict[str, Any]) -> int:
-    d, inner = text["d_model"], text["num_heads"] * text["d_kv"]
+    d: int = text["d_model"]
+    inner: int = text["num_heads"] * text["d_kv"]
     feed_forward = (3 if text["feed_forward_proj"].startswith("gated") else 2) * d * text["d_ff"]
-    layers = text["num_layers"] * (4 * d * inner + feed_forward + 2 * d)
-    return (
-        text["vocab_size"] * d
-        + layers
-        + text["relative_attention_num_buckets"] * text["num_heads"]
-        + d
-    )
+    layers: int = text["num_layers"] * (4 * d * inner + feed_forward + 2 * d)
+    tables: int = text["relative_attention_num_buckets"] * text["num_heads"]
+    tables += text["vocab_size"] * d
+    return tables + layers + d
 
 
 def count_decoder(config: Configuration) -> int:
     """The number of the decoder's parameters."""
     decoder, attentions = config["decoder"], 1 if config["melody"] else 2
-    hidden, codes = decoder["hidden_size"], decoder["vocab_size"]
-    layer = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
+    hidden: int = decoder["hidden_size"]
+    codes: int = decoder["vocab_size"]
+    layer: int = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
     layer += 2 * hidden * decoder["ffn_dim"] + 2 * hidden
-    heads_and_embeddings = decoder["num_codebooks"] * (2 * codes + 1) * hidden
-    return decoder["num_hidden_layers"] * layer + heads_and_embeddings + 2 * hidden
+    heads_and_embeddings: int = decoder["num_codebooks"] * (2 * codes + 1) * hidden
+    layers: int = decoder["num_hidden_layers"] * layer
+    return layers + heads_and_embeddings + 2 * hidden
 
 
 def _count_codec(codec: dict[str, Any]) -> int:
@@ -127,19 +127,23 @@ def _count_codec(codec: dict[str, Any]) -> int:
         return inputs * outputs * kernel + 2 * outputs  # a bias and a norm a channel
 
     def resnet(n: int) -> int:
-        inner = n // codec["compress"]
+        inner: int = n // codec["compress"]
         block = conv(n, inner, codec["residual_kernel_size"]) + conv(inner, n, 1)
         shortcut = conv(n, n, 1) if codec["use_conv_shortcut"] else 0
-        return codec["num_residual_layers"] * (block + shortcut)
+        layers: int = codec["num_residual_layers"]
+        return layers * (block + shortcut)
 
-    width, total = codec["num_filters"], 0
-    for ratio in reversed(codec["upsampling_ratios"]):
+    width: int = codec["num_filters"]
+    total = 0
+    ratios: list[int] = codec["upsampling_ratios"]
+    for ratio in reversed(ratios):
         down = conv(width, 2 * width, 2 * ratio)
         # Upwards a layer has its biases on the narrow side and its norms on the wide one.
         up = 2 * width * width * 2 * ratio + width + 2 * width
         total += 2 * resnet(width) + down + up
         width *= 2
-    total += 2 * codec["num_lstm_layers"] * (8 * width**2 + 8 * width)
+    lstm_layers: int = codec["num_lstm_layers"]
+    total += 2 * lstm_layers * (8 * width**2 + 8 * width)
     total += conv(codec["audio_channels"], codec["num_filters"], codec["kernel_size"])
     total += conv(codec["num_filters"], codec["audio_channels"], codec["last_kernel_size"])
     total += conv(width, codec["hidden_size"], codec["last_kernel_size"])

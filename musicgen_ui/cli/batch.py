@@ -23,8 +23,9 @@ from typing import Any
 
 from musicgen_ui import takes
 from musicgen_ui.audio import load
+from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.cli import generate, rows
-from musicgen_ui.cli.generate import DONE, ENDINGS, FAILED, INTERRUPTED, STDOUT, Bar, Interruption
+from musicgen_ui.cli.generate import DONE, FAILED, INTERRUPTED, STDOUT, Bar, Interruption
 from musicgen_ui.cli.rows import Piece
 from musicgen_ui.engine.protocol import Backend, Failed, Finished, Progress, Stage
 from musicgen_ui.errors import RequestError

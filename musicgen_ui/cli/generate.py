@@ -139,7 +139,7 @@ def flag(name: str) -> str:
     return "--" + name.removesuffix(f"_{unit}").replace("_", "-")
 
 
-def _help(spec: dataclasses.Field) -> str:
+def _help(spec: dataclasses.Field[Any]) -> str:
     about = spec.metadata
     facts = []
     if not isinstance(spec.default, (str, bool, tuple)) and about["min"] is not None:
@@ -149,11 +149,11 @@ def _help(spec: dataclasses.Field) -> str:
         shown = f"{spec.default}".removesuffix(".0")
         own = "the checkpoint's own, else " if spec.name in CHECKPOINT_FIELDS else ""
         facts.append(f"default {own}{words.get(shown, shown)}")
-    text = about["help"] + (f" ({', '.join(facts)})" if facts else "")
+    text: str = about["help"] + (f" ({', '.join(facts)})" if facts else "")
     return text.replace("%", "%%")
 
 
-def _metavar(spec: dataclasses.Field) -> str:
+def _metavar(spec: dataclasses.Field[Any]) -> str:
     if spec.name in CLIP_FIELDS:
         return "FILE"
     if isinstance(spec.default, tuple):

@@ -158,7 +158,8 @@ def push_together(streams: Sequence[CodecStream], codes: Sequence[Tensor]) -> Te
     apart = zip(*(past.parted(len(streams)) for past in pasts), strict=True)
     for stream, own in zip(streams, apart, strict=True):
         stream._pasts = list(own)
-    return samples.unflatten(0, (len(streams), codec.channels))
+    stacked: Tensor = samples.unflatten(0, (len(streams), codec.channels))
+    return stacked
 
 
 class Decoding:

@@ -86,8 +86,8 @@ class Convolution:
 
     def __init__(self, layer: Any, precision: Precision, elu: bool = True) -> None:
         conv = layer.conv
-        self.stride = conv.stride[0]
-        self.reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1  # inputs of one output
+        self.stride: int = conv.stride[0]
+        self.reach: int = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1  # inputs of one output
         padding = self.reach - self.stride
         self.right = 0 if layer.causal else padding // 2
         self.left = padding - self.right
@@ -349,7 +349,8 @@ def _convolution(conv: Any, precision: Precision, elu: bool) -> Kernel:
         run = torch.ops.mkldnn._convolution_pointwise
 
         def image(x: Tensor) -> Tensor:
-            return run(x, weight, bias, none, stride, dilation, 1, "none", [], "")
+            y: Tensor = run(x, weight, bias, none, stride, dilation, 1, "none", [], "")
+            return y
     else:
 
         def image(x: Tensor) -> Tensor:

@@ -111,12 +111,13 @@ def budget_bytes(place: Place) -> int:
 
 def _ram_bytes() -> int:
     """The computer's memory, or the least limit of this process's control groups."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_memory())])
+    total: int = psutil.virtual_memory().total
+    return min([total, *(limit for limit, _ in _group_memory())])
 
 
 def free_bytes() -> int:
     """The main memory that this process can still take without being killed."""
-    here = psutil.virtual_memory().available + psutil.swap_memory().free
+    here: int = psutil.virtual_memory().available + psutil.swap_memory().free
     return max(0, min([here, *(limit - used for limit, used in _group_memory())]))
 
 

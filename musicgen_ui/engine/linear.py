@@ -63,19 +63,21 @@ class Linear:
     @property
     def weight(self) -> Tensor:
         """[outputs, inputs] in the computing type; on a CPU a copy. Not of int8."""
-        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+        weight: Tensor = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+        return weight
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of this type on this processor."""
     if dtype == torch.bfloat16:  # with AVX-512 or younger
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return torch.backends.mkldnn.is_available()
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def _onednn(packed: Tensor, x: Tensor) -> Tensor:
     # Laid out for oneDNN once: for 2 rows of musicgen-small's size 51 ms of one core (AMD EPYC,
     # Zen 5) where F.linear, which goes through MKL there, takes 219 ms.
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return product

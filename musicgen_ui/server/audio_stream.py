@@ -118,4 +118,5 @@ async def _clips_after(job: HasEvents, variation: int, after: int) -> AsyncItera
 def pcm16(clip: Clip) -> bytes:
     """Samples as little-endian int16, interleaved; rounded as `audio.clip.encode` does."""
     samples = np.nan_to_num(clip.samples) * 32768.0
-    return np.clip(np.rint(samples), -32768, 32767).astype("<i2").T.tobytes()
+    whole: np.ndarray = np.clip(np.rint(samples), -32768, 32767).astype("<i2")
+    return whole.T.tobytes()

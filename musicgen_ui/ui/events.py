@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from gradio.blocks import Block
@@ -92,7 +92,7 @@ class Events:
         functools.update_wrapper(call, handler)
         # A method's own signature, as `wraps` would copy it, still names `self`.
         call.__signature__ = inspect.signature(handler)
-        return call
+        return cast(Callable[..., Any], call)
 
 
 def connect(

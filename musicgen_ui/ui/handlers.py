@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from anyio import to_thread
@@ -36,7 +36,10 @@ BROKEN = "Your take could not be finished: press Generate to try again."
 STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as they come
 
 
-def names_every_setting(handler: Callable) -> Callable:
+_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+
+
+def names_every_setting(handler: _Handler) -> _Handler:
     """Gives a handler that takes `**values` the request's fields as named, optional parameters.
 
     Gradio reads the parameters of the API and of MCP tools from the signature and the docstring,
@@ -217,7 +220,9 @@ class Handlers:
 
     def _failed(self, live: JobState, error: Exception, returned: bool = False) -> Updates:
         text = BROKEN if returned else error_text(error)
-        return busy(False) | {"live": live.message("failed", text)}
+        end = busy(False)
+        end["live"] = live.message("failed", text)
+        return end
 
     def _shown(self, error: Exception) -> gr.Error:
         # Gradio shows it as HTML, and it may quote what somebody typed.

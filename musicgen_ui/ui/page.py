@@ -78,7 +78,8 @@ def build(backend: Admission, settings: PageOptions) -> gr.Blocks:
         lay_out(c, settings)
         connect(c, handlers, page, api(), adapters=settings.any_checkpoint)
     page.sessions, page.backend = handlers.sessions, backend
-    return page
+    blocks: gr.Blocks = page
+    return blocks
 
 
 def theme() -> gr.themes.Base:

@@ -68,7 +68,9 @@ def keep_seed(
 def reset_sampling(facts: dict[str, Any], defaults: dict[str, Any]) -> Updates:
     """The sampling that the chosen checkpoint states, else ours."""
     values = {name: facts.get("defaults", {}).get(name, DEFAULTS[name]) for name in SAMPLING}
-    return _updates(values) | {"checkpoint_defaults": {**defaults, **values}}
+    updates = _updates(values)
+    updates["checkpoint_defaults"] = {**defaults, **values}
+    return updates
 
 
 def _updates(values: Mapping[str, Any]) -> Updates:

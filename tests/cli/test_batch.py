@@ -51,7 +51,7 @@ class FakeManager(FakeBackend):
             self.most = max(self.most, self.running)
             yield event
 
-    def describe(self, checkpoint):
+    def describe(self, checkpoint, adapter=""):
         return super().describe("auto")
 
     def close(self):

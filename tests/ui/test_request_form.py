@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from musicgen_ui.engine.protocol import Health
+from musicgen_ui.engine.protocol import Status
 from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.components import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
@@ -149,7 +149,7 @@ def test_a_tab_asks_seldom_once_it_is_settled_what_is_loaded() -> None:
     assert request_form.CheckpointFacts(engine).tick()["timer"].value == request_form.LATER_S
 
     class Loading(FakeBackend):
-        def health(self) -> Health:
-            return Health()
+        def status(self) -> Status:
+            return Status(loading=("reading 0.3 of 2.4 GB",))
 
     assert request_form.CheckpointFacts(Loading()).tick()["timer"].value == request_form.SOON_S
