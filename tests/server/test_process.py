@@ -384,6 +384,7 @@ def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> 
     for count, _ in enumerate(job.follow(), 1):
         if count == 5:
             backend.close()  # while it is in use
+            job.stop()
     assert count >= 5
-    names = [thread.name for thread in threading.enumerate()]
-    assert "musicgen-worker" not in names
+    ended = {"musicgen-job", "musicgen-worker"}
+    wait_for(lambda: ended.isdisjoint(thread.name for thread in threading.enumerate()))
