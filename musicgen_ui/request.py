@@ -336,7 +336,7 @@ def _sections(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float,
 
 def _is_nothing(start_s: Any) -> bool:
     """Whether a table's cell is empty."""
-    return start_s is None or start_s == "" or start_s != start_s
+    return start_s is None or start_s == "" or start_s != start_s  # noqa: PLR0124 - NaN
 
 
 def _start(spec: dataclasses.Field[Any], value: Any, before_s: float, number: int) -> float:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LOG_STEP = math.log(6.4) / 27  # of a mel above 1 kHz
 MEL_SCALES = ((2048, 128), (1024, 80), (256, 32))  # window length, mel bands

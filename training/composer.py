@@ -235,9 +235,11 @@ def _tile(page: Sketch, start: int, end: int, fill: bool) -> list[Note]:
         notes = page.notes
         if fill and offset + page.loop >= end:
             notes = _with_fill(page)
-        for n in notes:
-            if offset + n.frame < end:
-                tiled.append(Note(offset + n.frame, n.frames, n.channel, n.key, n.velocity))
+        tiled += [
+            Note(offset + n.frame, n.frames, n.channel, n.key, n.velocity)
+            for n in notes
+            if offset + n.frame < end
+        ]
     return tiled
 
 

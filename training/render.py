@@ -170,8 +170,8 @@ def load_metas(folder: Path) -> list[Meta]:
     """The Meta of every rendered clip, in the order of the parts."""
     metas = []
     for part in range(len(list(folder.glob("meta_*.json")))):
-        for entry in json.loads((folder / f"meta_{part}.json").read_text()):
-            metas.append(Meta(**{**entry, "instruments": tuple(entry["instruments"])}))
+        entries = json.loads((folder / f"meta_{part}.json").read_text())
+        metas += [Meta(**{**e, "instruments": tuple(e["instruments"])}) for e in entries]
     return metas
 
 

@@ -99,7 +99,7 @@ MODELS: dict[str, Loaded] = {}  # filled before the workers are forked
 _SCHEDULERS: dict[str, Scheduler] = {}  # a worker's own
 
 
-def gpu_seconds(name: str, request: GenerationRequest, stop: StopFile) -> int:
+def gpu_seconds(name: str, request: GenerationRequest, stop: StopFile) -> int:  # noqa: ARG001
     """The duration of `compose`, called with its arguments in the server's process."""
     return PACE.seconds(name, request)
 

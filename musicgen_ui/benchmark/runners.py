@@ -123,7 +123,7 @@ class TransformersRunner:
         shape = (1, decoder.audio_channels, decoder.num_codebooks // decoder.audio_channels)
         frames = round(CODEC_S * codec.config.frame_rate)
         codes = torch.randint(decoder.vocab_size, (*shape, frames), device=self.device)
-        return _repeated_s(lambda: codec.decode(codes, [None]).audio_values.cpu()) / CODEC_S
+        return _repeated_s(lambda: codec.decode(codes, [None]).audio_values.cpu()) / CODEC_S  # noqa: PLW0108
 
 
 class EngineRunner:

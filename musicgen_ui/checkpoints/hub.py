@@ -311,7 +311,7 @@ def has(repo_id: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _reachable(repo_id: str, minute: int) -> bool:
+def _reachable(repo_id: str, minute: int) -> bool:  # noqa: ARG001 - a key of the cache
     """Whether the Hub shows the checkpoint; remembered for the rest of the `minute`."""
     try:
         HfApi().model_info(repo_id, timeout=_LOOK_S)

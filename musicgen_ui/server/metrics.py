@@ -101,7 +101,7 @@ def metrics_routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
         proxied: whether requests come through a proxy, so that none is surely of this computer.
     """
 
-    def healthz(request: Request) -> Response:
+    def healthz(_: Request) -> Response:
         health = metrics.backend.health()
         answer: dict[str, Any] = {
             "status": "failed" if health.trouble else "ok",

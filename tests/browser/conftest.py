@@ -49,7 +49,7 @@ def engine(served: tuple[str, FakeBackend]) -> Iterator[FakeBackend]:
     """The engine behind the page, back to its usual speed afterwards."""
     engine = served[1]
     engine.speed, engine.failure = 8.0, None
-    yield engine
+    return engine
 
 
 @pytest.fixture

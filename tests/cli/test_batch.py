@@ -324,6 +324,8 @@ def test_rows_sound_as_single_runs_do(stereo, tiny_mono, tiny_stereo, folder):
         {"prompt": "a", "duration_s": 0.6, "audio_prompt": "long.wav", "top_k": 5},
         {"prompt": "drums", "duration_s": 1.2, "guidance_scale": 1, "negative_prompt": "bass"},
     ]
+    if stereo:  # what its clips add
+        asked = asked[2:4]
     noise = np.random.default_rng(1).normal(0, 0.1, (70_000, 2))
     soundfile.write("sub/long.wav", noise, 48_000)
     text = "\n".join(json.dumps({**row, "seed": 7}) for row in asked)

@@ -55,15 +55,15 @@ def test_weights_are_held_once(tiny_mono, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_two_hundred_jobs_leave_nothing_behind(tiny_mono, precision):
+def test_a_hundred_jobs_leave_nothing_behind(tiny_mono, precision):
     batch, process = load(tiny_mono, precision), psutil.Process()
-    assert len(run(batch, 100)) == 100  # pools and arenas fill up
+    assert len(run(batch, 50)) == 50  # pools and arenas fill up
     devices.give_memory_back()
     held, kept, rss = batch.nbytes, len(tensors()), process.memory_info().rss
-    assert len(run(batch, 200)) == 200
+    assert len(run(batch, 100)) == 100
     devices.give_memory_back()
     assert (batch.nbytes, len(tensors())) == (held, kept)
-    assert process.memory_info().rss - rss < 8_000_000  # a take each would be 12.8 MB
+    assert process.memory_info().rss - rss < 4_000_000  # a take each would be 6.4 MB
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -225,7 +225,7 @@ def test_nothing_but_what_is_shown_is_served(url: str) -> None:
 
 def test_health(url: str) -> None:
     told = httpx.get(f"{url}/healthz").json()
-    assert (told["status"], told["engine"]) == ("ok", "fake · CPU · float32")
+    assert (told["status"], told["engine"]) == ("ok", "fake · CPU · float32 · 1 MB")
 
 
 def test_the_page_names_nothing_outside(url: str) -> None:

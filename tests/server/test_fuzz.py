@@ -53,7 +53,7 @@ def examine(path: Path) -> str:
         said = str(error)
         assert said.endswith(".") and said[0].isupper() and len(said) < 400
         assert not any(word in said for word in ("Error", "Traceback", "0x", "av.", str(path)))
-        return said.split(",")[0].split(":")[0]
+        return re.split("[,:]", said, maxsplit=1)[0]
     clip = reading.clip
     assert clip.samples.dtype == np.float32 and np.isfinite(clip.samples).all()
     assert np.abs(clip.samples).max() <= 1.0001 and clip.channels in (1, 2)

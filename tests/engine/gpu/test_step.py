@@ -221,8 +221,7 @@ def stepped(batch: Scheduler, requests: list[GenerationRequest], steps: int) -> 
     return [job.window.columns.clone() for job in batch.running]
 
 
-@pytest.mark.parametrize("rows", ["few", "many"])
-@pytest.mark.parametrize("kind", ["mono", "melody"])
+@pytest.mark.parametrize(("kind", "rows"), [("mono", "few"), ("mono", "many"), ("melody", "few")])
 def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
     """Jobs that were admitted one after the other, with other settings and positions."""
     from musicgen_ui.engine.gpu import step
@@ -240,7 +239,7 @@ def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
         batch = make(folder, graphs=True, max_jobs=2)
         batch.stepper = CudaGraphStepper(batch.decoder, 2, triton=with_triton)
         assert bool(batch.stepper.triton) == with_triton
-        made.append(stepped(batch, asked, steps=5))
+        made.append(stepped(batch, asked, steps=4))
     for plain, ours in zip(*made, strict=True):
         assert (plain[:, 1:4] != UNWRITTEN).any()
         assert torch.equal(plain, ours)
