@@ -188,6 +188,11 @@ def settings_of(path: Path) -> dict[str, Any]:
     return {name: held[name] for name in (*SETTINGS, *CLIPS) if name in held}
 
 
+def _missing(settings: Mapping[str, Any]) -> list[str]:
+    """What was used beside the settings, and is in no file."""
+    return [f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)]
+
+
 class Restoring:
     """Fills the form with settings.
 
@@ -207,10 +212,12 @@ class Restoring:
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
-        missing = [
-            f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)
-        ]
-        return self.settings(settings, missing)
+        return self.settings(settings, _missing(settings))
+
+    def take(self, settings: Mapping[str, Any]) -> Updates:
+        """Fills the form from a take; what its files do not hold is said."""
+        held = {name: settings[name] for name in (*SETTINGS, *CLIPS) if name in settings}
+        return self.settings(held, _missing(held))
 
     def settings(self, settings: Mapping[str, Any], missing: list[str] | None = None) -> Updates:
         """Fills the form with a take's settings; says what had to change and what is `missing`."""
