@@ -129,8 +129,8 @@ def connect(
     checkpoint(events, facts, page)
     audio(events)
     settings_from_files(events, restoring)
-    take(events, restoring, handlers, library)
-    made = [done, *remaking(events, handlers)]
+    kept = take(events, restoring, handlers, library)
+    made = [done, kept, *remaking(events, handlers)]
     if library:
         spare = handlers.backend.spare or library.folder
         keeping(events, LibraryView(library, restoring, spare), page, made)
@@ -333,7 +333,7 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[A
     )
     for number, event in enumerate(made):
         after = event.then
-        events.on(after, view.show, with_state, shown, f"library_{number}")
+        events.on(after, view.look_again, with_state, shown, f"library_{number}")
     acted = events.on(
         panel.library_cards.click,
         view.act,
@@ -353,8 +353,8 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[A
     )
 
 
-def take(events: Events, restoring: Restoring, handlers: Handlers, library: Library | None) -> None:
-    """The lists of takes and what can be done with the one on show."""
+def take(events: Events, restoring: Restoring, handlers: Handlers, library: Library | None) -> Any:
+    """The lists of takes and what can be done with the one on show; the event of "Keep this"."""
     c, panel = events.c, events.c.take
     history, chosen, variation = panel.history, panel.chosen, panel.take_variation
     events.on(
@@ -385,13 +385,16 @@ def take(events: Events, restoring: Restoring, handlers: Handlers, library: Libr
         [c.request.seed, c.head.notice],
         "same_seed",
     )
-    deciding(events, restoring, handlers, library)
+    return deciding(events, restoring, handlers, library)
 
 
 def deciding(
     events: Events, restoring: Restoring, handlers: Handlers, library: Library | None
-) -> None:
-    """What becomes of the take on show: it is kept, exported, or its settings are used again."""
+) -> Any:
+    """What becomes of the take on show: it is kept, exported, or its settings are used again.
+
+    Returns the event of keeping it.
+    """
     c, panel = events.c, events.c.take
     of_take: list[Block] = [panel.history, panel.chosen, panel.take_variation]
     filled = [*events.settings, c.form.checkpoint_defaults]
@@ -405,7 +408,7 @@ def deciding(
 
     events.on(panel.use_settings.click, use_settings, of_take, filled, "take_settings")
     kept = [*events.shown_take, c.head.notice]
-    events.on(panel.keep_take.click, keep, of_take, kept, "keep_take")
+    decided = events.on(panel.keep_take.click, keep, of_take, kept, "keep_take")
     exported = events.on(
         panel.export.click,
         handlers.export,
@@ -415,6 +418,7 @@ def deciding(
     )
     exported.success(None, None, None, js=SAVE_FILE)
     panel.loop_bars.change(None, panel.loop_bars, None, js=HEAR_LOOP)
+    return decided
 
 
 def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Any) -> None:
