@@ -1,4 +1,4 @@
-"""An evening: a take is made, compared, kept, tried again, made longer, exported, and found again."""
+"""An evening: a take is made, compared, kept, tried again, extended, exported, and found again."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def evening(page: Page, folder: Path, downloads: Path) -> None:
 
     # Variations under one playhead: the place stays, the take changes, all equally loud.
     expect(page.locator(".strip")).to_have_count(3)
+    page.evaluate("() => { window.musicgenPlayer.seek(1); window.musicgenPlayer.sound.play(); }")
     press(page, "2")
     page.wait_for_function("() => window.musicgenPlayer.sound.selected > 0")
-    assert position_s(page) > 0 and page.evaluate("() => window.musicgenPlayer.sound.playing")
+    assert position_s(page) > 1 and page.evaluate("() => window.musicgenPlayer.sound.playing")
     expect(page.locator(".strip[aria-checked=true] kbd")).to_have_text("2")
     press(page, "3")
     expect(page.locator(".strip[aria-checked=true] kbd")).to_have_text("3")
@@ -146,6 +147,10 @@ def found_again(page: Page, downloads: Path) -> None:
 def test_studio_evening(open_page: Open, tmp_path: Path) -> None:
     folder = tmp_path / "music"
     with serving(FakeBackend(speed=20), output_folder=str(folder)) as url:
-        evening(open_page(url=url), folder, tmp_path)
+        page = open_page(url=url)
+        evening(page, folder, tmp_path)
+        page.goto("about:blank")
     with serving(FakeBackend(), output_folder=str(folder)) as url:
-        found_again(open_page(url=url), tmp_path)
+        page = open_page(url=url)
+        found_again(page, tmp_path)
+        page.goto("about:blank")
