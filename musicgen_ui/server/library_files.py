@@ -37,10 +37,10 @@ def routes(library: Library, temporary: Path) -> list[Route]:
         try:
             shape = Shape(int(query.get("bars", "0")), float(query.get("fade_s", "0")))
             content = await to_thread.run_sync(exported, library, file.stem, file.suffix, shape)
-        except ValueError:
-            return _refused(400, "bars is a whole number, fade_s a number of seconds.")
         except RequestError as error:
             return _refused(404, str(error))
+        except ValueError:
+            return _refused(400, "bars is a whole number, fade_s a number of seconds.")
         headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(file.name)}"}
         return Response(content, 200, HEADERS | headers, TYPES.get(file.suffix, "audio/ogg"))
 
