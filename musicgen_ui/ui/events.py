@@ -215,6 +215,7 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
     known = [line, c.request.stereo, c.form.checkpoint_facts]
     changed = events.on(chosen.change, facts.choose, [chosen], known, "checkpoint")
     loaded = events.on(page.load, facts.load, [], [chosen, *known], "load")
+    events.on(loaded.then, facts.label, [], [chosen], "checkpoint_labels")
     values = [events.by_name[name] for name in CHECKPOINT_FIELDS]
     defaults = c.form.checkpoint_defaults
     for event, at in ((changed, ""), (loaded, "_at_load")):

@@ -137,7 +137,7 @@ def place(*blocks: Block) -> None:
         render()
 
 
-def lay_out(c: Components, settings: PageOptions, with_library: bool) -> None:
+def lay_out(c: Components, settings: PageOptions, with_library: bool = False) -> None:
     """Places every component."""
     with gr.Row(elem_id="head"):
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)

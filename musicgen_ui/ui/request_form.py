@@ -19,7 +19,8 @@ import gradio as gr
 from anyio import to_thread
 
 from musicgen_ui import takes
-from musicgen_ui.engine.protocol import Backend
+from musicgen_ui.checkpoints.memory import size_in_words
+from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
@@ -166,6 +167,20 @@ class CheckpointFacts:
         offered: Updates = {"checkpoint": gr.update(choices=names)}
         return offered | await self.choose(names[0])
 
+    async def label(self) -> Updates:
+        """The checkpoints with their sizes and what they need; names were on offer before."""
+        names = await to_thread.run_sync(self.backend.checkpoints)
+        labels = await to_thread.run_sync(lambda: [self._label(name) for name in names])
+        return {"checkpoint": gr.update(choices=list(zip(labels, names, strict=True)))}
+
+    def _label(self, name: str) -> str:
+        try:
+            return checkpoint_label(name, self.backend.describe(name))
+        except (
+            Exception
+        ):  # a folder that is gone, a Hub that is not reached: said when it is chosen
+            return name
+
     def status(self) -> str:
         """The line in the page's head."""
         return f'<span class="engine">{html.escape(status_text(self.backend.status()))}</span>'
@@ -186,6 +201,22 @@ def settings_of(path: Path) -> dict[str, Any]:
     """What a take file made here was made with; empty for any other file."""
     held = takes.read_settings(path) or {}
     return {name: held[name] for name in (*SETTINGS, *CLIPS) if name in held}
+
+
+def checkpoint_label(name: str, info: CheckpointInfo) -> str:
+    """A checkpoint in the list: name, memory, sound, and what it takes to use it here."""
+    facts = [name.removeprefix("facebook/")]
+    if name == "auto":
+        facts.append(info.checkpoint.removeprefix("facebook/"))
+    facts += [size_in_words(info.nbytes)] if info.nbytes else []
+    sound = {"choice": "mono or stereo", "always": "stereo", "never": "mono"}
+    facts.append(sound[info.stereo])
+    facts += ["follows melodies"] if info.melody else []
+    if not info.fits:
+        facts.append("too large for this computer")
+    elif info.download_bytes:
+        facts.append(f"{size_in_words(info.download_bytes)} to download")
+    return " · ".join(facts)
 
 
 def _missing(settings: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ import gradio as gr
 from musicgen_ui import files, sidecar, takes
 from musicgen_ui.audio import load, spectrogram, spectrogram_image
 from musicgen_ui.audio.clip import Chroma
-from musicgen_ui.audio.export import MAX_BARS, MAX_FADE_OUT_S, Shape
+from musicgen_ui.audio.export import Shape
 from musicgen_ui.backends.admission import Saved
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
@@ -66,38 +66,7 @@ def panel() -> TakePanel:
         extend=gr.Button(f"Extend by {EXTEND_S:g} s", elem_id="extend", **small),
         use_settings=gr.Button("Use these settings", elem_id="use_settings", **small),
         same_seed=gr.Button("Same seed", elem_id="same_seed", **small),
-        export_ending=gr.Radio(
-            [(name, ending) for ending, name in FORMATS.items()],
-            value=".wav",
-            label="Format",
-            elem_id="export_ending",
-            render=False,
-        ),
-        loop_bars=gr.Number(
-            0,
-            label="Loop of bars",
-            info="at the take's tempo; 0 is the whole take",
-            precision=0,
-            minimum=0,
-            maximum=MAX_BARS,
-            min_width=140,
-            elem_id="loop_bars",
-            render=False,
-        ),
-        fade_out_s=gr.Number(
-            0,
-            label="Fade-out",
-            info="seconds at the end; 0 is none",
-            minimum=0,
-            maximum=MAX_FADE_OUT_S,
-            min_width=140,
-            elem_id="fade_out_s",
-            render=False,
-        ),
-        export=gr.Button("Export this take", elem_id="export", size="sm", render=False),
-        # Mounted, so that its value is what an event's script says.
-        playhead_s=gr.Number(0.0, visible="hidden", render=False),
-        exported=gr.DownloadButton("File", visible="hidden", elem_id="exported", render=False),
+        **export_fields(),
         take_facts=gr.HTML(facts_line(opening), elem_id="take_facts", render=False),
         take_notes=gr.HTML("", visible=False, elem_id="take_notes", render=False),
         take_history=gr.Radio(
@@ -109,6 +78,31 @@ def panel() -> TakePanel:
         # Mounted: a component that is not mounted tells of no change.
         job_id=gr.Textbox(visible="hidden", render=False),
     )
+
+
+def export_fields() -> dict[str, Any]:
+    """What is chosen of an export, by the component's name."""
+
+    def amount(label: str, info: str, name: str) -> gr.Number:
+        return gr.Number(0, label=label, info=info, min_width=140, elem_id=name, render=False)
+
+    return {
+        "export_ending": gr.Radio(
+            [(name, ending) for ending, name in FORMATS.items()],
+            value=".wav",
+            label="Format",
+            elem_id="export_ending",
+            render=False,
+        ),
+        "loop_bars": amount(
+            "Loop of bars", "at the take's tempo; 0 is the whole take", "loop_bars"
+        ),
+        "fade_out_s": amount("Fade-out", "seconds at the end; 0 is none", "fade_out_s"),
+        "export": gr.Button("Export this take", elem_id="export", size="sm", render=False),
+        # Mounted, so that its value is what an event's script says.
+        "playhead_s": gr.Number(0.0, visible="hidden", render=False),
+        "exported": gr.DownloadButton("File", visible="hidden", elem_id="exported", render=False),
+    }
 
 
 @dataclass
@@ -334,7 +328,7 @@ def export(
     sound = take.wav if take.wav else take.flac
     if sound is None:
         raise RequestError("This take could not be saved, so there is no file of it.")
-    shape = Shape(int(loop_bars or 0), float(fade_out_s or 0))
+    shape = Shape(round(loop_bars or 0), float(fade_out_s or 0))
     content = takes.export_file(sound, ending, shape, take.edited_title)
     kind = f"-loop-{shape.loop_bars}-bars" if shape.loop_bars else ""
     path = folder / f"{sound.stem}{kind}{ending}"

@@ -32,7 +32,7 @@ def axe() -> Path | None:
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if axe() is None:
-        pytest.skip("needs axe-core: npm install --global axe-core@4.11.0")
+        pytest.skip("needs axe-core: npm install --global axe-core@4.11.4")
     folder = tmp_path_factory.mktemp("music")
     with serving(FakeBackend(), output_folder=str(folder)) as url:
         yield url
