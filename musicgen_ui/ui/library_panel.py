@@ -88,11 +88,13 @@ class LibraryView:
     def load(self, words: str, starred: bool, model: str) -> Updates:
         """A page was opened: the models to choose from, and the first cards."""
         models = [("every model", ""), *((name, name) for name in self._library.models())]
-        return {"library_model": gr.update(choices=models)} | self.filter(words, starred, model)
+        offered: Updates = {"library_model": gr.update(choices=models)}
+        return offered | self.filter(words, starred, model)
 
     def filter(self, words: str, starred: bool, model: str) -> Updates:
         """Another filter: the newest takes that fit it."""
-        return self.show(words, starred, model, NO_STATE) | {"library_state": NO_STATE}
+        first: Updates = {"library_state": NO_STATE}
+        return first | self.show(words, starred, model, NO_STATE)
 
     def look_again(self, words: str, starred: bool, model: str, state: dict[str, Any]) -> Updates:
         """The cards after a take was made or changed elsewhere on the page."""
@@ -156,11 +158,11 @@ class LibraryView:
                 return answer()
             if change := changing.get(act):
                 state = state | {"trash": "", "deleted": ""} | change()
-                shown = self.show(words, starred, model, state)
-                return shown | {"library_state": state}
+                now: Updates = {"library_state": state}
+                return now | self.show(words, starred, model, state)
         except RequestError as error:
-            again = self.show(words, starred, model, state)
-            return again | {"notice": notice(str(error), wrong=True)}
+            said: Updates = {"notice": notice(str(error), wrong=True)}
+            return said | self.show(words, starred, model, state)
         return {}
 
     def _edit(self, edit: Callable[[str, Any], Card], names: Sequence[str], value: Any) -> Any:

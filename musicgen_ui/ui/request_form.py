@@ -28,6 +28,7 @@ from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
 
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
+DEMO, REAL = "bundled", "facebook/musicgen-small"  # what comes with the app, and what to get
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once that is settled
 CLIPS = {
@@ -148,18 +149,40 @@ class CheckpointFacts:
             "info": STEREO_INFO[facts.stereo],
             "interactive": facts.stereo == "choice",
         }
+        summary = facts.summary + await self._better(facts)
         if facts.stereo != "choice":
             toggle["value"] = facts.stereo == "always"
         return {
-            "checkpoint_line": checkpoint_line(facts.summary),
+            "checkpoint_line": checkpoint_line(summary),
             "stereo": gr.update(**toggle),
             "checkpoint_facts": {
-                "summary": facts.summary,
+                "summary": summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
                 "longest_s": self.longest_s,
             },
         }
+
+    async def _better(self, facts: CheckpointInfo) -> str:
+        """Beside the small checkpoint that comes along: what makes real music here."""
+        if facts.checkpoint != DEMO:
+            return ""
+        try:
+            real = await to_thread.run_sync(self.backend.describe, REAL)
+        except RequestError:  # not on offer here
+            return ""
+        if not real.fits or real.checkpoint == DEMO:
+            return ""
+        size = (
+            size_in_words(real.download_bytes) + " to download once, "
+            if real.download_bytes
+            else ""
+        )
+        memory = size_in_words(real.nbytes)
+        return (
+            " · This is a small demo model. For real music choose musicgen-small above: "
+            f"{size}about {memory} of memory"
+        )
 
     async def load(self) -> Updates:
         """What only the engine knows when the page opens: the checkpoints, facts of the first."""
