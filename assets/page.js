@@ -141,5 +141,13 @@ document.addEventListener('drop', (event) => {
   if (event.dataTransfer.files.length > 1) say('One file at a time: the first one is taken.');
 });
 
+// A take is dragged out of the page, into a folder or another program, by its link to download.
+document.addEventListener('dragstart', ({ target, dataTransfer }) => {
+  const link = target.closest?.('a[download]');
+  if (!link || !dataTransfer) return;
+  const name = link.download || decodeURIComponent(new URL(link.href).pathname.split('/').pop());
+  dataTransfer.setData('DownloadURL', `application/octet-stream:${name}:${link.href}`);
+});
+
 // Browsers give a microphone to pages that come over https or from this computer alone.
 document.documentElement.classList.toggle('no-microphone', !window.isSecureContext);

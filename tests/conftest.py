@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 # Before the libraries read them. Tests of downloads have a Hub of their own on this computer.
 os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+# Nor does a server that a test starts keep its takes in the music folder of whoever runs the tests.
+os.environ["XDG_MUSIC_DIR"] = tempfile.mkdtemp(prefix="music-of-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_MUSIC_DIR"], ignore_errors=True)
 if not Path("/dev/nvidia0").exists():  # without a GPU Triton's kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 

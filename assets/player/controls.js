@@ -116,8 +116,8 @@ function answers(view, target, step_s) {
     ArrowRight: () => view.seek(sound.position_s + step_s),
   };
   if (!target.matches('button, a, summary, label')) keys[' '] = () => view.toggle();
-  sound.tracks.forEach((track, number) => {
-    if (track) keys[number + 1] = () => sound.select(number);
+  view.compare?.takes.forEach((_, index) => {
+    keys[index + 1] = () => view.compare?.choose(index);
   });
   if (!view.root.contains(target)) return keys;
   return {

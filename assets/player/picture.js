@@ -266,3 +266,42 @@ export class Picture {
     pen.fillText(text, x, y);
   }
 }
+
+const LIVE_COLUMN_S = 0.01;
+export const no_peaks = () => ({
+  low: new Int8Array(0), high: new Int8Array(0), columns: 0, column_s: LIVE_COLUMN_S,
+});
+/** @param {string} text base64 */
+export const bytes_of = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+/** @param {{ peaks: string, peak_s: number }} take */
+export function read_peaks({ peaks, peak_s }) {
+  const all = new Int8Array(bytes_of(peaks).buffer), columns = all.length / 2;
+  return { low: all.subarray(0, columns), high: all.subarray(columns), columns, column_s: peak_s };
+}
+
+/**
+ * Adds samples to a waveform that grows.
+ * @param {Peaks} peaks
+ * @param {Int16Array} pcm the last ones
+ * @param {number} received frames, with these
+ * @param {number} channels
+ * @param {number} width frames a column
+ */
+export function add_peaks(peaks, pcm, received, channels, width) {
+  const first = received - pcm.length / channels; // frame
+  const columns = Math.ceil(received / width);
+  if (columns > peaks.low.length) {
+    for (const side of /** @type {const} */ (['low', 'high'])) {
+      const longer = new Int8Array(2 * columns + 1000);
+      longer.set(peaks[side]);
+      peaks[side] = longer;
+    }
+  }
+  for (let i = 0; i < pcm.length; i++) {
+    const column = Math.floor((first + Math.floor(i / channels)) / width), value = pcm[i] >> 8;
+    if (value < peaks.low[column]) peaks.low[column] = value;
+    if (value > peaks.high[column]) peaks.high[column] = value;
+  }
+  peaks.columns = columns;
+}

@@ -33,6 +33,7 @@ export class Sound extends EventTarget {
     this.unsent = []; // until the audio thread is there
     /** @type {(Track | null)[]} */
     this.tracks = [null, null, null, null];
+    this.gains_db = [0, 0, 0, 0];
     this.selected = 0;
     this.playing = false; // as the user asked
     this.blocked = false; // the browser does not let the clock run
@@ -158,7 +159,10 @@ export class Sound extends EventTarget {
     this.close(number);
     if (number === this.selected) this.hold();
     const track = new Track(source, {
-      format: ({ rate, channels }) => this.post({ op: 'open', track: number, rate, channels }),
+      format: ({ rate, channels }) => {
+        this.post({ op: 'open', track: number, rate, channels });
+        this.set_gain(number, this.gains_db[number]);
+      },
       samples: (track, pcm) => {
         this.dispatchEvent(new CustomEvent('samples', { detail: { track, pcm } }));
         this.post({ op: 'append', track: number, value: pcm }, [pcm.buffer]);
@@ -205,6 +209,7 @@ export class Sound extends EventTarget {
   /** @param {number} number */
   close(number) {
     this.tracks[number]?.stop.abort();
+    this.gains_db[number] = 0;
     this.tracks[number] = null;
     this.post({ op: 'close', track: number });
   }
@@ -275,6 +280,7 @@ export class Sound extends EventTarget {
    * @param {number} gain_db
    */
   set_gain(number, gain_db) {
+    this.gains_db[number] = gain_db;
     this.post({ op: 'gain', track: number, value: 10 ** (gain_db / 20) });
   }
 

@@ -2,7 +2,7 @@
 // The player as it is seen and touched: what the server says of a job, the take on show, the
 // picture with its playhead, buttons, keys. The markup is that of `ui/player.py`.
 
-import { Picture, clock } from './picture.js';
+import { Picture, add_peaks, bytes_of, clock, no_peaks, read_peaks } from './picture.js';
 import { listen_to_keys, listen_to_pointer } from './controls.js';
 import { Sound } from './sound.js';
 
@@ -15,19 +15,13 @@ import { Sound } from './sound.js';
  * @typedef {{ id: string, job: string, as_streamed: boolean, title: string, wav: File,
  *   duration_s: number, prompt_s: number, context_s: number, sections: [number, string][],
  *   picture: File, edges: import('./picture.js').Edges | null, alt: string,
- *   peaks: string, peak_s: number, melody: string, melody_s: number }} Take from the server
+ *   peaks: string, peak_s: number, melody: string, melody_s: number, tempo_bpm: number }} Take from the server
  */
 
-const LIVE_COLUMN_S = 0.01;
 const CLOSEST_S = 0.5; // the shortest time that fills the width
 const BLOCKED = 'The browser holds the sound back. Press Play; if it stays silent, check that a '
   + 'loudspeaker is connected.';
 const FAILED = 'The sound could not be loaded. Load the page again.';
-const no_peaks = () => ({
-  low: new Int8Array(0), high: new Int8Array(0), columns: 0, column_s: LIVE_COLUMN_S,
-});
-/** @param {string} text base64 */
-const bytes_of = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
 /** @type {(view: View) => void} */
 let arrive = () => {};
@@ -59,6 +53,9 @@ export class View {
     this.source = ''; // the take's file, until it is played for the first time
     this.said = ''; // to screen readers
     this.left = ''; // the job from whose sound the page went on
+    this.next = ''; // the take that is played once it is here
+    /** @type {import('./compare.js').Compare | null} */
+    this.compare = null;
     this.ticking = false;
     this.drawing = 0;
     /** @type {'' | 'seek' | 'region'} */
@@ -138,27 +135,39 @@ export class View {
 
   /** @param {Take | null} take */
   show_take(take) {
-    if (!take?.id) return;
+    if (!take?.id || this.compare?.is_overtaken(take.id)) return;
     const known = take.id === this.take?.id;
     const of_stream = Boolean(take.job) && take.job === this.streaming;
     this.take = take;
     if (!known) {
       this.sound.title = take.title;
       const url = take.wav?.url ?? '';
-      if (of_stream && take.as_streamed) this.source = '';
+      if ((of_stream && take.as_streamed) || this.compare?.holds(take.id)) this.source = '';
       else if (of_stream && this.sound.playing && url) this.sound.hand_over({ url }, take.prompt_s);
       else this.put(url);
     }
     if (!known && !(of_stream && take.as_streamed)) this.left = this.streaming;
     if (!known) this.streaming = '';
     const { low, high, columns, column_s } = known || !take.peaks ? this.shown.peaks : no_peaks();
-    const peaks = take.peaks ? this.read_peaks(take) : { low, high, columns, column_s };
+    const peaks = take.peaks ? read_peaks(take) : { low, high, columns, column_s };
     const melody = take.melody
       ? { classes: bytes_of(take.melody), column_s: take.melody_s } : null;
     this.show({ duration_s: take.duration_s, prompt_s: take.prompt_s, context_s: take.context_s,
       sections: take.sections, peaks, image: null, edges: take.edges, melody }, known);
     this.find('alt').textContent = take.alt;
     if (take.picture) this.load_picture(take);
+    if (this.next === take.id && !this.sound.playing) this.toggle();
+    if (this.next === take.id) this.next = '';
+  }
+
+  /**
+   * Another take is on its way and will sound at once.
+   * @param {string} id
+   */
+  play_next(id) {
+    this.sound.halt();
+    this.sound.wake();
+    this.next = id;
   }
 
   /**
@@ -170,12 +179,6 @@ export class View {
     this.sound.stop();
     this.sound.close(this.sound.selected);
     this.source = url;
-  }
-
-  /** @param {Take} take */
-  read_peaks({ peaks, peak_s }) {
-    const all = new Int8Array(bytes_of(peaks).buffer), columns = all.length / 2;
-    return { low: all.subarray(0, columns), high: all.subarray(columns), columns, column_s: peak_s };
   }
 
   /** @param {Take} take */
@@ -206,22 +209,7 @@ export class View {
    * @param {Int16Array} pcm
    */
   add_peaks({ rate, channels, received }, pcm) {
-    const { peaks } = this.shown, width = Math.round(LIVE_COLUMN_S * rate);
-    const first = received - pcm.length / channels; // frame
-    const columns = Math.ceil(received / width);
-    if (columns > peaks.low.length) {
-      for (const side of /** @type {const} */ (['low', 'high'])) {
-        const longer = new Int8Array(2 * columns + 1000);
-        longer.set(peaks[side]);
-        peaks[side] = longer;
-      }
-    }
-    for (let i = 0; i < pcm.length; i++) {
-      const column = Math.floor((first + Math.floor(i / channels)) / width), value = pcm[i] >> 8;
-      if (value < peaks.low[column]) peaks.low[column] = value;
-      if (value > peaks.high[column]) peaks.high[column] = value;
-    }
-    peaks.columns = columns;
+    add_peaks(this.shown.peaks, pcm, received, channels, Math.round(this.shown.peaks.column_s * rate));
     this.draw();
   }
 
@@ -317,6 +305,7 @@ export class View {
       this.slider.setAttribute('aria-valuenow', at_s.toFixed(0));
       this.slider.setAttribute('aria-valuemax', this.duration_s.toFixed(0));
     }
+    this.compare?.place();
     const time = `${clock(at_s, 1)} / ${clock(this.duration_s, 1)}`;
     if (this.find('clock').textContent !== time) this.find('clock').textContent = time;
   }
@@ -368,6 +357,14 @@ export class View {
 
   toggle_loop() {
     this.sound.set_loop(this.sound.loop ? null : [0, this.duration_s]);
+  }
+
+  /** @param {number} bars of the take, to hear how they repeat; 0: all of it, once */
+  hear_loop(bars) {
+    const { tempo_bpm = 0, prompt_s = 0 } = this.take ?? {};
+    const end_s = prompt_s + (240 * bars) / tempo_bpm;
+    if (!bars) this.sound.set_loop(null);
+    else if (tempo_bpm && end_s <= this.duration_s) this.sound.set_loop([prompt_s, end_s]);
   }
 
   listen() {

@@ -200,8 +200,11 @@ class Saved(Finished):
 class AdmittedJob(RelayedJob):
     """A job of a client. Its log has `Saved` in place of `Finished`."""
 
-    def __init__(self, request: GenerationRequest, client: Client) -> None:
+    def __init__(
+        self, request: GenerationRequest, client: Client, origin: takes.Origin | None = None
+    ) -> None:
         super().__init__(request, client.name)
+        self.origin = origin  # of its takes, where they are made from another one
         self.owner = client
         self.left = False  # the client went away: its takes are not kept
         self.record = JobRecord(self.id[:8])
@@ -259,6 +262,7 @@ class Admission:
         request: GenerationRequest,
         client: Client | str = "",
         complete: Complete | None = None,
+        origin: takes.Origin | None = None,
     ) -> AdmittedJob:
         """See `Backend.submit`; a refusal is a `Failed` event.
 
@@ -267,9 +271,10 @@ class Admission:
             client: whose job it is.
             complete: gives the request to be made and notes for its takes; called on a thread of
                 the job, since it may read clips and wait for the backend.
+            origin: what its takes say that they were made from.
         """
         owner = Client(client) if isinstance(client, str) else client
-        job = AdmittedJob(request, owner)
+        job = AdmittedJob(request, owner, origin)
         self.job_log.begin(job.record)
         try:
             with self._lock:
@@ -381,7 +386,7 @@ class Admission:
         if self.folder is None or job.left or new_s < NEW_AT_LEAST_S:
             return saved
         try:
-            take = takes.save(saved, self.folder, spare=self.spare)
+            take = takes.save(saved, self.folder, spare=self.spare, origin=job.origin)
         except takes.UnsavedError as error:
             log.error("A take could not be saved", exc_info=error)
             return dataclasses.replace(saved, error=error)

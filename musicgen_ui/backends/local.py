@@ -126,6 +126,8 @@ class LocalBackend:
             checkpoint = self._adapted(GenerationRequest(adapter=adapter))[0].checkpoint
         source = self._resolve(checkpoint, False)
         info = registry.describe(source, self.place.bytes_a_weight)
+        weights = memory.weight_bytes(registry.config_of(source), self.place.precision)
+        info = dataclasses.replace(info, fits=weights <= self.budget_bytes)
         if info.stereo == "choice" and not self._has_stereo(checkpoint):
             return dataclasses.replace(info, stereo="never")
         return info

@@ -347,7 +347,16 @@ def describe(source: Source, bytes_a_weight: float = 4) -> CheckpointInfo:
         melody=bool(config["melody"]),
         defaults=configuration.own_defaults(checkpoint.generation(), config),
         window_s=window_s,
+        nbytes=needed,
+        download_bytes=_download_bytes(source, config),
     )
+
+
+def _download_bytes(source: Source, config: Configuration) -> int:
+    """What is fetched before a checkpoint can be used; 0 where it is on this computer."""
+    if source.folder or hub.cached(source.name):
+        return 0
+    return memory.count_parameters(config) * 4  # published in float32
 
 
 def require_melody(source: Source) -> None:

@@ -194,6 +194,9 @@ class CheckpointInfo:
     summary: str  # a line for the page: parameters, memory, licence
     melody: bool = False  # it can follow one
     window_s: float = WINDOW_S  # longer takes are made of several windows
+    nbytes: int = 0  # of memory that it needs here; 0 is not known
+    download_bytes: int = 0  # before it can be used; 0 where it is on this computer
+    fits: bool = True  # its weights fit the memory for models
     defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
 
 

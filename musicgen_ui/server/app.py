@@ -30,7 +30,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from musicgen_ui import environment, files
+from musicgen_ui import environment, files, library
 from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
@@ -134,7 +134,8 @@ def middleware(
 
 def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]:
     """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
-    files.delete_leftovers(Path(chosen.output_folder) if chosen.output_folder else None)
+    kept = kept_folder(chosen)
+    files.delete_leftovers(kept)
     temporary = files.private_folder()
     cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
     cache.mkdir()
@@ -144,11 +145,11 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
 
     from musicgen_ui.backends.admission import Admission, HourlyQuota
     from musicgen_ui.backends.job_log import JobLog
-    from musicgen_ui.server import audio_stream, gradio_patches
+    from musicgen_ui.server import audio_stream, gradio_patches, library_files
     from musicgen_ui.server.metrics import Metrics, metrics_routes
     from musicgen_ui.ui import page, player
 
-    takes = Path(chosen.output_folder or temporary / "takes").resolve()
+    takes = (kept or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
     files.TAKES.add(takes)
     admission = Admission(
@@ -161,13 +162,15 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         job_log=JobLog(chosen.log_prompts),
     )
     options = page.PageOptions(chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s)
-    demo: Any = page.build(admission, options)
+    kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
+    demo: Any = page.build(admission, options, kept_takes)
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
     proxied = bool(chosen.trusted_proxies) or chosen.share
     routes = [
         *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
+        *(library_files.routes(kept_takes, temporary) if kept_takes else ()),
         *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
     ]
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
@@ -249,15 +252,26 @@ def close(demo: Any, temporary: Path) -> None:
         log.warning("Could not delete %s", temporary)
 
 
+def is_shown_to_others(chosen: Settings) -> bool:
+    """Whether this server is reached from other computers, by itself or through a proxy."""
+    public = os.environ.get("SPACE_ID") or chosen.allowed_hosts or chosen.root_path
+    return bool(chosen.share or public) or not is_loopback(chosen.host)
+
+
+def kept_folder(chosen: Settings) -> Path | None:
+    """Where takes are kept for good; None where they are temporary."""
+    return library.kept_folder(chosen.output_folder, chosen.host, is_shown_to_others(chosen))
+
+
 def check_folder(chosen: Settings) -> None:
     """Makes the folder of takes.
 
     Raises:
         RequestError: it cannot be made or written to.
     """
-    if not chosen.output_folder:
+    folder = kept_folder(chosen)
+    if folder is None:
         return
-    folder = Path(chosen.output_folder)
     named = f"{label('output_folder')} cannot be {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -194,7 +194,10 @@ class Settings(BaseSettings):
     )
     max_upload_mb: float = Field(100.0, ge=0.1, le=LARGE, description="largest upload in MB")
     output_folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        "", description="where takes are kept; empty is a temporary folder, cleared after a day"
+        "",
+        description="where takes are kept; empty is MusicGen UI in your music folder, and where "
+        "others reach the server a temporary folder, cleared after a day; temporary is such a "
+        "folder in any case",
     )
     temporary_gb: float = Field(
         5.0,

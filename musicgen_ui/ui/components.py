@@ -79,11 +79,22 @@ class Updates(TypedDict, total=False):
     live: object
     take_title: object
     take_variation: object
+    compare: object
+    keep_take: object
     take_audio: object
     wav: object
     flac: object
     continue_take: object
+    retake: object
+    extend: object
+    use_settings: object
     same_seed: object
+    export_ending: object
+    loop_bars: object
+    fade_out_s: object
+    export: object
+    playhead_s: object
+    exported: object
     take_facts: object
     take_notes: object
     take_history: object
@@ -91,6 +102,11 @@ class Updates(TypedDict, total=False):
     chosen: object
     tab_key: object
     job_id: object
+    library_words: object
+    library_starred: object
+    library_model: object
+    library_cards: object
+    library_state: object
 
 
 @dataclass(frozen=True)
@@ -173,12 +189,23 @@ class TakePanel:
 
     live: gr.HTML
     take_title: gr.HTML
-    take_variation: gr.Radio
+    take_variation: gr.Radio  # out of sight: the strips mark it
+    compare: gr.HTML
+    keep_take: gr.Button
     take_audio: gr.HTML
     wav: gr.DownloadButton
     flac: gr.DownloadButton
     continue_take: gr.Button
+    retake: gr.Button
+    extend: gr.Button
+    use_settings: gr.Button
     same_seed: gr.Button
+    export_ending: gr.Radio
+    loop_bars: gr.Number
+    fade_out_s: gr.Number
+    export: gr.Button
+    playhead_s: gr.Number  # where the player is, when an event asks
+    exported: gr.DownloadButton  # out of sight: the file that was asked for
     take_facts: gr.HTML
     take_notes: gr.HTML
     take_history: gr.Radio
@@ -186,6 +213,17 @@ class TakePanel:
     chosen: gr.State  # which take of the history is on show
     tab_key: gr.Textbox  # see `sessions`
     job_id: gr.Textbox  # of a job that an earlier page began
+
+
+@dataclass(frozen=True)
+class LibraryPanel:
+    """The takes that are kept."""
+
+    library_words: gr.Textbox
+    library_starred: gr.Checkbox
+    library_model: gr.Dropdown
+    library_cards: gr.HTML
+    library_state: gr.State  # which page of it, and what was just deleted
 
 
 @dataclass(frozen=True)
@@ -197,6 +235,7 @@ class Components:
     form: Form
     audio: AudioPanel
     take: TakePanel
+    library: LibraryPanel
 
     def by_name(self) -> dict[str, Any]:
         """Every component by the name that `Updates` has for it."""

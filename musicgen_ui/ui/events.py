@@ -12,10 +12,12 @@ from typing import Any, cast
 import gradio as gr
 from gradio.blocks import Block
 
+from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
 from musicgen_ui.ui.components import Components, Endpoint, Updates
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.library_panel import LibraryView
 from musicgen_ui.ui.pages import Pages, back
 from musicgen_ui.ui.request_form import SETTINGS, CheckpointFacts, Restoring
 
@@ -31,6 +33,19 @@ COUNT_CHARACTERS = "(text) => text ? `${text.length.toLocaleString('en')} of MOS
 MARK_LENGTH = "(length_s) => CHOICES.includes(length_s) ? length_s : null"
 MARK_SEED = "(seed) => seed !== null && seed >= 0"
 
+PLAYHEAD = """(history, chosen, variation) =>
+  [history, chosen, variation, window.musicgenPlayer.sound.position_s]"""
+# The file's link is there a moment after its value.
+SAVE_FILE = """async () => {
+  const link = () => document.querySelector('#exported a, a#exported, a:has(> #exported)');
+  for (let i = 0; i < 40 && (!link() || link().href === window.musicgenSaved); i++)
+    await new Promise((done) => setTimeout(done, 50));
+  window.musicgenSaved = link()?.href;
+  (link() ?? document.querySelector('#exported'))?.click();
+  return [];
+}"""
+HEAR_LOOP = "(bars) => { window.musicgenPlayer?.hear_loop(bars); return []; }"
+
 
 class Events:
     """Connects the page's components to their handlers."""
@@ -42,6 +57,7 @@ class Events:
         self.settings: list[Any] = [self.by_name[name] for name in SETTINGS]
         self.shown_take: list[Block] = [
             *(take.history, take.chosen, take.take_title, take.take_audio, take.wav, take.flac),
+            *(take.compare, take.keep_take),
             *(take.take_facts, take.take_notes, take.take_variation, take.take_history),
         ]
         # What decides how much of a clip the model hears, and what a clip's answers change.
@@ -101,6 +117,7 @@ def connect(
     page: gr.Blocks,
     endpoint: Endpoint,
     adapters: bool,
+    library: Library | None = None,
 ) -> None:
     """Connects everything on the page; `adapters` is whether it shows the adapter."""
     events = Events(c)
@@ -112,7 +129,11 @@ def connect(
     checkpoint(events, facts, page)
     audio(events)
     settings_from_files(events, restoring)
-    take(events)
+    kept = take(events, restoring, handlers, library)
+    made = [done, kept, *remaking(events, handlers)]
+    if library:
+        spare = handlers.backend.spare or library.folder
+        keeping(events, LibraryView(library, restoring, spare), page, made)
     status(events, facts, page, done)
     pages(events, handlers, restoring, page)
 
@@ -194,6 +215,7 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
     known = [line, c.request.stereo, c.form.checkpoint_facts]
     changed = events.on(chosen.change, facts.choose, [chosen], known, "checkpoint")
     loaded = events.on(page.load, facts.load, [], [chosen, *known], "load")
+    events.on(loaded.then, facts.label, [], [chosen], "checkpoint_labels")
     values = [events.by_name[name] for name in CHECKPOINT_FIELDS]
     defaults = c.form.checkpoint_defaults
     for event, at in ((changed, ""), (loaded, "_at_load")):
@@ -270,8 +292,70 @@ def settings_from_files(events: Events, restoring: Restoring) -> None:
     events.on(c.form.restore.upload, restoring.file, file, filled, "restore")
 
 
-def take(events: Events) -> None:
-    """The lists of takes and what can be done with the one on show."""
+def remaking(events: Events, handlers: Handlers) -> list[Any]:
+    """Takes that are made of the one on show; the events."""
+    c, panel = events.c, events.c.take
+    of_take: list[Block] = [panel.history, panel.chosen, panel.take_variation]
+    options: dict[str, Any] = {
+        "outputs": [panel.live, c.form.generate, c.form.stop, *events.shown_take],
+        "concurrency_limit": None,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    retaken = panel.retake.click(
+        events.named(handlers.retake_from),
+        [*of_take, panel.playhead_s],
+        js=PLAYHEAD,
+        api_name="retake",
+        **options,
+    )
+    extended = panel.extend.click(
+        events.named(handlers.extend), of_take, api_name="extend", **options
+    )
+    return [retaken, extended]
+
+
+def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[Any]) -> None:
+    """The library: its cards, filters, and what is new in it."""
+    c, panel = events.c, events.c.library
+    asked: list[Block] = [panel.library_words, panel.library_starred, panel.library_model]
+    shown: list[Block] = [panel.library_cards, panel.library_state]
+    with_state = [*asked, panel.library_state]
+    events.on(page.load, view.load, asked, [*shown, panel.library_model], "library")
+    filters = [panel.library_words.change, panel.library_starred.change, panel.library_model.change]
+    gr.on(
+        filters,
+        events.named(view.filter),
+        asked,
+        shown,
+        api_name="library_filter",
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    for number, event in enumerate(made):
+        after = event.then
+        events.on(after, view.look_again, with_state, shown, f"library_{number}")
+    acted = events.on(
+        panel.library_cards.click,
+        view.act,
+        [*with_state, c.take.history, *events.window],
+        [
+            *(*shown, *events.shown_take, *events.settings, c.form.checkpoint_defaults),
+            *(*events.clip, c.audio.audio_panel, c.head.notice),
+        ],
+        "library_act",
+    )
+    events.on(
+        acted.then,
+        take_panel.draw_shown,
+        [c.take.history, c.take.chosen],
+        [c.take.take_audio, c.take.take_notes],
+        "draw",
+    )
+
+
+def take(events: Events, restoring: Restoring, handlers: Handlers, library: Library | None) -> Any:
+    """The lists of takes and what can be done with the one on show; the event of "Keep this"."""
     c, panel = events.c, events.c.take
     history, chosen, variation = panel.history, panel.chosen, panel.take_variation
     events.on(
@@ -302,6 +386,40 @@ def take(events: Events) -> None:
         [c.request.seed, c.head.notice],
         "same_seed",
     )
+    return deciding(events, restoring, handlers, library)
+
+
+def deciding(
+    events: Events, restoring: Restoring, handlers: Handlers, library: Library | None
+) -> Any:
+    """What becomes of the take on show: it is kept, exported, or its settings are used again.
+
+    Returns the event of keeping it.
+    """
+    c, panel = events.c, events.c.take
+    of_take: list[Block] = [panel.history, panel.chosen, panel.take_variation]
+    filled = [*events.settings, c.form.checkpoint_defaults]
+    filled += [c.audio.offer, c.audio.offered, c.head.notice]
+
+    def use_settings(history: list[Any], chosen: list[int], variation: int | None) -> Updates:
+        return restoring.take(take_panel.chosen_take(history, chosen, variation).settings)
+
+    def keep(history: list[Any], chosen: list[int], variation: int | None) -> Updates:
+        return take_panel.keep(history, chosen, variation, library.star if library else None)
+
+    events.on(panel.use_settings.click, use_settings, of_take, filled, "take_settings")
+    kept = [*events.shown_take, c.head.notice]
+    decided = events.on(panel.keep_take.click, keep, of_take, kept, "keep_take")
+    exported = events.on(
+        panel.export.click,
+        handlers.export,
+        [*of_take, panel.export_ending, panel.loop_bars, panel.fade_out_s],
+        [panel.exported, c.head.notice],
+        "export",
+    )
+    exported.success(None, None, None, js=SAVE_FILE)
+    panel.loop_bars.change(None, panel.loop_bars, None, js=HEAR_LOOP)
+    return decided
 
 
 def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Any) -> None:

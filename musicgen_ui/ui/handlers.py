@@ -11,20 +11,23 @@ from __future__ import annotations
 import html
 import inspect
 import os
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
 from anyio import to_thread
 
+from musicgen_ui import retake, takes
 from musicgen_ui.backends.admission import Admission, AdmittedJob, Client, Saved
 from musicgen_ui.engine.protocol import Event, Failed, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import take_panel
-from musicgen_ui.ui.components import Updates
+from musicgen_ui.ui.components import Updates, notice
 from musicgen_ui.ui.player import JobState
 from musicgen_ui.ui.request_builder import RequestBuilder, without_unchanged
 from musicgen_ui.ui.sessions import Sessions, Tab
@@ -100,8 +103,69 @@ class Handlers:
         except RequestError as error:
             yield self._failed(live, error)
             raise self._shown(error) from None
+        async for update in self._followed(job, live, history, values.get("seed")):
+            yield update
+
+    async def retake_from(
+        self,
+        history: list[take_panel.Group],
+        chosen: list[int],
+        variation: int | None,
+        at_s: float | None,
+        request: gr.Request,
+    ) -> AsyncGenerator[Updates, None]:
+        """Makes the take on show anew from a place on, with another seed."""
+        make = lambda kept: retake.retake(kept, float(at_s or 0.0))  # noqa: E731
+        async for update in self._made_from(history, chosen, variation, make, request):
+            yield update
+
+    async def extend(
+        self,
+        history: list[take_panel.Group],
+        chosen: list[int],
+        variation: int | None,
+        request: gr.Request,
+    ) -> AsyncGenerator[Updates, None]:
+        """Makes the take on show longer, by its own settings."""
+        make = lambda kept: retake.extend(kept, take_panel.EXTEND_S)  # noqa: E731
+        async for update in self._made_from(history, chosen, variation, make, request):
+            yield update
+
+    async def _made_from(
+        self,
+        history: list[take_panel.Group],
+        chosen: list[int],
+        variation: int | None,
+        make: Callable[[takes.Kept], retake.Derived],
+        request: gr.Request,
+    ) -> AsyncGenerator[Updates, None]:
+        client = Client.of(request)
+        live = JobState(session=client.session)
+        yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
+        try:
+            take = take_panel.chosen_take(history, chosen, variation)
+            if take.wav is None:
+                raise RequestError("This take could not be saved, so nothing can be made of it.")
+            derived = make(await to_thread.run_sync(takes.load, take.wav))
+            if derived.request.duration_s > self.max_duration_s:
+                raise RequestError(
+                    f"This server makes at most {self.max_duration_s:g} s at once, and this would "
+                    f"be {derived.request.duration_s:.1f} s."
+                )
+        except RequestError as error:
+            self.backend.refuse(error)
+            yield self._failed(live, error)
+            raise self._shown(error) from None
+        job = self.backend.submit(derived.request, client, origin=derived.origin)
+        async for update in self._followed(job, live, history, -1):
+            yield update
+
+    async def _followed(
+        self, job: AdmittedJob, live: JobState, history: list[take_panel.Group], seed: Any
+    ) -> AsyncGenerator[Updates, None]:
+        """What the page shows of a job of its own; `seed` is the form's."""
         live.job = job.id
-        tab = self.sessions.begin(client.session, job, values.get("seed"))
+        tab = self.sessions.begin(live.session, job, seed)
         try:
             async with aclosing(self._updates(job, live, history, tab)) as updates:
                 async for update in updates:
@@ -136,7 +200,7 @@ class Handlers:
         Returns:
             The files, WAV and FLAC of each variation in turn, and the settings that made them.
         """
-        takes: list[Saved] = []
+        ended: list[Saved] = []
         try:
             job = self._submit(values, Client.of(request))
             try:
@@ -145,19 +209,38 @@ class Handlers:
                         if isinstance(event, Failed):
                             raise event.error
                         if isinstance(event, Saved):
-                            takes.append(event)
+                            ended.append(event)
                         elif isinstance(event, Progress):
                             yield None, {"stage": event.stage, "status": progress_text(event)}
             finally:
                 job.leave()
-            saved = [take for take in takes if take.take]
+            saved = [take for take in ended if take.take]
             if not saved:
-                lost = next((take.error for take in takes if take.error), None)
+                lost = next((take.error for take in ended if take.error), None)
                 raise lost or RequestError("The take was stopped before its first sound.")
         except Exception as error:
             raise gr.Error(error_text(error), print_exception=False) from None
         files = [str(path) for s in saved if s.take for path in (s.take.wav, s.take.flac)]
         yield files, summary(saved)
+
+    def export(
+        self,
+        history: list[take_panel.Group],
+        chosen: list[int],
+        variation: int | None,
+        ending: str,
+        loop_bars: float | None,
+        fade_out_s: float | None,
+    ) -> Updates:
+        """Writes the take on show as a file to download."""
+        folder = self.backend.spare or Path(tempfile.gettempdir())
+        try:
+            path = take_panel.export(
+                history, chosen, variation, ending, loop_bars, fade_out_s, folder
+            )
+        except RequestError as error:
+            return {"notice": notice(str(error), wrong=True)}
+        return {"exported": gr.update(value=str(path))}
 
     def stop(self, request: gr.Request) -> Updates:
         """Stops this tab's jobs; what was made so far comes as a take."""
@@ -288,6 +371,6 @@ def busy(on: bool) -> Updates:
 def summary(saved: list[Saved]) -> dict[str, Any]:
     """The API's JSON: the settings of the first take, and what differs from take to take."""
     each = ("seed", "made_s", "prompt_s", "speed_x", "stopped")
-    takes = [saved_one.take for saved_one in saved if saved_one.take]
-    listed = [{n: take.settings[n] for n in each} | {"notes": list(take.notes)} for take in takes]
-    return {**takes[0].settings, "variations": len(takes), "takes": listed}
+    made = [saved_one.take for saved_one in saved if saved_one.take]
+    listed = [{n: take.settings[n] for n in each} | {"notes": list(take.notes)} for take in made]
+    return {**made[0].settings, "variations": len(made), "takes": listed}

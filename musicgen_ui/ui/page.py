@@ -17,8 +17,9 @@ from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.files import ASSETS
+from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
-from musicgen_ui.ui import audio_panel, request_form, take_panel
+from musicgen_ui.ui import audio_panel, library_panel, request_form, take_panel
 from musicgen_ui.ui.components import (
     CONTINUE,
     FOLLOW,
@@ -40,7 +41,6 @@ from musicgen_ui.ui.components import (
 )
 from musicgen_ui.ui.events import connect
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.player import player, take_on_show
 
 PROMPT_IDEAS = {
     "80s pop": "80s pop with warm synth pads, gated drums and a catchy bass line",
@@ -70,13 +70,16 @@ class PageOptions:
     max_duration_s: float = MAX_DURATION_S  # of one take
 
 
-def build(backend: Admission, settings: PageOptions) -> gr.Blocks:
-    """The page over a backend. Loads no model and no torch."""
+def build(backend: Admission, settings: PageOptions, library: Library | None = None) -> gr.Blocks:
+    """The page over a backend. Loads no model and no torch.
+
+    Without a `library` the page shows the takes of its session alone.
+    """
     handlers = Handlers(backend, settings.max_duration_s)
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         c = create(settings)
-        lay_out(c, settings)
-        connect(c, handlers, page, api(), adapters=settings.any_checkpoint)
+        lay_out(c, settings, library is not None)
+        connect(c, handlers, page, api(), settings.any_checkpoint, library)
     page.sessions, page.backend = handlers.sessions, backend
     blocks: gr.Blocks = page
     return blocks
@@ -123,7 +126,8 @@ def theme() -> gr.themes.Base:
 def create(settings: PageOptions) -> Components:
     """The components, not placed yet."""
     request = request_fields(settings)
-    return Components(request, head(), form(request, settings), audio(), take())
+    parts = (head(), form(request, settings), audio(), take_panel.panel(), library_panel.panel())
+    return Components(request, *parts)
 
 
 def place(*blocks: Block) -> None:
@@ -133,7 +137,7 @@ def place(*blocks: Block) -> None:
         render()
 
 
-def lay_out(c: Components, settings: PageOptions) -> None:
+def lay_out(c: Components, settings: PageOptions, with_library: bool = False) -> None:
     """Places every component."""
     with gr.Row(elem_id="head"):
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
@@ -143,7 +147,12 @@ def lay_out(c: Components, settings: PageOptions) -> None:
         with gr.Column(elem_id="compose", min_width=340):
             lay_out_form(c, settings)
         with gr.Column(elem_id="take", min_width=340):
-            lay_out_take(c.take)
+            lay_out_take(c.take, not with_library)
+    with gr.Column(elem_id="library", visible=with_library):
+        with gr.Row(elem_id="library_head"):
+            gr.HTML("<h2>Library</h2>", elem_id="library_name", apply_default_css=False)
+            place(c.library.library_words, c.library.library_model, c.library.library_starred)
+        place(c.library.library_cards, c.library.library_state)
 
 
 def lay_out_form(c: Components, settings: PageOptions) -> None:
@@ -203,12 +212,22 @@ def lay_out_audio(c: Components) -> None:
     place(c.audio.clip, c.audio.offered, c.audio.tune)
 
 
-def lay_out_take(take: TakePanel) -> None:
-    """What was made."""
-    place(take.live, take.take_title, take.take_variation, take.take_audio)
+def lay_out_take(take: TakePanel, session_alone: bool) -> None:
+    """What was made; the earlier takes of the session where there is no library."""
+    place(take.live, take.compare, take.keep_take, take.take_title, take.take_variation)
+    place(take.take_audio)
     with gr.Row(elem_id="take_actions"):
-        place(take.wav, take.flac, take.continue_take, take.same_seed)
-    place(take.take_facts, take.take_notes, take.take_history)
+        place(take.retake, take.extend, take.continue_take, take.use_settings, take.same_seed)
+        place(take.wav, take.flac)
+    with gr.Accordion("Export", open=False, elem_id="export_fold"):
+        place(take.export_ending)
+        with gr.Row():
+            place(take.loop_bars, take.fade_out_s)
+        place(take.export)
+    place(take.exported, take.playhead_s, take.take_facts, take.take_notes)
+    with gr.Column(visible=session_alone):
+        place(take.take_history)
+        gr.HTML(f'<p class="clip-line">{take_panel.TEMPORARY}</p>', apply_default_css=False)
     place(take.history, take.chosen, take.tab_key, take.job_id)
 
 
@@ -366,39 +385,6 @@ def audio() -> AudioPanel:
         clip=gr.State({}, render=False),
         offered=gr.State({}, render=False),
         tune=gr.State({}, render=False),
-    )
-
-
-def take() -> TakePanel:
-    """What was made, and at first an example of it."""
-    opening = take_panel.example()
-    intro = f'<p class="intro">{take_panel.INTRO}</p>{take_panel.title_html(opening)}'
-    small: dict[str, Any] = {"size": "sm", "min_width": 60, "render": False}
-    return TakePanel(
-        live=player(),
-        take_title=gr.HTML(intro, elem_id="take_title", render=False),
-        take_variation=gr.Radio(
-            label="Variations",
-            show_label=False,
-            visible=False,
-            elem_id="take_variation",
-            render=False,
-        ),
-        take_audio=take_on_show(take_panel.in_player(opening)),
-        wav=gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small),
-        flac=gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small),
-        continue_take=gr.Button("Continue this", elem_id="continue", **small),
-        same_seed=gr.Button("Same seed", elem_id="same_seed", **small),
-        take_facts=gr.HTML(take_panel.facts_line(opening), elem_id="take_facts", render=False),
-        take_notes=gr.HTML("", visible=False, elem_id="take_notes", render=False),
-        take_history=gr.Radio(
-            label="Takes of this session", visible=False, elem_id="take_history", render=False
-        ),
-        history=gr.State([], render=False),
-        chosen=gr.State([0, 0], render=False),
-        tab_key=gr.Textbox(visible=False, render=False),
-        # Mounted: a component that is not mounted tells of no change.
-        job_id=gr.Textbox(visible="hidden", render=False),
     )
 
 

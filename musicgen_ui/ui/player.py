@@ -24,6 +24,7 @@ from musicgen_ui.audio.spectrogram_image import Edges
 from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.files import ASSETS
 from musicgen_ui.request import context_used_s
+from musicgen_ui.sidecar import Sidecar
 
 SCRIPTS = ASSETS / "player"
 IDLE = "Press Generate: the music plays here while it is being made."
@@ -36,6 +37,7 @@ def _version() -> str:
 
 
 VERSION = _version()
+MOST_GAIN_DB = 20.0
 VIEW = f"new URL('player/{VERSION}/view.js', document.baseURI).href"
 ON_LOAD = f"""
 import({VIEW}).then(({{ mount, mounted }}) => {{
@@ -51,6 +53,16 @@ const show = () => import({VIEW}).then(({{ mounted }}) =>
 watch('value', show);
 show();
 """
+COMPARE_ON_LOAD = f"""
+const script = {VIEW}.replace('view.js', 'compare.js');
+Promise.all([import({VIEW}), import(script)]).then(([{{ mounted }}, {{ Compare }}]) =>
+  mounted.then((view) => {{
+    const compare = new Compare(view, () => element.querySelector('.compare'));
+    const show = () => compare.show(props.value);
+    watch('value', show);
+    show();
+  }}));
+"""
 
 
 def _icon(name: str, shape: str) -> str:
@@ -64,7 +76,7 @@ def _button(name: str, label: str, icon: str, rest: str = "") -> str:
     )
 
 
-_PLAY = _icon("icon-play", '<path d="M8 5v14l11-7z"/>') + _icon(
+PLAY = _icon("icon-play", '<path d="M8 5v14l11-7z"/>') + _icon(
     "icon-pause", '<path d="M7 5h4v14H7zM13 5h4v14h-4z"/>'
 )
 _STOP = _icon("icon", '<path d="M6 6h12v12H6z"/>')
@@ -93,7 +105,7 @@ SKELETON = f"""
   <div class="player-bar" role="progressbar" aria-label="Composed"
     aria-valuemin="0" aria-valuemax="100" aria-valuenow="0"><i></i></div>
   <div class="player-foot">
-    {_button("play", "Play", _PLAY)}
+    {_button("play", "Play", PLAY)}
     {_button("stop", "Stop", _STOP)}
     {_button("loop", "Loop", _LOOP, 'aria-pressed="false"')}
     <span class="player-clock"></span>
@@ -157,6 +169,59 @@ def take_on_show(state: dict[str, Any]) -> gr.HTML:
     )
 
 
+def compared() -> gr.HTML:
+    """Variations, or takes that are compared: strips under one playhead. None shows nothing."""
+    return gr.HTML(
+        value=None,
+        html_template='<div class="compare" role="radiogroup" aria-label="Compare" hidden></div>',
+        js_on_load=COMPARE_ON_LOAD,
+        apply_default_css=False,
+        elem_id="compare",
+        render=False,
+    )
+
+
+def strip_state(
+    wav: Path | None, label: str, settings: dict[str, Any], job: str, data: Sidecar | None
+) -> dict[str, Any]:
+    """A take as a strip shows it, for now without its gain.
+
+    Args:
+        wav: its file; None where it could not be saved.
+        label: what tells it from the others.
+        settings: as its files carry them.
+        job: whose stream it was.
+        data: its loudness and waveform, where they are known.
+    """
+    points = data.overview if data else np.zeros((0, 2), np.int8)
+    known = data is not None and np.isfinite(data.lufs)
+    return {
+        "id": wav.stem if wav else job,
+        "job": job if not settings["prompt_s"] and not settings["normalize"] else "",
+        "wav": file(wav),
+        "label": label,
+        "duration_s": settings["prompt_s"] + settings["made_s"],
+        "lufs": round(data.lufs, 1) if data and known else None,
+        "gain_db": 0.0,
+        "peaks": base64.b64encode(np.ascontiguousarray(points.T).tobytes()).decode(),
+    }
+
+
+def matched(strips: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The strips at one loudness: that of the quietest, since a gain above 0 dB could clip."""
+    quietest = min((s["lufs"] for s in strips if s["lufs"] is not None), default=0.0)
+    for strip in strips:
+        if strip["lufs"] is not None:
+            strip["gain_db"] = round(max(quietest - strip["lufs"], -MOST_GAIN_DB), 1)
+    return strips
+
+
+def clock(seconds: float) -> str:
+    """A length or a place: "1:05"."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02}"
+
+
 def scripts() -> Route:
     """The route of the player's scripts. Their address changes with their content."""
     served = {path.name: path for path in SCRIPTS.glob("*.js")}
@@ -208,6 +273,7 @@ def take_state(
         "sections": [[prompt_s + start_s, words] for start_s, words in settings["sections"]],
         "melody": base64.b64encode(melody.classes.tobytes()).decode() if melody else "",
         "melody_s": melody.column_s if melody else 0.0,
+        "tempo_bpm": settings.get("tempo_bpm", 0.0),
         "picture": None,
         "edges": None,
         "peaks": "",

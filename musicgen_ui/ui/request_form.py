@@ -19,7 +19,8 @@ import gradio as gr
 from anyio import to_thread
 
 from musicgen_ui import takes
-from musicgen_ui.engine.protocol import Backend
+from musicgen_ui.checkpoints.memory import size_in_words
+from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
@@ -27,6 +28,7 @@ from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
 
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
+DEMO, REAL = "bundled", "facebook/musicgen-small"  # what comes with the app, and what to get
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once that is settled
 CLIPS = {
@@ -147,24 +149,60 @@ class CheckpointFacts:
             "info": STEREO_INFO[facts.stereo],
             "interactive": facts.stereo == "choice",
         }
+        summary = facts.summary + await self._better(facts)
         if facts.stereo != "choice":
             toggle["value"] = facts.stereo == "always"
         return {
-            "checkpoint_line": checkpoint_line(facts.summary),
+            "checkpoint_line": checkpoint_line(summary),
             "stereo": gr.update(**toggle),
             "checkpoint_facts": {
-                "summary": facts.summary,
+                "summary": summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
                 "longest_s": self.longest_s,
             },
         }
 
+    async def _better(self, facts: CheckpointInfo) -> str:
+        """Beside the small checkpoint that comes along: what makes real music here."""
+        if facts.checkpoint != DEMO:
+            return ""
+        try:
+            real = await to_thread.run_sync(self.backend.describe, REAL)
+        except RequestError:  # not on offer here
+            return ""
+        if not real.fits or real.checkpoint == DEMO:
+            return ""
+        size = (
+            size_in_words(real.download_bytes) + " to download once, "
+            if real.download_bytes
+            else ""
+        )
+        memory = size_in_words(real.nbytes)
+        return (
+            " · This is a small demo model. For real music choose musicgen-small above: "
+            f"{size}about {memory} of memory"
+        )
+
     async def load(self) -> Updates:
         """What only the engine knows when the page opens: the checkpoints, facts of the first."""
         names = await to_thread.run_sync(self.backend.checkpoints)
         offered: Updates = {"checkpoint": gr.update(choices=names)}
         return offered | await self.choose(names[0])
+
+    async def label(self) -> Updates:
+        """The checkpoints with their sizes and what they need; names were on offer before."""
+        names = await to_thread.run_sync(self.backend.checkpoints)
+        labels = await to_thread.run_sync(lambda: [self._label(name) for name in names])
+        return {"checkpoint": gr.update(choices=list(zip(labels, names, strict=True)))}
+
+    def _label(self, name: str) -> str:
+        try:
+            return checkpoint_label(name, self.backend.describe(name))
+        except (
+            Exception
+        ):  # a folder that is gone, a Hub that is not reached: said when it is chosen
+            return name
 
     def status(self) -> str:
         """The line in the page's head."""
@@ -188,6 +226,27 @@ def settings_of(path: Path) -> dict[str, Any]:
     return {name: held[name] for name in (*SETTINGS, *CLIPS) if name in held}
 
 
+def checkpoint_label(name: str, info: CheckpointInfo) -> str:
+    """A checkpoint in the list: name, memory, sound, and what it takes to use it here."""
+    facts = [name.removeprefix("facebook/")]
+    if name == "auto":
+        facts.append(info.checkpoint.removeprefix("facebook/"))
+    facts += [size_in_words(info.nbytes)] if info.nbytes else []
+    sound = {"choice": "mono or stereo", "always": "stereo", "never": "mono"}
+    facts.append(sound[info.stereo])
+    facts += ["follows melodies"] if info.melody else []
+    if not info.fits:
+        facts.append("too large for this computer")
+    elif info.download_bytes:
+        facts.append(f"{size_in_words(info.download_bytes)} to download")
+    return " · ".join(facts)
+
+
+def _missing(settings: Mapping[str, Any]) -> list[str]:
+    """What was used beside the settings, and is in no file."""
+    return [f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)]
+
+
 class Restoring:
     """Fills the form with settings.
 
@@ -207,10 +266,12 @@ class Restoring:
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
-        missing = [
-            f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)
-        ]
-        return self.settings(settings, missing)
+        return self.settings(settings, _missing(settings))
+
+    def take(self, settings: Mapping[str, Any]) -> Updates:
+        """Fills the form from a take; what its files do not hold is said."""
+        held = {name: settings[name] for name in (*SETTINGS, *CLIPS) if name in settings}
+        return self.settings(held, _missing(held))
 
     def settings(self, settings: Mapping[str, Any], missing: list[str] | None = None) -> Updates:
         """Fills the form with a take's settings; says what had to change and what is `missing`."""

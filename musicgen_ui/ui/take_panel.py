@@ -10,20 +10,22 @@ import html
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from musicgen_ui import files, takes
+from musicgen_ui import files, sidecar, takes
 from musicgen_ui.audio import load, spectrogram, spectrogram_image
 from musicgen_ui.audio.clip import Chroma
+from musicgen_ui.audio.export import Shape
 from musicgen_ui.backends.admission import Saved
+from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 from musicgen_ui.ui import player
-from musicgen_ui.ui.components import Updates
+from musicgen_ui.ui.components import TakePanel, Updates, notice
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,73 @@ INTRO = (
 EXAMPLE = ASSETS / "example.flac"  # beside it the same as WAV, its picture and `Drawn` as JSON
 EXAMPLE_SHOWN = [EXAMPLE.with_suffix(ending) for ending in (".wav", ".png")]
 KEPT_GROUPS = 20
+EXTEND_S = 10.0
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "Ogg Vorbis", ".opus": "Opus"}
+TEMPORARY = "Takes are kept here for a day at most: download what you want to keep."
+
+
+def panel() -> TakePanel:
+    """What was made, and at first an example of it."""
+    opening = example()
+    intro = f'<p class="intro">{INTRO}</p>{title_html(opening)}'
+    small: dict[str, Any] = {"size": "sm", "min_width": 60, "render": False}
+    return TakePanel(
+        live=player.player(),
+        take_title=gr.HTML(intro, elem_id="take_title", render=False),
+        take_variation=gr.Radio(
+            label="Variations",
+            show_label=False,
+            visible="hidden",
+            elem_id="take_variation",
+            render=False,
+        ),
+        compare=player.compared(),
+        keep_take=gr.Button("Keep this", visible=False, elem_id="keep_take", **small),
+        take_audio=player.take_on_show(in_player(opening)),
+        wav=gr.DownloadButton("WAV", str(opening.wav), elem_id="wav", **small),
+        flac=gr.DownloadButton("FLAC", str(opening.flac), elem_id="flac", **small),
+        continue_take=gr.Button("Continue this", elem_id="continue", **small),
+        retake=gr.Button("Retake from here", elem_id="retake", **small),
+        extend=gr.Button(f"Extend by {EXTEND_S:g} s", elem_id="extend", **small),
+        use_settings=gr.Button("Use these settings", elem_id="use_settings", **small),
+        same_seed=gr.Button("Same seed", elem_id="same_seed", **small),
+        **export_fields(),
+        take_facts=gr.HTML(facts_line(opening), elem_id="take_facts", render=False),
+        take_notes=gr.HTML("", visible=False, elem_id="take_notes", render=False),
+        take_history=gr.Radio(
+            label="Takes of this session", visible=False, elem_id="take_history", render=False
+        ),
+        history=gr.State([], render=False),
+        chosen=gr.State([0, 0], render=False),
+        tab_key=gr.Textbox(visible=False, render=False),
+        # Mounted: a component that is not mounted tells of no change.
+        job_id=gr.Textbox(visible="hidden", render=False),
+    )
+
+
+def export_fields() -> dict[str, Any]:
+    """What is chosen of an export, by the component's name."""
+
+    def amount(label: str, info: str, name: str) -> gr.Number:
+        return gr.Number(0, label=label, info=info, min_width=140, elem_id=name, render=False)
+
+    return {
+        "export_ending": gr.Radio(
+            [(name, ending) for ending, name in FORMATS.items()],
+            value=".wav",
+            label="Format",
+            elem_id="export_ending",
+            render=False,
+        ),
+        "loop_bars": amount(
+            "Loop of bars", "at the take's tempo; 0 is the whole take", "loop_bars"
+        ),
+        "fade_out_s": amount("Fade-out", "seconds at the end; 0 is none", "fade_out_s"),
+        "export": gr.Button("Export this take", elem_id="export", size="sm", render=False),
+        # Mounted, so that its value is what an event's script says.
+        "playhead_s": gr.Number(0.0, visible="hidden", render=False),
+        "exported": gr.DownloadButton("File", visible="hidden", elem_id="exported", render=False),
+    }
 
 
 @dataclass
@@ -47,11 +116,13 @@ class ShownTake:
     melody: Chroma | None = None
     job: str = ""  # whose stream it was
     drawn: dict[str, Any] | None = None  # `player.picture_state`, a moment after it is shown
+    edited_title: str = ""  # where the library has another than the prompt
 
     @property
     def title(self) -> str:
         """What it is called in lists."""
-        prompt = " ".join(self.settings["prompt"].split()) or "Without words"
+        prompt = self.edited_title or " ".join(self.settings["prompt"].split())
+        prompt = prompt or "Without words"
         return prompt if len(prompt) <= 60 else prompt[:59].rstrip() + "…"
 
 
@@ -126,13 +197,28 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
         "history": history,
         "chosen": [which, variation],
         "take_title": gr.update(value=title_html(take)),
+        "compare": compared(group, variation),
+        "keep_take": gr.update(visible=len(group) > 1),
         "wav": gr.update(value=take.wav and str(take.wav), interactive=take.wav is not None),
         "flac": gr.update(value=take.flac and str(take.flac), interactive=take.flac is not None),
         "take_facts": facts_line(take),
-        "take_variation": gr.update(choices=chips, value=variation, visible=len(group) > 1),
+        "take_variation": gr.update(choices=chips, value=variation),
         "take_history": gr.update(choices=earlier, value=which, visible=len(history) > 1),
         **picture(take),
     }
+
+
+def compared(group: Group, variation: int) -> dict[str, Any] | None:
+    """The takes of a group as strips under one playhead; None for a single one."""
+    if len(group) < 2:
+        return None
+    strips = []
+    for take in group:
+        data = sidecar.read(sidecar.beside(take.wav), whole=False) if take.wav else None
+        alike = len({each.title for each in group}) == 1
+        label = f"seed {take.settings['seed']}" if alike else take.title
+        strips.append(player.strip_state(take.wav, label, take.settings, take.job, data))
+    return {"selected": variation, "takes": player.matched(strips)}
 
 
 def in_player(take: ShownTake) -> dict[str, Any]:
@@ -213,6 +299,60 @@ def choose_variation(history: list[Group], chosen: list[int], variation: int) ->
     """Shows another variation of the same click."""
     draw(history[chosen[0]][variation])
     return show(history, chosen[0], variation)
+
+
+def draw_shown(history: list[Group], chosen: list[int]) -> Updates:
+    """Draws the take on show where that has not been done."""
+    take = chosen_take(history, chosen)
+    if take.drawn or take.wav is None:
+        return {}
+    draw(take)
+    return picture(take)
+
+
+def export(
+    history: list[Group],
+    chosen: list[int],
+    variation: int | None,
+    ending: str,
+    loop_bars: float | None,
+    fade_out_s: float | None,
+    folder: Path,
+) -> Path:
+    """Writes the take on show as a file of some kind and shape to `folder`.
+
+    Raises:
+        RequestError: the take has no file, or cannot have the shape.
+    """
+    take = chosen_take(history, chosen, variation)
+    sound = take.wav if take.wav else take.flac
+    if sound is None:
+        raise RequestError("This take could not be saved, so there is no file of it.")
+    shape = Shape(round(loop_bars or 0), float(fade_out_s or 0))
+    content = takes.export_file(sound, ending, shape, take.edited_title)
+    kind = f"-loop-{shape.loop_bars}-bars" if shape.loop_bars else ""
+    path = folder / f"{sound.stem}{kind}{ending}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files.replace(path, content)
+    return path
+
+
+def keep(
+    history: list[Group],
+    chosen: list[int],
+    variation: int | None = None,
+    star: Callable[[str], object] | None = None,
+) -> Updates:
+    """Decides for the take on show: it stands alone, and the library has it with a star."""
+    take = chosen_take(history, chosen, variation)
+    said: Updates = {}
+    if star and take.wav:
+        try:
+            star(take.wav.stem)
+            said["notice"] = notice("Kept with a star. The others stay in the library.")
+        except RequestError as error:
+            said["notice"] = notice(str(error), wrong=True)
+    return show([*history, [take]], -1, 0) | said
 
 
 def choose_earlier(history: list[Group], which: int) -> Updates:

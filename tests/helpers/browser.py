@@ -27,7 +27,7 @@ def serving(engine: FakeBackend | None = None, **settings: Any) -> Iterator[str]
     """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GRADIO_TEMP_DIR", "")  # noted, to be set back
-        chosen = Settings(port=free_port(), **settings)
+        chosen = Settings(port=free_port(), **{"output_folder": "temporary"} | settings)
         demo, temporary = launch(chosen, engine)
         try:
             yield f"http://127.0.0.1:{chosen.port}/"

@@ -150,13 +150,13 @@ class FakeBackend:
         return list(STEREO)
 
     def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
-        if checkpoint not in STEREO:
+        if checkpoint not in (*STEREO, "fake"):  # as its takes name it
             raise RequestError(
                 f"There is no checkpoint “{checkpoint}”: choose one from the list.", "checkpoint"
             )
         return CheckpointInfo(
             checkpoint,
-            STEREO[checkpoint],
+            STEREO.get(checkpoint, "choice"),
             self.sampling_rate,
             "Tones for testing, 0 MB",
             melody=checkpoint == "wide",

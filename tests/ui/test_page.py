@@ -16,6 +16,7 @@ from musicgen_ui.ui.components import (
     AudioPanel,
     Form,
     Head,
+    LibraryPanel,
     RequestFields,
     TakePanel,
     Updates,
@@ -37,7 +38,7 @@ def names(kind: type) -> list[str]:
 
 
 def test_updates_name_exactly_the_components() -> None:
-    groups = (RequestFields, Head, Form, AudioPanel, TakePanel)
+    groups = (RequestFields, Head, Form, AudioPanel, TakePanel, LibraryPanel)
     every = [name for group in groups for name in names(group)]
     assert len(set(every)) == len(every)
     assert set(every) == set(Updates.__annotations__)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from musicgen_ui.engine.protocol import Status
+from musicgen_ui.engine.protocol import CheckpointInfo, Status
 from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.components import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
@@ -153,3 +154,33 @@ def test_a_tab_asks_seldom_once_it_is_settled_what_is_loaded() -> None:
             return Status(loading=("reading 0.3 of 2.4 GB",))
 
     assert request_form.CheckpointFacts(Loading()).tick()["timer"].value == request_form.SOON_S
+
+
+def test_list_of_checkpoints_says_what_each_needs() -> None:
+    known = CheckpointInfo("facebook/musicgen-small", "choice", 32_000, "", nbytes=1_100_000_000)
+    label = request_form.checkpoint_label
+    name = known.checkpoint
+    assert label(name, known) == "musicgen-small · 1.1 GB · mono or stereo"
+    remote = dataclasses.replace(known, melody=True, download_bytes=2_300_000_000)
+    assert label(name, remote).endswith("follows melodies · 2.3 GB to download")
+    assert label(name, dataclasses.replace(remote, fits=False)).endswith(
+        "too large for this computer"
+    )
+
+
+def test_demo_model_says_what_makes_real_music() -> None:
+    class Two(FakeBackend):
+        fits = True
+
+        def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
+            info = super().describe("auto")
+            name = "bundled" if checkpoint == "auto" else checkpoint
+            size = {"nbytes": 1_100_000_000, "download_bytes": 2_300_000_000}
+            return dataclasses.replace(info, checkpoint=name, fits=self.fits, **size)
+
+    engine = Two()
+    line = asyncio.run(request_form.CheckpointFacts(engine).choose("auto"))["checkpoint_line"]
+    assert "small demo model" in line and "2.3 GB to download once, about 1.1 GB of memory" in line
+    engine.fits = False
+    line = asyncio.run(request_form.CheckpointFacts(engine).choose("auto"))["checkpoint_line"]
+    assert "demo" not in line

@@ -1,0 +1,89 @@
+"""axe-core finds nothing serious in the main states of the page, light and dark, desk and phone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.helpers.browser import Open, finished, generate, serving, set_number, unfold
+from tests.helpers.fakes import FakeBackend
+
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+FOLDS = ("Start from audio", "Change over time", "Sampling", "Advanced", "Export")
+
+
+@cache
+def axe() -> Path | None:
+    """The script of axe-core, if npm has it."""
+    if not shutil.which("npm"):
+        return None
+    asked = ["npm", "root", "--global"]
+    root = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    script = Path(root) / "axe-core" / "axe.min.js"
+    return script if script.is_file() else None
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if axe() is None:
+        pytest.skip("needs axe-core: npm install --global axe-core@4.11.4")
+    folder = tmp_path_factory.mktemp("music")
+    with serving(FakeBackend(), output_folder=str(folder)) as url:
+        yield url
+
+
+def serious(page: Page) -> list[str]:
+    script = axe()
+    assert script
+    page.evaluate(script.read_text(encoding="utf-8"))
+    found = page.evaluate("rules => axe.run({ runOnly: rules })", RULES)["violations"]
+    return [
+        f"{each['id']}: {node['target']}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("screen", "scheme"), [("desk", "light"), ("desk", "dark"), ("phone", "light")]
+)
+def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, scheme: str) -> None:
+    page = open_page(screen, scheme, studio)
+    set_number(page, "variations", 2)
+    generate(page, "calm", 2)
+    finished(page)
+    page.locator(".card-check input").first.check()
+    page.locator(".card-more summary").last.click()
+    assert serious(page) == []
+    page.locator(".card-more summary").last.click()
+    for fold in FOLDS:
+        unfold(page, fold)
+    assert serious(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.goto("about:blank")
+
+
+@pytest.mark.timeout(60)
+def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
+    page = open_page(url=studio)
+    generate(page, "calm", 1)
+    finished(page)
+    star = page.locator(".card-star").first
+    star.press("Enter")
+    expect(star).to_have_attribute("aria-pressed", "true")
+    focused = "() => document.activeElement.className"
+    page.wait_for_function("() => document.activeElement !== document.body")
+    assert page.evaluate(focused) == "card-star"
+    page.locator(".card-more summary").first.press("Enter")
+    page.keyboard.press("Escape")
+    expect(page.locator(".card-more[open]")).to_have_count(0)
+    assert page.evaluate("() => document.activeElement.tagName") == "SUMMARY"
+    page.goto("about:blank")
