@@ -125,7 +125,12 @@ def _handle(cluster: Cluster, options: dict[str, Any], checkpoint: str) -> Any:
     # No proxies: visitors reach the front alone.
     serve.start(proxy_location="Disabled")
     application = build(
-        {"options": options, "checkpoint": checkpoint, "replicas": cluster.replicas}
+        {
+            "options": options,
+            "checkpoint": checkpoint,
+            "replicas": cluster.replicas,
+            "loopback": not cluster.address,
+        }
     )
     return serve.run(application, name=APPLICATION, route_prefix=None)
 
@@ -134,7 +139,8 @@ def build(arguments: dict[str, Any]) -> Any:
     """The application, also for a Serve configuration: `import_path` of docs/scaling.md.
 
     Args:
-        arguments: "options" of `LocalBackend`, "checkpoint", "replicas"; each may be missing.
+        arguments: "options" of `LocalBackend`, "checkpoint", "replicas", "loopback"; each may be
+            missing.
     """
     import ray
     from ray import serve
@@ -158,7 +164,11 @@ def build(arguments: dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=1,
     )
-    return deployment(Replica).bind(options, arguments.get("checkpoint", "auto"))
+    return deployment(Replica).bind(
+        options,
+        arguments.get("checkpoint", "auto"),
+        loopback=bool(arguments.get("loopback", False)),
+    )
 
 
 def _environment(replicas: int) -> dict[str, str]:

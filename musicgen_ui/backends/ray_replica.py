@@ -67,11 +67,18 @@ class Replica:
         options: of `LocalBackend`.
         checkpoint: loaded before the replica takes jobs.
         name: in reports; None is what Serve calls it.
+        loopback: whether the replica may listen on the loopback address alone.
     """
 
     def __init__(
-        self, options: dict[str, Any], checkpoint: str = "auto", name: str | None = None
+        self,
+        options: dict[str, Any],
+        checkpoint: str = "auto",
+        name: str | None = None,
+        loopback: bool = False,
     ) -> None:
+        if loopback:
+            _listen_on_loopback()
         from musicgen_ui.backends.local import LocalBackend  # torch, in the replica alone
 
         self._backend = LocalBackend(**options)
@@ -192,6 +199,22 @@ class Replica:
             for front, seen_s in list(self._seen_s.items()):
                 if now - seen_s > LEASE_S and front not in self._fronts.values():
                     self._seen_s.pop(front, None)
+
+
+def _listen_on_loopback() -> None:
+    """Has Serve open this process's port for other deployments on the loopback address.
+
+    It is opened on every address, and Serve has no setting for it. An upgrade that moves it ends
+    the replica here.
+    """
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+
+    def add_loopback_port(server: Any, address: str) -> int:
+        return int(add_port(server, address.replace("[::]", "127.0.0.1")))
+
+    replica.add_port_to_grpc_server = add_loopback_port
 
 
 def _replica_name() -> str:

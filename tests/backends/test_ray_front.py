@@ -188,7 +188,7 @@ def test_health_names_the_replica_that_is_ill(front, cluster):
 
 
 def test_refusals_of_a_replica_come_as_they_are(front, tmp_path):
-    with pytest.raises(RequestError, match="is not"):
+    with pytest.raises(RequestError, match="There is no checkpoint"):
         front.describe(str(tmp_path / "none"))
     with pytest.raises(RequestError):
         read(front.submit(ask(tmp_path / "none")))
