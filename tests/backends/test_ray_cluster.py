@@ -1,6 +1,7 @@
-"""A real Ray cluster on this computer: `python -m pytest -m ray tests/backends/test_ray_cluster.py`.
+"""A real Ray cluster on this computer: `pytest -m ray tests/backends/test_ray_cluster.py`.
 
-The long ones are run by `-m "ray or long"` with this file. They start processes of about 700 MB.
+Those that take minutes are marked long too: `-m "ray and not long"` leaves them out. Each
+replica is a process of 700 MB.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,13 +25,12 @@ import yaml
 from musicgen_ui.backends.ray_cluster import APPLICATION, Cluster, connect
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.engine.protocol import Chunk, Failed, Finished
-from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
 from tests.helpers.requirements import ROOT
 
-ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
+pytest.importorskip("ray", reason="needs requirements-ray.txt")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 START_S = 400.0  # of replicas, on a computer that does other things too
 FLOAT32 = {"device": "cpu", "precision": "float32", "max_jobs": 4}
@@ -46,11 +47,11 @@ def front() -> Iterator[RayBackend]:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     backend = connect(Cluster(replicas=2), FLOAT32, "bundled")
     wait_for(lambda: len(backend._fresh()) == 2, START_S)
-    folder = Path(ray.get_runtime_context().worker.node._temp_dir)
+    folders = set(Path(tempfile.gettempdir()).glob("mg-ray-*"))
     yield backend
     backend.close()
     wait_for(lambda: not {p.pid for p in psutil.Process().children(recursive=True)} - before, 60)
-    assert not folder.exists()
+    assert folders and not any(folder.exists() for folder in folders)
 
 
 def two_replicas(front: RayBackend) -> None:
@@ -92,14 +93,6 @@ def test_stop_ends_the_job_on_its_replica(front):
     job.stop()
     assert takes(read(job))[0].stopped
     wait_for(lambda: not any(report.jobs for report in front._fresh()), 30)
-
-
-def test_refusals_come_from_the_replicas(front):
-    with pytest.raises(RequestError, match="no checkpoint"):
-        front.describe("no such thing")
-    with pytest.raises(RequestError, match="no checkpoint"):
-        read(front.submit(ask(checkpoint="no such thing")))
-    assert front.describe("bundled").sampling_rate == 32_000
 
 
 def test_kubernetes_sample_fits_rays_schema():

@@ -13,7 +13,6 @@ from musicgen_ui.backends.ray_serve import RayBackend, RayJob
 from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished, Progress, Stage, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import noise
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
 from tests.helpers.ray_cluster import FakeCluster
@@ -69,19 +68,6 @@ def until_audio(job: RayJob) -> list[Event]:
 
 def replica_of(cluster: FakeCluster) -> ray_replica.Replica:
     return next(replica for replica in cluster.replicas if replica._jobs)
-
-
-def test_take_of_a_replica_is_that_of_this_computer(front, tiny_mono, whole):
-    request = ask(tiny_mono, audio_prompt=noise(0.3), variations=2)
-    events = read(front.submit(request))
-    found = sorted(takes(events), key=lambda take: take.variation)
-    for index, take in enumerate(found):
-        alone = whole(request.variation(index))
-        assert np.array_equal(take.clip.samples, alone.clip.samples)
-        assert np.array_equal(take.codes, alone.codes)
-        assert take.request == alone.request and take.prompt_s == alone.prompt_s
-        new = take.clip.samples[:, round(take.prompt_s * take.clip.sampling_rate) :]
-        assert np.array_equal(audio(events, index), new)
 
 
 def test_killed_replica_leaves_the_undisturbed_take(front, cluster, tiny_mono, whole):
@@ -185,14 +171,6 @@ def test_health_names_the_replica_that_is_ill(front, cluster):
     assert health.trouble is None and any(gone._name in text for text in health.warnings)
     cluster.kill(cluster.replicas[0])
     wait_for(lambda: front.health().trouble is Trouble.NO_REPLICA)
-
-
-def test_refusals_of_a_replica_come_as_they_are(front, tmp_path):
-    with pytest.raises(RequestError, match="There is no checkpoint"):
-        front.describe(str(tmp_path / "none"))
-    with pytest.raises(RequestError):
-        read(front.submit(ask(tmp_path / "none")))
-    assert "auto" in front.checkpoints()
 
 
 def test_closed_front_takes_no_jobs_and_leaves_no_thread(cluster, tiny_mono):
