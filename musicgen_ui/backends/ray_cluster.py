@@ -8,6 +8,7 @@ take it as it is.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import shutil
@@ -39,6 +40,7 @@ class Cluster:
 
     address: str = ""  # "auto" or host:port of one that exists; "" starts one
     replicas: int = 0  # 0 is one for each GPU, or one without any
+    most_replicas: int = 0  # with more than `replicas`, the number goes by the music that waits
     front_only: bool = False  # the application was deployed by another front
 
 
@@ -85,9 +87,13 @@ def _start(replicas: int) -> Callable[[], None]:
                 object_store_memory=OBJECT_STORE_BYTES,
                 configure_logging=False,
                 log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
                 _temp_dir=folder,
             )
+            _check_loopback(shut_down)
             return shut_down
+        except RequestError:
+            raise
         except Exception as error:  # Ray raises the bare class
             ray.shutdown()
             if not left:
@@ -95,6 +101,23 @@ def _start(replicas: int) -> Callable[[], None]:
                 raise RequestError(f"The Ray cluster did not start: {error}") from error
             log.warning("The Ray cluster did not start and is tried again", exc_info=error)
     raise AssertionError
+
+
+def _check_loopback(shut_down: Callable[[], None]) -> None:
+    """Ends a cluster that others can reach, as where Ray was imported before `LOOPBACK` was set.
+
+    Raises:
+        RequestError: it was.
+    """
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        shut_down()
+        raise RequestError(
+            f"Ray would listen on {address} instead of the loopback address: set "
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before the app is started."
+        )
 
 
 def _join(address: str) -> Callable[[], None]:
@@ -129,6 +152,7 @@ def _handle(cluster: Cluster, options: dict[str, Any], checkpoint: str) -> Any:
             "options": options,
             "checkpoint": checkpoint,
             "replicas": cluster.replicas,
+            "max_replicas": cluster.most_replicas,
             "loopback": not cluster.address,
         }
     )
@@ -139,8 +163,8 @@ def build(arguments: dict[str, Any]) -> Any:
     """The application, also for a Serve configuration: `import_path` of docs/scaling.md.
 
     Args:
-        arguments: "options" of `LocalBackend`, "checkpoint", "replicas", "loopback"; each may be
-            missing.
+        arguments: "options" of `LocalBackend`, "checkpoint", "replicas", "max_replicas" and
+            "loopback"; each may be missing.
     """
     import ray
     from ray import serve
@@ -149,9 +173,15 @@ def build(arguments: dict[str, Any]) -> Any:
     gpus = int(ray.cluster_resources().get("GPU", 0)) if options.get("device") != "cpu" else 0
     replicas = int(arguments.get("replicas", 0)) or gpus or 1
     rows = int(options.get("max_jobs", 8))
+    most = int(arguments.get("max_replicas", 0))
+    number: dict[str, Any] = {"num_replicas": replicas}
+    if most > replicas:
+        policy = {"policy_function": "musicgen_ui.backends.ray_scaling:policy"}
+        limits = {"min_replicas": replicas, "max_replicas": most}
+        number = {"autoscaling_config": {**limits, "look_back_period_s": 15.0, "policy": policy}}
     deployment = serve.deployment(
         name="Replica",
-        num_replicas=replicas,
+        **number,
         max_ongoing_requests=rows,
         # One replica a GPU, which steps its rows together: a fraction of a GPU is only a number.
         ray_actor_options={
@@ -174,8 +204,13 @@ def build(arguments: dict[str, Any]) -> Any:
 def _environment(replicas: int) -> dict[str, str]:
     """Of a replica: threads, or Ray gives it a single one, and where this package lies."""
     threads = max(1, (os.cpu_count() or 1) // replicas)
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": _python_path(),
     }
+
+
+def _python_path() -> str:
+    """Where this package lies, and what this process was given."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), given]))

@@ -87,7 +87,8 @@ class Replica:
         self._jobs: dict[str, LoggedJob] = {}
         self._fronts: dict[str, str] = {}  # of each job
         self._seen_s: dict[str, float] = {}  # when each front was last heard of
-        self._made_s = 0.0
+        self._waiting_s: dict[str, float] = {}  # music in each front's queue
+        self._made_s = self._busy_s = 0.0  # music, and the time that it took
         threading.Thread(target=self._end_leases, name="leases", daemon=True).start()
         self._backend.preload(checkpoint)
 
@@ -146,9 +147,10 @@ class Replica:
             return Failed(RuntimeError(f"{type(event.error).__name__}: {event.error}"))
         return event
 
-    def beat(self, front: str) -> Report:
-        """A front is there; how the replica is."""
+    def beat(self, front: str, waiting_s: float = 0.0) -> Report:
+        """A front is there, with so many seconds of music in its queue; how the replica is."""
         self._seen_s[front] = time.monotonic()
+        self._waiting_s[front] = waiting_s
         return Report(
             self._name,
             os.getpid(),
@@ -179,6 +181,15 @@ class Replica:
         """See `Backend.unload`."""
         self._backend.unload()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `ray_scaling.policy`, by way of Serve."""
+        return {
+            "waiting_s": sum(self._waiting_s.values()),
+            "busy": float(len(self._jobs)),
+            "rows": float(self._rows),
+            "speed": self._made_s / self._busy_s if self._busy_s else 1.0,
+        }
+
     def check_health(self) -> None:
         """For Serve, which replaces a replica that raises.
 
@@ -193,12 +204,14 @@ class Replica:
         while True:
             time.sleep(HEARTBEAT_S)
             now = time.monotonic()
+            self._busy_s += HEARTBEAT_S * bool(self._jobs)
             for job_id, front in list(self._fronts.items()):
                 if now - self._seen_s.get(front, now) > LEASE_S and (job := self._jobs.get(job_id)):
                     job.stop()
             for front, seen_s in list(self._seen_s.items()):
                 if now - seen_s > LEASE_S and front not in self._fronts.values():
                     self._seen_s.pop(front, None)
+                    self._waiting_s.pop(front, None)
 
 
 def _listen_on_loopback() -> None:

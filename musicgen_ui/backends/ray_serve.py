@@ -320,11 +320,15 @@ class RayBackend:
         others = sum(len(set(report.jobs) - own) for report in well)
         return sum(report.rows for report in well) - others - len(own)
 
+    def _waiting_s(self) -> float:
+        """Seconds of music in the queue."""
+        return sum(each.request.duration_s for each in self._queue.waiting())
+
     async def _beat_until_closed(self) -> None:
         while not self._closed:
             began_s = time.monotonic()
             try:
-                response = self._handle.broadcast("beat", self._front)
+                response = self._handle.broadcast("beat", self._front, self._waiting_s())
                 answers = await asyncio.to_thread(
                     response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
                 )

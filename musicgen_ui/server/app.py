@@ -90,7 +90,9 @@ def _engine_options(chosen: Settings) -> dict[str, Any]:
 def _ray_backend(chosen: Settings) -> Backend:
     from musicgen_ui.backends import ray_cluster
 
-    cluster = ray_cluster.Cluster(chosen.ray_address, chosen.replicas, chosen.front_only)
+    cluster = ray_cluster.Cluster(
+        chosen.ray_address, chosen.replicas, chosen.max_replicas, chosen.front_only
+    )
     return ray_cluster.connect(cluster, _engine_options(chosen), chosen.checkpoint)
 
 

@@ -161,6 +161,9 @@ class Settings(BaseSettings):
     replicas: int = Field(
         0, ge=0, le=LARGE, description="ray: replicas; 0 is one for each GPU, or one without any"
     )
+    max_replicas: int = Field(
+        0, ge=0, le=LARGE, description="ray: replicas while music waits; 0 keeps their number"
+    )
     ray_address: str = Field(
         "",
         description="ray: a cluster that exists, auto or host:port; empty starts one on this "

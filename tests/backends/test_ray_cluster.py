@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,11 @@ from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
 from tests.helpers.requirements import ROOT
 
-pytest.importorskip("ray", reason="needs requirements-ray.txt")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements-ray.txt"),
+]
 START_S = 400.0  # of replicas, on a computer that does other things too
 FLOAT32 = {"device": "cpu", "precision": "float32", "max_jobs": 4}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from musicgen_ui.backends.ray_scaling import desired_replicas
+from musicgen_ui.backends.ray_scaling import IDLE_S, desired_replicas
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.job_queue import JobQueue
 from musicgen_ui.engine.variation import Specification
@@ -29,7 +29,6 @@ from tests.helpers.requirements import ROOT
 FRAME_RATE = 50
 START_S = 60.0  # of a replica, its checkpoint included
 SCALE_EVERY_S = 10.0
-IDLE_S = 120.0  # that fewer replicas must be enough before one is stopped
 BEAT_S = 1.0  # until a front knows of a new replica
 
 
