@@ -29,6 +29,7 @@ ORDER = (
 POINTING_UP: set[tuple[str, str]] = set()
 TOP = {
     *("app.py", "requirements.txt", "requirements-dev.txt", "requirements-mcp.txt"),
+    "requirements-ray.txt",
     "pre-requirements.txt",
     *(
         "packages.txt",
@@ -66,7 +67,9 @@ def third_party(folders: list[str]) -> set[str]:
     files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     own = {"musicgen_ui", "training", "tests"} | {f.stem for f in files}
     tops = {name.partition(".")[0] for file in files for name in imports(file)}
-    return tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp", "triton"}  # elsewhere
+    return (
+        tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp", "ray", "triton"}
+    )  # elsewhere
 
 
 def loaded_by(module: str) -> set[str]:

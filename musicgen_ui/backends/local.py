@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from musicgen_ui.backends.model_cache import CachedModel, ModelCache, Say
@@ -166,9 +167,20 @@ class LocalBackend:
             warnings=tuple(filter(None, [STORE.trouble])),
         )
 
-    def submit(self, request: GenerationRequest, client: str = "") -> LoggedJob:
-        """See `Backend.submit`: `Progress` of stage LOADING comes first where a model is loaded."""
-        job = LoggedJob(request, client)
+    def submit(
+        self,
+        request: GenerationRequest,
+        client: str = "",
+        made: Mapping[int, np.ndarray] | None = None,
+    ) -> LoggedJob:
+        """See `Backend.submit`: `Progress` of stage LOADING comes first where a model is loaded.
+
+        Args:
+            request: what to make.
+            client: who takes turns with others.
+            made: codes that another machine made of it before, see `LoggedJob`.
+        """
+        job = LoggedJob(request, client, made)
         # A thread of its own, asleep most of the time: the Hub may be silent, and no other job may
         # wait for that.
         threading.Thread(target=self._run, args=(job,), name="musicgen-job", daemon=True).start()

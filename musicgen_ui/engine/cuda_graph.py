@@ -162,6 +162,11 @@ class CudaGraphStepper:
         state.sampling = params
         self._write_sampling(self._slot[job], state)
 
+    @torch.inference_mode()
+    def move(self, job: Variation) -> None:
+        """Goes on from the window's `written`, which was moved over known columns."""
+        self.slots.at[self._slot[job]] = job.window.written
+
     def _place(self, job: Variation, slot: int, state: JobState) -> None:
         """Has the job stepped in its slot, or by the eager stepper while it mixes prompts."""
         self.slots.at[slot] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -21,12 +21,21 @@ class LoggedJob:
     Args:
         request: what to make; a seed is drawn where it has none.
         client: who takes turns with others; "" is a client of its own.
+        made: for a job that may move between machines: the codes of new frames that another
+            machine made before, int16 [codebooks, frames], by variation. The job goes on after
+            them, and its chunks carry their codes. None is a job that stays here.
     """
 
-    def __init__(self, request: GenerationRequest, client: str = "") -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        client: str = "",
+        made: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
         self.id = secrets.token_urlsafe(16)
         self.request = request.with_seed()
         self.client = client
+        self.made = made
         self.log = EventLog(request.variations)
         self.stopping = threading.Event()
         self._begun = False

@@ -35,6 +35,7 @@ class Trouble(StrEnum):
     DEVICE_LOST = "device_lost"  # only a new process can use the device again
     STUCK = "stuck"  # a step does not end
     THREAD_ENDED = "thread_ended"  # nothing steps any more
+    NO_REPLICA = "no_replica"  # no machine of the cluster answers and can make music
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,18 @@ class Status:
 
 
 @dataclass(frozen=True)
+class ReplicaHealth:
+    """One machine of a backend that has several."""
+
+    up: bool  # it answers and can make music
+    rows: int  # variations that it steps together, at most
+    jobs: int  # variations that are being made
+    waiting: int  # variations that it was handed and that wait
+    models: int  # in memory
+    music_s: float  # made since it started
+
+
+@dataclass(frozen=True)
 class Health:
     """Whether music can be made now and what that holds, for whoever watches a server."""
 
@@ -223,3 +236,4 @@ class Health:
     waiting: int = 0  # variations in the queue
     step_age_s: float = 0.0  # since the last step where there is something to do
     warnings: tuple[str, ...] = ()  # what works less well than it could, a sentence each
+    replicas: dict[str, ReplicaHealth] = field(default_factory=dict)  # by name, of a cluster

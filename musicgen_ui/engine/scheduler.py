@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from musicgen_ui.engine import faults
+from musicgen_ui.engine.audio_prompt import AudioPrompt
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
@@ -40,7 +41,6 @@ from musicgen_ui.engine.variation import (
     CHUNK_FRAMES,
     FIRST_CHUNK_FRAMES,
     PREFILL_COLUMNS,
-    AudioPrompt,
     Specification,
     TakeRecorder,
     Variation,
@@ -271,6 +271,8 @@ class Scheduler:
                     self.stepper.admit(variation, self._conditions(variation))
                 elif changed:
                     self.stepper.set_conditions(variation, self._conditions(variation))
+                if variation.skip_made():
+                    self.stepper.move(variation)
 
     def _prefill(self) -> None:
         """Takes in a piece of one variation's prefix and known columns."""

@@ -71,6 +71,9 @@ class EagerStepper:
         """Draws the job's columns with other parameters from the next one on."""
         self.jobs[job].sampling = params
 
+    def move(self, job: Variation) -> None:
+        """Goes on from the window's `written`, which was moved over known columns."""
+
     def release(self, job: Variation) -> None:
         """Frees the KV cache of a job that has ended."""
         self.jobs.pop(job, None)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ from torch import Tensor
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine import delay_pattern, sampling
+from musicgen_ui.engine.audio_prompt import AudioPrompt
 from musicgen_ui.engine.codec import Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.job import LoggedJob
@@ -46,39 +47,13 @@ from musicgen_ui.request import WINDOW_S, GenerationRequest, overlap_used_s
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that the first audio comes early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other variations
+DECODED_FRAMES = 1500  # 30 s in a call of the codec: more wait where a piece goes on after them
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the others go on
 
 
 def bounded_window_s(training_s: float) -> float:
     """The length of a window for a decoder whose training examples are so long."""
     return min(training_s, WINDOW_S)
-
-
-@dataclass(frozen=True, eq=False)
-class AudioPrompt:
-    """A request's audio prompt as the model takes it: made once for all variations."""
-
-    clip: Clip  # at the codec's sampling rate and channel count
-    codes: np.ndarray  # int16 [codebooks, frames] of the clip's end, as much as the model reads
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, given: Clip, context_s: float, codec: Codec) -> AudioPrompt:
-        """Converts a clip and encodes at most its last `context_s` seconds.
-
-        A clip that carries codes of this codec is not encoded again.
-        """
-        clip = audio.convert(given, codec.sampling_rate, codec.channels)
-        most = int(context_s * codec.frame_rate + 1e-6)
-        frames = min(most, clip.samples.shape[1] // codec.hop)
-        known = given.codes if given.codec == codec.name else None
-        if known is not None and known.shape[1] >= frames:
-            return cls(clip, known[:, known.shape[1] - frames :])
-        rows = codec.channels * codec.codebooks
-        if not frames:
-            return cls(clip, np.zeros((rows, 0), np.int16))
-        end = torch.from_numpy(clip.samples[:, -frames * codec.hop :])
-        return cls(clip, codec.encode(end).to(torch.int16).cpu().numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +114,7 @@ class CodeWindow:
         self.frames = self.context_frames + new_frames
         self._codec = codec
         self._start_token = start_token
+        self._known = context  # frames from the first on, the made ones too where it goes on
         self._lay_out(0, context)
 
     def _lay_out(self, start: int, known: Tensor) -> None:
@@ -171,9 +147,51 @@ class CodeWindow:
         return self.start + max(self.known_frames, self.written - delayed)
 
     def codes(self, begin: int, end: int) -> Tensor:
-        """Frames `begin` to `end` of the piece, of this window; int64 [codebooks, frames]."""
-        begin, end = begin - self.start, end - self.start
-        return delay_pattern.undelayed(self.columns, begin, end, self._codec.channels)
+        """Frames `begin` to `end` of the piece; int64 [codebooks, frames].
+
+        Those before this window are known where the piece went on from made codes.
+        """
+        known = self._known[:, begin : min(end, self.start)]
+        begin, end = max(begin - self.start, 0), end - self.start
+        codes = delay_pattern.undelayed(self.columns, begin, max(begin, end), self._codec.channels)
+        return torch.cat([known, codes], dim=1) if known.shape[1] else codes
+
+    @torch.inference_mode()
+    def resume(self, made: Tensor, overlap_s: float) -> None:
+        """Goes on after codes that were made before; nothing may be written yet.
+
+        The columns are laid out as if this decoder had written them; `skip_made` counts them.
+
+        Args:
+            made: int64 [codebooks, new frames], from the first new one on, at most all.
+            overlap_s: of two windows.
+        """
+        context = self._known
+        self._known = known = torch.cat([context, made], dim=1)
+        written = context.shape[1]
+        while known.shape[1] > self.start + self.window_frames:
+            written = self._overlap_frames(overlap_s)
+            start = self.start + self.window_frames - written
+            self._lay_out(start, known[:, start : start + written])
+        self._lay_out(self.start, known[:, self.start :])
+        self.written = written
+
+    def skip_made(self, text_changes: Iterable[int]) -> None:
+        """Counts made columns as written, up to the next change of the text or the last of them.
+
+        Args:
+            text_changes: the frames of the piece at which the model's text changes, rising.
+        """
+        for frame in text_changes:
+            if self.written < frame - self.start < self.known_frames:
+                self.written = frame - self.start
+                return
+        self.written = max(self.written, self.known_frames)
+
+    def _overlap_frames(self, overlap_s: float) -> int:
+        """Frames that this window and the next one share."""
+        overlap_s = overlap_used_s(overlap_s, self._window_s)
+        return min(round(overlap_s * self._codec.frame_rate), self.window_frames - 1)
 
     @torch.inference_mode()
     def slide(self, overlap_s: float, decoded_frames: int) -> bool:
@@ -181,8 +199,7 @@ class CodeWindow:
 
         It waits for the codec where that lags behind the overlap.
         """
-        overlap_s = overlap_used_s(overlap_s, self._window_s)
-        overlap = min(round(overlap_s * self._codec.frame_rate), self.window_frames - 1)
+        overlap = self._overlap_frames(overlap_s)
         start = self.start + self.window_frames - overlap
         if self.done or self.written < self.positions or decoded_frames < start:
             return False
@@ -197,9 +214,12 @@ class TakeRecorder:
         window: where the codes come from.
         codec: of the checkpoint.
         index: the variation's number.
+        with_codes: whether chunks carry the codes of the frames that went to the codec for them.
     """
 
-    def __init__(self, window: CodeWindow, codec: Codec, index: int) -> None:
+    def __init__(
+        self, window: CodeWindow, codec: Codec, index: int, with_codes: bool = False
+    ) -> None:
         self._window = window
         self._codec = codec
         self._index = index
@@ -208,6 +228,8 @@ class TakeRecorder:
         self.decoding: Decoding | None = None  # what is there now
         self.ended = False  # nothing more goes there
         self._codes: list[Tensor] = []  # all that went there, int64 [codebooks, frames] each
+        self._with_codes = with_codes
+        self._sent_frames = window.context_frames  # whose codes went out with a chunk
         self._decoded_samples = 0  # of `_samples`, which hold the context too
         self._samples = np.empty((codec.channels, window.frames * codec.hop), np.float32)
         self._hop = codec.hop
@@ -231,8 +253,9 @@ class TakeRecorder:
         return self.waiting_frames >= frames
 
     def decode(self, finite: Tensor, last: bool = False) -> None:
-        """Sends all frames that are done to the codec; `chunk` has what comes back."""
-        codes = self._take_codes(self.waiting_frames)
+        """Sends the frames that are done to the codec; `chunk` has what comes back."""
+        frames = self.waiting_frames
+        codes = self._take_codes(frames if last else min(frames, DECODED_FRAMES))
         (self.decoding,) = Decoding.start([self.stream], [codes], [finite], last)
         self.ended = last
 
@@ -276,6 +299,12 @@ class TakeRecorder:
         if not new.size:
             return None
         clip = Clip(new, self._codec.sampling_rate)
+        if self._with_codes:
+            codes = torch.cat(self._codes, dim=1)[:, self._sent_frames :]
+            self._sent_frames += codes.shape[1]
+            clip = dataclasses.replace(
+                clip, codes=codes.to(torch.int16).cpu().numpy(), codec=self._codec.name
+            )
         return Chunk(self._index, clip, begin - self._context_samples)
 
     def rest(self, finite: Tensor) -> Iterator[Chunk | None]:
@@ -342,8 +371,13 @@ class Variation:
         # Drawn for the whole piece: a code's number depends on its frame and never on the window.
         draws = new_frames + self.window.positions - self.window.window_frames
         self.uniforms = sampling.uniforms(request.seed, draws, codebooks).to(device)
-        self.recorder = TakeRecorder(self.window, codec, specification.index)
-        self._text = request.words()
+        made = specification.job.made
+        self.recorder = TakeRecorder(self.window, codec, specification.index, made is not None)
+        self._made_frames = 0
+        if made and (frames := made.get(specification.index)) is not None:
+            self._made_frames = frames.shape[1]
+            self.window.resume(torch.from_numpy(frames).to(device, torch.int64), request.overlap_s)
+        self._text = request.words(self.at_s)
         self._started_s: float | None = None
         self.reported_s = 0.0  # when progress was last reported, on the monotonic clock
 
@@ -382,7 +416,12 @@ class Variation:
     @property
     def ready(self) -> bool:
         """Its next column can be stepped."""
-        return self.slot.sequence.length == self.window.written < self.window.positions
+        window = self.window
+        if self._made_frames and (
+            window.written < window.known_frames or self._text != self.request.words(self.at_s)
+        ):
+            return False
+        return self.slot.sequence.length == window.written < window.positions
 
     @property
     def steps_left(self) -> int:
@@ -395,8 +434,22 @@ class Variation:
         """Begins the next window if its time has come; whether it did."""
         return self.window.slide(self.request.overlap_s, self.recorder.decoded_frames)
 
+    def skip_made(self) -> bool:
+        """Steps over codes made before, once the decoder has taken in those before; whether so."""
+        before = self.window.written
+        if self._made_frames and self.prefilled:
+            rate, context = self._codec.frame_rate, self.window.context_frames
+            changes = (context + math.ceil(s * rate - 1e-9) for s, _ in self.request.sections)
+            self.window.skip_made(changes)
+        return self.window.written != before
+
     def change_text(self) -> bool:
-        """Goes on to the section of the frame that is written next; whether it has other words."""
+        """Goes on to the section of the frame that is written next; whether it has other words.
+
+        Not before the decoder has taken in what is written, which the words before belong to.
+        """
+        if not self.prefilled:
+            return False
         before, self._text = self._text, self.request.words(self.at_s)
         return self._text != before
 
@@ -417,7 +470,8 @@ class Variation:
     @property
     def _speed(self) -> float:
         worked_s = time.monotonic() - self._started_s if self._started_s else 0.0
-        return self._done_s / worked_s if worked_s else 0.0
+        new_s = self._done_s - self._made_frames / self._codec.frame_rate
+        return new_s / worked_s if worked_s else 0.0
 
     def progress(self) -> Progress:
         """How far the new music is."""

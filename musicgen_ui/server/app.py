@@ -63,21 +63,37 @@ def local_backend(chosen: Settings) -> StartingBackend:
     def build() -> Backend:
         from musicgen_ui.backends.local import LocalBackend
 
+        if chosen.backend == "ray":
+            return _ray_backend(chosen)
         # The libraries and the page stay until the end: the garbage collector need not look through
         # them, which held all threads up for a third of a second each time.
         gc.collect()
         gc.freeze()
-        return LocalBackend(
-            device=chosen.device,
-            precision=chosen.precision,
-            budget_bytes=round(chosen.memory_gb * 1e9) or None,
-            idle_s=chosen.idle_s,
-            max_jobs=chosen.jobs,
-            allow_any=chosen.any_checkpoint,
-            also=chosen.listed_checkpoints,
-        )
+        return LocalBackend(**_engine_options(chosen))
 
     return StartingBackend(build, chosen.checkpoint)
+
+
+def _engine_options(chosen: Settings) -> dict[str, Any]:
+    """Of `LocalBackend`, here and in each replica."""
+    return {
+        "device": chosen.device,
+        "precision": chosen.precision,
+        "budget_bytes": round(chosen.memory_gb * 1e9) or None,
+        "idle_s": chosen.idle_s,
+        "max_jobs": chosen.jobs,
+        "allow_any": chosen.any_checkpoint,
+        "also": chosen.listed_checkpoints,
+    }
+
+
+def _ray_backend(chosen: Settings) -> Backend:
+    from musicgen_ui.backends import ray_cluster
+
+    cluster = ray_cluster.Cluster(
+        chosen.ray_address, chosen.replicas, chosen.max_replicas, chosen.front_only
+    )
+    return ray_cluster.connect(cluster, _engine_options(chosen), chosen.checkpoint)
 
 
 def _set_environment(chosen: Settings, cache: Path) -> None:
@@ -374,6 +390,10 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
     cleanup.share_heaps()
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
+    if chosen.backend == "ray" and find_spec("ray") is None:
+        raise RequestError("--backend ray needs more: pip install -r requirements-ray.txt")
+    if chosen.front_only and not chosen.ray_address:
+        raise RequestError("--front-only needs --ray-address: the cluster of the other front.")
     check_folder(chosen)
     check_checkpoints(chosen)
     check_address(chosen)

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.job_log import JobLog, JobRecord, Outcome
-from musicgen_ui.engine.protocol import Backend
+from musicgen_ui.engine.protocol import Backend, ReplicaHealth
 from musicgen_ui.server import sign_in
 from musicgen_ui.ui.wording import status_text
 
@@ -81,6 +81,25 @@ class Metrics(Collector):
         yield gauge("models_resident", "Models in memory", len(health.models))
         yield gauge("model_bytes", "Memory of models and their jobs", health.models, "checkpoint")
         yield gauge("step_age_seconds", "Since the last step, with work to do", health.step_age_s)
+        yield from replica_gauges(health.replicas)
+
+
+def replica_gauges(replicas: dict[str, ReplicaHealth]) -> Iterator[GaugeMetricFamily]:
+    """What holds for each replica of a cluster; nothing without one."""
+    for name, help in (
+        {
+            "up": "Whether the replica answers and can make music",
+            "rows": "Variations that the replica steps together at most",
+            "jobs": "Variations that the replica makes",
+            "waiting": "Variations that wait at the replica",
+            "models": "Models in the replica's memory",
+            "music_s": "Seconds of music that the replica has made",
+        }.items()
+        if replicas
+        else ()
+    ):
+        values = {replica: getattr(health, name) for replica, health in replicas.items()}
+        yield gauge(f"replica_{name.replace('_s', '_seconds')}", help, values, "replica")
 
 
 def gauge(name: str, help: str, value: Any, label: str = "", always: str = "") -> GaugeMetricFamily:

@@ -23,6 +23,7 @@ from musicgen_ui.request import FIELDS, MAX_DURATION_S
 
 PREFIX = "MUSICGEN_UI_"
 DEVICES = ("auto", "cuda", "mps", "cpu")
+BACKENDS = ("local", "ray")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 YEAR_S = 366 * 24 * 3600.0  # the longest time that every timer takes
 LARGE = 1e6
@@ -151,6 +152,25 @@ class Settings(BaseSettings):
     )
     idle_s: float = Field(
         900.0, ge=0, le=YEAR_S, description="seconds until an idle model is unloaded; 0 is never"
+    )
+    backend: Annotated[str, AfterValidator(_one_of(BACKENDS))] = Field(
+        "local",
+        description="where music is made: local, in this process, or ray, by replicas in a Ray "
+        "cluster; needs requirements-ray.txt, see docs/scaling.md",
+    )
+    replicas: int = Field(
+        0, ge=0, le=LARGE, description="ray: replicas; 0 is one for each GPU, or one without any"
+    )
+    max_replicas: int = Field(
+        0, ge=0, le=LARGE, description="ray: replicas while music waits; 0 keeps their number"
+    )
+    ray_address: str = Field(
+        "",
+        description="ray: a cluster that exists, auto or host:port; empty starts one on this "
+        "computer that listens on the loopback address alone",
+    )
+    front_only: bool = Field(
+        False, description="ray: replicas that another front deployed are used as they are"
     )
     jobs: int = Field(8, ge=1, le=LARGE, description="takes made at the same time")
     queue_length: int = Field(

@@ -13,7 +13,15 @@ from starlette.testclient import TestClient
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.backends.job_log import JobLog, JobRecord
-from musicgen_ui.engine.protocol import Chunk, Finished, Health, Progress, Stage, Trouble
+from musicgen_ui.engine.protocol import (
+    Chunk,
+    Finished,
+    Health,
+    Progress,
+    ReplicaHealth,
+    Stage,
+    Trouble,
+)
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.metrics import Metrics, metrics_routes
@@ -77,6 +85,18 @@ def test_what_works_less_well_is_a_warning_and_no_trouble(monkeypatch: pytest.Mo
     monkeypatch.setattr(watched.backend, "health", lambda: health)
     told = watched.get("/healthz")
     assert told.status_code == 200 and told.json()["warnings"] == list(health.warnings)
+
+
+def test_each_replica_of_a_cluster_has_its_gauges(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched()
+    assert not any("replica" in name for name in watched.values())
+    well, ill = ReplicaHealth(True, 8, 3, 0, 1, 12.5), ReplicaHealth(False, 8, 0, 0, 0, 4.0)
+    health = Health(replicas={"a": well, "b": ill})
+    monkeypatch.setattr(watched.backend, "health", lambda: health)
+    values = watched.values()
+    assert values["musicgen_replica_up a"] == 1 and values["musicgen_replica_up b"] == 0
+    assert values["musicgen_replica_jobs a"] == 3
+    assert values["musicgen_replica_music_seconds a"] == 12.5
 
 
 def test_jobs_are_counted_and_timed() -> None:

@@ -1,0 +1,216 @@
+"""The Ray cluster of a front: one of its own on this computer, or one that exists.
+
+A cluster of its own listens on the loopback address alone and ends with the front. In a cluster
+that exists the application "musicgen" is deployed once and stays when a front ends; other fronts
+take it as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musicgen_ui.backends.ray_replica import Replica
+from musicgen_ui.backends.ray_serve import RayBackend
+from musicgen_ui.errors import RequestError
+
+APPLICATION = "musicgen"
+OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
+DRAIN_S = 600.0  # that a replica has to finish its takes when another takes its place
+STARTS = 2  # Ray gives its processes 30 s, which a busy computer may need more than once
+# What Ray reads when it is imported. Its name speaks of other systems: without clusters Ray uses
+# the loopback address for everything, on Linux too.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_agent_register_timeout_ms": "120000"}
+NO_STATISTICS = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster a front uses."""
+
+    address: str = ""  # "auto" or host:port of one that exists; "" starts one
+    replicas: int = 0  # 0 is one for each GPU, or one without any
+    most_replicas: int = 0  # with more than `replicas`, the number goes by the music that waits
+    front_only: bool = False  # the application was deployed by another front
+
+
+def connect(cluster: Cluster, options: dict[str, Any], checkpoint: str = "auto") -> RayBackend:
+    """Starts or joins a cluster and deploys the replicas; waits until they take jobs.
+
+    Args:
+        cluster: which one.
+        options: of each replica's `LocalBackend`.
+        checkpoint: loaded before a replica takes jobs.
+
+    Raises:
+        RequestError: there is no such cluster, or its application was not deployed.
+    """
+    os.environ |= NO_STATISTICS
+    shut_down = _join(cluster.address) if cluster.address else _start(cluster.replicas)
+    try:
+        return RayBackend(_handle(cluster, options, checkpoint), shut_down)
+    except BaseException:
+        shut_down()
+        raise
+
+
+def _start(replicas: int) -> Callable[[], None]:
+    """Starts a cluster on this computer alone; returns what ends it."""
+    os.environ |= LOOPBACK
+    import ray
+    from ray import serve
+
+    folder = tempfile.mkdtemp(prefix="mg-ray-")  # short: a socket's path has 107 characters
+
+    def shut_down() -> None:
+        with contextlib.suppress(Exception):  # its processes end in any case
+            serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, replicas),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                configure_logging=False,
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+                _temp_dir=folder,
+            )
+            _check_loopback(shut_down)
+            return shut_down
+        except RequestError:
+            raise
+        except Exception as error:  # Ray raises the bare class
+            ray.shutdown()
+            if not left:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise RequestError(f"The Ray cluster did not start: {error}") from error
+            log.warning("The Ray cluster did not start and is tried again", exc_info=error)
+    raise AssertionError
+
+
+def _check_loopback(shut_down: Callable[[], None]) -> None:
+    """Ends a cluster that others can reach, as where Ray was imported before `LOOPBACK` was set.
+
+    Raises:
+        RequestError: it was.
+    """
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        shut_down()
+        raise RequestError(
+            f"Ray would listen on {address} instead of the loopback address: set "
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before the app is started."
+        )
+
+
+def _join(address: str) -> Callable[[], None]:
+    """Joins a cluster that exists; returns what leaves it."""
+    import ray
+
+    try:
+        ray.init(address=address, configure_logging=False, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"There is no Ray cluster at {address}: start one with “ray start --head”, or leave "
+            "--ray-address out for a cluster on this computer."
+        ) from error
+    return ray.shutdown
+
+
+def _handle(cluster: Cluster, options: dict[str, Any], checkpoint: str) -> Any:
+    from ray import serve
+
+    if cluster.front_only:
+        try:
+            return serve.get_app_handle(APPLICATION)
+        except Exception as error:
+            raise RequestError(
+                f"The cluster has no application “{APPLICATION}”: start one front without "
+                "--front-only, or deploy it with “serve deploy”."
+            ) from error
+    # No proxies: visitors reach the front alone.
+    serve.start(proxy_location="Disabled")
+    application = build(
+        {
+            "options": options,
+            "checkpoint": checkpoint,
+            "replicas": cluster.replicas,
+            "max_replicas": cluster.most_replicas,
+            "loopback": not cluster.address,
+        }
+    )
+    return serve.run(application, name=APPLICATION, route_prefix=None)
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """The application, also for a Serve configuration: `import_path` of docs/scaling.md.
+
+    Args:
+        arguments: "options" of `LocalBackend`, "checkpoint", "replicas", "max_replicas" and
+            "loopback"; each may be missing.
+    """
+    import ray
+    from ray import serve
+
+    options = dict(arguments.get("options", {}))
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if options.get("device") != "cpu" else 0
+    replicas = int(arguments.get("replicas", 0)) or gpus or 1
+    rows = int(options.get("max_jobs", 8))
+    most = int(arguments.get("max_replicas", 0))
+    number: dict[str, Any] = {"num_replicas": replicas}
+    if most > replicas:
+        policy = {"policy_function": "musicgen_ui.backends.ray_scaling:policy"}
+        limits = {"min_replicas": replicas, "max_replicas": most}
+        number = {"autoscaling_config": {**limits, "look_back_period_s": 15.0, "policy": policy}}
+    deployment = serve.deployment(
+        name="Replica",
+        **number,
+        max_ongoing_requests=rows,
+        # One replica a GPU, which steps its rows together: a fraction of a GPU is only a number.
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": 1 if gpus else 0,
+            "runtime_env": {"env_vars": _environment(replicas if not gpus else 1)},
+        },
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=1,
+    )
+    return deployment(Replica).bind(
+        options,
+        arguments.get("checkpoint", "auto"),
+        loopback=bool(arguments.get("loopback", False)),
+    )
+
+
+def _environment(replicas: int) -> dict[str, str]:
+    """Of a replica: threads, or Ray gives it a single one, and where this package lies."""
+    threads = max(1, (os.cpu_count() or 1) // replicas)
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONPATH": _python_path(),
+    }
+
+
+def _python_path() -> str:
+    """Where this package lies, and what this process was given."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), given]))

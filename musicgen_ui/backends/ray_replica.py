@@ -1,0 +1,236 @@
+"""A replica of a Ray cluster: a `LocalBackend` in a process of its own, behind a Serve deployment.
+
+One call of `compose` makes one variation and streams `Item`s: the events, their codes with them,
+and a heartbeat each second. Fronts call `beat` on every replica each second: it renews the lease of
+a front's jobs and brings back a `Report`. A replica stops the jobs of a front that is silent for
+`LEASE_S`. The engine steps in a thread of its own, so neither a long load nor a step holds up the
+event loop that Serve asks for the replica's health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import (
+    CheckpointInfo,
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Health,
+    Status,
+    Trouble,
+)
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
+
+HEARTBEAT_S = 1.0
+LEASE_S = 10.0  # a front that is silent for so long has gone
+FATAL = (Trouble.STUCK, Trouble.THREAD_ENDED, Trouble.DEVICE_LOST)  # a new process helps
+
+
+class Item(NamedTuple):
+    """What a replica streams."""
+
+    sequence: int  # 0, 1, 2 …
+    event: Event | None  # None is a heartbeat
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a replica is."""
+
+    replica: str  # its name in the cluster
+    pid: int
+    rows: int  # variations that it steps together
+    jobs: tuple[str, ...]  # ids of those that are under way
+    music_s: float  # made since it started
+    status: Status
+    health: Health
+
+
+class Replica:
+    """What Serve deploys.
+
+    Args:
+        options: of `LocalBackend`.
+        checkpoint: loaded before the replica takes jobs.
+        name: in reports; None is what Serve calls it.
+        loopback: whether the replica may listen on the loopback address alone.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        checkpoint: str = "auto",
+        name: str | None = None,
+        loopback: bool = False,
+    ) -> None:
+        if loopback:
+            _listen_on_loopback()
+        from musicgen_ui.backends.local import LocalBackend  # torch, in the replica alone
+
+        self._backend = LocalBackend(**options)
+        self._rows = int(options.get("max_jobs", 8))
+        self._name = name or _replica_name()
+        self._jobs: dict[str, LoggedJob] = {}
+        self._fronts: dict[str, str] = {}  # of each job
+        self._seen_s: dict[str, float] = {}  # when each front was last heard of
+        self._waiting_s: dict[str, float] = {}  # music in each front's queue
+        self._made_s = self._busy_s = 0.0  # music, and the time that it took
+        threading.Thread(target=self._end_leases, name="leases", daemon=True).start()
+        self._backend.preload(checkpoint)
+
+    async def compose(
+        self,
+        front: str,
+        job_id: str,
+        request: GenerationRequest,
+        client: str,
+        made: np.ndarray | None = None,
+    ) -> AsyncGenerator[Item, None]:
+        """Makes one variation.
+
+        Args:
+            front: whose job it is.
+            job_id: for `stop`; unique in the cluster.
+            request: of one variation, with its seed.
+            client: who takes turns with others.
+            made: int16 [codebooks, new frames] that another replica made before.
+        """
+        self._seen_s[front] = time.monotonic()
+        job = self._backend.submit(request, client, {} if made is None else {0: made})
+        self._jobs[job_id], self._fronts[job_id] = job, front
+        events, sequence = job.events(), 0
+        upcoming = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=HEARTBEAT_S)
+                event = None
+                if upcoming.done():
+                    event = upcoming.result()
+                    if event is None:
+                        return
+                    upcoming = asyncio.ensure_future(anext(events, None))
+                    event = self._packed(event)
+                yield Item(sequence, event)
+                sequence += 1
+        finally:
+            job.stop()
+            upcoming.cancel()
+            self._jobs.pop(job_id, None)
+            self._fronts.pop(job_id, None)
+
+    def _packed(self, event: Event) -> Event:
+        """The event without what the front has: clips of the request, new audio in chunks."""
+        if isinstance(event, Chunk):
+            self._made_s += event.clip.duration_s
+        if isinstance(event, Finished):
+            clip = event.clip
+            prompt = clip.samples[:, : round(event.prompt_s * clip.sampling_rate)]
+            request = dataclasses.replace(event.request, audio_prompt=None, melody=None)
+            clip = Clip(np.ascontiguousarray(prompt), clip.sampling_rate, None, clip.codec)
+            return dataclasses.replace(event, clip=clip, request=request)
+        if isinstance(event, Failed) and not isinstance(event.error, RequestError):
+            # Not every error can be sent to another process.
+            return Failed(RuntimeError(f"{type(event.error).__name__}: {event.error}"))
+        return event
+
+    def beat(self, front: str, waiting_s: float = 0.0) -> Report:
+        """A front is there, with so many seconds of music in its queue; how the replica is."""
+        self._seen_s[front] = time.monotonic()
+        self._waiting_s[front] = waiting_s
+        return Report(
+            self._name,
+            os.getpid(),
+            self._rows,
+            tuple(self._jobs),
+            self._made_s,
+            self._backend.status(),
+            self._backend.health(),
+        )
+
+    def stop(self, job_id: str) -> None:
+        """Stops a job at its next step, if it is here; what was made comes as a take."""
+        if job := self._jobs.get(job_id):
+            job.stop()
+
+    def checkpoints(self) -> list[str]:
+        """See `Backend.checkpoints`."""
+        return self._backend.checkpoints()
+
+    def describe(self, checkpoint: str, adapter: str) -> CheckpointInfo | RequestError:
+        """See `Backend.describe`; a refusal is returned, since Ray wraps what is raised."""
+        try:
+            return self._backend.describe(checkpoint, adapter)
+        except RequestError as error:
+            return error
+
+    def unload(self) -> None:
+        """See `Backend.unload`."""
+        self._backend.unload()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `ray_scaling.policy`, by way of Serve."""
+        return {
+            "waiting_s": sum(self._waiting_s.values()),
+            "busy": float(len(self._jobs)),
+            "rows": float(self._rows),
+            "speed": self._made_s / self._busy_s if self._busy_s else 1.0,
+        }
+
+    def check_health(self) -> None:
+        """For Serve, which replaces a replica that raises.
+
+        Raises:
+            RuntimeError: only a new process can make music again.
+        """
+        trouble = self._backend.health().trouble
+        if trouble in FATAL:
+            raise RuntimeError(f"the engine cannot go on: {trouble}")
+
+    def _end_leases(self) -> None:
+        while True:
+            time.sleep(HEARTBEAT_S)
+            now = time.monotonic()
+            self._busy_s += HEARTBEAT_S * bool(self._jobs)
+            for job_id, front in list(self._fronts.items()):
+                if now - self._seen_s.get(front, now) > LEASE_S and (job := self._jobs.get(job_id)):
+                    job.stop()
+            for front, seen_s in list(self._seen_s.items()):
+                if now - seen_s > LEASE_S and front not in self._fronts.values():
+                    self._seen_s.pop(front, None)
+                    self._waiting_s.pop(front, None)
+
+
+def _listen_on_loopback() -> None:
+    """Has Serve open this process's port for other deployments on the loopback address.
+
+    It is opened on every address, and Serve has no setting for it. An upgrade that moves it ends
+    the replica here.
+    """
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+
+    def add_loopback_port(server: Any, address: str) -> int:
+        return int(add_port(server, address.replace("[::]", "127.0.0.1")))
+
+    replica.add_port_to_grpc_server = add_loopback_port
+
+
+def _replica_name() -> str:
+    from ray import serve
+
+    return str(serve.get_replica_context().replica_tag)

@@ -1,0 +1,61 @@
+"""How many replicas a cluster should have: by the seconds of music that wait, not by requests."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+TARGET_WAIT_S = 15.0  # in which what waits should be begun
+IDLE_S = 120.0  # that fewer replicas must be enough before one is stopped
+FEW_SINCE = "few_since_s"
+
+
+def desired_replicas(waiting_s: float, busy: int, rows: int, replicas: int, speed: float) -> int:
+    """Replicas that the cluster should have, before the host's limits.
+
+    Args:
+        waiting_s: seconds of music in the queues of all fronts.
+        busy: variations that are being made.
+        rows: variations that a replica steps together.
+        replicas: there are, or are being started.
+        speed: seconds of music a second of work of a replica whose rows are full.
+    """
+    needed = math.ceil(busy / rows)
+    if not waiting_s:
+        return max(1, min(replicas, needed))
+    # What is being made takes its time, so what waits needs replicas beside it.
+    extra = math.ceil(waiting_s / (max(speed, 0.1) * TARGET_WAIT_S))
+    return max(replicas, needed + extra)
+
+
+def policy(context: Any) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy: more replicas at once, fewer when that was enough for a while.
+
+    Args:
+        context: `ray.serve.config.AutoscalingContext`; its metrics are what replicas record.
+
+    Returns:
+        Replicas that there should be, and what is to be remembered until the next call.
+    """
+    metrics = context.aggregated_metrics or {}
+
+    def recorded(name: str) -> list[float]:
+        return [float(value) for value in metrics.get(name, {}).values()]
+
+    there, now = int(context.target_num_replicas), float(context.current_time or time.time())
+    wanted = desired_replicas(
+        max(recorded("waiting_s"), default=0.0),  # each replica knows what waits in all fronts
+        math.ceil(sum(recorded("busy"))),
+        round(max(recorded("rows"), default=1.0)),
+        there,
+        max(recorded("speed"), default=1.0),
+    )
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    wanted = max(least, min(most, wanted))
+    if wanted >= there:
+        return wanted, {}
+    few_since_s = float((context.policy_state or {}).get(FEW_SINCE, now))
+    if now - few_since_s < IDLE_S:
+        return there, {FEW_SINCE: few_since_s}
+    return there - 1, {}

@@ -1,0 +1,473 @@
+"""A backend of many machines: replicas in a Ray cluster behind one front.
+
+The front is an ordinary process with the page. It keeps the queue and hands a variation to the
+cluster only while a replica has a free row, so that a new replica helps at once. Everything here
+runs in the event loop of one thread: the dispatcher, a task for each variation that is being made,
+and a beat each second that asks all replicas how they are and renews the lease of this front's
+jobs.
+
+Failover: the stream of a variation brings the codes of its frames. When a replica dies, or is
+silent, the variation goes to the head of the queue with the codes that arrived; the next replica
+goes on from there with the same random numbers. What was delivered is never sent again, so the
+audio before the loss stays as it is to the sample. A variation that is lost twice without any new
+music in between ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.ray_replica import HEARTBEAT_S, Report
+from musicgen_ui.engine.job import LoggedJob, empty_take
+from musicgen_ui.engine.job_queue import JobQueue
+from musicgen_ui.engine.protocol import (
+    CheckpointInfo,
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Health,
+    Progress,
+    ReplicaHealth,
+    Status,
+    Trouble,
+)
+from musicgen_ui.engine.variation import Specification
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
+
+BEAT_TIMEOUT_S = 2.0  # for a replica to answer a beat
+SILENT_S = 8.0  # a stream without a heartbeat for so long is lost
+ILL_S = 60.0  # a replica that is silent is reported for so long
+MOST_LOST = 2  # replicas that a variation loses in a row without any new music
+CONTROL_S = 30.0  # for an answer to what a page asks
+CLOSE_S = 10.0
+FRAME_RATE = 50  # about: for the waits that the queue estimates
+LOST = "The machines that made this failed: try once more, or with other settings."
+
+log = logging.getLogger(__name__)
+
+
+class LostError(Exception):
+    """A stream ended before its take, or is silent."""
+
+
+class RayJob(LoggedJob):
+    """A job whose front is woken when it is to stop."""
+
+    def __init__(
+        self, request: GenerationRequest, client: str, changed: Callable[[], None]
+    ) -> None:
+        super().__init__(request, client)
+        self._changed = changed
+
+    def stop(self) -> None:
+        """Ends the job at its replicas' next step, or now where nothing was begun."""
+        super().stop()
+        self._changed()
+
+
+@dataclass(eq=False)
+class Made:
+    """What the front has of a variation that is not finished."""
+
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    clips: list[Clip] = field(default_factory=list)  # new audio, in order
+    samples: int = 0  # in them
+    codes: list[np.ndarray] = field(default_factory=list)  # int16 [codebooks, frames] each
+    frames: int = 0  # in them; may be ahead of the audio
+    lost: int = 0  # replicas, since there was new music
+    began_s: float = field(default_factory=time.monotonic)
+
+    def known(self) -> np.ndarray | None:
+        """The codes so far, int16 [codebooks, frames]."""
+        return np.concatenate(self.codes, axis=1) if self.codes else None
+
+    def new_part(self, chunk: Chunk, frames_before: int) -> Clip | None:
+        """Keeps what of a chunk was not here yet, and gives its audio.
+
+        Args:
+            chunk: of the present replica, which makes the audio from its first sample on.
+            frames_before: whose codes came with the chunks of this replica before.
+        """
+        clip = chunk.clip
+        if clip.codes is not None:
+            known = max(0, self.frames - frames_before)
+            if known < clip.codes.shape[1]:
+                self.codes.append(clip.codes[:, known:])
+                self.frames += clip.codes.shape[1] - known
+        known = max(0, self.samples - chunk.start_sample)
+        if known >= clip.samples.shape[1]:
+            return None
+        new = Clip(clip.samples[:, known:], clip.sampling_rate)
+        self.clips.append(new)
+        self.samples += new.samples.shape[1]
+        return new
+
+    def joined(self, head: np.ndarray | None = None) -> np.ndarray:
+        """The new audio after `head`, float32 [channels, samples]."""
+        pieces = [] if head is None else [head]
+        return np.concatenate([*pieces, *(clip.samples for clip in self.clips)], axis=1)
+
+
+class RayBackend:
+    """`protocol.Backend` over the replicas of a cluster. Methods may be called from any thread.
+
+    Args:
+        handle: Serve's handle of the deployment of `Replica`.
+        shut_down: ends what was started for it.
+    """
+
+    def __init__(self, handle: Any, shut_down: Callable[[], object] = lambda: None) -> None:
+        self._handle = handle
+        self._shut_down = shut_down
+        self._front = secrets.token_hex(8)
+        self._queue = JobQueue()
+        self._rows: dict[Specification, asyncio.Task[None]] = {}  # handed to the cluster
+        self._made: dict[Specification, Made] = {}
+        self._reports: dict[str, tuple[Report, float]] = {}  # and when, by replica
+        self._stops: set[str] = set()  # ids whose replica was asked to stop
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="ray-front", daemon=True)
+        self._thread.start()
+
+    # Any thread
+
+    def submit(self, request: GenerationRequest, client: str = "") -> RayJob:
+        """See `Backend.submit`."""
+        job = RayJob(request, client, self._changed)
+        if self._closed:
+            job.log.append(Failed(RequestError("The server is being stopped: try again soon.")))
+            return job
+        steps = round(request.duration_s * FRAME_RATE)
+        self._queue.add(
+            [
+                Specification(job, index, job.request.variation(index), None, steps)
+                for index in range(job.request.variations)
+            ]
+        )
+        self._changed()
+        return job
+
+    def _changed(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def checkpoints(self) -> list[str]:
+        """See `Backend.checkpoints`; those of the replica that answers first."""
+        return list(self._ask("checkpoints"))
+
+    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
+        """See `Backend.describe`."""
+        answer: CheckpointInfo | RequestError = self._ask("describe", checkpoint, adapter)
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    def unload(self) -> None:
+        """See `Backend.unload`; every replica's."""
+        self._ask("unload")
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """What a replica answers. All are asked, beside their jobs, so that none waits for a row.
+
+        Raises:
+            RequestError: none answers.
+        """
+        try:
+            response = self._handle.broadcast(method, *arguments)
+            answers = response.results(timeout_s=CONTROL_S, return_exceptions=True)
+        except Exception as error:
+            raise RequestError("No machine of this server answers: try again soon.") from error
+        for answer in answers:
+            if not isinstance(answer, Exception) or isinstance(answer, RequestError):
+                return answer
+        raise RequestError("No machine of this server answers: try again soon.")
+
+    def _fresh(self) -> list[Report]:
+        """The reports of replicas that answer."""
+        oldest_s = time.monotonic() - BEAT_TIMEOUT_S - 2 * HEARTBEAT_S
+        return [report for report, seen_s in list(self._reports.values()) if seen_s >= oldest_s]
+
+    def status(self) -> Status:
+        """See `Backend.status`; of all replicas together."""
+        reports = self._fresh()
+        states = [report.status for report in reports]
+        devices = [state.device for state in states]
+        counts = [f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices)]
+        first = states[0] if states else Status()
+        return Status(
+            loaded=tuple(dict.fromkeys(name for state in states for name in state.loaded)),
+            loading=tuple(dict.fromkeys(note for state in states for note in state.loading)),
+            device=" + ".join(counts),
+            precision=first.precision,
+            reason=first.reason,
+            nbytes=sum(state.nbytes for state in states),
+            starting=not states,
+        )
+
+    def health(self) -> Health:
+        """See `Backend.health`; a replica that is ill is named in the warnings."""
+        now, fresh = time.monotonic(), self._fresh()
+        replicas, warnings, models = {}, [], dict[str, int]()
+        for name, (report, seen_s) in sorted(self._reports.items()):
+            health, answers = report.health, report in fresh
+            if not answers:
+                warnings.append(f"Replica {name} has not answered for {now - seen_s:.0f} s.")
+            elif health.trouble:
+                warnings.append(f"Replica {name} cannot make music: {health.trouble}.")
+            warnings += [f"Replica {name}: {text}" for text in health.warnings if answers]
+            for checkpoint, nbytes in health.models.items() if answers else ():
+                models[checkpoint] = models.get(checkpoint, 0) + nbytes
+            replicas[name] = ReplicaHealth(
+                up=answers and not health.trouble,
+                rows=report.rows,
+                jobs=health.jobs if answers else 0,
+                waiting=health.waiting if answers else 0,
+                models=len(health.models) if answers else 0,
+                music_s=report.music_s,
+            )
+        well = [report for report in fresh if not report.health.trouble]
+        return Health(
+            None if well else Trouble.NO_REPLICA,
+            models,
+            jobs=sum(report.health.jobs for report in fresh),
+            waiting=len(self._queue) + sum(report.health.waiting for report in fresh),
+            step_age_s=max((report.health.step_age_s for report in fresh), default=0.0),
+            warnings=tuple(warnings),
+            replicas=replicas,
+        )
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._closed = True
+        self._changed()
+        self._thread.join(CLOSE_S)
+        self._shut_down()
+
+    # The front's thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._dispatch_until_closed())
+        except Exception:
+            log.critical("The front's thread ended", exc_info=True)
+        finally:
+            self._loop.close()
+
+    async def _dispatch_until_closed(self) -> None:
+        self._start(self._beat_until_closed())
+        while not self._closed:
+            self._dispatch()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), HEARTBEAT_S)
+            self._wake.clear()
+        self._queue.take_in()
+        for specification in (*self._queue.pop_all(), *self._rows):
+            specification.job.stopping.set()
+            self._end(specification)
+        tasks = [*self._tasks, *self._rows.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _dispatch(self) -> None:
+        """Hands out what there is a row for, passes stops on, and reports the others' places."""
+        self._queue.take_in()
+        for specification in self._queue.pop_stopped():
+            self._end(specification)
+        self._queue.drop_ended()
+        for specification in self._rows:
+            made, job = self._made[specification], specification.job
+            if (job.stopping.is_set() or job.ended) and made.id not in self._stops:
+                self._stops.add(made.id)
+                self._start(self._stop(made.id))
+        free = self._free_rows()
+        while free > 0 and (upcoming := self._queue.pop()):
+            free -= 1
+            self._made.setdefault(upcoming, Made())
+            if upcoming.job.begin():
+                self._rows[upcoming] = self._loop.create_task(self._compose(upcoming))
+        jobs = {specification.job for specification in self._rows}
+        self._queue.report(jobs, [each.steps for each in self._rows] or [0])
+
+    def _free_rows(self) -> int:
+        """Rows of the replicas that answer, without those in use by this front and others."""
+        own = {self._made[specification].id for specification in self._rows}
+        well = [report for report in self._fresh() if not report.health.trouble]
+        others = sum(len(set(report.jobs) - own) for report in well)
+        return sum(report.rows for report in well) - others - len(own)
+
+    def _waiting_s(self) -> float:
+        """Seconds of music in the queue."""
+        return sum(each.request.duration_s for each in self._queue.waiting())
+
+    async def _beat_until_closed(self) -> None:
+        while not self._closed:
+            began_s = time.monotonic()
+            try:
+                response = self._handle.broadcast("beat", self._front, self._waiting_s())
+                answers = await asyncio.to_thread(
+                    response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
+                )
+            except Exception as error:  # no replica, as while the first one starts
+                log.debug("No replica answers", exc_info=error)
+                answers = []
+            now = time.monotonic()
+            for answer in answers:
+                if isinstance(answer, Report):
+                    self._reports[answer.replica] = (answer, now)
+            for name, (_, seen_s) in list(self._reports.items()):
+                if now - seen_s > ILL_S:
+                    del self._reports[name]
+            self._wake.set()
+            await asyncio.sleep(max(0.1, HEARTBEAT_S - (now - began_s)))
+
+    async def _stop(self, id: str) -> None:
+        with contextlib.suppress(Exception):  # a replica that died stops by itself
+            response = self._handle.broadcast("stop", id)
+            await asyncio.to_thread(
+                response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
+            )
+
+    async def _compose(self, specification: Specification) -> None:
+        """Has a variation made on a replica; puts it back where the replica is lost."""
+        made = self._made[specification]
+        frames = made.frames
+        try:
+            await self._read(specification, made)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # Ray has many for a replica that died
+            log.warning("A replica was lost: %s", str(error).partition("\n")[0])
+            made.lost = 1 if made.frames > frames else made.lost + 1
+            made.id = secrets.token_hex(8)  # it may run on where only the connection was lost
+            if specification.job.stopping.is_set() or made.lost >= MOST_LOST:
+                self._end(specification)
+            elif not specification.job.ended:
+                self._queue.put_back(specification)
+        finally:
+            self._rows.pop(specification, None)
+            self._stops.discard(made.id)
+            if specification.job.ended or made.lost == 0:
+                self._made.pop(specification, None)
+            self._wake.set()
+
+    async def _read(self, specification: Specification, made: Made) -> None:
+        """Appends the events of a replica's stream to the job's log.
+
+        Raises:
+            LostError: the stream ended too early or is silent.
+            Exception: whatever Ray raises.
+        """
+        job, request = specification.job, specification.request
+        response = self._handle.options(stream=True).compose.remote(
+            self._front, made.id, request, job.client, made.known()
+        )
+        frames, expected, heard_s = 0, 0, time.monotonic()
+        upcoming = asyncio.ensure_future(anext(response))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=HEARTBEAT_S)
+                if not upcoming.done():
+                    silent_s = time.monotonic() - heard_s
+                    waits = expected == 0 and not job.stopping.is_set()  # for a row
+                    if silent_s > SILENT_S and not waits:
+                        raise LostError(f"silent for {silent_s:.0f} s")
+                    continue
+                try:
+                    item = upcoming.result()
+                except StopAsyncIteration as error:
+                    raise LostError("the stream ended early") from error
+                if item.sequence != expected:
+                    raise LostError(f"item {item.sequence} came instead of {expected}")
+                upcoming = asyncio.ensure_future(anext(response))
+                expected, heard_s = expected + 1, time.monotonic()
+                self._append(specification, made, item.event, frames)
+                if isinstance(item.event, Chunk) and item.event.clip.codes is not None:
+                    frames += item.event.clip.codes.shape[1]
+                if isinstance(item.event, (Finished, Failed)):
+                    made.lost = 0
+                    return
+        finally:
+            upcoming.cancel()
+            response.cancel()
+
+    def _append(
+        self, specification: Specification, made: Made, event: Event | None, frames: int
+    ) -> None:
+        """Appends an event of a replica, with what it leaves out, to the job's log."""
+        job, index = specification.job, specification.index
+        if isinstance(event, Progress):
+            job.log.append(dataclasses.replace(event, variation=index))
+        elif isinstance(event, Chunk):
+            start = made.samples
+            if new := made.new_part(event, frames):
+                job.log.append(Chunk(index, new, start))
+        elif isinstance(event, Finished):
+            request = specification.request
+            clip = event.clip
+            samples = made.joined(clip.samples) if made.clips else clip.samples
+            clip = Clip(samples, clip.sampling_rate, event.codes, clip.codec)
+            request = dataclasses.replace(
+                event.request, audio_prompt=request.audio_prompt, melody=request.melody
+            )
+            job.log.append(dataclasses.replace(event, variation=index, clip=clip, request=request))
+        elif isinstance(event, Failed):
+            job.log.append(event)
+
+    def _end(self, specification: Specification) -> None:
+        """Ends a variation with the audio that arrived; a job without any has failed."""
+        job, index = specification.job, specification.index
+        made = self._made.pop(specification, None) or Made()
+        stopped = job.stopping.is_set()
+        if job.ended:
+            return
+        chunks = any(isinstance(event, Chunk) for event in job.log.so_far())
+        if not (stopped or chunks) and job.log.unfinished == 1:
+            job.log.append(Failed(RequestError(LOST)))
+            return
+        take = _take(specification, made) if made.clips else empty_take(job, index)
+        if not stopped:
+            notes = (*take.notes, f"It broke off: {LOST}")
+            take = dataclasses.replace(take, notes=notes, fault=LOST)
+        job.log.append(take)
+
+
+def _take(specification: Specification, made: Made) -> Finished:
+    """The take of the audio that arrived, without the end that it was to have."""
+    request = specification.request
+    rate, channels = made.clips[0].sampling_rate, made.clips[0].channels
+    new = Clip(made.joined(), rate)
+    prompt = request.audio_prompt if request.include_prompt else None
+    prompt = audio.convert(prompt, rate, channels) if prompt else None
+    return Finished(
+        specification.index,
+        audio.join(prompt, new.samples, 0) if prompt else new,
+        dataclasses.replace(request, stereo=channels == 2),
+        prompt.duration_s if prompt else 0.0,
+        new.duration_s / (time.monotonic() - made.began_s),
+        stopped=True,
+    )

@@ -1,0 +1,184 @@
+"""The front of a cluster, over replicas in this process: failover, stops, health, fairness."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from musicgen_ui.backends import ray_replica, ray_serve
+from musicgen_ui.backends.ray_serve import RayBackend, RayJob
+from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished, Progress, Stage, Trouble
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
+from tests.helpers.jobs import read, takes
+from tests.helpers.local import wait_for
+from tests.helpers.ray_cluster import FakeCluster
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_mono) -> Iterator[Callable[[GenerationRequest], Finished]]:
+    """The undisturbed take of a request."""
+    from musicgen_ui.backends.local import LocalBackend
+
+    backend = LocalBackend(device="cpu", precision="float32")
+    yield lambda request: takes(read(backend.submit(request)))[0]
+    backend.close()
+
+
+@pytest.fixture
+def cluster(tiny_mono) -> Iterator[FakeCluster]:
+    made = FakeCluster(tiny_mono)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def front(cluster) -> Iterator[RayBackend]:
+    backend = cluster.front()
+    yield backend
+    backend.close()
+
+
+def ask(checkpoint, **settings) -> GenerationRequest:
+    asked = {"prompt": "80s pop", "duration_s": 0.5, "seed": 7, **settings}
+    return GenerationRequest(checkpoint=str(checkpoint), **asked)
+
+
+def audio(events: list[Event], variation: int = 0) -> np.ndarray:
+    chunks = [e for e in events if isinstance(e, Chunk) and e.variation == variation]
+    samples = 0
+    for chunk in chunks:
+        assert chunk.start_sample == samples
+        samples += chunk.clip.samples.shape[1]
+    return np.concatenate([chunk.clip.samples for chunk in chunks], axis=1)
+
+
+def until_audio(job: RayJob) -> list[Event]:
+    """The events up to the first audio."""
+    found = []
+    for event in job.follow():
+        found.append(event)
+        if isinstance(event, Chunk):
+            break
+    return found
+
+
+def replica_of(cluster: FakeCluster) -> ray_replica.Replica:
+    return next(replica for replica in cluster.replicas if replica._jobs)
+
+
+def test_killed_replica_leaves_the_undisturbed_take(front, cluster, tiny_mono, whole):
+    request = ask(tiny_mono, duration_s=6, do_sample=False)
+    job = front.submit(request)
+    before = audio(until_audio(job))
+    cluster.kill(replica_of(cluster))
+    events = read(job)
+    (take,) = takes(events)
+    alone = whole(request)
+    assert np.array_equal(take.codes, alone.codes) and not take.stopped
+    assert np.array_equal(audio(events), take.clip.samples)
+    assert np.array_equal(take.clip.samples[:, : before.shape[1]], before)
+    assert np.allclose(take.clip.samples, alone.clip.samples, atol=1e-4)
+    assert [len(call) for call in cluster.calls] == [5, 5]
+    assert cluster.calls[1][4].shape[1] >= 10  # the codes that had arrived
+
+
+def test_job_that_loses_two_replicas_ends_with_a_sentence(front, cluster, tiny_mono, monkeypatch):
+    monkeypatch.setattr(cluster, "compose", Poison())
+    for asked in (ask(tiny_mono), ask(tiny_mono, variations=2)):
+        with pytest.raises(RequestError, match="machines that made this failed"):
+            read(front.submit(asked))
+    assert cluster.compose.calls == 2 * 1 + 2 * 2
+
+
+class Poison:
+    """A deployment whose every stream dies."""
+
+    calls = 0
+
+    def remote(self, *_: object) -> Poison:
+        self.calls += 1
+        return self
+
+    async def __anext__(self) -> None:
+        raise RuntimeError("The actor died")
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_take_that_broke_off_keeps_its_audio(front, cluster, tiny_mono):
+    job = front.submit(ask(tiny_mono, duration_s=30))
+    before = audio(until_audio(job))
+    cluster.compose = Poison()
+    cluster.kill(replica_of(cluster))
+    (take,) = takes(read(job))
+    assert take.stopped and take.fault == ray_serve.LOST
+    assert np.array_equal(take.clip.samples[:, : before.shape[1]], before)
+
+
+def test_stop_reaches_the_replica_and_keeps_the_music(front, cluster, tiny_mono):
+    job = front.submit(ask(tiny_mono, duration_s=200))
+    until_audio(job)
+    job.stop()
+    (take,) = takes(read(job))
+    assert take.stopped and 0 < take.clip.duration_s < 200 and take.codes is not None
+    wait_for(lambda: not any(replica._jobs for replica in cluster.replicas))
+
+
+def test_jobs_wait_at_the_front_until_a_row_is_free(tiny_mono):
+    cluster = FakeCluster(tiny_mono, replicas=1, rows=1)
+    front = cluster.front()
+    first = front.submit(ask(tiny_mono, duration_s=100), "a")
+    until_audio(first)
+    second, third = (front.submit(ask(tiny_mono), client) for client in "ab")
+    places = [next(e for e in job.follow() if isinstance(e, Progress)) for job in (second, third)]
+    assert all(progress.stage is Stage.WAITING for progress in places)
+    assert len(cluster.calls) == 1 and front.health().waiting == 2
+    third.stop()  # before it began
+    assert takes(read(third))[0].stopped
+    cluster.add()  # a new replica helps at once
+    assert not takes(read(second))[0].stopped and not first.ended
+    front.close()
+    assert takes(read(first))[0].stopped
+    cluster.close()
+
+
+def test_front_that_is_silent_loses_its_jobs(cluster, tiny_mono, monkeypatch):
+    monkeypatch.setattr(ray_replica, "LEASE_S", 1.0)
+    front = cluster.front()
+    job = front.submit(ask(tiny_mono, duration_s=300))
+    until_audio(job)
+    monkeypatch.setattr(cluster, "broadcast", raiser)
+    wait_for(lambda: not any(replica._jobs for replica in cluster.replicas), 30)
+    front.close()
+
+
+def raiser(*_: object) -> None:
+    raise ConnectionError
+
+
+def test_health_names_the_replica_that_is_ill(front, cluster):
+    wait_for(lambda: len(front.health().replicas) == 2)
+    assert front.health().trouble is None
+    gone = cluster.replicas[0]
+    cluster.kill(gone)
+    wait_for(lambda: not front.health().replicas[gone._name].up)
+    health = front.health()
+    assert health.trouble is None and any(gone._name in text for text in health.warnings)
+    cluster.kill(cluster.replicas[0])
+    wait_for(lambda: front.health().trouble is Trouble.NO_REPLICA)
+
+
+def test_closed_front_takes_no_jobs_and_leaves_no_thread(cluster, tiny_mono):
+    front = cluster.front()
+    job = front.submit(ask(tiny_mono, duration_s=300))
+    until_audio(job)
+    began_s = time.monotonic()
+    front.close()
+    assert time.monotonic() - began_s < ray_serve.CLOSE_S and not front._thread.is_alive()
+    assert takes(read(job))[0].stopped
+    assert isinstance(list(front.submit(ask(tiny_mono)).follow())[-1], Failed)

@@ -1,0 +1,107 @@
+"""A cluster in this process: real replicas and a front, with a handle in place of Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from musicgen_ui.backends.ray_replica import Item, Replica
+from musicgen_ui.backends.ray_serve import RayBackend
+
+
+class KilledError(Exception):
+    """What a stream raises whose replica died."""
+
+
+class Answers:
+    """A broadcast's: asked when they are read, as Ray's."""
+
+    def __init__(self, ask: Callable[[], list[Any]]) -> None:
+        self._ask = ask
+
+    def results(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert timeout_s and return_exceptions
+        return self._ask()
+
+
+class Stream:
+    """The stream of one variation."""
+
+    def __init__(self, cluster: FakeCluster, arguments: tuple[Any, ...]) -> None:
+        self._cluster, self._arguments = cluster, arguments
+        self._replica: Replica | None = None
+        self._items: Any = None
+        self.cancelled = False
+
+    async def __anext__(self) -> Item:
+        while self._replica is None:  # the router waits for one with a free row
+            free = [r for r in self._cluster.replicas if len(r._jobs) < r._rows]
+            if free:
+                self._replica = min(free, key=lambda replica: len(replica._jobs))
+                self._items = self._replica.compose(*self._arguments)
+            else:
+                await asyncio.sleep(0.01)
+        upcoming = asyncio.ensure_future(anext(self._items))
+        try:
+            while not upcoming.done():
+                await asyncio.wait({upcoming}, timeout=0.01)
+                self._check()
+            self._check()
+            item = upcoming.result()
+            self._cluster.items += 1
+            return item
+        finally:
+            upcoming.cancel()
+
+    def _check(self) -> None:
+        if self._replica in self._cluster.silent:
+            raise asyncio.CancelledError
+        if self._replica not in self._cluster.replicas:
+            raise KilledError("The replica died")
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeCluster:
+    """Replicas of a checkpoint that can be killed; `handle` methods as of Serve's handle."""
+
+    def __init__(self, checkpoint: Path, replicas: int = 2, rows: int = 2) -> None:
+        self._checkpoint, self._rows = checkpoint, rows
+        self.replicas: list[Replica] = []
+        self.silent: list[Replica] = []
+        self.items = 0
+        self.calls: list[tuple[Any, ...]] = []
+        for _ in range(replicas):
+            self.add()
+        self.compose = self
+
+    def add(self) -> Replica:
+        options = {"device": "cpu", "precision": "float32", "max_jobs": self._rows}
+        name = f"replica-{len(self.calls)}-{len(self.replicas)}"
+        replica = Replica(options, str(self._checkpoint), name)
+        self.replicas.append(replica)
+        return replica
+
+    def kill(self, replica: Replica) -> None:
+        self.replicas.remove(replica)
+
+    def options(self, stream: bool) -> FakeCluster:
+        assert stream
+        return self
+
+    def remote(self, *arguments: Any) -> Stream:
+        self.calls.append(arguments)
+        return Stream(self, arguments)
+
+    def broadcast(self, method: str, *arguments: Any) -> Answers:
+        return Answers(lambda: [getattr(r, method)(*arguments) for r in self.replicas])
+
+    def front(self) -> RayBackend:
+        return RayBackend(self)
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            replica._backend.close()
