@@ -350,8 +350,8 @@ def describe(source: Source, bytes_a_weight: float = 4) -> CheckpointInfo:
     )
 
 
-def require_melody(source: Source) -> None:
-    """Requires that the checkpoint can follow a melody.
+def require_melody(source: Source, followed: str = "a melody") -> None:
+    """Requires that the checkpoint can follow a melody or chords, as `followed` says.
 
     Raises:
         RequestError: it cannot; the sentence names some that can.
@@ -359,6 +359,7 @@ def require_melody(source: Source) -> None:
     if not config_of(source)["melody"]:
         able = ", ".join(word for word in PUBLISHED if "melody" in word)
         raise RequestError(
-            f"{source.name} cannot follow a melody: choose {able}, or another checkpoint that can.",
+            f"{source.name} cannot follow {followed}: choose {able}, or another checkpoint that "
+            "can.",
             "checkpoint",
         )

@@ -75,7 +75,9 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
     for row in rows.read(file):
         try:
             found = of_rows.of(row)
-            if said := refusal(*_model(found[0]), "melody" in found[0].clips):
+            if said := refusal(
+                *_model(found[0]), "melody" in found[0].clips, found[0].request.chords
+            ):
                 raise RequestError(said)
             pieces += found
         except Exception as error:
@@ -94,9 +96,9 @@ def _model(piece: Piece) -> tuple[str, bool]:
     return piece.request.checkpoint, piece.request.stereo
 
 
-def _refusal(checkpoint: str, stereo: bool, melody: bool) -> str:
+def _refusal(checkpoint: str, stereo: bool, melody: bool, chords: str) -> str:
     clip = rows.STAND_IN if melody else None
-    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip)
+    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip, chords=chords)
     try:
         generate.check_checkpoint(asked)
     except RequestError as error:

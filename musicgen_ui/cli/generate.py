@@ -242,8 +242,8 @@ def check_checkpoint(request: GenerationRequest) -> None:
     if request.checkpoint != "auto":
         source = registry.resolve(request.checkpoint, request.stereo)
         registry.describe(source)
-        if request.melody:
-            registry.require_melody(source)
+        if request.followed:
+            registry.require_melody(source, request.followed)
 
 
 class Interruption:

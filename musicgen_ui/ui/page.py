@@ -176,7 +176,11 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
             place(request.top_p)
         place(form.reset_sampling)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        place(request.negative_prompt)
+        place(request.negative_prompt, form.chord_column)
+        with form.chord_column:
+            place(request.chords)
+            with gr.Row():
+                place(request.time_signature, request.chord_strength)
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, form.restore)
@@ -241,10 +245,19 @@ def request_fields(settings: PageOptions) -> RequestFields:
         key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
         ),
+        time_signature=textbox(
+            "time_signature", "of the chords; a bar has so many beats", value="4/4"
+        ),
         audio_prompt=clip("audio_prompt"),
         context_s=slider("context_s", 0.5, "seconds of its end; 0 is all that fits"),
         include_prompt=switch("include_prompt", "off gives the continuation alone"),
         melody=clip("melody"),
+        chords=textbox(
+            "chords",
+            "a bar each, followed approximately; commas divide a bar; Tempo counts",
+            placeholder="C G A:min F,G:7",
+        ),
+        chord_strength=slider("chord_strength", 0.1, "1 is as a melody"),
         checkpoint=gr.Dropdown(
             [settings.checkpoint],
             value=settings.checkpoint,
@@ -328,6 +341,7 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             file_types=["audio"],
             render=False,
         ),
+        chord_column=gr.Column(visible=False, elem_id="chord_column", render=False),
         generate=gr.Button(
             "Generate", variant="primary", size="lg", elem_id="generate", render=False
         ),

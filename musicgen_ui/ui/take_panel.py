@@ -182,6 +182,7 @@ def facts_line(take: ShownTake) -> str:
         facts.append(("after your clip of", f"{s['prompt_s']:.1f} s"))
     if s.get("melody_s"):
         facts.append(("follows a melody of", f"{s['melody_s']:.1f} s"))
+    facts += [("chords", s["chords"])] if s["chords"] else []
     facts.append(("guidance", f"{s['guidance_scale']:g}"))
     if s["do_sample"]:
         facts += [("temperature", f"{s['temperature']:g}"), ("top-k", s["top_k"])]
