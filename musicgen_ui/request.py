@@ -141,7 +141,13 @@ class GenerationRequest:
         -1, "Seed", "the same seed gives the same take; -1 draws one", -1, MAX_SEED
     )
     variations: int = _setting(
-        1, "Variations", "takes at once, with the seeds seed, seed + 1 …", 1, 4
+        1, "Variations", "takes at once, with the seeds seed, seed + 1 …", 1, 8
+    )
+    keep: int = _setting(
+        0, "Keep", "how many of the variations are kept, the best by their score; 0 is all", 0, 8
+    )
+    rank_by_prompt: bool = _setting(
+        False, "Rank by prompt", "CLAP judges how well takes fit the words; downloaded once, 0.8 GB"
     )
     normalize: bool = _setting(False, "Even loudness", "bring the finished file to -14 LUFS")
 
@@ -218,7 +224,12 @@ class GenerationRequest:
     def variation(self, index: int) -> GenerationRequest:
         """The request for one of the variations alone: its seed is `seed + index`."""
         seed = (self.seed + index) % (MAX_SEED + 1)
-        return dataclasses.replace(self, seed=seed, variations=1)
+        return dataclasses.replace(self, seed=seed, variations=1, keep=0)
+
+    @property
+    def takes(self) -> int:
+        """How many takes come of it."""
+        return min(self.keep or self.variations, self.variations)
 
     def settings(self) -> dict[str, Any]:
         """The fields that a JSON file can hold, in order: everything but the clips."""

@@ -61,13 +61,15 @@ def local_backend(chosen: Settings) -> StartingBackend:
     """The real backend, built and warmed up in the background."""
 
     def build() -> Backend:
+        from musicgen_ui.backends.clap import Clap
         from musicgen_ui.backends.local import LocalBackend
+        from musicgen_ui.backends.ranking import Ranking
 
         # The libraries and the page stay until the end: the garbage collector need not look through
         # them, which held all threads up for a third of a second each time.
         gc.collect()
         gc.freeze()
-        return LocalBackend(
+        backend = LocalBackend(
             device=chosen.device,
             precision=chosen.precision,
             budget_bytes=round(chosen.memory_gb * 1e9) or None,
@@ -76,6 +78,7 @@ def local_backend(chosen: Settings) -> StartingBackend:
             allow_any=chosen.any_checkpoint,
             also=chosen.listed_checkpoints,
         )
+        return Ranking(backend, Clap(may_download=chosen.any_checkpoint))
 
     return StartingBackend(build, chosen.checkpoint)
 
@@ -368,9 +371,10 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
     try:
         with stop_signals(leave_at_once):
             if backend is None and os.environ.get("SPACES_ZERO_GPU"):
+                from musicgen_ui.backends.ranking import Ranking
                 from musicgen_ui.backends.zerogpu import ZeroBackend
 
-                backend = ZeroBackend(chosen.checkpoint)
+                backend = Ranking(ZeroBackend(chosen.checkpoint))
             demo, temporary = launch(chosen, backend)
             with stop_signals(asked.put):
                 try:

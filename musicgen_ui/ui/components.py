@@ -51,6 +51,8 @@ class Updates(TypedDict, total=False):
     top_p: object
     seed: object
     variations: object
+    keep: object
+    rank_by_prompt: object
     normalize: object
     status_line: object
     unload: object
@@ -126,6 +128,8 @@ class RequestFields:
     top_p: gr.Slider
     seed: gr.Number
     variations: gr.Slider
+    keep: gr.Slider
+    rank_by_prompt: gr.Checkbox
     normalize: gr.Checkbox
 
 

@@ -176,7 +176,10 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
             place(request.top_p)
         place(form.reset_sampling)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-        place(request.negative_prompt, form.chord_column)
+        place(request.negative_prompt)
+        with gr.Row(elem_id="best"):
+            place(request.keep, request.rank_by_prompt)
+        place(form.chord_column)
         with form.chord_column:
             place(request.chords)
             with gr.Row():
@@ -276,6 +279,8 @@ def request_fields(settings: PageOptions) -> RequestFields:
         top_p=slider("top_p", 0.01, "draw from this total share; 0 is off"),
         seed=number("seed", "-1 draws one for each take"),
         variations=slider("variations", 1, "takes at once"),
+        keep=slider("keep", 1, "the best of the variations; 0 is all"),
+        rank_by_prompt=switch("rank_by_prompt", "the best by the words, not by faults alone"),
         normalize=switch("normalize"),
     )
 

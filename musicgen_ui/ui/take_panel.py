@@ -194,6 +194,7 @@ def facts_line(take: ShownTake) -> str:
     facts += [(f"from {start_s:g} s", words or "the prompt") for start_s, words in s["sections"]]
     facts += [("tempo", f"{s['tempo_bpm']:g} bpm")] if s["tempo_bpm"] else []
     facts += [("key", s["key"])] if s["key"] else []
+    facts += [("score", f"{s['score']:.2f}")] if "score" in s else []
     facts.append(("sound", "stereo" if s["channels"] == 2 else "mono"))
     if s["normalize"]:
         facts.append(("loudness", "even"))

@@ -42,6 +42,8 @@ EVERYTHING = GenerationRequest(
     top_p=0.5,
     seed=2**32 - 1,
     variations=2,
+    keep=2,
+    rank_by_prompt=True,
     normalize=True,
 )
 
