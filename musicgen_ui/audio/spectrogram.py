@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import io
-import math
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ import numpy as np
 
 from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio.chords import PlacedChord
 from musicgen_ui.audio.clip import Chroma, Clip
 
 if TYPE_CHECKING:
@@ -39,8 +37,7 @@ TEXT_PT = 16  # legible where the page shows the picture at 40 % of its width
 GROUND, INK = "#12141c", "#e6e8ef"
 TOP_PX, BOTTOM_PX = 36, 64  # around the drawings, for their words
 MELODY_HEIGHT_PX = 150
-MELODY_GROUND, MELODY_INK, CHORD_INK = "#1d2030", "#2dd4bf", "#fbbf2499"
-CHORD_LETTER_PX = 14  # of a chord's name
+MELODY_GROUND, MELODY_INK = "#1d2030", "#2dd4bf"
 CHORDS_SAID = 8  # in words
 NOTES = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")  # of the chroma
 
@@ -55,7 +52,7 @@ def png(clip: Clip, prompt_s: float = 0.0, melody: Chroma | None = None) -> byte
     """The mel spectrogram as a PNG.
 
     Both channels are shown when the clip is stereo; the first `prompt_s` seconds are marked as
-    the audio prompt. Melody and chords that the rest followed are drawn below, on the same seconds.
+    the audio prompt. The melody that the rest followed is drawn below, on the same seconds.
     """
     drawn = _drawn(clip, prompt_s, melody)
     # A figure and its parts refer to each other, and hold 4 MB that Python does not count. It looks
@@ -192,49 +189,26 @@ def _draw_scale(axes: Axes, image: Any) -> None:
 
 
 def _draw_melody(axes: Axes, melody: Chroma, start_s: float, seconds: tuple[float, float]) -> None:
-    """The strongest pitch class of each moment, the tune without its octaves, and the chords."""
+    """The strongest pitch class of each moment: the tune, without its octaves."""
     from matplotlib.colors import to_rgb
 
-    if len(melody.classes):
-        columns = np.eye(len(NOTES), dtype=bool)[melody.classes].T  # [classes, columns]
-        end_s = start_s + columns.shape[1] * melody.column_s
-        axes.imshow(
-            np.where(columns[..., None], to_rgb(MELODY_INK), to_rgb(MELODY_GROUND)),
-            origin="lower",
-            aspect="auto",
-            extent=(start_s, end_s, -0.5, len(NOTES) - 0.5),
-            interpolation="nearest",
-        )
-    _draw_chords(axes, melody.chords, start_s, seconds)
+    columns = np.eye(len(NOTES), dtype=bool)[melody.classes].T  # [classes, columns]
+    end_s = start_s + columns.shape[1] * melody.column_s
+    axes.imshow(
+        np.where(columns[..., None], to_rgb(MELODY_INK), to_rgb(MELODY_GROUND)),
+        origin="lower",
+        aspect="auto",
+        extent=(start_s, end_s, -0.5, len(NOTES) - 0.5),
+        interpolation="nearest",
+    )
     axes.set_facecolor(GROUND)
     axes.set_xlim(seconds)
     named = [place for place, note in enumerate(NOTES) if note in "CEGB"]
     axes.set_yticks(named, [NOTES[place] for place in named])
-    axes.set_ylabel("melody" if len(melody.classes) else "chords", color=INK, fontsize=TEXT_PT)
+    axes.set_ylabel("melody", color=INK, fontsize=TEXT_PT)
     axes.tick_params(colors=INK, labelsize=TEXT_PT)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _draw_chords(
-    axes: Axes, chords: tuple[PlacedChord, ...], start_s: float, seconds: tuple[float, float]
-) -> None:
-    """A bar for each note of a chord, and above it the chord's name where there is room."""
-    axes.set_ylim(-0.5, len(NOTES) + (2.5 if chords else -0.5))
-    for class_ in range(len(NOTES)):
-        spans = [
-            (start_s + placed.start_s, placed.end_s - placed.start_s)
-            for placed in chords
-            if class_ in placed.chord.classes
-        ]
-        axes.broken_barh(spans, (class_ - 0.3, 0.6), facecolor=CHORD_INK)
-    free_s = -math.inf  # from when on there is room for a name
-    for placed in chords:
-        at_s = start_s + placed.start_s
-        if at_s >= free_s:
-            axes.text(at_s, len(NOTES) - 0.3, placed.chord.name, color=INK, fontsize=TEXT_PT)
-            width = (len(placed.chord.name) + 1) * CHORD_LETTER_PX / WIDTH_PX
-            free_s = at_s + width * (seconds[1] - seconds[0])
 
 
 def _mark_prompt(rows: list[Axes], prompt_s: float) -> None:

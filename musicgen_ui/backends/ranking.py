@@ -57,9 +57,7 @@ class Ranking:
 
     def submit(self, request: GenerationRequest, client: str = "") -> Job:
         """See `Backend.submit`."""
-        # What a listener changed while it was made stays as it is.
-        redrawn = request.checkpoint in ("auto", *BUNDLED) and not request.steered
-        if request.live or not (request.keep or redrawn):
+        if not request.keep and request.checkpoint not in ("auto", *BUNDLED):
             return self.backend.submit(request, client)
         job = RelayedJob(request, client)
         # In the context of the caller: ZeroGPU counts by the visitor whom Gradio names there.
@@ -159,7 +157,7 @@ class Ranking:
                     f"{event.request.seed} was drawn instead."
                 )
                 take = dataclasses.replace(
-                    event, variation=before.variation, notes=(*event.notes, note)
+                    event, variation=before.variation, redrawn=True, notes=(*event.notes, note)
                 )
                 if _is_unusable(take):
                     left[event.variation] = take

@@ -77,6 +77,7 @@ class Finished:
     fault: str = ""  # why it ended early, in a sentence, where the user did not stop it
     melody: Chroma | None = None  # what the new music followed
     score: float | None = None  # by which the variations of a job were ranked; higher is better
+    redrawn: bool = False  # in place of an unusable take, whose music the chunks are
     # int16 [codebooks, frames]: the codes that the codec decoded for this take, the last
     # `context_frames` of the audio prompt first, then all new ones. They end where `clip` ends, so
     # they are `clip.codes` too. In stereo the rows alternate, left first. None where nothing was

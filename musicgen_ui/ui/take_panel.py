@@ -80,7 +80,8 @@ def group(saved: Iterable[Saved], job: str = "") -> Group:
     found: Group = []
     for each in saved:
         if each.take:
-            found.append(shown(each.take, job if each.variation == 0 else ""))
+            streamed = each.variation == 0 and not each.redrawn
+            found.append(shown(each.take, job if streamed else ""))
         elif each.error:
             found.append(unsaved(each.error))
     return found

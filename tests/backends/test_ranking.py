@@ -133,6 +133,7 @@ def test_bundled_takes_are_drawn_again_with_the_next_seed():
     # 13 and 14 take the places of 10 and 12; 13 is stuck too, so 15 takes its place.
     assert {v: take.request.seed for v, take in found.items()} == {0: 15, 1: 11, 2: 14}
     assert "The take of seed 12 was stuck on one sound, so seed 14 was drawn" in found[2].notes[-1]
+    assert {v for v, take in found.items() if take.redrawn} == {0, 2}
     assert not found[1].notes and not any(
         isinstance(e, Progress) and e.variation > 2 for e in events
     )

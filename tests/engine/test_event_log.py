@@ -45,13 +45,13 @@ def test_readers_on_loops_and_threads_see_all_events_in_order():
 
 
 def test_a_log_ends_with_its_last_variation_or_with_a_failure():
-    log = EventLog(takes=2)
+    log = EventLog(variations=2)
     log.append(finished(1))
     assert not log.ended
     log.append(finished(0))
     log.append(Progress(Stage.COMPOSING))
     assert log.ended and len(log) == 2
-    failing = EventLog(takes=2)
+    failing = EventLog(variations=2)
     failing.append(Failed(RequestError("No room.")))
     assert failing.ended
 
