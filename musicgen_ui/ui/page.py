@@ -230,20 +230,7 @@ def request_fields(settings: PageOptions) -> RequestFields:
             placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
         ),
         negative_prompt=textbox("negative_prompt"),
-        sections=gr.Dataframe(
-            section_rows([]),
-            headers=["From", "these words join"],
-            datatype="str",
-            type="array",
-            column_count=2,
-            column_widths=["32%", "68%"],
-            interactive=True,
-            wrap=True,
-            buttons=[],
-            label=FIELDS["sections"].metadata["label"],
-            elem_id="sections",
-            render=False,
-        ),
+        sections=sections_table(),
         tempo_bpm=number("tempo_bpm", "beats a minute; 0 is open"),
         key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
@@ -282,6 +269,24 @@ def request_fields(settings: PageOptions) -> RequestFields:
         keep=slider("keep", 1, "the best of the variations; 0 is all"),
         rank_by_prompt=switch("rank_by_prompt", "the best by the words, not by faults alone"),
         normalize=switch("normalize"),
+    )
+
+
+def sections_table() -> gr.Dataframe:
+    """The rows of `GenerationRequest.sections`."""
+    return gr.Dataframe(
+        section_rows([]),
+        headers=["From", "these words join"],
+        datatype="str",
+        type="array",
+        column_count=2,
+        column_widths=["32%", "68%"],
+        interactive=True,
+        wrap=True,
+        buttons=[],
+        label=FIELDS["sections"].metadata["label"],
+        elem_id="sections",
+        render=False,
     )
 
 
