@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from musicgen_ui.audio import chords
+from musicgen_ui.audio.chords import Progression
 from musicgen_ui.audio.clip import SILENCE, Clip
 from musicgen_ui.errors import RequestError
 
@@ -31,9 +33,12 @@ MIN_NEW_S = 0.5  # new audio that every window has room for
 MIN_MELODY_S = 0.5  # a column of chroma needs about that much
 MAX_SEED = 2**32 - 1
 PROMPT_CHARACTERS = 2000
+CHORDS_CHARACTERS = 1000
 SECTIONS_CHARACTERS = 6000  # in all: libsndfile writes up to 50 kB into a WAV's comment
 TONICS = "C C# Db D D# Eb E F F# Gb G G# Ab A A# Bb B".split()  # noqa: SIM905
 KEYS = [f"{tonic} {mode}" for tonic in TONICS for mode in ("major", "minor")]
+TIME_SIGNATURE = re.compile(r"([1-9]|[12]\d|3[0-2])/(?:1|2|4|8|16|32)")
+CHORDS_TEMPO_BPM = 120.0  # where none is given: chords are placed by bars
 SWITCH_WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
@@ -74,6 +79,9 @@ class GenerationRequest:
     key: str = _setting(
         "", "Key", "such as C minor or F# major, added to the words; empty leaves it open", 0, 20
     )
+    time_signature: str = _setting(
+        "4/4", "Time signature", "beats of the tempo in a bar of the chords, such as 3/4", 0, 5
+    )
     audio_prompt: Clip | None = field(
         default=None, metadata=_about("Audio prompt", "a clip to continue")
     )
@@ -89,6 +97,16 @@ class GenerationRequest:
     melody: Clip | None = field(
         default=None,
         metadata=_about("Melody", "a clip whose tune is followed, from a melody checkpoint"),
+    )
+    chords: str = _setting(
+        "",
+        "Chords",
+        "a bar each, such as C G A:min F,G, from a melody checkpoint; empty is none",
+        0,
+        CHORDS_CHARACTERS,
+    )
+    chord_strength: float = _setting(
+        1.0, "Chord strength", "how strongly the chords are followed: 1 as a melody is", 0.1, 2.5
     )
     checkpoint: str = _setting(
         "auto", "Checkpoint", "a checkpoint's name, Hub id or folder", 0, 500
@@ -123,7 +141,13 @@ class GenerationRequest:
         -1, "Seed", "the same seed gives the same take; -1 draws one", -1, MAX_SEED
     )
     variations: int = _setting(
-        1, "Variations", "takes at once, with the seeds seed, seed + 1 …", 1, 4
+        1, "Variations", "takes at once, with the seeds seed, seed + 1 …", 1, 8
+    )
+    keep: int = _setting(
+        0, "Keep", "how many of the variations are kept, the best by their score; 0 is all", 0, 8
+    )
+    rank_by_prompt: bool = _setting(
+        False, "Rank by prompt", "CLAP judges how well takes fit the words; downloaded once, 0.8 GB"
     )
     normalize: bool = _setting(False, "Even loudness", "bring the finished file to -14 LUFS")
 
@@ -137,6 +161,8 @@ class GenerationRequest:
             RequestError: a value is of the wrong kind or outside its limits.
         """
         request = cls(**{name: coerce(name, value) for name, value in values.items()})
+        if request.chords and not request.tempo_bpm:
+            request = dataclasses.replace(request, tempo_bpm=CHORDS_TEMPO_BPM)
         if request.sections and request.sections[-1][0] >= request.duration_s:
             raise RequestError(
                 f"A section starts at {request.sections[-1][0]:g} s, but the piece ends at "
@@ -174,6 +200,21 @@ class GenerationRequest:
         starts = (0.0, *(start_s for start_s, _ in self.sections))
         return list(dict.fromkeys(map(self.words, starts)))
 
+    @property
+    def progression(self) -> Progression | None:
+        """The chords in time; None without any."""
+        if not self.chords:
+            return None
+        beats = int(self.time_signature.partition("/")[0])
+        bar_s = beats * 60 / (self.tempo_bpm or CHORDS_TEMPO_BPM)
+        return Progression(chords.parse(self.chords), bar_s)
+
+    @property
+    def followed(self) -> str:
+        """What only a melody checkpoint can follow, in words; "" without any."""
+        parts = ["a melody"] * (self.melody is not None) + ["chords"] * bool(self.chords)
+        return " and ".join(parts)
+
     def with_seed(self) -> GenerationRequest:
         """The same request with a drawn seed where it said -1."""
         if self.seed >= 0:
@@ -183,7 +224,12 @@ class GenerationRequest:
     def variation(self, index: int) -> GenerationRequest:
         """The request for one of the variations alone: its seed is `seed + index`."""
         seed = (self.seed + index) % (MAX_SEED + 1)
-        return dataclasses.replace(self, seed=seed, variations=1)
+        return dataclasses.replace(self, seed=seed, variations=1, keep=0)
+
+    @property
+    def takes(self) -> int:
+        """How many takes come of it."""
+        return min(self.keep or self.variations, self.variations)
 
     def settings(self) -> dict[str, Any]:
         """The fields that a JSON file can hold, in order: everything but the clips."""
@@ -260,7 +306,7 @@ def coerce(name: str, value: Any) -> Any:
         return tuple(_sections(spec, value))
     if isinstance(spec.default, str):
         text = _text(spec, value) or spec.default
-        return _key(spec, text) if name == "key" else text
+        return TEXT_CHECKS[name](spec, text) if name in TEXT_CHECKS else text
     return _switch(spec, value) if isinstance(spec.default, bool) else _number(spec, value)
 
 
@@ -309,6 +355,20 @@ def _key(spec: dataclasses.Field[Any], text: str) -> str:
     if typed not in keys:
         raise _refusal(spec, f"must be like C minor or F# major, or empty, not {_shown(text)}.")
     return keys[typed]
+
+
+def _chords(_: dataclasses.Field[Any], text: str) -> str:
+    chords.parse(text)
+    return " ".join(text.split())
+
+
+def _time_signature(spec: dataclasses.Field[Any], text: str) -> str:
+    if not TIME_SIGNATURE.fullmatch(text.replace(" ", "")):
+        raise _refusal(spec, f"must be like 4/4, 3/4 or 6/8, not {_shown(text)}.")
+    return text.replace(" ", "")
+
+
+TEXT_CHECKS = {"key": _key, "chords": _chords, "time_signature": _time_signature}
 
 
 def _sections(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, str]]:

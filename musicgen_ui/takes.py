@@ -96,6 +96,7 @@ RESULTS: dict[str, Callable[[Any], bool]] = {
     "sampling_rate": _is_amount,
     "channels": _is_amount,
     "speed_x": _is_amount,
+    "score": _is_number,
     "stopped": _is_flag,
     "gain_db": _is_number,  # that `normalize` took; samples and codes differ by it
     "id": _is_id,
@@ -380,6 +381,7 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
         "stopped": finished.stopped,
         "gain_db": round(gain_db, 4),
     }
+    settings |= {} if finished.score is None else {"score": finished.score}
     if origin is None and (went_on := request.audio_prompt):
         parent = sidecar.sound_id(went_on)
         origin = Origin(parent, Operation.CONTINUE, went_on.duration_s)

@@ -52,6 +52,7 @@ def test_fields_have_label_help_and_limits():
         ({"prompt": "x" * 2001}, "Prompt has 2,001 characters: shorten it to 2,000."),
         ({"audio_prompt": "song.wav"}, "Audio prompt must be audio, or left empty."),
         ({"melody": clip()}, "The melody is silent: choose a clip with a tune in it."),
+        ({"time_signature": "4"}, "Time signature must be like 4/4, 3/4 or 6/8, not “4”."),
         ({"melody": clip(0.25)}, "The melody is 0.25 s short: choose a clip of at least 0.5 s."),
     ],
 )
@@ -127,3 +128,25 @@ def test_replacing_a_field_validates_nothing(monkeypatch):
     for index in range(4):
         assert parsed.with_seed().variation(index).variations == 1
     assert dataclasses.replace(parsed, checkpoint="small").melody is parsed.melody
+
+
+def test_chords_set_a_tempo_where_none_is_given():
+    request = GenerationRequest.parse({"chords": " C   G ", "time_signature": "3 / 4"})
+    assert (request.chords, request.tempo_bpm, request.time_signature) == ("C G", 120, "3/4")
+    assert request.progression.bar_s == 1.5 and "bpm: 120" in request.words()
+    slower = GenerationRequest.parse({"chords": "C", "tempo_bpm": 60})
+    assert slower.tempo_bpm == 60 and slower.progression.bar_s == 4
+    assert GenerationRequest.parse({}).progression is None
+
+
+def test_chords_refusal_names_the_chord():
+    error = refusal(chords="C H:min F")
+    assert error.field == "chords"
+    assert str(error).startswith("“H:min” is no chord: write a root from A to G")
+
+
+def test_followed_is_what_a_melody_checkpoint_is_needed_for():
+    tune = Clip(np.ones((1, 100), np.float32), 100)
+    assert GenerationRequest().followed == ""
+    assert GenerationRequest(chords="C").followed == "chords"
+    assert GenerationRequest(chords="C", melody=tune).followed == "a melody and chords"

@@ -7,12 +7,14 @@
  *   channels: number }} Edges see `audio/spectrogram_image.py`
  * @typedef {{ low: Int8Array, high: Int8Array, columns: number, column_s: number }} Peaks
  * @typedef {{ classes: Uint8Array, column_s: number }} Melody
+ * @typedef {[start_s: number, end_s: number, name: string, classes: number[]]} Chord
  * @typedef {{ duration_s: number, prompt_s: number, context_s: number,
- *   sections: [number, string][], peaks: Peaks, image: HTMLImageElement | null,
+ *   chords: Chord[], sections: [number, string][], peaks: Peaks, image: HTMLImageElement | null,
  *   edges: Edges | null, melody: Melody | null }} Shown
  * @typedef {{ from_s: number, to_s: number }} Span what is in view
  */
 
+const CHORD_INK = 'rgb(251 191 36 / .5)';
 export const RULER_PX = 26;
 const WAVE = 0.3, MELODY = 0.16; // of the height below the ruler
 const WAVE_INK = '#2dd4bf', CLIP_INK = '#94a3b8', INK = '#e6e8ef', QUIET = '#a3a9b8';
@@ -81,7 +83,7 @@ export class Picture {
   rows(shown) {
     const all = this.height - RULER_PX;
     const drawn = shown.image !== null && shown.edges !== null;
-    const melody = shown.melody ? Math.round(all * MELODY) : 0;
+    const melody = shown.melody || shown.chords.length ? Math.round(all * MELODY) : 0;
     const wave = drawn ? Math.round(all * WAVE) : all - melody;
     const level = all - wave - melody;
     const top = RULER_PX + wave;
@@ -121,7 +123,7 @@ export class Picture {
     pen.textBaseline = 'middle';
     if (rows.level.height) this.draw_level(shown, rows.level);
     this.draw_wave(shown, rows.wave);
-    if (shown.melody) this.draw_melody(shown.melody, shown.prompt_s, rows.melody);
+    if (rows.melody.height) this.draw_notes(shown, rows.melody);
     this.draw_ruler();
     this.draw_marks(shown, rows.wave);
   }
@@ -176,14 +178,46 @@ export class Picture {
   }
 
   /**
+   * What the music followed, by pitch class.
+   * @param {Shown} shown
+   * @param {{ top: number, height: number }} row
+   */
+  draw_notes({ melody, chords, prompt_s }, row) {
+    this.pen.fillStyle = '#1d2030';
+    this.pen.fillRect(0, row.top, this.width, row.height);
+    if (melody?.classes.length) this.draw_melody(melody, prompt_s, row);
+    this.draw_chords(chords, row);
+    if (melody?.classes.length) this.label('melody', 4, row.top + row.height - 9);
+  }
+
+  /**
+   * A bar for each note of a chord, and its name where there is room.
+   * @param {Chord[]} chords
+   * @param {{ top: number, height: number }} row
+   */
+  draw_chords(chords, { top, height }) {
+    const { pen } = this, each = height / NOTES.length;
+    let free = 0;
+    for (const [from_s, to_s, name, pitches] of chords) {
+      const left = this.x_of(from_s), right = this.x_of(to_s);
+      if (right < 0 || left > this.width) continue;
+      pen.fillStyle = CHORD_INK;
+      for (const pitch of pitches)
+        pen.fillRect(left, top + height - (pitch + 0.8) * each, right - left - 1, 0.6 * each);
+      const x = Math.max(left, 0) + 4, width = pen.measureText(name).width + 8;
+      if (x < free || x + width > right) continue;
+      this.label(name, x, top + 9);
+      free = x + width;
+    }
+  }
+
+  /**
    * @param {Melody} melody
    * @param {number} start_s
    * @param {{ top: number, height: number }} row
    */
   draw_melody({ classes, column_s }, start_s, { top, height }) {
     const { pen } = this, each = height / NOTES.length;
-    pen.fillStyle = '#1d2030';
-    pen.fillRect(0, top, this.width, height);
     pen.fillStyle = WAVE_INK;
     classes.forEach((pitch, column) => {
       const left = this.x_of(start_s + column * column_s);
@@ -191,7 +225,6 @@ export class Picture {
       if (right > 0 && left < this.width)
         pen.fillRect(left, top + height - (pitch + 1) * each, right - left + 0.3, each);
     });
-    this.label('melody', 4, top + 9);
   }
 
   draw_ruler() {

@@ -14,6 +14,7 @@ import { Sound } from './sound.js';
  * @typedef {{ url: string } | null} File
  * @typedef {{ id: string, job: string, as_streamed: boolean, title: string, wav: File,
  *   duration_s: number, prompt_s: number, context_s: number, sections: [number, string][],
+ *   chords: import('./picture.js').Chord[],
  *   picture: File, edges: import('./picture.js').Edges | null, alt: string,
  *   peaks: string, peak_s: number, melody: string, melody_s: number, tempo_bpm: number }} Take from the server
  */
@@ -63,7 +64,7 @@ export class View {
     /** @type {[number, number] | null} */
     this.region = null; // while it is dragged
     /** @type {Shown} */
-    this.shown = { duration_s: 0, prompt_s: 0, context_s: 0, sections: [], peaks: no_peaks(),
+    this.shown = { duration_s: 0, prompt_s: 0, context_s: 0, chords: [], sections: [], peaks: no_peaks(),
       image: null, edges: null, melody: null };
     sound.addEventListener('change', () => this.refresh());
     sound.addEventListener('samples', (event) => {
@@ -127,7 +128,7 @@ export class View {
     this.left = '';
     this.take = null;
     this.source = '';
-    this.show({ duration_s: total_s, prompt_s: 0, context_s: 0, sections: [], peaks: no_peaks(),
+    this.show({ duration_s: total_s, prompt_s: 0, context_s: 0, chords: [], sections: [], peaks: no_peaks(),
       image: null, edges: null, melody: null });
     this.sound.open(this.sound.selected, { url: `jobs/${job}/audio`, session, live: true });
     this.sound.play();
@@ -153,7 +154,7 @@ export class View {
     const melody = take.melody
       ? { classes: bytes_of(take.melody), column_s: take.melody_s } : null;
     this.show({ duration_s: take.duration_s, prompt_s: take.prompt_s, context_s: take.context_s,
-      sections: take.sections, peaks, image: null, edges: take.edges, melody }, known);
+      chords: take.chords, sections: take.sections, peaks, image: null, edges: take.edges, melody }, known);
     this.find('alt').textContent = take.alt;
     if (take.picture) this.load_picture(take);
     if (this.next === take.id && !this.sound.playing) this.toggle();

@@ -16,6 +16,7 @@ import soundfile
 import soxr
 
 from musicgen_ui import files
+from musicgen_ui.audio.chords import PlacedChord
 
 SILENCE = 1e-4  # -80 dBFS
 CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
@@ -59,10 +60,11 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Chroma:
-    """A melody's strongest pitch class over time, as the music followed it."""
+    """What new music followed over time: a melody's strongest pitch class, chords, or both."""
 
-    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B
+    classes: np.ndarray  # uint8 [columns]; 0 is C, 11 is B; empty without a melody
     column_s: float  # seconds from column to column
+    chords: tuple[PlacedChord, ...] = ()
 
 
 def cancels(samples: np.ndarray) -> bool:

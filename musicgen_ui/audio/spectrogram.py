@@ -38,6 +38,7 @@ GROUND, INK = "#12141c", "#e6e8ef"
 TOP_PX, BOTTOM_PX = 36, 64  # around the drawings, for their words
 MELODY_HEIGHT_PX = 150
 MELODY_GROUND, MELODY_INK = "#1d2030", "#2dd4bf"
+CHORDS_SAID = 8  # in words
 NOTES = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")  # of the chroma
 
 
@@ -228,14 +229,20 @@ def _mark_prompt(rows: list[Axes], prompt_s: float) -> None:
 
 def alt_text(clip: Clip, prompt_s: float = 0.0, melody: Chroma | None = None) -> str:
     """The picture in words: length, channels, loudness, where most of the energy lies; the notes of
-    the melody, most of the time first.
+    the melody, most of the time first; the first chords.
     """
     text = _sound(clip, prompt_s)
     if melody is None:
         return text
-    counts = np.bincount(melody.classes, minlength=len(NOTES))
-    notes = [NOTES[place] for place in np.argsort(-counts, kind="stable")[: np.sum(counts > 0)]]
-    return f"{text} Below it the melody that it follows: {', '.join(notes)}."
+    if len(melody.classes):
+        counts = np.bincount(melody.classes, minlength=len(NOTES))
+        notes = [NOTES[place] for place in np.argsort(-counts, kind="stable")[: np.sum(counts > 0)]]
+        text += f" Below it the melody that it follows: {', '.join(notes)}."
+    if melody.chords:
+        names = [placed.chord.name for placed in melody.chords[:CHORDS_SAID]]
+        more = ", …" if len(melody.chords) > CHORDS_SAID else ""
+        text += f" Below it the chords that it follows: {', '.join(names)}{more}."
+    return text
 
 
 def _sound(clip: Clip, prompt_s: float) -> str:

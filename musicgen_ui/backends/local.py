@@ -242,8 +242,8 @@ class LocalBackend:
 
     def _source(self, request: GenerationRequest) -> Source:
         source = self._resolve(request.checkpoint, request.stereo)
-        if request.melody:
-            registry.require_melody(source)
+        if request.followed:
+            registry.require_melody(source, request.followed)
         return registry.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:

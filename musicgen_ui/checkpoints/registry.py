@@ -359,8 +359,8 @@ def _download_bytes(source: Source, config: Configuration) -> int:
     return memory.count_parameters(config) * 4  # published in float32
 
 
-def require_melody(source: Source) -> None:
-    """Requires that the checkpoint can follow a melody.
+def require_melody(source: Source, followed: str = "a melody") -> None:
+    """Requires that the checkpoint can follow a melody or chords, as `followed` says.
 
     Raises:
         RequestError: it cannot; the sentence names some that can.
@@ -368,6 +368,7 @@ def require_melody(source: Source) -> None:
     if not config_of(source)["melody"]:
         able = ", ".join(word for word in PUBLISHED if "melody" in word)
         raise RequestError(
-            f"{source.name} cannot follow a melody: choose {able}, or another checkpoint that can.",
+            f"{source.name} cannot follow {followed}: choose {able}, or another checkpoint that "
+            "can.",
             "checkpoint",
         )

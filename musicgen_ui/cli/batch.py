@@ -50,7 +50,7 @@ def run(flags: argparse.Namespace) -> int:
     folder = generate.output_path(flags.output)
     made = {file.stem.partition("-")[2] for file in folder.glob("*.flac")}  # the last to be written
     waiting = [piece for piece in pieces if piece.asked not in made]
-    tally.before = len(pieces) - len(waiting)
+    tally.before = _count(pieces) - _count(waiting)
     with generate.stop_on_interrupt() as interruption:
         if waiting:
             _make(waiting, flags, jobs, Batch(folder, interruption, tally))
@@ -58,6 +58,10 @@ def run(flags: argparse.Namespace) -> int:
         if interruption.pressed:
             return INTERRUPTED
         return FAILED if tally.failed else DONE
+
+
+def _count(pieces: list[Piece]) -> int:
+    return sum(len(piece.names) for piece in pieces)
 
 
 def _jobs(text: str) -> int:
@@ -75,7 +79,9 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
     for row in rows.read(file):
         try:
             found = of_rows.of(row)
-            if said := refusal(*_model(found[0]), "melody" in found[0].clips):
+            if said := refusal(
+                *_model(found[0]), "melody" in found[0].clips, found[0].request.chords
+            ):
                 raise RequestError(said)
             pieces += found
         except Exception as error:
@@ -94,9 +100,9 @@ def _model(piece: Piece) -> tuple[str, bool]:
     return piece.request.checkpoint, piece.request.stereo
 
 
-def _refusal(checkpoint: str, stereo: bool, melody: bool) -> str:
+def _refusal(checkpoint: str, stereo: bool, melody: bool, chords: str) -> str:
     clip = rows.STAND_IN if melody else None
-    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip)
+    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip, chords=chords)
     try:
         generate.check_checkpoint(asked)
     except RequestError as error:
@@ -106,8 +112,9 @@ def _refusal(checkpoint: str, stereo: bool, melody: bool) -> str:
 
 def _make(pieces: list[Piece], flags: argparse.Namespace, jobs: int, batch: Batch) -> None:
     from musicgen_ui.backends.local import LocalBackend  # torch: seconds
+    from musicgen_ui.backends.ranking import Ranking
 
-    backend = LocalBackend(device=flags.device, precision=flags.precision, max_jobs=jobs)
+    backend = Ranking(LocalBackend(device=flags.device, precision=flags.precision, max_jobs=jobs))
     with contextlib.closing(backend):
         asyncio.run(batch.make(backend, pieces, jobs))
 
@@ -132,7 +139,7 @@ class Tally:
         """Tells a take's file, and what is to be said about it."""
         self.made += 1
         self.made_s += new_s
-        self._say([f"{take.wav}  seed {piece.request.seed}"], sys.stdout)
+        self._say([f"{take.wav}  seed {take.settings['seed']}"], sys.stdout)
         if not self.quiet:
             self._say((f"Line {piece.line}: {note}" for note in take.notes), sys.stderr)
 
@@ -180,8 +187,9 @@ class Batch:
 
         Ends with the first take that cannot be saved, since the next ones could not be either.
         """
-        self._count = len(pieces)
-        total_s = sum(piece.request.duration_s for piece in pieces)
+        self._count = _count(pieces)
+        requests = [piece.request for piece in pieces]
+        total_s = sum(request.duration_s * request.variations for request in requests)
         with (
             Bar(total_s, self.tally.quiet) as self.tally.bar,
             contextlib.suppress(_CannotSaveError),
@@ -196,15 +204,18 @@ class Batch:
             if self.interruption.pressed:
                 return
             try:
-                await self._save(piece, await self._finished(backend, piece))
+                made = await self._finished(backend, piece)
+                for name, finished in zip(piece.names, made, strict=True):
+                    await self._save(piece, name, finished)
             except _CannotSaveError:
                 raise
             except Exception as error:
                 self.tally.fail(piece.line, _why(error))
 
-    async def _finished(self, backend: Backend, piece: Piece) -> Finished:
-        """The take, or what was made of it when it was stopped."""
+    async def _finished(self, backend: Backend, piece: Piece) -> list[Finished]:
+        """The takes, or what was made of them when they were stopped."""
         notes: list[str] = []
+        made: list[Finished] = []
         clips = {}
         for name, path in piece.clips.items():
             reading = await asyncio.to_thread(load.read, path, CLIP_FIELDS[name])
@@ -220,24 +231,26 @@ class Batch:
                 if isinstance(event, Finished):
                     if event.fault:
                         raise RequestError(event.fault)
-                    return dataclasses.replace(event, notes=(*notes, *event.notes))
+                    made.append(dataclasses.replace(event, notes=(*notes, *event.notes)))
                 if isinstance(event, Progress):
                     self._show(piece, event)
-        raise RequestError("It ended without a take.")
+        if not made:
+            raise RequestError("It ended without a take.")
+        return made
 
     def _show(self, piece: Piece, progress: Progress) -> None:
         if self.tally.bar and progress.stage is not Stage.WAITING:
             beside = f"{self.tally.made} of {_takes(self._count)}"
-            self.tally.bar.show(progress, piece, beside)
+            self.tally.bar.show(progress, (piece, progress.variation), beside)
 
-    async def _save(self, piece: Piece, finished: Finished) -> None:
+    async def _save(self, piece: Piece, name: str, finished: Finished) -> None:
         if finished.stopped:
             return
         try:
-            take = await asyncio.to_thread(takes.save, finished, self.folder, piece.name)
+            take = await asyncio.to_thread(takes.save, finished, self.folder, name)
         except takes.UnsavedError as error:
             self.tally.fail(piece.line, str(error))
             raise _CannotSaveError from error
         new_s = finished.clip.duration_s - finished.prompt_s
         self.tally.saved(piece, take, new_s)
-        self._show(piece, Progress(Stage.COMPOSING, done_s=new_s))
+        self._show(piece, Progress(Stage.COMPOSING, finished.variation, done_s=new_s))

@@ -104,8 +104,9 @@ def run(flags: argparse.Namespace) -> int:
     if not output:
         _check_stdout(values)
     from musicgen_ui.backends.local import LocalBackend  # torch: seconds
+    from musicgen_ui.backends.ranking import Ranking
 
-    backend = LocalBackend(device=flags.device, precision=flags.precision)
+    backend = Ranking(LocalBackend(device=flags.device, precision=flags.precision))
     with contextlib.closing(backend), stop_on_interrupt() as interruption:
         try:
             own = completed(values, lambda *names: backend.describe(*names).defaults)
@@ -125,9 +126,10 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _check_stdout(values: dict[str, Any]) -> None:
-    if GenerationRequest.parse(values).variations > 1:
+    if GenerationRequest.parse(values).takes > 1:
         raise RequestError(
-            "Standard output takes one WAV: leave out --variations, or name a folder after -o."
+            "Standard output takes one WAV: add --keep 1 to --variations, or name a folder "
+            "after -o."
         )
     if sys.stdout.isatty():
         raise RequestError("-o - writes a WAV to standard output: send it to a program or a file.")
@@ -242,8 +244,8 @@ def check_checkpoint(request: GenerationRequest) -> None:
     if request.checkpoint != "auto":
         source = registry.resolve(request.checkpoint, request.stereo)
         registry.describe(source)
-        if request.melody:
-            registry.require_melody(source)
+        if request.followed:
+            registry.require_melody(source, request.followed)
 
 
 class Interruption:
@@ -292,7 +294,7 @@ def _save_all(
     job: Job, output: Path | None, notes: tuple[str, ...], quiet: bool, shape: Shape
 ) -> tuple[int, int]:
     """Saves and reports every take with new music in it; how many there were, how many failed."""
-    saved = failed = 0
+    saved = failed = place = 0
     request = job.request
     with Bar(request.duration_s * request.variations, quiet) as bar:
         for event in job.follow():
@@ -302,6 +304,7 @@ def _save_all(
                 bar.show(event, event.variation)
             elif isinstance(event, Finished):
                 failed += bool(event.fault)
+                place = place + 1 if request.keep else event.variation + 1
                 new_s = event.clip.duration_s - event.prompt_s
                 if new_s < NEW_AT_LEAST_S:
                     continue
@@ -309,7 +312,7 @@ def _save_all(
                 bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
                 try:
-                    lines, told = _save(finished, output, request.variations, shape)
+                    lines, told = _save(finished, output, place if request.takes > 1 else 0, shape)
                 except RequestError as error:  # the other variations may still be saved
                     failed += 1
                     bar.say([f"Seed {event.request.seed}: {error}"], sys.stderr)
@@ -321,9 +324,9 @@ def _save_all(
 
 
 def _save(
-    finished: Finished, output: Path | None, count: int, shape: Shape
+    finished: Finished, output: Path | None, number: int, shape: Shape
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Writes a take; a line for each file, and the take's notes."""
+    """Writes a take; a line for each file, and the take's notes. One of several has a number."""
     from musicgen_ui import takes
 
     made: list[Any] = []
@@ -334,8 +337,7 @@ def _save(
         take = takes.save(finished, output, shape=shape)
         made, notes = [take.wav, take.flac], take.notes
     else:
-        number = f"-{finished.variation + 1}" if count > 1 else ""
-        made = [output.with_stem(output.stem + number)]
+        made = [output.with_stem(output.stem + (f"-{number}" if number else ""))]
         notes = takes.write(finished, made[0], shape)
     facts = f"seed {finished.request.seed}  {finished.speed:.2f}× real time"
     return [f"{file}  {facts}" for file in made], notes

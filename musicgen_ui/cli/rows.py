@@ -44,22 +44,24 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One take to be made: a variation of a row."""
+    """One job: a variation of a row, or all of them where the best are kept."""
 
     line: int
-    name: str  # of the take, without its ending
+    names: tuple[str, ...]  # of its takes, without their endings
     values: Mapping[str, Any]  # what was asked for, with a seed; the rest is the checkpoint's
     clips: Mapping[str, Path]
 
     @functools.cached_property
     def request(self) -> GenerationRequest:
-        """One variation as far as it is known without the checkpoint and with clips unread."""
+        """The request as far as it is known without the checkpoint and with clips unread."""
         return GenerationRequest.parse({**self.values, **dict.fromkeys(self.clips, STAND_IN)})
 
     @property
     def asked(self) -> str:
-        """The name without the line: what tells a finished take wherever its row stands now."""
-        return self.name.partition("-")[2]
+        """The name of its last take without the line: what tells that it is finished, wherever its
+        row stands now.
+        """
+        return self.names[-1].partition("-")[2]
 
 
 def read(file: Path) -> list[Row]:
@@ -133,7 +135,7 @@ class Pieces:
         self._asked: Counter[str] = Counter()
 
     def of(self, row: Row) -> list[Piece]:
-        """The pieces of a row, one a variation.
+        """The pieces of a row: one a variation, or a single one where the best are kept.
 
         Raises:
             RequestError: the row cannot be run.
@@ -149,11 +151,13 @@ class Pieces:
         asked = {n: v for n, v in request.settings().items() if values.get(n) is not None}
         name = f"{row.line:04d}-{takes.slug(request.prompt) or 'untitled'}-"
         name += self._digest(asked, clips)
-        seeded, count = request.with_seed(), request.variations
-        numbers = [f"-{index + 1}" for index in range(count)] if count > 1 else [""]
+        seeded, count = request.with_seed(), request.takes
+        names = [f"{name}-{index + 1}" for index in range(count)] if count > 1 else [name]
+        if request.keep:
+            return [Piece(row.line, tuple(names), asked | {"seed": seeded.seed}, clips)]
         return [
-            Piece(row.line, name + number, asked | {"seed": one.seed, "variations": 1}, clips)
-            for number, one in zip(numbers, map(seeded.variation, range(count)), strict=True)
+            Piece(row.line, (each,), asked | {"seed": one.seed, "variations": 1}, clips)
+            for each, one in zip(names, map(seeded.variation, range(count)), strict=True)
         ]
 
     def _clips(self, row: Row) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""What a job's rows are conditioned on: prompts as states of the text encoder, a melody as chroma.
+"""What a job's rows are conditioned on: prompts as text states, melody and chords as chroma.
 
 Every prompt is encoded alone and without padding, so its states never depend on other jobs. Most
 checkpoints attend to them by cross-attention, and an empty prompt is the null condition: no states
@@ -6,9 +6,9 @@ at all, which is exact, since MusicGen's null states are zeros and its cross-att
 biases.
 
 A melody checkpoint has no cross-attention: its states are a prefix of the decoder's input, first a
-window's columns of chroma, then the prompt. There silence (class C throughout) and zeros are the
-null conditions, as in audiocraft, and count as positions, so the prompts of a job's rows are padded
-with zeros to the longest.
+window's columns of chroma, of a melody or chords, then the prompt. There silence (class C
+throughout) and zeros are the null conditions, as in audiocraft, and count as positions, so the
+prompts of a job's rows are padded with zeros to the longest.
 
 A job may mix several prompts: each has a row of its own, and their logits are mixed by weight
 before guidance (`sampling.mix`).
@@ -100,7 +100,7 @@ class Conditions:
 
 
 class Conditioner:
-    """Computes the states of a request's prompts and melody, with the checkpoint's own modules."""
+    """Computes the states of a request's words and chroma, with the checkpoint's own modules."""
 
     def __init__(
         self,
@@ -177,35 +177,36 @@ class Conditioner:
         Args:
             request: what to make.
             start_s: where in the new music the decoder's window begins, in seconds; below 0 where
-                it begins with that much of the audio prompt. A melody moves along with it.
+                it begins with that much of the audio prompt. Melody and chords move along with it.
             at_s: the time whose prompt counts: it may change by sections.
             prompts: a mix in place of the request's prompt, as of `normalised`.
             guidance_scale: in place of the request's.
 
         Raises:
-            RequestError: the checkpoint cannot follow a melody.
+            RequestError: the checkpoint cannot follow a melody or chords.
         """
-        if request.melody and not self.melody:
+        if request.followed and not self.melody:
             raise RequestError(
-                "This checkpoint cannot follow a melody: choose one that can.", "melody"
+                f"This checkpoint cannot follow {request.followed}: choose one that can.",
+                "melody" if request.melody else "chords",
             )
         texts = [text for text, _ in prompts] if prompts else request.texts
         prompts = prompts or ((request.words(at_s), 1.0),)
         scale = request.guidance_scale if guidance_scale is None else guidance_scale
-        guided = scale > 1 and (texts != [request.negative_prompt] or bool(request.melody))
+        guided = scale > 1 and (texts != [request.negative_prompt] or bool(request.followed))
         adapter = self._adapters.applied(request) if self._adapters else None
         states = [self.states(text, adapter) for text, _ in prompts]
         if guided:
             states.append(self.states(request.negative_prompt, adapter))
         if self.melody:
             columns = [self.melody.window(request, start_s)] * len(prompts)
-            columns += [self.melody.silence] * guided  # the uncond row has no melody
+            columns += [self.melody.silence] * guided  # the uncond row follows nothing
             states = _prefixes(self.melody, columns, states, adapter)
         names, weights = zip(*prompts, strict=True)
         return Conditions(names, weights, states)
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
-        """The melody over the whole of the new music; None without one."""
+        """Melody and chords over the whole of the new music; None without them."""
         return self.melody.chroma(request) if self.melody else None
 
     @torch.inference_mode()
@@ -264,15 +265,15 @@ def _prefixes(
 
     Args:
         melody: of the checkpoint.
-        columns: the chroma of each row, int64 [columns].
+        columns: the chroma of each row, [columns, classes].
         states: the text states of each row, [tokens, hidden].
         adapter: of the rows.
     """
     # The null prompt is one token, the end of the text, and its state is zeros.
     length = max(1 if text is None else len(text) for text in states)
     rows: list[Tensor | None] = []
-    for classes, text in zip(columns, states, strict=True):
-        chroma = melody.states(classes, adapter)  # [columns, hidden]
+    for weights, text in zip(columns, states, strict=True):
+        chroma = melody.states(weights, adapter)  # [columns, hidden]
         text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
         rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
     return rows

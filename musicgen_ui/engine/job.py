@@ -36,7 +36,7 @@ class LoggedJob:
         self.request = request.with_seed()
         self.client = client
         self.made = made
-        self.log = EventLog(request.variations)
+        self.log = EventLog(request.takes)
         self.stopping = threading.Event()
         self._begun = False
         self._lock = threading.RLock()  # guards `_begun` and `stopping` together
@@ -69,7 +69,7 @@ class LoggedJob:
             self.stopping.set()
             begun = self._begun
         if not begun:
-            for index in range(self.request.variations):
+            for index in range(self.request.takes):
                 self.log.append(empty_take(self, index))
 
     def steer(self, change: Steering) -> None:

@@ -1,4 +1,4 @@
-"""A melody as chroma: the loudest of the twelve pitch classes, eight times a second.
+"""A melody or chords as chroma: weights of the twelve pitch classes, eight times a second.
 
 MusicGen's melody checkpoints are conditioned on the chroma of a clip (Copet et al. 2023, "Simple
 and Controllable Music Generation", section 2.2): a spectrogram with long windows is summed over the
@@ -6,6 +6,10 @@ octaves and only the strongest pitch class of each column is kept, so that the m
 tune and not the sound. transformers' `MusicgenMelodyFeatureExtractor` is the reference; it needs
 torchaudio for its spectrogram, which is a few lines of torch here. audiocraft first removes drums
 and bass from the clip with Demucs; neither transformers' extractor nor this one does.
+
+Chords are columns in which all their pitch classes are set (musicgen-chord). Meta's checkpoints
+were trained on one class a column, so they follow chords approximately; fine-tunes on chords do
+better.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from torch import Tensor, nn
 from transformers.audio_utils import chroma_filter_bank
 
 from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio.chords import PITCH_CLASSES
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, RowAdapters
+from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 MAX_COLUMNS = 256  # transformed at once, so that memory does not grow with the clip
@@ -39,6 +45,7 @@ class ChromaExtractor:
     n_fft: int = 16_384  # samples of a window
     hop_length: int = 4_096  # samples from column to column
     num_chroma: int = 12
+    chords: bool = False  # the checkpoint was trained on chords, where silence is no class at all
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ChromaExtractor:
@@ -97,27 +104,54 @@ class MelodyEncoder:
 
     @property
     def silence(self) -> Tensor:
-        """The columns of a window without a melody, the null condition."""
-        return torch.zeros(self.length, dtype=torch.int64)
+        """The columns of a window without melody and chords, the null condition."""
+        silence = torch.zeros(self.length, self.extractor.num_chroma)
+        if not self.extractor.chords:
+            silence[:, 0] = 1
+        return silence
 
     def window(self, request: GenerationRequest, start_s: float) -> Tensor:
-        """The columns of the window that begins `start_s` into the new music, int64 [length].
+        """The columns of the window that begins `start_s` into the new music: float32
+        [length, classes].
 
-        The melody begins with the new music; columns before it are those of the audio prompt. A
-        melody that is shorter than the music is repeated.
+        Melody and chords begin with the new music; columns before it are those of the audio
+        prompt. A melody or progression that is shorter than the music is repeated. Where there are
+        both, a class has the greater of its two weights.
+
+        Raises:
+            RequestError: there are chords, and the checkpoint divides the octave otherwise.
         """
-        if request.melody is None:
+        progression, classes = request.progression, self.extractor.num_chroma
+        if request.melody is None and progression is None:
             return self.silence
+        if progression and classes != PITCH_CLASSES:
+            raise RequestError(
+                f"This checkpoint has {classes} pitch classes instead of {PITCH_CLASSES}: choose "
+                "another one for chords.",
+                "checkpoint",
+            )
         first = round(start_s / self.extractor.column_s)
-        return self._columns(request.melody, request.audio_prompt, first, self.length)
+        columns = self._columns(request.melody, request.audio_prompt, first, self.length)
+        if progression:
+            begin = max(0, -first)
+            chroma = progression.chroma(first + begin, self.length - begin, self.extractor.column_s)
+            chords = request.chord_strength * torch.from_numpy(chroma)
+            columns[begin:] = torch.maximum(columns[begin:], chords) if request.melody else chords
+        return columns
 
-    def _columns(self, melody: Clip, before: Clip | None, first: int, count: int) -> Tensor:
-        classes, indices = self._classes_of(melody), torch.arange(first, first + count)
-        columns = classes[indices % len(classes)]
+    def _columns(self, melody: Clip | None, before: Clip | None, first: int, count: int) -> Tensor:
+        """Columns of a melody from `first` on, and of the clip before it: [count, classes]."""
+        columns = self.silence[:1].repeat(count, 1)
+        if melody:
+            classes = self._classes_of(melody)
+            columns = self._one_hot(classes[torch.arange(first, first + count) % len(classes)])
         if first < 0 and before:
-            lead = self._classes_of(before)[first:]
+            lead = self._one_hot(self._classes_of(before)[first:])
             columns[-first - len(lead) : -first] = lead[:count]
         return columns
+
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        return F.one_hot(classes, self.extractor.num_chroma).float()
 
     def _classes_of(self, clip: Clip) -> Tensor:
         if clip not in self._classes:  # variations and windows share it
@@ -125,20 +159,24 @@ class MelodyEncoder:
         return self._classes[clip]
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
-        """The columns of the whole of the new music; None without a melody."""
-        if request.melody is None:
+        """What the whole of the new music follows; None without melody and chords."""
+        progression, column_s = request.progression, self.extractor.column_s
+        if request.melody is None and progression is None:
             return None
-        count = math.ceil(request.duration_s / self.extractor.column_s)
-        columns = self._columns(request.melody, None, 0, count)
-        return Chroma(columns.numpy().astype(np.uint8), self.extractor.column_s)
+        classes = np.empty(0, np.uint8)
+        if request.melody:
+            count = math.ceil(request.duration_s / column_s)
+            found = self._classes_of(request.melody)
+            classes = found[torch.arange(count) % len(found)].numpy().astype(np.uint8)
+        chords = progression.placed(request.duration_s) if progression else ()
+        return Chroma(classes, column_s, chords)
 
     @torch.inference_mode()
     def states(self, columns: Tensor, adapter: AppliedAdapter | None = None) -> Tensor:
-        """Columns as states: int64 [columns] to [columns, hidden]."""
-        chroma = F.one_hot(columns, self.extractor.num_chroma).float()
+        """Columns as states: [columns, classes] to [columns, hidden]."""
         if self.projection is None:
-            return chroma
+            return columns
         weight = next(self.projection.parameters())
-        adapters = RowAdapters.of([(adapter, len(chroma))])
-        chroma = chroma.to(weight)
+        adapters = RowAdapters.of([(adapter, len(columns))])
+        chroma = columns.to(weight)
         return adapters.product(NO_LAYER, "audio_enc_to_dec_proj", self.projection, chroma)

@@ -54,7 +54,10 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """New music, in order and without gaps: a variation's chunks joined are its new audio."""
+    """New music, in order and without gaps: a variation's chunks joined are its new audio.
+
+    Of a take that was drawn again, they are that of the dropped take; see `backends.ranking`.
+    """
 
     variation: int
     clip: Clip
@@ -74,6 +77,8 @@ class Finished:
     notes: tuple[str, ...] = ()  # sentences about this take ("The prompt was cut after …")
     fault: str = ""  # why it ended early, in a sentence, where the user did not stop it
     melody: Chroma | None = None  # what the new music followed
+    score: float | None = None  # by which the variations of a job were ranked; higher is better
+    redrawn: bool = False  # in place of an unusable take, whose music the chunks are
     # int16 [codebooks, frames]: the codes that the codec decoded for this take, the last
     # `context_frames` of the audio prompt first, then all new ones. They end where `clip` ends, so
     # they are `clip.codes` too. In stereo the rows alternate, left first. None where nothing was
@@ -108,7 +113,8 @@ class Steering:
 class Job(Protocol):
     """A request that is being served, with all its variations.
 
-    The end of its log is the end of the job: `Failed`, or a `Finished` for each variation.
+    The end of its log is the end of the job: `Failed`, or a `Finished` for each take: of every
+    variation, or of the best ones where the request keeps fewer.
     """
 
     id: str

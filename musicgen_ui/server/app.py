@@ -61,15 +61,20 @@ def local_backend(chosen: Settings) -> StartingBackend:
     """The real backend, built and warmed up in the background."""
 
     def build() -> Backend:
+        from musicgen_ui.backends.clap import Clap
         from musicgen_ui.backends.local import LocalBackend
+        from musicgen_ui.backends.ranking import Ranking
 
-        if chosen.backend == "ray":
-            return _ray_backend(chosen)
         # The libraries and the page stay until the end: the garbage collector need not look through
         # them, which held all threads up for a third of a second each time.
         gc.collect()
         gc.freeze()
-        return LocalBackend(**_engine_options(chosen))
+        backend: Backend
+        if chosen.backend == "ray":
+            backend = _ray_backend(chosen)
+        else:
+            backend = LocalBackend(**_engine_options(chosen))
+        return Ranking(backend, Clap(may_download=chosen.any_checkpoint))
 
     return StartingBackend(build, chosen.checkpoint)
 
@@ -402,9 +407,10 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
     try:
         with stop_signals(leave_at_once):
             if backend is None and os.environ.get("SPACES_ZERO_GPU"):
+                from musicgen_ui.backends.ranking import Ranking
                 from musicgen_ui.backends.zerogpu import ZeroBackend
 
-                backend = ZeroBackend(chosen.checkpoint)
+                backend = Ranking(ZeroBackend(chosen.checkpoint))
             demo, temporary = launch(chosen, backend)
             with stop_signals(asked.put):
                 try:

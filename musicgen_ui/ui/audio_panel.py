@@ -33,6 +33,11 @@ def clip_uses(facts: dict[str, Any]) -> Updates:
     return {"clip_use": gr.update(visible=False, value=CONTINUE)}
 
 
+def offer_chords(facts: dict[str, Any], chords: str) -> Updates:
+    """Shows the chords where the chosen checkpoint can follow them, and where some are written."""
+    return {"chord_column": gr.update(visible=bool(facts.get("melody") or chords))}
+
+
 def use(
     choice: str,
     audio_prompt: str | None,

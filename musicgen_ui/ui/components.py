@@ -31,10 +31,13 @@ class Updates(TypedDict, total=False):
     sections: object
     tempo_bpm: object
     key: object
+    time_signature: object
     audio_prompt: object
     context_s: object
     include_prompt: object
     melody: object
+    chords: object
+    chord_strength: object
     checkpoint: object
     adapter: object
     adapter_strength: object
@@ -48,6 +51,8 @@ class Updates(TypedDict, total=False):
     top_p: object
     seed: object
     variations: object
+    keep: object
+    rank_by_prompt: object
     normalize: object
     status_line: object
     unload: object
@@ -62,6 +67,7 @@ class Updates(TypedDict, total=False):
     reset_sampling: object
     checkpoint_line: object
     restore: object
+    chord_column: object
     generate: object
     stop: object
     checkpoint_facts: object
@@ -118,10 +124,13 @@ class RequestFields:
     sections: gr.Dataframe
     tempo_bpm: gr.Number
     key: gr.Dropdown
+    time_signature: gr.Textbox
     audio_prompt: gr.Audio
     context_s: gr.Slider
     include_prompt: gr.Checkbox
     melody: gr.Audio
+    chords: gr.Textbox
+    chord_strength: gr.Slider
     checkpoint: gr.Dropdown
     adapter: gr.Textbox
     adapter_strength: gr.Slider
@@ -135,6 +144,8 @@ class RequestFields:
     top_p: gr.Slider
     seed: gr.Number
     variations: gr.Slider
+    keep: gr.Slider
+    rank_by_prompt: gr.Checkbox
     normalize: gr.Checkbox
 
 
@@ -161,6 +172,7 @@ class Form:
     reset_sampling: gr.Button
     checkpoint_line: gr.HTML
     restore: gr.UploadButton
+    chord_column: gr.Column  # on show where the checkpoint follows melodies
     generate: gr.Button
     stop: gr.Button
     checkpoint_facts: gr.State  # of the chosen checkpoint

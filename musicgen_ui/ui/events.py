@@ -233,6 +233,15 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
             [c.audio.clip_use],
             f"clip_uses{at}",
         )
+    chords = c.request.chords
+    for event, at in ((changed.then, ""), (loaded.then, "_at_load"), (chords.change, "_typed")):
+        events.on(
+            event,
+            audio_panel.offer_chords,
+            [c.form.checkpoint_facts, chords],
+            [c.form.chord_column],
+            f"offer_chords{at}",
+        )
 
 
 def audio(events: Events) -> None:

@@ -186,6 +186,13 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
         place(form.reset_sampling)
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         place(request.negative_prompt)
+        with gr.Row(elem_id="best"):
+            place(request.keep, request.rank_by_prompt)
+        place(form.chord_column)
+        with form.chord_column:
+            place(request.chords)
+            with gr.Row():
+                place(request.time_signature, request.chord_strength)
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, form.restore)
@@ -242,28 +249,24 @@ def request_fields(settings: PageOptions) -> RequestFields:
             placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
         ),
         negative_prompt=textbox("negative_prompt"),
-        sections=gr.Dataframe(
-            section_rows([]),
-            headers=["From", "these words join"],
-            datatype="str",
-            type="array",
-            column_count=2,
-            column_widths=["32%", "68%"],
-            interactive=True,
-            wrap=True,
-            buttons=[],
-            label=FIELDS["sections"].metadata["label"],
-            elem_id="sections",
-            render=False,
-        ),
+        sections=sections_table(),
         tempo_bpm=number("tempo_bpm", "beats a minute; 0 is open"),
         key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
+        ),
+        time_signature=textbox(
+            "time_signature", "of the chords; a bar has so many beats", value="4/4"
         ),
         audio_prompt=clip("audio_prompt"),
         context_s=slider("context_s", 0.5, "seconds of its end; 0 is all that fits"),
         include_prompt=switch("include_prompt", "off gives the continuation alone"),
         melody=clip("melody"),
+        chords=textbox(
+            "chords",
+            "a bar each, followed approximately; commas divide a bar; Tempo counts",
+            placeholder="C G A:min F,G:7",
+        ),
+        chord_strength=slider("chord_strength", 0.1, "1 is as a melody"),
         checkpoint=gr.Dropdown(
             [settings.checkpoint],
             value=settings.checkpoint,
@@ -282,7 +285,27 @@ def request_fields(settings: PageOptions) -> RequestFields:
         top_p=slider("top_p", 0.01, "draw from this total share; 0 is off"),
         seed=number("seed", "-1 draws one for each take"),
         variations=slider("variations", 1, "takes at once"),
+        keep=slider("keep", 1, "the best of the variations; 0 is all"),
+        rank_by_prompt=switch("rank_by_prompt", "the best by the words, not by faults alone"),
         normalize=switch("normalize"),
+    )
+
+
+def sections_table() -> gr.Dataframe:
+    """The rows of `GenerationRequest.sections`."""
+    return gr.Dataframe(
+        section_rows([]),
+        headers=["From", "these words join"],
+        datatype="str",
+        type="array",
+        column_count=2,
+        column_widths=["32%", "68%"],
+        interactive=True,
+        wrap=True,
+        buttons=[],
+        label=FIELDS["sections"].metadata["label"],
+        elem_id="sections",
+        render=False,
     )
 
 
@@ -347,6 +370,7 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             file_types=["audio"],
             render=False,
         ),
+        chord_column=gr.Column(visible=False, elem_id="chord_column", render=False),
         generate=gr.Button(
             "Generate", variant="primary", size="lg", elem_id="generate", render=False
         ),

@@ -256,7 +256,7 @@ def take_state(
         settings: as its files carry them.
         title: what it is called.
         streamed_as: the job whose stream was, or began as, this take.
-        melody: what the new music follows.
+        melody: what the new music follows, chords included.
     """
     prompt_s, made_s = settings["prompt_s"], settings["made_s"]
     window = (settings[n] for n in ("context_s", "duration_s", "overlap_s"))
@@ -270,6 +270,10 @@ def take_state(
         "duration_s": prompt_s + made_s,
         "prompt_s": prompt_s,
         "context_s": context_used_s(prompt_s, *window) if prompt_s else 0.0,
+        "chords": [
+            [prompt_s + each.start_s, prompt_s + each.end_s, each.chord.name, each.chord.classes]
+            for each in (melody.chords if melody else ())
+        ],
         "sections": [[prompt_s + start_s, words] for start_s, words in settings["sections"]],
         "melody": base64.b64encode(melody.classes.tobytes()).decode() if melody else "",
         "melody_s": melody.column_s if melody else 0.0,

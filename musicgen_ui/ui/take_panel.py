@@ -151,7 +151,8 @@ def group(saved: Iterable[Saved], job: str = "") -> Group:
     found: Group = []
     for each in saved:
         if each.take:
-            found.append(shown(each.take, job if each.variation == 0 else ""))
+            streamed = each.variation == 0 and not each.redrawn
+            found.append(shown(each.take, job if streamed else ""))
         elif each.error:
             found.append(unsaved(each.error))
     return found
@@ -268,6 +269,7 @@ def facts_line(take: ShownTake) -> str:
         facts.append(("after your clip of", f"{s['prompt_s']:.1f} s"))
     if s.get("melody_s"):
         facts.append(("follows a melody of", f"{s['melody_s']:.1f} s"))
+    facts += [("chords", s["chords"])] if s["chords"] else []
     facts.append(("guidance", f"{s['guidance_scale']:g}"))
     if s["do_sample"]:
         facts += [("temperature", f"{s['temperature']:g}"), ("top-k", s["top_k"])]
@@ -279,6 +281,7 @@ def facts_line(take: ShownTake) -> str:
     facts += [(f"from {start_s:g} s", words or "the prompt") for start_s, words in s["sections"]]
     facts += [("tempo", f"{s['tempo_bpm']:g} bpm")] if s["tempo_bpm"] else []
     facts += [("key", s["key"])] if s["key"] else []
+    facts += [("score", f"{s['score']:.2f}")] if "score" in s else []
     facts.append(("sound", "stereo" if s["channels"] == 2 else "mono"))
     if s["normalize"]:
         facts.append(("loudness", "even"))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from musicgen_ui.audio import spectrogram
+from musicgen_ui.audio import chords, spectrogram
+from musicgen_ui.audio.chords import Progression
 from musicgen_ui.audio.clip import Chroma, Clip
 
 
@@ -146,3 +147,11 @@ def test_a_melody_is_drawn_below_on_the_same_seconds(tmp_path):
     assert late.max() < early.min()  # B above C
     said = spectrogram.alt_text(clip, 2, melody)
     assert said.endswith("the melody that it follows: C, B.")
+
+
+def test_alternative_text_names_the_first_chords():
+    placed = Progression(chords.parse("C B:dim"), 1.0).placed(2.0)
+    said = spectrogram.alt_text(tone(440, seconds=4), 2, Chroma(np.empty(0), 0.1, placed))
+    assert said.endswith("the chords that it follows: C, B:dim.")
+    longer = Progression(chords.parse("C D E F G A B C D E"), 1.0).placed(10.0)
+    assert spectrogram.alt_text(tone(440), 0, Chroma(np.empty(0), 0.1, longer)).endswith("C, ….")

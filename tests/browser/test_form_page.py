@@ -24,8 +24,11 @@ EVERYTHING = GenerationRequest(
     sections=((0.0, "piano"), (1.5, "strings")),
     tempo_bpm=92.5,
     key="E minor",
+    time_signature="3/4",
     context_s=30,
     include_prompt=False,
+    chords="C G A:min F,G:7",
+    chord_strength=1.5,
     checkpoint="wide",
     adapter="someone/their-lora",
     adapter_strength=0.35,
@@ -39,6 +42,8 @@ EVERYTHING = GenerationRequest(
     top_p=0.5,
     seed=2**32 - 1,
     variations=2,
+    keep=2,
+    rank_by_prompt=True,
     normalize=True,
 )
 
@@ -84,7 +89,11 @@ def test_every_field_goes_through_the_page_into_the_take(
     asked = engine.requests[-1]
     assert asked.audio_prompt is not None and replace(asked, audio_prompt=None) == EVERYTHING
     held = takes.read_settings(download(page, "flac", tmp_path))
-    told = EVERYTHING.settings() | {"checkpoint": "fake", "variations": 1}  # as the engine says it
+    told = EVERYTHING.settings() | {
+        "checkpoint": "fake",
+        "variations": 1,
+        "keep": 0,
+    }  # as the engine says it
     assert held is not None and told.items() <= held.items()
     page.locator("#clip_use").get_by_label("follow its melody").click()
     expect(page.locator("#melody_line")).to_contain_text("2.0 s")

@@ -163,6 +163,27 @@ def test_melody_checkpoints_give_audiocrafts_tokens_here(tmp_path, as_it_is):
         assert np.array_equal(codes, expected[f"greedy_{name}"][0])
 
 
+def test_chord_fine_tunes_are_converted(tmp_path):
+    """Their chroma is that of chords, so silence is no pitch class at all."""
+    folder = Path(shutil.copytree(GOLDEN / "melody", tmp_path / "chords"))
+    package = torch.load(folder / "state_dict.bin", weights_only=True)
+    settings = yaml.safe_load(package["xp.cfg"])
+    wave = settings["conditioners"]["self_wav"]
+    wave["model"], wave["chroma_chord"] = "chroma_chord", wave.pop("chroma_stem")
+    weights = package["best_state"]
+    weights.pop(audiocraft.CHROMA_WINDOW, None)
+    weights[audiocraft.CHORD_RECOGNITION + "output_layer.weight"] = torch.zeros(3, 2)
+    torch.save(package | {"xp.cfg": yaml.safe_dump(settings)}, folder / "state_dict.bin")
+    out = converted(folder, tmp_path / "out")
+    loaded = registry.load(registry.resolve(str(out)), torch.float32, quiet)
+    melody = Scheduler(
+        loaded.model, loaded.tokenizer, checkpoint=loaded.name, extractor=loaded.extractor
+    ).conditioner.melody
+    assert melody.extractor.chords and not melody.silence.any()
+    plain = weights_of(converted(GOLDEN / "melody", tmp_path / "plain"))
+    assert all(torch.equal(weight, plain[key]) for key, weight in weights_of(out).items())
+
+
 def melody_codes(model: Any, inputs: dict[str, Any]) -> np.ndarray:
     seen, decode = [], model.audio_encoder.decode
 

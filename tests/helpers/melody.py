@@ -59,7 +59,8 @@ def generated(
     if not prompt:
         inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
     if chroma is not None:
-        inputs["input_features"] = torch.nn.functional.one_hot(chroma, 12).float()[None]
+        one_hot = chroma if chroma.ndim == 2 else torch.nn.functional.one_hot(chroma, 12)
+        inputs["input_features"] = one_hot.float()[None]
     if context is not None:
         inputs["decoder_input_ids"] = context
     seen: list[torch.Tensor] = []

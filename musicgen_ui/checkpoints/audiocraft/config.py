@@ -21,6 +21,8 @@ from musicgen_ui.errors import RequestError
 
 # Of a melody checkpoint: the window of its spectrogram.
 CHROMA_WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"
+# Of a fine-tune on chords: the network by which training recognised them.
+CHORD_RECOGNITION = "condition_provider.conditioners.self_wav.chroma.model."
 TOP_K = 250  # audiocraft's default; transformers would take 50
 _LONGEST_TEXT = 200_000  # characters, far more than settings have; parsing more takes long
 _LARGEST_COUNT = 1_000_000  # so that no model of absurd size is built
@@ -167,7 +169,8 @@ def decoder(settings: Settings) -> dict[str, Any]:
 def melody(settings: Settings) -> dict[str, int]:
     """The settings of a melody checkpoint's chroma: chroma_length, num_chroma, …; else empty.
 
-    Hop and window are in samples, `chroma_length` in columns of the training's 30 s.
+    Hop and window are in samples, `chroma_length` in columns of the training's 30 s. `chords` is
+    true of a fine-tune on chords (musicgen-chord), whose conditioner is "chroma_chord".
     """
     conditions = settings.get("conditioners")
     names = set(conditions) - {"args"} if isinstance(conditions, dict) else set()
@@ -177,8 +180,10 @@ def melody(settings: Settings) -> dict[str, int]:
     both = ["self_wav", "description"]
     if names != set(both) or prepended not in (both, both[::-1]) or crossed != []:
         raise settings.refusal("conditioners", names)
-    settings.require({"conditioners.self_wav.model": "chroma_stem"}, {})
-    chroma = "conditioners.self_wav.chroma_stem."
+    model = settings.get("conditioners.self_wav.model")
+    if model not in ("chroma_stem", "chroma_chord"):
+        raise settings.refusal("conditioners.self_wav.model", model)
+    chroma = f"conditioners.self_wav.{model}."
     settings.require({chroma + "argmax": True, chroma + "n_chroma": 12}, {})
     window = 2 ** max(4, settings.number(chroma + "radix2_exp", 20))
     rate = settings.number(chroma + "sample_rate", default=settings.number("sample_rate"))
@@ -190,6 +195,7 @@ def melody(settings: Settings) -> dict[str, int]:
         "hop_length": window // 4,
         "chunk_length": length_s,  # seconds
         "sampling_rate": rate,
+        **({"chords": True} if model == "chroma_chord" else {}),
     }
 
 

@@ -237,7 +237,7 @@ def read(folder: Path, files: Files, text_encoder: str | None, report: Report) -
     shapes = _shapes(config)
     of_model = {k: s for k, s in shapes.items() if not k.startswith(_NOT_IN_LANGUAGE_MODEL)}
     melody = audiocraft.melody(model.settings)
-    weights = exported.without_window(model.weights, melody.get("n_fft", 0))
+    weights = exported.without_chroma(model.weights, melody)
     weights = exported.renamed(exported.language_model(folder), weights, of_model, codec_config)
     if codec.pointer:
         codec_folder = _fetched(codec.pointer, _CODEC_ADVICE, report)

@@ -251,13 +251,19 @@ def _plain(weights: dict[Any, Any], size: int) -> bool:
     )
 
 
-def without_window(weights: dict[str, Tensor], n_fft: int) -> dict[str, Tensor]:
-    """`weights` without the window of a melody's spectrogram, if it is Hann's of `n_fft` samples.
+def without_chroma(weights: dict[str, Tensor], melody: dict[str, int]) -> dict[str, Tensor]:
+    """`weights` without those that compute chroma, which transformers' format has no place for.
 
-    It is computed where it is needed, so transformers' format has no place for it.
+    Args:
+        weights: of a language model.
+        melody: see `config.melody`. The window of a melody's spectrogram is left out if it is
+            Hann's of `n_fft` samples; of a fine-tune on chords the network that recognises them.
     """
     import torch
 
+    if melody.get("chords"):
+        weights = {k: w for k, w in weights.items() if not k.startswith(config.CHORD_RECOGNITION)}
+    n_fft = melody.get("n_fft", 0)
     window, usual = weights.get(config.CHROMA_WINDOW), torch.hann_window(n_fft)
     # Half a thousandth is float16's rounding.
     if window is None or window.shape != usual.shape or (window - usual).abs().max() > 5e-4:
