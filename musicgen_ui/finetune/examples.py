@@ -35,7 +35,7 @@ from musicgen_ui.finetune.progress import Event, Kind, Report
 
 MARGIN_FRAMES = 8  # are encoded beyond a piece's end and dropped: they hear the cut
 FEWEST_FRAMES = 16  # of an example
-_VERSION = "1"  # of what is cached
+_VERSION = "2"  # of what is cached
 
 
 class PausedError(Exception):
@@ -173,9 +173,12 @@ class Encoder:
         return reading.notes
 
     def _piece(self, clip: Clip, start_s: float, end_s: float) -> tuple[np.ndarray, int]:
-        """float32 [channels, samples] of whole frames with the margin, and the frames without."""
+        """float32 [channels, samples] of whole frames with the margin, and the frames without.
+
+        It begins on the frame grid of the song, on which music made by a program may lie.
+        """
         hop, rate = self._codec.hop, clip.sampling_rate
-        start = round(start_s * rate)
+        start = round(start_s * rate / hop) * hop
         frames = (min(round(end_s * rate), clip.samples.shape[1]) - start) // hop
         some = clip.samples[:, start : start + (frames + MARGIN_FRAMES) * hop]
         whole = some.shape[1] // hop
