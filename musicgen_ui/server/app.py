@@ -30,7 +30,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from musicgen_ui import environment, files
+from musicgen_ui import environment, files, library
 from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
@@ -160,7 +160,10 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         quota=HourlyQuota(chosen.visitor_seconds),
         job_log=JobLog(chosen.log_prompts),
     )
-    options = page.PageOptions(chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s)
+    runs = finetune_folder(chosen)
+    options = page.PageOptions(
+        chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, runs
+    )
     demo: Any = page.build(admission, options)
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
@@ -172,7 +175,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     ]
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
     passed = middleware(chosen, cache, names, routes)
-    _launch_page(demo, chosen, passed, [takes, temporary / "takes"])
+    _launch_page(demo, chosen, passed, [takes, temporary / "takes", *([runs] if runs else [])])
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
@@ -234,6 +237,8 @@ def close(demo: Any, temporary: Path) -> None:
     """
     from musicgen_ui.server import gradio_patches
 
+    if demo.finetuning:
+        demo.finetuning.pause()
     jobs = len(demo.backend)
     demo.backend.stop_all()
     end_s = time.monotonic() + JOBS_END_S
@@ -245,8 +250,21 @@ def close(demo: Any, temporary: Path) -> None:
     gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
     demo.backend.close()
+    if demo.finetuning:
+        demo.finetuning.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
+
+
+def finetune_folder(chosen: Settings) -> Path | None:
+    """Where runs of fine-tuning are kept; None where others reach this server, which has no
+    fine-tuning, nor where not every checkpoint may be named."""
+    proxied = chosen.trusted_proxies or chosen.allowed_hosts or chosen.root_path
+    public = bool(os.environ.get("SPACE_ID") or chosen.share or proxied)
+    if public or not is_loopback(chosen.host) or not chosen.any_checkpoint:
+        return None
+    kept = library.kept_folder(chosen.output_folder, chosen.host, public)
+    return kept / "fine-tuning" if kept else None
 
 
 def check_folder(chosen: Settings) -> None:
