@@ -199,7 +199,6 @@ class _Run:
             sentence = f"Paused at step {trainer.step}: the same command goes on."
             self.report(Event(Kind.PAUSED, sentence, trainer.step, steps))
             return False
-        self._save(trainer)
         sentence = f"Done: use it with --adapter {options.adapter}"
         self.report(Event(Kind.DONE, sentence, steps, steps, file=str(options.adapter)))
         return True

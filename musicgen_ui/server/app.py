@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import platformdirs
 import psutil
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -263,8 +264,9 @@ def finetune_folder(chosen: Settings) -> Path | None:
     public = bool(os.environ.get("SPACE_ID") or chosen.share or proxied)
     if public or not is_loopback(chosen.host) or not chosen.any_checkpoint:
         return None
-    kept = library.kept_folder(chosen.output_folder, chosen.host, public)
-    return kept / "fine-tuning" if kept else None
+    home = Path(platformdirs.user_music_dir()) / library.FOLDER  # made by the first run
+    named = chosen.output_folder not in ("", library.TEMPORARY)
+    return (Path(chosen.output_folder) if named else home) / "fine-tuning"
 
 
 def check_folder(chosen: Settings) -> None:
