@@ -111,11 +111,14 @@ class Panel:
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
-    def receive(self, name: str, uploads: list[str] | None) -> list[list[str]]:
-        """Songs were uploaded: kept in the run's folder, and listed with their captions."""
+    def receive(self, name: str, uploads: list[str] | None) -> tuple[list[list[str]], None]:
+        """Songs were uploaded: kept in the run's folder, and listed with their captions.
+
+        The field is emptied, so that more can follow.
+        """
         if uploads:
             self.runs.add(name, uploads)
-        return self.songs(name)
+        return self.songs(name), None
 
     def songs(self, name: str) -> list[list[str]]:
         """The songs of a run, as rows of the table."""
@@ -185,7 +188,8 @@ def connect(
         return event(_with_sentences(handler), inputs, outputs, api_name=name, **QUIET)
 
     shown, name = panel.shown, [panel.name]
-    on(panel.files.upload, answers.receive, [*name, panel.files], [panel.captions], "files")
+    received = [panel.captions, panel.files]
+    on(panel.files.upload, answers.receive, [*name, panel.files], received, "files")
     chosen = on(panel.name.submit, answers.songs, name, [panel.captions], "name")
     on(chosen.then, answers.look, name, shown, "name_look")
     fields = [*name, panel.captions, panel.word, panel.preset, panel.steps, checkpoint]
@@ -218,7 +222,11 @@ def status_html(events: Sequence[Event], running: bool, failure: str) -> str:
     lines = []
     if failure:
         lines.append(failure)
-    elif newest.kind in (Kind.DONE, Kind.PAUSED, Kind.FAILED):
+    elif newest.kind is Kind.DONE:
+        lines.append(f"Done after {newest.steps} steps. The adapter is in {newest.file}")
+    elif newest.kind is Kind.PAUSED:
+        lines.append(f"Paused at step {newest.step}: Go on continues from there.")
+    elif newest.kind is Kind.FAILED:
         lines.append(newest.sentence)
     elif not running:
         lines.append("It was interrupted: Go on continues from what was saved.")

@@ -49,7 +49,8 @@ def uploads(folder: Path) -> list[str]:
 
 def test_uploaded_songs_are_listed_with_captions(panel, tmp_path):
     files = [name for name in uploads(tmp_path / "up") if "02_song.txt" not in name]
-    assert panel.receive("Sea Blues", files) == [["01_song.wav", "slow piano"], ["02_song.wav", ""]]
+    rows = [["01_song.wav", "slow piano"], ["02_song.wav", ""]]
+    assert panel.receive("Sea Blues", files) == (rows, None)
     assert panel.songs("Sea  Blues ") == panel.songs("Sea Blues")  # one folder
     assert panel.songs("another") == []
     (tmp_path / "notes.pdf").write_bytes(b"x")
@@ -95,7 +96,7 @@ def test_start_refuses_what_cannot_be_trained(panel, tmp_path, commands):
 def test_look_shows_progress_and_what_can_be_done(panel):
     folder = panel.runs.path("blues")
     write = ProgressFile(folder)
-    for event in [*STEPS, Event(Kind.PAUSED, "Paused at step 3: the same command goes on.")]:
+    for event in [*STEPS, Event(Kind.PAUSED, step=3)]:
         write(event)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
