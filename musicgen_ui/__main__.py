@@ -1,4 +1,4 @@
-"""The command line: `python -m musicgen_ui serve`, `generate`, `bench`, `convert`, `checkpoints`.
+"""The command line: `python -m musicgen_ui serve`, `generate`, `finetune` and further commands.
 
 Each command's flags and work are in a module of its own, imported when it is asked for: gradio for
 `serve`, torch for the others, and not before a wrong request has been refused. Exit codes: 0 done,
@@ -135,12 +135,22 @@ def checkpoints(arguments: list[str]) -> int:
     return DONE
 
 
+def finetune(arguments: list[str]) -> int:
+    """trains an adapter on music of your own"""
+    from musicgen_ui.cli import finetune as training
+
+    parser = _parser("finetune", training.__doc__ or "")
+    training.add_flags(parser)
+    return training.run(parser.parse_args(arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "generate": generate,
     "bench": bench,
     "convert": convert,
     "checkpoints": checkpoints,
+    "finetune": finetune,
 }
 
 

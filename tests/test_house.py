@@ -17,11 +17,11 @@ from packaging.requirements import Requirement
 from tests.helpers.requirements import ROOT, requirements
 
 PACKAGE = sorted((ROOT / "musicgen_ui").rglob("*.py"))
-TORCH = ("engine", "checkpoints", "backends", "benchmark")
+TORCH = ("engine", "checkpoints", "backends", "benchmark", "finetune")
 GRADIO = ("ui", "server")
 # Each package may import itself and what stands after it.
 ORDER = (
-    *("__main__", "server", "cli", "benchmark", "ui", "backends", "checkpoints"),
+    *("__main__", "server", "cli", "benchmark", "ui", "finetune", "backends", "checkpoints"),
     *("library", "library_index", "retake", "takes", "sidecar"),
     *("engine", "request", "audio", "environment", "errors", "files"),
 )

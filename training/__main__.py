@@ -204,24 +204,6 @@ def do_pictures(job: Job) -> None:
     print(f"wrote {sheet(args.checkpoint or job.out / name, styles, job.out / 'takes.png')}")
 
 
-def do_finetune(job: Job) -> None:
-    from training.finetune import finetune
-
-    args = job.args
-    if not args.checkpoint or not args.folder:
-        raise SystemExit("finetune needs --checkpoint and --folder.")
-    made = finetune(
-        str(args.checkpoint),
-        args.folder,
-        job.out,
-        steps=args.steps or 1000,
-        device=args.device,
-        window=args.window,
-        batch=args.batch or 2,
-    )
-    print(f"wrote {made}")
-
-
 def do_all(job: Job) -> None:
     """Every stage in turn, mono then stereo; finished stages are skipped or resumed. With a budget
     in seconds: as in card.py, from songs that are rendered already."""
@@ -259,7 +241,6 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "codec": do_codec,
     "encode": do_encode,
     "lm": do_lm,
-    "finetune": do_finetune,
     "assemble": do_assemble,
     "evaluate": do_evaluate,
     "pictures": do_pictures,
@@ -288,10 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--spectral-only", action="store_true", help="codec: no discriminator")
     parser.add_argument("--codec", type=Path, help="codec.pt to use or to start from")
     parser.add_argument("--init", type=Path, help="decoder weights to start from or to assemble")
-    parser.add_argument("--checkpoint", type=Path, help="folder for evaluate and finetune")
-    parser.add_argument("--folder", type=Path, help="finetune: audio files with .txt captions")
-    parser.add_argument("--window", type=int, default=500, help="finetune: frames of a window")
-    parser.add_argument("--batch", type=int, help="finetune, codec: windows a step")
+    parser.add_argument("--checkpoint", type=Path, help="folder for evaluate")
+    parser.add_argument("--batch", type=int, help="codec: windows a step")
     parser.add_argument("--parts", help="of evaluate: codec,style,…; of pictures: styles")
     parser.add_argument("--per-style", type=int, default=8, help="evaluate: clips a style")
     parser.add_argument("--judge-clips", type=int, default=40, help="evaluate: to fit, a style")

@@ -1,8 +1,7 @@
 """What the decoder trains on: codes, what to say of them, and which windows may be cut.
 
 A composed piece ends in a loop of a whole number of frames, so its codes can be continued for
-free by `codes[t] = codes[t - loop]`: 30 s windows come from 12 s clips. Recordings (fine-tuning)
-have neither loops nor metas: windows are cut anywhere, captions are fixed.
+free by `codes[t] = codes[t - loop]`: 30 s windows come from 12 s clips.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def _join(address: str) -> Callable[[], None]:
             f"There is no Ray cluster at {address}: start one with “ray start --head”, or leave "
             "--ray-address out for a cluster on this computer."
         ) from error
-    return ray.shutdown
+    leave: Callable[[], None] = ray.shutdown
+    return leave
 
 
 def _handle(cluster: Cluster, options: dict[str, Any], checkpoint: str) -> Any:

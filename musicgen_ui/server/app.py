@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import platformdirs
 import psutil
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -182,7 +183,9 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         quota=HourlyQuota(chosen.visitor_seconds),
         job_log=JobLog(chosen.log_prompts),
     )
-    options = page.PageOptions(chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s)
+    options = page.PageOptions(
+        chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, finetune_folder(chosen)
+    )
     kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
     demo: Any = page.build(admission, options, kept_takes)
     gradio_patches.apply(demo)
@@ -196,7 +199,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     ]
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
     passed = middleware(chosen, cache, names, routes)
-    _launch_page(demo, chosen, passed, [takes, temporary / "takes"])
+    _launch_page(demo, chosen, passed, [takes, temporary / "takes", *([runs] if runs else [])])
     if demo.share_url:
         names.add(urlsplit(demo.share_url).hostname or "")
     if chosen.mcp and chosen.auth:  # the tool asks the API, and must sign in like all others
@@ -258,6 +261,8 @@ def close(demo: Any, temporary: Path) -> None:
     """
     from musicgen_ui.server import gradio_patches
 
+    if demo.finetuning:
+        demo.finetuning.pause()
     jobs = len(demo.backend)
     demo.backend.stop_all()
     end_s = time.monotonic() + JOBS_END_S
@@ -269,6 +274,8 @@ def close(demo: Any, temporary: Path) -> None:
     gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
     demo.backend.close()
+    if demo.finetuning:
+        demo.finetuning.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
 
@@ -282,6 +289,16 @@ def is_shown_to_others(chosen: Settings) -> bool:
 def kept_folder(chosen: Settings) -> Path | None:
     """Where takes are kept for good; None where they are temporary."""
     return library.kept_folder(chosen.output_folder, chosen.host, is_shown_to_others(chosen))
+
+
+def finetune_folder(chosen: Settings) -> Path | None:
+    """Where runs of fine-tuning are kept; None where others reach this server, which has no
+    fine-tuning, nor where not every checkpoint may be named."""
+    if is_shown_to_others(chosen) or chosen.trusted_proxies or not chosen.any_checkpoint:
+        return None
+    home = Path(platformdirs.user_music_dir()) / library.FOLDER  # made by the first run
+    named = chosen.output_folder not in ("", library.TEMPORARY)
+    return (Path(chosen.output_folder) if named else home) / "fine-tuning"
 
 
 def check_folder(chosen: Settings) -> None:

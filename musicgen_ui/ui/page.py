@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,9 +18,10 @@ from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.files import ASSETS
+from musicgen_ui.finetune.process import Runs
 from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
-from musicgen_ui.ui import audio_panel, library_panel, request_form, take_panel
+from musicgen_ui.ui import audio_panel, finetune_panel, library_panel, request_form, take_panel
 from musicgen_ui.ui.components import (
     CONTINUE,
     FOLLOW,
@@ -68,6 +70,7 @@ class PageOptions:
     checkpoint: str = "auto"  # chosen when the page opens
     any_checkpoint: bool = True  # whether visitors may name any Hub id or folder
     max_duration_s: float = MAX_DURATION_S  # of one take
+    finetune_folder: Path | None = None  # of the runs of fine-tuning; None leaves it out
 
 
 def build(backend: Admission, settings: PageOptions, library: Library | None = None) -> gr.Blocks:
@@ -80,9 +83,20 @@ def build(backend: Admission, settings: PageOptions, library: Library | None = N
         c = create(settings)
         lay_out(c, settings, library is not None)
         connect(c, handlers, page, api(), settings.any_checkpoint, library)
+        page.finetuning = finetuning(c, settings, page)
     page.sessions, page.backend = handlers.sessions, backend
     blocks: gr.Blocks = page
     return blocks
+
+
+def finetuning(c: Components, settings: PageOptions, page: gr.Blocks) -> Runs | None:
+    """Fine-tuning, where the host has a folder for it."""
+    if settings.finetune_folder is None:
+        return None
+    runs = Runs(settings.finetune_folder)
+    panel = finetune_panel.build()
+    finetune_panel.connect(panel, runs, page, c.request.checkpoint, c.request.adapter)
+    return runs
 
 
 def theme() -> gr.themes.Base:

@@ -1,0 +1,1 @@
+"""Fine-tuning: a LoRA adapter trained on a folder of music."""

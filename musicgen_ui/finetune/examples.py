@@ -1,0 +1,236 @@
+"""Songs as examples: codes of their pieces and states of their captions, computed once.
+
+Both are kept in the run's folder, by the content of the audio file and by the caption, so a run
+that was interrupted, or gets further songs, computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from musicgen_ui import files
+from musicgen_ui.audio import clip as audio
+from musicgen_ui.audio import load
+from musicgen_ui.audio.clip import Clip
+from musicgen_ui.checkpoints.registry import Loaded
+from musicgen_ui.engine.codec import Codec
+from musicgen_ui.engine.conditioning import Conditioner
+from musicgen_ui.errors import RequestError
+from musicgen_ui.finetune import dataset, pieces
+from musicgen_ui.finetune.dataset import Song
+from musicgen_ui.finetune.pieces import Measures
+from musicgen_ui.finetune.progress import Event, Kind, Report
+
+MARGIN_FRAMES = 8  # are encoded beyond a piece's end and dropped: they hear the cut
+FEWEST_FRAMES = 16  # of an example
+_VERSION = "2"  # of what is cached
+
+
+class PausedError(Exception):
+    """The user paused the run before its first step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A piece of a song."""
+
+    codes: Tensor  # int16 [codebooks, frames]
+    # float32 [tokens, hidden], ways to say what the piece is: its caption, and, of a melody
+    # checkpoint, its caption without the melody.
+    states: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """All that a run learns from."""
+
+    pieces: list[Example]
+    null: Tensor  # [tokens, hidden] of the uncond condition
+    songs: list[Song]  # those that were read, with their captions
+    prefix: bool  # states come before the codes, as in melody checkpoints
+
+
+class Encoder:
+    """Makes examples with a checkpoint's codec and text encoder.
+
+    Args:
+        loaded: the checkpoint; its codec and text encoder are taken over.
+        device: where to compute.
+        cache: the folder for what was computed.
+    """
+
+    def __init__(self, loaded: Loaded, device: torch.device, cache: Path) -> None:
+        model: Any = loaded.model
+        self._codec = Codec(model.audio_encoder, loaded.channels, device, "float32", release=True)
+        self._conditioner = Conditioner.of(model, loaded.tokenizer, device, loaded.extractor)
+        self._name = loaded.name
+        self._cache = cache
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def examples(
+        self,
+        paths: Sequence[Path],
+        activation_word: str,
+        piece_s: float,
+        report: Report,
+        pause: threading.Event,
+    ) -> Examples:
+        """The pieces of the songs that can be read; others are reported and left out.
+
+        Raises:
+            RequestError: a caption is too long, or no song can be used.
+            PausedError: `pause` was set.
+        """
+        written = [dataset.written_caption(path) for path in paths]  # refused before any work
+        songs: list[Song] = []
+        made: list[tuple[Song, list[dict[str, Tensor]]]] = []
+        for i, (path, caption) in enumerate(zip(paths, written, strict=True)):
+            if pause.is_set():
+                raise PausedError
+            report(Event(Kind.PREPARING, f"Song {i + 1} of {len(paths)}: {path.name}"))
+            try:
+                measures, coded = self._song(path, piece_s, report)
+            except RequestError as error:
+                report(Event(Kind.NOTE, f"{path.name} was left out: {error}"))
+                continue
+            suggested = not caption
+            caption = caption or dataset.suggested_caption(path, measures)
+            caption = dataset.with_word(caption, activation_word)
+            dataset.require_short(caption, path.name)
+            songs.append(Song(path, caption, suggested))
+            made.append((songs[-1], coded))
+        if not songs:
+            raise RequestError("None of the audio files can be used: see the notes above.")
+        texts = self._texts([song.caption for song in songs])
+        found = [
+            Example(piece["codes"], self._states(texts[song.caption], piece.get("chroma")))
+            for song, coded in made
+            for piece in coded
+        ]
+        melody = self._conditioner.melody
+        null = self._states(None, None)[-1]
+        return Examples(found, null, songs, melody is not None)
+
+    def _song(
+        self, path: Path, piece_s: float, report: Report
+    ) -> tuple[Measures, list[dict[str, Tensor]]]:
+        """Measures and pieces of a song: codes, and chroma of a melody checkpoint."""
+        key = hashlib.sha256(f"{_VERSION} {self._name} {piece_s} ".encode())
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: key).hexdigest()
+        except OSError as error:
+            raise RequestError(f"The file cannot be read: {error.strerror}.") from error
+        cached = self._cache / f"{digest[:32]}.safetensors"
+        if not cached.is_file():
+            for note in self._encode(path, piece_s, cached):
+                report(Event(Kind.NOTE, f"{path.name}: {note}"))
+        with safe_open(cached, framework="pt") as opened:
+            measures = Measures(**json.loads(opened.metadata()["measures"]))
+            found: list[dict[str, Tensor]] = []
+            for name in sorted(opened.keys(), key=lambda name: int(name.partition(".")[0])):
+                number, _, what = name.partition(".")
+                if int(number) == len(found):
+                    found.append({})
+                found[-1][what] = opened.get_tensor(name)
+        return measures, found
+
+    def _encode(self, path: Path, piece_s: float, cached: Path) -> tuple[str, ...]:
+        """Writes a song's pieces into the cache; returns what is to be said about it."""
+        reading = load.read(path, pieces.LONGEST_S)
+        measures = pieces.measure(reading.clip)
+        spans = pieces.cut(reading.clip, piece_s, measures.bars_s)
+        clip = audio.convert(reading.clip, self._codec.sampling_rate, self._codec.channels)
+        tensors: dict[str, Tensor] = {}
+        count = 0
+        for start_s, end_s in spans:
+            piece, frames = self._piece(clip, start_s, end_s)
+            if frames < FEWEST_FRAMES:
+                continue
+            codes = self._codec.encode(torch.from_numpy(piece))[:, :frames]
+            tensors[f"{count}.codes"] = codes.to(torch.int16).cpu().contiguous()
+            if self._conditioner.melody:
+                used = Clip(piece[:, : frames * self._codec.hop], clip.sampling_rate)
+                chroma = self._conditioner.melody.extractor(used)
+                tensors[f"{count}.chroma"] = chroma.to(torch.uint8).cpu()
+            count += 1
+        if not count:
+            raise RequestError("it is silent or shorter than a second: choose another file.")
+        facts = {"tempo_bpm": measures.tempo_bpm, "key": measures.key}
+        files.replace(cached, save(tensors, {"measures": json.dumps(facts)}))
+        return reading.notes
+
+    def _piece(self, clip: Clip, start_s: float, end_s: float) -> tuple[np.ndarray, int]:
+        """float32 [channels, samples] of whole frames with the margin, and the frames without.
+
+        It begins on the frame grid of the song, on which music made by a program may lie.
+        """
+        hop, rate = self._codec.hop, clip.sampling_rate
+        start = round(start_s * rate / hop) * hop
+        frames = (min(round(end_s * rate), clip.samples.shape[1]) - start) // hop
+        some = clip.samples[:, start : start + (frames + MARGIN_FRAMES) * hop]
+        whole = some.shape[1] // hop
+        return np.ascontiguousarray(some[:, : whole * hop]), frames
+
+    def _texts(self, captions: Sequence[str]) -> dict[str, Tensor | None]:
+        """The text states of captions, from the cache where they are there."""
+        cached = self._cache / "captions.safetensors"
+        names = {caption: _digest(f"{self._name} {caption}") for caption in captions}
+        found: dict[str, Tensor] = {}
+        if cached.is_file():
+            with safe_open(cached, framework="pt") as opened:
+                there = set(opened.keys())
+                found = {n: opened.get_tensor(n) for n in names.values() if n in there}
+        missing = [caption for caption, name in names.items() if name not in found]
+        for caption in missing:
+            states = self._conditioner.states(caption)
+            if states is not None:
+                found[names[caption]] = states.float().cpu().clone()
+        if missing and found:
+            files.replace(cached, save(found))
+        return {caption: found.get(name) for caption, name in names.items()}
+
+    def _states(self, text: Tensor | None, chroma: Tensor | None) -> tuple[Tensor, ...]:
+        """The states of a piece: with its melody and without, where the checkpoint follows one."""
+        melody = self._conditioner.melody
+        if melody is None:
+            return (self._null() if text is None else text,)
+        text = self._null() if text is None else text
+        columns = [melody.silence]
+        if chroma is not None:
+            at = torch.arange(melody.length) % len(chroma)  # a short melody is repeated
+            columns.insert(0, chroma.long()[at])
+        with torch.inference_mode():
+            states = [melody.states(each.to(self._device)).float().cpu() for each in columns]
+        return tuple(torch.cat([each, text]).clone() for each in states)
+
+    def _null(self) -> Tensor:
+        """The states of no words: zeros."""
+        return torch.zeros(1, self._hidden)
+
+    @property
+    def _device(self) -> Any:
+        encoder: Any = self._conditioner.text_encoder
+        return encoder.device
+
+    @property
+    def _hidden(self) -> int:
+        projection: Any = self._conditioner.projection
+        encoder: Any = self._conditioner.text_encoder
+        return int(projection.out_features if projection else encoder.config.d_model)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
