@@ -183,8 +183,9 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         quota=HourlyQuota(chosen.visitor_seconds),
         job_log=JobLog(chosen.log_prompts),
     )
+    runs = finetune_folder(chosen)
     options = page.PageOptions(
-        chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, finetune_folder(chosen)
+        chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, runs
     )
     kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
     demo: Any = page.build(admission, options, kept_takes)
