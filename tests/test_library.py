@@ -319,11 +319,10 @@ for seed in range(10_000):
 def test_a_killed_server_loses_no_finished_take(folder, tmp_path):
     index = tmp_path / "index"
     command = [sys.executable, "-c", KILLED, str(folder), str(index)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    said = [server.stdout.readline().strip() for _ in range(3)]
-    server.send_signal(signal.SIGKILL)
-    said += server.stdout.read().split()
-    server.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        said = [server.stdout.readline().strip() for _ in range(3)]
+        server.send_signal(signal.SIGKILL)
+        said += server.stdout.read().split()
     library = Library(folder, index)
     cards = {card.name: card for card in library.page(count=10_000).cards}
     assert set(said) <= set(cards) and len(said) >= 3

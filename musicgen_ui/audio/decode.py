@@ -29,7 +29,7 @@ import soxr
 from musicgen_ui.errors import RequestError
 
 MIN_RATE_HZ, MAX_RATE_HZ, MAX_CHANNELS = 4_000, 400_000, 8
-KEPT_RATE_HZ = 48_000  # more is never heard by a checkpoint, and 400 kHz would fill the memory
+KEPT_RATE_HZ = 48_000  # no checkpoint uses more, and 400 kHz would fill the memory
 MAX_WORK = 2_000_000_000  # decoded samples of all channels: three to five hours of stereo
 BLOCK_WORK = 1_024  # a block costs about as much as this many samples, however small it is
 BLOCK = 16_384  # samples
@@ -37,7 +37,7 @@ SKIP_MARGIN_S = 2.0  # compressed formats need a run-up after a seek
 SKIP_ERROR_S = 0.5  # how far the length in a header may be off and still be believed
 OGG_PAGE = re.compile(rb"OggS\0([\0-\7])")  # and its kind, in bits
 OGG_LOOK_BYTES = 1_000_000
-SLACK_BYTES = 1_000  # after the audio: an ID3v1 tag, padding; too little to be heard
+SLACK_BYTES = 1_000  # after the audio: an ID3v1 tag, padding; too short to be audible
 CHUNKED = ("WAV", "WAVEX", "RF64", "AIFF")  # libsndfile's names
 GUESSED = ("MP3", "AAC", "OGG")  # here FFmpeg's length is a guess, where files were joined
 MAX_PARTS = 100_000  # of an MP4 in fragments
@@ -334,15 +334,15 @@ def _read_end_fenced(path: Path, keep_s: float, whole: bool = False) -> End:
             timeout=FENCE_S,
             env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
         )
-        told = child.stdout[: child.stdout.find(b"\n") + 1]
-        answer = json.loads(told)
+        line = child.stdout[: child.stdout.find(b"\n") + 1]
+        answer = json.loads(line)
     except subprocess.TimeoutExpired as error:
         raise RequestError("The file takes too long to decode: export it as WAV.") from error
     except ValueError as error:  # it died without a word: out of memory, or worse
         raise RequestError(NOT_AUDIO) from error
     if "refused" in answer:
         raise RequestError(answer["refused"])
-    samples = np.frombuffer(child.stdout, np.float32, offset=len(told)).copy()
+    samples = np.frombuffer(child.stdout, np.float32, offset=len(line)).copy()
     header, shape = Header(**answer.pop("header")), answer.pop("shape")
     return End(header, samples.reshape(shape), **answer)
 

@@ -1,4 +1,4 @@
-"""An uploaded file as a clip: what is refused, what is put right, and what the musician is told."""
+"""An uploaded file as a clip: what is refused, what is corrected, and the sentences that say so."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _notes(path: Path, end: End, keep_s: float) -> Iterator[str]:
     if end.header.channels > 2:
         yield f"The file's {end.header.channels} channels were mixed down to stereo."
     if cancels(end.samples):
-        yield "The channels are of opposite phase: in mono, the louder one alone is heard."
+        yield "The channels are of opposite phase: in mono, only the louder one is used."
     ending = path.suffix[1:].lower()
     known = {known for endings in KINDS.values() for known in endings.split()}
     if ending in known and ending not in KINDS.get(kind, ending).split():

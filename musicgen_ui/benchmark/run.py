@@ -206,7 +206,7 @@ def run(flags: argparse.Namespace) -> list[Row]:
                 if flags.json:
                     text = json.dumps(rows, indent=1)
                     flags.json.write_text(text + "\n", encoding="utf-8")
-    finally:  # an interrupt too: what was measured is told
+    finally:  # an interrupt too: what was measured is reported
         if rows:
             print(report.table(rows))
             print(*report.ratios(rows), sep="\n")

@@ -50,7 +50,7 @@ class RunTimes:
     """A run: music for some callers at once."""
 
     wall_s: float
-    first_audio_s: float  # until the last caller heard the first sample
+    first_audio_s: float  # until the last caller had its first sample
     codec_wait_s: float  # that the decoder's thread spent in the codec; 0 on a GPU, which does both
 
 
@@ -93,7 +93,7 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def run(self, jobs: int, duration_s: float) -> RunTimes:
-        """Makes music for `jobs` callers as one batch, which is heard when all of it is done."""
+        """Makes music for `jobs` callers as one batch, delivered when all is done."""
         torch.set_num_threads(devices.THREADS)
         decoder = self.model.decoder.config
         frames = round(duration_s * self.model.audio_encoder.config.frame_rate)
@@ -142,7 +142,7 @@ class EngineRunner:
         self.run(jobs, WARM_UP_S if self.batch.device.type == "cpu" else duration_s)
 
     def run(self, jobs: int, duration_s: float) -> RunTimes:
-        """Makes music for `jobs` callers, each heard as it comes."""
+        """Makes music for `jobs` callers, each delivered as it comes."""
         batch, on_cpu = self.batch, self.batch.device.type == "cpu"
         self._runs += 1  # words that were never asked for: the text encoder runs each time
 

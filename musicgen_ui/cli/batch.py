@@ -1,6 +1,6 @@
 """The command line's `generate --batch`: many requests, several at a time.
 
-Rows that cannot be run are told before anything is loaded, and the others run: as many jobs
+Rows that cannot be run are reported before anything is loaded, and the others run: as many jobs
 of the backend at once as `--jobs` says, so that every step of the model is shared. A job is the
 same as that of a single `generate`, hence a row's take is the same here and there. A take that the
 folder holds already is not made again, and one that was not finished is not kept, so an
@@ -71,7 +71,7 @@ def _jobs(text: str) -> int:
 
 
 def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
-    """What is to be made, those of one checkpoint together; rows that cannot be run are told."""
+    """What is to be made, those of one checkpoint together; the others are reported."""
     file = Path(flags["batch"])
     of_rows = rows.Pieces({name: flags[name] for name in FIELDS}, file.parent)
     refusal = functools.cache(_refusal)
@@ -90,7 +90,7 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
 
 
 def _why(error: Exception) -> str:
-    """What is told of a row that failed: none stops the others."""
+    """What is reported of a row that failed: none stops the others."""
     if isinstance(error, RequestError):
         return str(error)
     return f"It failed ({type(error).__name__}: {error})."
@@ -120,7 +120,7 @@ def _make(pieces: list[Piece], flags: argparse.Namespace, jobs: int, batch: Batc
 
 
 class Tally:
-    """What has become of the rows, told as it happens and in the end."""
+    """What has become of the rows, reported as it happens and in the end."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

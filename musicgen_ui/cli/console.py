@@ -76,8 +76,8 @@ class Stream:
 @contextlib.contextmanager
 def guarded() -> Iterator[Stream]:
     """Puts `Stream`s in place of sys.stdout, which it yields, and of sys.stderr."""
-    out, told = Stream(sys.stdout), Stream(sys.stderr)
-    streams: Any = out, told
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    streams: Any = out, err
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield out
-        told.flush()
+        err.flush()

@@ -312,14 +312,14 @@ def _save_all(
                 bar.show(made, event.variation)
                 finished = dataclasses.replace(event, notes=(*notes, *event.notes))
                 try:
-                    lines, told = _save(finished, output, place if request.takes > 1 else 0, shape)
+                    lines, said = _save(finished, output, place if request.takes > 1 else 0, shape)
                 except RequestError as error:  # the other variations may still be saved
                     failed += 1
                     bar.say([f"Seed {event.request.seed}: {error}"], sys.stderr)
                     continue
                 saved += 1
                 bar.say(lines, sys.stdout if output else sys.stderr)
-                bar.say([] if quiet else told, sys.stderr)
+                bar.say([] if quiet else said, sys.stderr)
     return saved, failed
 
 

@@ -187,15 +187,17 @@ class Decoding:
             last: ends the signal; of a single stream.
         """
         side = streams[0].codec.side
-        told = torch.stack([each.all() for each in finite])
+        usable = torch.stack([each.all() for each in finite])
         if side is None:
             samples = _push(streams, codes, last).cpu()
-            return [cls(piece, sane, None) for piece, sane in zip(samples, told.cpu(), strict=True)]
+            return [
+                cls(piece, sane, None) for piece, sane in zip(samples, usable.cpu(), strict=True)
+            ]
         side.wait_stream(torch.cuda.current_stream(side.device))
         with torch.cuda.stream(side):
             samples = _push(streams, codes, last).to("cpu", non_blocking=True)
-            sane = told.to("cpu", non_blocking=True)
-            for tensor in (*codes, told):
+            sane = usable.to("cpu", non_blocking=True)
+            for tensor in (*codes, usable):
                 if tensor.is_cuda:
                     tensor.record_stream(side)
             done = torch.cuda.Event()

@@ -331,7 +331,7 @@ def _linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _convolution(conv: Any, precision: Precision, elu: bool) -> Kernel:
-    """`conv` without padding, after an ELU if wanted."""
+    """`conv` without padding, after an ELU if `elu`."""
     weight, bias = conv.weight.detach(), conv.bias.detach().clone()
     steps = conv.stride[0], conv.dilation[0]
     if _in_whole_numbers(weight, precision, steps):

@@ -260,7 +260,7 @@ class Scheduler:
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
         words = next(filter(None, map(self.conditioner.truncated_after, request.texts)), None)
-        return (f"The prompt was too long: it was heard up to “… {words}”.",) if words else ()
+        return (f"The prompt was too long: the model read it up to “… {words}”.",) if words else ()
 
     def _change_windows(self) -> None:
         """Begins the windows and the sections whose time has come."""

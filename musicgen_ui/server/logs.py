@@ -11,7 +11,7 @@ import os
 import re
 
 SECRET_VARIABLES = re.compile(r"TOKEN$|SECRET|PASSWORD|_AUTH$|API_KEY")
-MIN_CHARACTERS = 6  # characters of a secret that can be told from a word
+MIN_CHARACTERS = 6  # characters of a secret that differ from a word
 REDACTED = "…"
 _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=Basic )\S+", re.IGNORECASE)
 _QUERIES = re.compile(r"(\bhttps?://[^\s?\"'<>]+\?)[^\s\"'<>]+", re.IGNORECASE)
