@@ -79,6 +79,11 @@ def test_chroma_changes_with_the_bars_and_does_not_drift():
         assert np.array_equal(found, expected)
 
 
+def test_chord_begins_with_its_bar_whatever_the_rounding():
+    progression = Progression(chords.parse("C G"), 0.1)
+    assert progression.at(0.3).name == "G"  # 0.3 / 0.1 is below 3
+
+
 def test_chroma_of_a_window_is_part_of_the_whole():
     progression = Progression(chords.parse("C G A:min F"), 2.0)
     whole = progression.chroma(0, 400, 0.128)
