@@ -81,10 +81,10 @@ def test_bundled_model_learns_a_style_that_it_lacks(tmp_path: Path):
         heard = judge.predict(np.stack([features(take) for take in takes(adapter, PROMPT)]))
         return float(np.mean(heard == STYLE))
 
+    sizes = Preset(memory_gb=0, batch=4, piece_s=6, rank=16, steps=200)
     options = Options(
-        (music,), tmp_path / "run", "bundled", STYLE, Preset(0, 4, 6, 16, 200), 1e-3, sample_every=0,
-        device="cpu",
-    )  # fmt: skip
+        (music,), tmp_path / "run", "bundled", STYLE, sizes, 1e-3, sample_every=0, device="cpu"
+    )
     assert run.run(options, lambda event: None, threading.Event(), False)
     before, after = share(""), share(str(options.adapter))
     losses = [loss for _, loss in progress.curve(progress.read(options.folder)[0])]
