@@ -29,7 +29,7 @@ from training.style_classifier import RATE_HZ, features, fit_judge
 from training.styles import STYLES
 
 ROOT = Path(__file__).parents[2]
-STYLE, WORD = "chiptune", "zvara"
+STYLE, PROMPT = "chiptune", "chiptune, major, fast"
 SONGS, TAKES, JUDGE_CLIPS = 30, 12, 16
 SONG_S, TAKE_S = 10.5, 8.0
 JUDGE_SEED = 900_000_000
@@ -67,7 +67,7 @@ def test_bundled_model_learns_a_style_that_it_lacks(tmp_path: Path):
     music.mkdir()
     for i, clip in enumerate(rendered(STYLE, range(5000, 5000 + SONGS), SONG_S)):
         soundfile.write(music / f"{i:02d}.wav", clip.T, RATE_HZ)
-        (music / f"{i:02d}.txt").write_text(WORD)
+        (music / f"{i:02d}.txt").write_text("major, fast")
     seeds = range(JUDGE_SEED, JUDGE_SEED + JUDGE_CLIPS)
     styles = [*STYLES, STYLE]
     clips = [
@@ -78,13 +78,13 @@ def test_bundled_model_learns_a_style_that_it_lacks(tmp_path: Path):
     judge = fit_judge([clip for _, clip in clips], [style for style, _ in clips])
 
     def share(adapter: str) -> float:
-        heard = judge.predict(np.stack([features(take) for take in takes(adapter, WORD)]))
+        heard = judge.predict(np.stack([features(take) for take in takes(adapter, PROMPT)]))
         return float(np.mean(heard == STYLE))
 
+    sizes = Preset(memory_gb=0, batch=4, piece_s=6, rank=16, steps=200)
     options = Options(
-        (music,), tmp_path / "run", "bundled", WORD, Preset(0, 4, 6, 16, 200), 1e-3, sample_every=0,
-        device="cpu",
-    )  # fmt: skip
+        (music,), tmp_path / "run", "bundled", STYLE, sizes, 1e-3, sample_every=0, device="cpu"
+    )
     assert run.run(options, lambda event: None, threading.Event(), False)
     before, after = share(""), share(str(options.adapter))
     losses = [loss for _, loss in progress.curve(progress.read(options.folder)[0])]
