@@ -26,6 +26,7 @@ from musicgen_ui.audio import chords
 from musicgen_ui.audio.chords import Progression
 from musicgen_ui.audio.clip import SILENCE, Clip
 from musicgen_ui.errors import RequestError
+from musicgen_ui.steering import MEMORY_SLOTS, Steering, normalised
 
 WINDOW_S = 30.0  # MusicGen is trained on windows of 30 s; longer ones run without error, badly
 MAX_DURATION_S = 300.0
@@ -34,6 +35,7 @@ MIN_MELODY_S = 0.5  # a column of chroma needs about that much
 MAX_SEED = 2**32 - 1
 PROMPT_CHARACTERS = 2000
 CHORDS_CHARACTERS = 1000
+AUTOMATION_CHARACTERS = 30_000  # of its JSON, in a take's file
 SECTIONS_CHARACTERS = 6000  # in all: libsndfile writes up to 50 kB into a WAV's comment
 TONICS = "C C# Db D D# Eb E F F# Gb G G# Ab A A# Bb B".split()  # noqa: SIM905
 KEYS = [f"{tonic} {mode}" for tonic in TONICS for mode in ("major", "minor")]
@@ -137,6 +139,17 @@ class GenerationRequest:
     top_p: float = _setting(
         0.0, "Top-p", "draw from the likeliest codes of this total share; 0 is off", 0, 1
     )
+    automation: tuple[tuple[float, Steering], ...] = _setting(
+        (), "Automation", "changes on the way: rows of a time in s and what changes", 0, 2000
+    )
+    skip_s: float = _setting(
+        0.0,
+        "Skip",
+        "seconds at the start that are made and left out of the take",
+        0,
+        3600,
+        "s",
+    )
     seed: int = _setting(
         -1, "Seed", "the same seed gives the same take; -1 draws one", -1, MAX_SEED
     )
@@ -150,6 +163,9 @@ class GenerationRequest:
         False, "Rank by prompt", "CLAP judges how well takes fit the words; downloaded once, 0.8 GB"
     )
     normalize: bool = _setting(False, "Even loudness", "bring the finished file to -14 LUFS")
+    # An endless piece that is steered while it plays. No setting: what is recorded of it has a
+    # length, and its changes as `automation`.
+    live: bool = False
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> GenerationRequest:
@@ -163,10 +179,10 @@ class GenerationRequest:
         request = cls(**{name: coerce(name, value) for name, value in values.items()})
         if request.chords and not request.tempo_bpm:
             request = dataclasses.replace(request, tempo_bpm=CHORDS_TEMPO_BPM)
-        if request.sections and request.sections[-1][0] >= request.duration_s:
+        if request.sections and request.sections[-1][0] >= request.end_s:
             raise RequestError(
                 f"A section starts at {request.sections[-1][0]:g} s, but the piece ends at "
-                f"{request.duration_s:g} s: let it start earlier, or choose a greater length.",
+                f"{request.end_s:g} s: let it start earlier, or choose a greater length.",
                 "sections",
             )
         return request
@@ -177,6 +193,16 @@ class GenerationRequest:
             return 0.0
         clip_s = self.audio_prompt.duration_s
         return context_used_s(clip_s, self.context_s, self.duration_s, self.overlap_s, window_s)
+
+    @property
+    def steered(self) -> bool:
+        """It is made as a live piece is: changed at frames, and never written to an end."""
+        return self.live or bool(self.automation) or self.skip_s > 0
+
+    @property
+    def end_s(self) -> float:
+        """Where in the new music the take ends, in seconds."""
+        return self.skip_s + self.duration_s
 
     def words(self, at_s: float = 0.0) -> str:
         """The model's text `at_s` seconds into the new music: prompt, section, tempo, key.
@@ -234,12 +260,15 @@ class GenerationRequest:
     def settings(self) -> dict[str, Any]:
         """The fields that a JSON file can hold, in order: everything but the clips."""
         values = {name: getattr(self, name) for name in FIELDS if name not in CLIP_FIELDS}
-        return values | {"sections": [list(row) for row in self.sections]}
+        return values | {
+            "sections": [list(row) for row in self.sections],
+            "automation": [[at_s, change.values()] for at_s, change in self.automation],
+        }
 
 
 # The clips, and how much of a file's end is kept of each, in seconds.
 CLIP_FIELDS = {"audio_prompt": 120.0, "melody": MAX_DURATION_S}
-FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest)}
+FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest) if spec.metadata}
 # What a checkpoint's generation_config.json may state: its defaults, which replace ours.
 CHECKPOINT_FIELDS = (
     *("duration_s", "guidance_scale", "do_sample"),
@@ -302,6 +331,8 @@ def coerce(name: str, value: Any) -> Any:
         if not isinstance(value, Clip):
             raise _refusal(spec, "must be audio, or left empty.")
         return check_melody(value) if name == "melody" else value
+    if name == "automation":
+        return tuple(_automation(spec, value))
     if isinstance(spec.default, tuple):
         return tuple(_sections(spec, value))
     if isinstance(spec.default, str):
@@ -392,6 +423,55 @@ def _sections(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float,
             start_s = _start(spec, start_s, before_s, number)
             yield start_s, words
             before_s = start_s
+
+
+def _automation(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, Steering]]:
+    """Rows of a time and a change, also as JSON."""
+    try:
+        rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
+        pairs = [(float(at_s), change) for at_s, change in rows]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        example = '[[0, {"prompts": [["rock", 0.7], ["piano", 0.3]]}], [4.2, {"top_k": 50}]]'
+        raise _refusal(spec, f"must be rows of a time in s and a change, as {example}.") from None
+    if len(pairs) > spec.metadata["max"]:
+        most = f"{spec.metadata['max']:,}"
+        raise _refusal(spec, f"has {len(pairs):,} rows: at most {most} are possible.")
+    before_s = 0.0
+    for number, (at_s, change) in enumerate(pairs, start=1):
+        if not (math.isfinite(at_s) and at_s >= before_s):
+            raise _refusal(
+                spec, f"row {number} must have a time in s, not before the row above, not {at_s:g}."
+            )
+        yield at_s, change if isinstance(change, Steering) else steering(change, f"row {number} ")
+        before_s = at_s
+
+
+def steering(change: Any, where: str = "") -> Steering:
+    """A checked change of a piece, from JSON with the names of `Steering`.
+
+    Args:
+        change: to check.
+        where: it stands, for the error.
+
+    Raises:
+        RequestError: it is none, or a value is outside its limits.
+    """
+    spec, names = FIELDS["automation"], [each.name for each in dataclasses.fields(Steering)]
+    if not isinstance(change, Mapping) or not change or not set(change) <= set(names):
+        raise _refusal(spec, f"{where}must change one or more of {', '.join(names)}.")
+    values = {name: value for name, value in change.items() if value is not None}
+    if "prompts" in values:
+        try:
+            pairs = [(words, float(weight)) for words, weight in values["prompts"]]
+        except (TypeError, ValueError, OverflowError):
+            raise _refusal(spec, f"{where}must have rows of words and a weight.") from None
+        values["prompts"] = normalised((_text(spec, words, where), w) for words, w in pairs)
+    for name in {"guidance_scale", "temperature", "top_k"} & set(values):
+        values[name] = _number(FIELDS[name], values[name])
+    for name in {"store", "recall"} & set(values):
+        if values[name] not in range(1, MEMORY_SLOTS + 1):
+            raise _refusal(spec, f"{where}must name a memory slot from 1 to {MEMORY_SLOTS}.")
+    return Steering(**values)
 
 
 def _is_nothing(start_s: Any) -> bool:

@@ -23,7 +23,7 @@ GRADIO = ("ui", "server")
 ORDER = (
     *("__main__", "server", "cli", "benchmark", "ui", "finetune", "backends", "checkpoints"),
     *("library", "library_index", "retake", "takes", "sidecar"),
-    *("engine", "request", "audio", "environment", "errors", "files"),
+    *("engine", "request", "steering", "audio", "environment", "errors", "files"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP: set[tuple[str, str]] = set()

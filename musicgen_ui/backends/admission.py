@@ -41,6 +41,7 @@ from musicgen_ui.engine.protocol import (
     Finished,
     Health,
     Progress,
+    Recorded,
     Stage,
     Status,
 )
@@ -278,7 +279,7 @@ class Admission:
         self.job_log.begin(job.record)
         try:
             with self._lock:
-                self._check(owner, request.variations)
+                self._check(owner, request)
                 self._jobs[job.id] = job
         except RequestError as error:
             self._end(job, Failed(error))
@@ -296,9 +297,14 @@ class Admission:
         record.note(Failed(error))
         self.job_log.end(record)
 
-    def _check(self, client: Client, takes: int) -> None:
+    def _check(self, client: Client, request: GenerationRequest) -> None:
+        takes = request.variations
         if self._closed:
             raise RequestError("The server is being stopped: try again when it is back.")
+        if request.live and self.quota.limit_s:
+            raise RequestError(
+                "Live mode is off on this server: it limits each visitor's music by the hour."
+            )
         most = min(self.queue_length, self.client_jobs or self.queue_length)
         if takes > most:
             raise RequestError(
@@ -370,7 +376,9 @@ class Admission:
             job.set_behind(behind)
             for event in behind.follow():
                 job.record.note(event)
-                if isinstance(event, Finished):
+                if isinstance(event, Recorded):
+                    event = Recorded(self._saved(job, event.take, notes))
+                elif isinstance(event, Finished):
                     event = self._saved(job, event, notes)
                 last = isinstance(event, Finished) and job.log.unfinished == 1
                 if last or isinstance(event, Failed):
@@ -443,10 +451,15 @@ class Admission:
 
 def _nbytes(job: AdmittedJob) -> int:
     events = job.log.so_far()
-    return sum(e.clip.samples.nbytes for e in events if isinstance(e, (Chunk, Finished)))
+    held = [e.take if isinstance(e, Recorded) else e for e in events]
+    return sum(e.clip.samples.nbytes for e in held if isinstance(e, (Chunk, Finished)))
 
 
 def _without_audio(event: Event) -> Event:
+    if isinstance(event, Recorded):
+        silent = _without_audio(event.take)
+        assert isinstance(silent, Finished)
+        return Recorded(silent)
     if isinstance(event, Saved) and event.take:
         take = dataclasses.replace(event.take, clip=_silence(event.take.clip))
         event = dataclasses.replace(event, take=take)

@@ -54,7 +54,7 @@ class JobRecord:
     def set_request(self, request: GenerationRequest) -> None:
         """What is asked for is known, or known better."""
         self.takes = request.variations
-        self.asked_s = request.variations * request.duration_s
+        self.asked_s = 0.0 if request.live else request.variations * request.end_s
         self.checkpoint, self.prompt = request.checkpoint, request.prompt
 
     @property

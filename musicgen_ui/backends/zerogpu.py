@@ -29,6 +29,7 @@ from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Loaded, Source
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.protocol import (
+    NO_LIVE_MODE,
     CheckpointInfo,
     Chunk,
     Failed,
@@ -140,6 +141,8 @@ class ZeroBackend:
 
     def _run(self, job: ZeroJob) -> None:
         try:
+            if job.request.live:
+                raise RequestError(NO_LIVE_MODE)
             source = self._source(job.request.checkpoint, job.request.stereo)
             with self._turn(job):
                 if not job.ended:

@@ -28,6 +28,7 @@ from musicgen_ui.engine.protocol import Failed, Finished, Job, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
+TABLES = ("sections", "automation")  # settings that a file of JSON may hold
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
 STDOUT = "-"
 NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
@@ -201,7 +202,8 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             reading = load.read(path, keep_s)
             values[name] = takes.with_codes(reading.clip, path)[0]
             notes += reading.notes
-    values["sections"] = sections_in(values["sections"], Path())
+    for name in TABLES:
+        values[name] = table_in(name, values[name], Path())
     return values, tuple(notes)
 
 
@@ -216,8 +218,13 @@ def _has_bytes(text: str) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def sections_in(value: Any, folder: Path) -> Any:
-    """Sections as they are or, where `value` names a file from `folder` on, the file's text.
+def table_in(name: str, value: Any, folder: Path) -> Any:
+    """Rows as they are or, where `value` names a file from `folder` on, the file's text.
+
+    Args:
+        name: of the setting, one of `TABLES`.
+        value: rows, JSON or a file's name.
+        folder: where relative names start.
 
     Raises:
         RequestError: the file cannot be read.
@@ -229,7 +236,7 @@ def sections_in(value: Any, folder: Path) -> Any:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"{path} cannot be read as sections: give a file of JSON, or JSON itself.", "sections"
+            f"{path} cannot be read as {name}: give a file of JSON, or JSON itself.", name
         ) from error
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from musicgen_ui import files, takes
 from musicgen_ui.audio import load
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.cli.generate import sections_in
+from musicgen_ui.cli.generate import TABLES, table_in
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 
@@ -129,8 +129,8 @@ class Pieces:
 
     def __init__(self, defaults: Mapping[str, Any], folder: Path) -> None:
         self.defaults = {name: value for name, value in defaults.items() if value is not None}
-        if "sections" in self.defaults:
-            self.defaults["sections"] = sections_in(defaults["sections"], Path())
+        for name in set(TABLES) & set(self.defaults):
+            self.defaults[name] = table_in(name, defaults[name], Path())
         self.folder = folder
         self._asked: Counter[str] = Counter()
 
@@ -146,7 +146,8 @@ class Pieces:
             _check_name(name)
         clips = dict(self._clips(row))
         values = {n: v for n, v in {**self.defaults, **row.values}.items() if n not in CLIP_FIELDS}
-        values["sections"] = sections_in(values.get("sections"), self.folder)
+        for name in TABLES:
+            values[name] = table_in(name, values.get(name), self.folder)
         request = GenerationRequest.parse({**values, **dict.fromkeys(clips, STAND_IN)})
         asked = {n: v for n, v in request.settings().items() if values.get(n) is not None}
         name = f"{row.line:04d}-{takes.slug(request.prompt) or 'untitled'}-"

@@ -16,8 +16,7 @@ before guidance (`sampling.mix`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,32 +36,6 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
-MAX_PROMPTS = 4  # of a mix: each is a row of every step
-
-
-def normalised(prompts: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """Prompts with weights that sum to 1, in their order.
-
-    Equal prompts are joined, and those of weight 0 left out: they would cost a row for nothing.
-
-    Raises:
-        RequestError: a weight is negative or no number, none is above 0, or there are more than
-            `MAX_PROMPTS`.
-    """
-    weights: dict[str, float] = {}
-    for prompt, weight in prompts:
-        if not 0 <= weight < math.inf:
-            raise RequestError(f"The weight of a prompt must be 0 or more, not {weight}.", "prompt")
-        if weight:
-            weights[prompt] = weights.get(prompt, 0.0) + weight
-    if not weights:
-        raise RequestError("Give at least one prompt a weight above 0.", "prompt")
-    if len(weights) > MAX_PROMPTS:
-        raise RequestError(
-            f"{len(weights)} prompts cannot be mixed: use at most {MAX_PROMPTS}.", "prompt"
-        )
-    total = sum(weights.values())
-    return tuple((prompt, weight / total) for prompt, weight in weights.items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +152,7 @@ class Conditioner:
             start_s: where in the new music the decoder's window begins, in seconds; below 0 where
                 it begins with that much of the audio prompt. Melody and chords move along with it.
             at_s: the time whose prompt counts: it may change by sections.
-            prompts: a mix in place of the request's prompt, as of `normalised`.
+            prompts: a mix in place of the request's prompt, as of `steering.normalised`.
             guidance_scale: in place of the request's.
 
         Raises:

@@ -2,8 +2,8 @@
 
 A job's producer appends; the page, the API, the command line, metrics and a page that comes back
 after a lost connection each read the same log at their own pace. A reader that starts late replays
-what it missed, then follows. Nothing is ever taken out, so readers cannot take events from each
-other, and the producer never waits for a reader.
+what it missed, then follows. Readers cannot take events from each other, and the producer never
+waits for a reader. Nothing is taken out, but of an endless piece the oldest events.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ class EventLog:
 
     Args:
         variations: how many `Finished` end it.
+        kept: events that stay, of an endless piece; None is all. Up to twice as many may be there.
     """
 
-    def __init__(self, variations: int = 1) -> None:
-        self._events: list[Event] = []
+    def __init__(self, variations: int = 1, kept: int | None = None) -> None:
+        self._events: list[Event] = []  # from number `_dropped` on
+        self._dropped = 0
+        self._kept = kept
         self._unfinished = variations
         self._changed = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()
 
     def __len__(self) -> int:
-        return len(self._events)
+        return self._dropped + len(self._events)
 
     @property
     def ended(self) -> bool:
@@ -66,6 +69,9 @@ class EventLog:
             elif isinstance(event, Finished):
                 self._unfinished -= 1
             self._events.append(event)
+            if self._kept and len(self._events) >= 2 * self._kept:
+                gone = len(self._events) - self._kept
+                self._events, self._dropped = self._events[gone:], self._dropped + gone
             self._changed.notify_all()
             wakers = tuple(self._wakers)
         for wake in wakers:
@@ -75,6 +81,11 @@ class EventLog:
     def rewrite(self, change: Callable[[Event], Event]) -> None:
         """Replaces each event of a log that has ended, as by one without its audio."""
         self._events[:] = map(change, self._events)
+
+    def _read(self, after: int) -> tuple[int, tuple[Event, ...]]:
+        """The number behind the last event, and the events from `after` on that are still here."""
+        with self._changed:
+            return max(after, len(self)), tuple(self._events[max(after - self._dropped, 0) :])
 
     async def events(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """The events from number `after` on: those that are here, then those to come."""
@@ -88,12 +99,13 @@ class EventLog:
             while True:
                 changed.clear()
                 ended = self.ended  # before the list is read: what ends it is read as well
-                while after < len(self._events):
-                    after += 1
-                    yield self._events[after - 1]
-                if ended:
+                after, new = self._read(after)
+                for event in new:
+                    yield event
+                if not new and ended:
                     return
-                await changed.wait()
+                if not new:
+                    await changed.wait()
         finally:
             self._wakers.discard(wake)
 
@@ -107,14 +119,15 @@ class EventLog:
         """
         while True:
             ended = self.ended
-            while after < len(self._events):
-                after += 1
-                yield self._events[after - 1]
+            after, new = self._read(after)
+            yield from new
+            if new:
+                continue
             if ended:
                 return
             if poll:
                 poll()
                 continue
             with self._changed:
-                while len(self._events) == after and not self.ended:
+                while len(self) == after and not self.ended:
                     self._changed.wait(WAIT_S)

@@ -4,15 +4,51 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.event_log import EventLog
-from musicgen_ui.engine.protocol import Event, Finished, Job, Steering
+from musicgen_ui.engine.protocol import Event, Finished, Job
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import Steering
+
+LIVE_EVENTS = 2500  # kept in a live piece's log: some five minutes
+EXTRAPOLATED_S = 0.5  # that a listener is taken to go on for after a report
+RECORDED_S = (0.5, 300.0)  # the shortest and the longest stretch
+
+
+@dataclass(eq=False)
+class Listener:
+    """What the listener of a live piece does. Any thread writes, the stepping thread reads."""
+
+    changes: deque[Steering] = field(default_factory=deque)
+    recordings: deque[tuple[float, float]] = field(default_factory=deque)  # start and end in s
+    underruns: int = 0
+    moved_s: float = field(default_factory=time.monotonic)  # when it last heard something new
+    _samples: int = 0
+    _moving: bool = False
+
+    def played(self, samples: int, underruns: int) -> None:
+        """See `protocol.Job.played`."""
+        self._moving = samples > self._samples
+        if samples != self._samples:
+            self.moved_s = time.monotonic()
+        self._samples, self.underruns = samples, underruns
+
+    def heard_s(self, sampling_rate: int) -> float:
+        """What the listener has reported, in seconds of new music."""
+        return self._samples / sampling_rate
+
+    def at_s(self, sampling_rate: int) -> float:
+        """About where the listener is now, in seconds of new music."""
+        since_s = min(time.monotonic() - self.moved_s, EXTRAPOLATED_S) if self._moving else 0.0
+        return self.heard_s(sampling_rate) + since_s
 
 
 class LoggedJob:
@@ -36,7 +72,8 @@ class LoggedJob:
         self.request = request.with_seed()
         self.client = client
         self.made = made
-        self.log = EventLog(request.takes)
+        self.log = EventLog(request.takes, LIVE_EVENTS if request.live else None)
+        self.listener = Listener()
         self.stopping = threading.Event()
         self._begun = False
         self._lock = threading.RLock()  # guards `_begun` and `stopping` together
@@ -73,8 +110,30 @@ class LoggedJob:
                 self.log.append(empty_take(self, index))
 
     def steer(self, change: Steering) -> None:
-        """Refuses: this job cannot be changed while it runs."""
-        raise RequestError("This take cannot be changed while it is made.")
+        """Changes a live piece from the next frame on; refuses for any other."""
+        self._require_live()
+        self.listener.changes.append(change)
+
+    def played(self, samples: int, underruns: int = 0) -> None:
+        """The listener has heard so many samples of a live piece, of each channel."""
+        self.listener.played(samples, underruns)
+
+    def record_stretch(self, start_s: float, end_s: float) -> None:
+        """Makes a take of a stretch of a live piece; refuses for any other job."""
+        self._require_live()
+        shortest_s, longest_s = RECORDED_S
+        if not shortest_s <= end_s - start_s <= longest_s or start_s < 0:
+            raise RequestError(
+                f"A recording is {shortest_s:g} to {longest_s:g} s long: this one would be "
+                f"{end_s - start_s:.1f} s."
+            )
+        self.listener.recordings.append((start_s, end_s))
+
+    def _require_live(self) -> None:
+        if not self.request.live:
+            raise RequestError("Only a live piece can be changed while it is made.")
+        if self.ended:
+            raise RequestError("The live piece has ended: start another one.")
 
 
 def empty_take(job: LoggedJob, index: int) -> Finished:
@@ -90,7 +149,10 @@ class RelayedJob(LoggedJob):
 
     def set_behind(self, job: Job | None) -> None:
         """Sets the job that makes the music; it is stopped where this one is to stop."""
-        self._behind = job
+        with self._lock:
+            self._behind = job
+        while job and self.listener.changes:
+            job.steer(self.listener.changes.popleft())
         if job and self.stopping.is_set():
             job.stop()
 
@@ -101,7 +163,25 @@ class RelayedJob(LoggedJob):
             self._behind.stop()
 
     def steer(self, change: Steering) -> None:
-        """Steers the job behind it."""
+        """Changes the job behind it, as soon as it is there."""
+        with self._lock:
+            behind = self._behind
+            if behind is None:
+                super().steer(change)
+        if behind:
+            behind.steer(change)
+
+    def played(self, samples: int, underruns: int = 0) -> None:
+        """The listener has heard so much of the job behind it."""
+        super().played(samples, underruns)
+        if self._behind:
+            self._behind.played(samples, underruns)
+
+    def record_stretch(self, start_s: float, end_s: float) -> None:
+        """Makes a take of a stretch of the job behind it."""
+        self._job_behind().record_stretch(start_s, end_s)
+
+    def _job_behind(self) -> Job:
         if self._behind is None:
-            raise RequestError("This take is not being made yet: try again in a moment.")
-        self._behind.steer(change)
+            raise RequestError("This piece is not being made yet: try again in a moment.")
+        return self._behind

@@ -20,7 +20,7 @@ from itertools import zip_longest
 
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Progress, Stage
-from musicgen_ui.engine.variation import Specification
+from musicgen_ui.engine.variation import ENDLESS_STEPS, Specification
 
 PACE_STEPS = 100  # the pace is that of the last ones
 PACE_KNOWN_S, PACE_KNOWN_STEPS = 5.0, 25  # measured; before that a crowd arrives: no estimate
@@ -125,7 +125,7 @@ class JobQueue:
             job = variation.job
             if job not in passed and (to_all or job not in self._reported):
                 passed.add(job)
-                wait_s = steps * self._pace.step_s
+                wait_s = steps * self._pace.step_s if steps < ENDLESS_STEPS else 0.0
                 job.log.append(Progress(Stage.WAITING, place=place, wait_s=wait_s))
         self._reported = {variation.job for variation in waiting}
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.request import WINDOW_S, GenerationRequest
+from musicgen_ui.steering import Steering
 
 
 class Stage(StrEnum):
@@ -50,6 +51,13 @@ class Progress:
     done_s: float = 0.0  # composing: seconds of new music so far
     total_s: float = 0.0
     speed: float = 0.0  # composing: seconds of music a second of work, since the first step
+    ahead_s: float = 0.0  # of a live piece: music that is made and not played yet
+    underruns: int = 0  # of a live piece: how often its player had nothing to play
+
+    @property
+    def work_ms(self) -> float:
+        """Milliseconds of work a second of music; 0 is not known yet."""
+        return 1000.0 / self.speed if self.speed else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,26 +96,26 @@ class Finished:
 
 
 @dataclass(frozen=True, eq=False)
+class Recorded:
+    """A stretch of a live piece, as a take; the piece goes on."""
+
+    take: Finished
+
+
+@dataclass(frozen=True, eq=False)
 class Failed:
     """The job ended without a take; the last event of its log."""
 
     error: Exception  # a `RequestError` holds the sentence for the user; others are bugs
 
 
-Event = Progress | Chunk | Finished | Failed
+Event = Progress | Chunk | Recorded | Finished | Failed
 
 
-@dataclass(frozen=True)
-class Steering:
-    """A change to a job that is running. None leaves a value as it is.
-
-    Prompts are mixed by their weights: conditional logits of each, weighted, before guidance.
-    """
-
-    prompts: tuple[tuple[str, float], ...] | None = None  # text and weight, four at most
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
+NO_LIVE_MODE = (
+    "There is no live mode on ZeroGPU: a GPU is lent for one take at a time. Run MusicGen UI on a "
+    "computer of your own for it."
+)
 
 
 class Job(Protocol):
@@ -139,10 +147,25 @@ class Job(Protocol):
         ...
 
     def steer(self, change: Steering) -> None:
-        """Changes the job from the next frame on.
+        """Changes a live piece from the next frame on.
 
         Raises:
-            RequestError: this job cannot be changed while it runs.
+            RequestError: this job is none, or the change is not possible.
+        """
+        ...
+
+    def played(self, samples: int, underruns: int = 0) -> None:
+        """The listener has heard so many samples of a live piece, of each channel.
+
+        No more than `live.LOOK_AHEAD_S` is made beyond what was heard, so that changes come soon.
+        """
+        ...
+
+    def record_stretch(self, start_s: float, end_s: float) -> None:
+        """Makes a take of a stretch of a live piece, which comes as `Recorded`.
+
+        Raises:
+            RequestError: this job is none, or the stretch is too short or too long ago.
         """
         ...
 

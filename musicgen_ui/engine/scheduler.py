@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from musicgen_ui.engine import faults
+from musicgen_ui.engine import faults, live
 from musicgen_ui.engine.audio_prompt import AudioPrompt
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
@@ -33,8 +33,9 @@ from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.device import THREADS, copy_weights, threads_for
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.job_queue import JobQueue
+from musicgen_ui.engine.live import LiveVariation
 from musicgen_ui.engine.lora import LoraStore
-from musicgen_ui.engine.protocol import Chunk, Failed
+from musicgen_ui.engine.protocol import Chunk, Event, Failed
 from musicgen_ui.engine.stepper import EagerStepper
 from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.engine.variation import (
@@ -192,18 +193,27 @@ class Scheduler:
         wrong. `fail_all` must follow.
         """
         torch.set_num_threads(self.threads)  # always: MKL has a number for each calling thread
+        began_s = time.perf_counter()
         self.queue.take_in()
         self._stop()
         self._admit()
         self._change_windows()
         self._prefill()
-        self._advance()
+        advanced = self._advance()
         self._decode()
         for variation in list(self.running):
             with self._failing_alone(variation):
                 self._deliver(variation)
         self.queue.stepped()
+        for variation in advanced:
+            variation.worked(time.perf_counter() - began_s)
         return self.busy
+
+    @property
+    def idles(self) -> bool:
+        """The next step has nothing to do: all that runs is ahead of its listeners."""
+        admits = self.queue and len(self.running) < self.places
+        return bool(self.running) and not admits and all(each.waits for each in self.running)
 
     def poll(self) -> None:
         """A step for a caller without a worker: see the `poll` of `EventLog.follow`."""
@@ -221,7 +231,7 @@ class Scheduler:
         for variation in list(self.running):
             if variation.job.ended:
                 self._leave(variation)
-            elif variation.job.stopping.is_set():
+            elif variation.job.stopping.is_set() or variation.abandoned:
                 with self._failing_alone(variation):
                     self._finish(variation)
 
@@ -239,7 +249,11 @@ class Scheduler:
 
     def _start(self, specification: Specification) -> Variation:
         request, decoder = specification.request, self.decoder
-        variation = Variation(
+        if request.live and sum(each.request.live for each in self.running) >= max(
+            1, self.max_jobs // 2
+        ):
+            raise RequestError("Too many live pieces are being played here: try again later.")
+        variation = (LiveVariation if request.steered else Variation)(
             specification,
             self.codec,
             decoder.codebooks,
@@ -256,7 +270,13 @@ class Scheduler:
         return variation
 
     def _conditions(self, variation: Variation) -> Conditions:
-        return self.conditioner.conditions(variation.request, variation.start_s, variation.at_s)
+        return self.conditioner.conditions(
+            variation.request,
+            variation.start_s,
+            variation.at_s,
+            prompts=variation.prompts,
+            guidance_scale=variation.guidance_scale,
+        )
 
     def _notes(self, request: GenerationRequest) -> tuple[str, ...]:
         words = next(filter(None, map(self.conditioner.truncated_after, request.texts)), None)
@@ -273,6 +293,9 @@ class Scheduler:
                     self.stepper.set_conditions(variation, self._conditions(variation))
                 if variation.skip_made():
                     self.stepper.move(variation)
+                if isinstance(variation, LiveVariation):
+                    for chunk in live.steer(variation, self.conditioner, self.stepper):
+                        self._append(variation, chunk)
 
     def _prefill(self) -> None:
         """Takes in a piece of one variation's prefix and known columns."""
@@ -285,20 +308,21 @@ class Scheduler:
                 self.decoder.prefill(variation.slot.sequence, known, PREFILL_COLUMNS)
             return
 
-    def _advance(self) -> None:
-        """Writes the next column of every variation that is ready for it."""
-        ready = [variation for variation in self.running if variation.ready]
+    def _advance(self) -> list[Variation]:
+        """Writes the next column of every variation that is ready for it; which they are."""
+        ready = [each for each in self.running if each.ready and not each.waits]
         if not ready:
-            return
+            return ready
         try:
             self.stepper.step(ready)
         except BaseException as error:
             if faults.concerns_all(error):
                 raise
             self._advance_one_by_one(ready)
-            return
+            return ready
         for variation in ready:
             variation.advance()
+        return ready
 
     def _advance_one_by_one(self, variations: list[Variation]) -> None:
         """A step that failed for all is tried for each: only those that fail alone end."""
@@ -312,7 +336,7 @@ class Scheduler:
     def _decode(self) -> None:
         """Sends frames to the codec where it is worth a call; on CUDA those of several at once."""
         due = [each for each in self.running if each.recorder.is_due(self._chunk_frames)]
-        if due and self._beside:
+        if due and self._beside and not due[0].recorder.alone:
             self._decode_together(due[0])
         for variation in list(self.running):
             recorder = variation.recorder
@@ -328,7 +352,7 @@ class Scheduler:
         together = [
             each
             for each in self.running
-            if not (each.recorder.decoding or each.window.done)
+            if not (each.recorder.decoding or each.window.done or each.recorder.alone)
             and each.recorder.waiting_frames >= fewest
             and each.recorder.stream.phase == due.recorder.stream.phase
         ]
@@ -359,19 +383,22 @@ class Scheduler:
         recorder = variation.recorder
         if recorder.decoding and recorder.decoding.done:
             self._append(variation, recorder.chunk())
+        self._append(variation, *variation.recordings())
         if recorder.ended and not recorder.decoding:
             self._finish(variation)
         elif (now := time.monotonic()) - variation.reported_s >= PROGRESS_S:
             variation.reported_s = now
             variation.job.log.append(variation.progress())
 
-    def _append(self, variation: Variation, chunk: Chunk | None) -> None:
-        if chunk:
-            variation.job.log.append(chunk)
+    def _append(self, variation: Variation, *events: Event | None) -> None:
+        for event in events:
+            if event:
+                variation.job.log.append(event)
 
     def _finish(self, variation: Variation) -> None:
         for chunk in variation.recorder.rest(variation.slot.finite):
             self._append(variation, chunk)
+        self._append(variation, *variation.recordings())
         take = variation.finished()
         self._leave(variation)
         variation.job.log.append(take)

@@ -41,13 +41,14 @@ from musicgen_ui.engine.codec import Codec, Decoding
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.lora import AppliedAdapter
-from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Stage
+from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Recorded, Stage
 from musicgen_ui.engine.transformer import Sequence
 from musicgen_ui.request import WINDOW_S, GenerationRequest, overlap_used_s
 
 FIRST_CHUNK_FRAMES = 10  # 0.2 s, so that the first audio comes early
 CHUNK_FRAMES = 25  # 0.5 s: few enough calls, and no long stall for the other variations
 DECODED_FRAMES = 1500  # 30 s in a call of the codec: more wait where a piece goes on after them
+ENDLESS_STEPS = 1 << 40  # of a live piece
 PREFILL_COLUMNS = 128  # of an audio prompt between two steps, so that the others go on
 
 
@@ -74,7 +75,9 @@ class Specification:
         request = dataclasses.replace(job.request, checkpoint=checkpoint)
         context = prompt.codes.shape[1] if prompt else 0
         delayed = codec.codebooks - 1
-        steps = round(request.duration_s * codec.frame_rate) + delayed + prefill_steps(context)
+        steps = round(request.end_s * codec.frame_rate) + delayed + prefill_steps(context)
+        if request.live:
+            steps = ENDLESS_STEPS
         return [
             cls(job, index, request.variation(index), prompt, steps)
             for index in range(request.variations)
@@ -170,7 +173,7 @@ class CodeWindow:
         self._known = known = torch.cat([context, made], dim=1)
         written = context.shape[1]
         while known.shape[1] > self.start + self.window_frames:
-            written = self._overlap_frames(overlap_s)
+            written = self.overlap_frames(overlap_s)
             start = self.start + self.window_frames - written
             self._lay_out(start, known[:, start : start + written])
         self._lay_out(self.start, known[:, self.start :])
@@ -188,8 +191,8 @@ class CodeWindow:
                 return
         self.written = max(self.written, self.known_frames)
 
-    def _overlap_frames(self, overlap_s: float) -> int:
-        """Frames that this window and the next one share."""
+    def overlap_frames(self, overlap_s: float) -> int:
+        """Frames at the head of the next window that this one's end gives."""
         overlap_s = overlap_used_s(overlap_s, self._window_s)
         return min(round(overlap_s * self._codec.frame_rate), self.window_frames - 1)
 
@@ -199,7 +202,7 @@ class CodeWindow:
 
         It waits for the codec where that lags behind the overlap.
         """
-        overlap = self._overlap_frames(overlap_s)
+        overlap = self.overlap_frames(overlap_s)
         start = self.start + self.window_frames - overlap
         if self.done or self.written < self.positions or decoded_frames < start:
             return False
@@ -214,11 +217,19 @@ class TakeRecorder:
         window: where the codes come from.
         codec: of the checkpoint.
         index: the variation's number.
+        samples: of each channel that are kept; None is all.
         with_codes: whether chunks carry the codes of the frames that went to the codec for them.
     """
 
+    alone = False  # whether its chunks are decoded without those of others
+
     def __init__(
-        self, window: CodeWindow, codec: Codec, index: int, with_codes: bool = False
+        self,
+        window: CodeWindow,
+        codec: Codec,
+        index: int,
+        samples: int | None = None,
+        with_codes: bool = False,
     ) -> None:
         self._window = window
         self._codec = codec
@@ -231,7 +242,8 @@ class TakeRecorder:
         self._with_codes = with_codes
         self._sent_frames = window.context_frames  # whose codes went out with a chunk
         self._decoded_samples = 0  # of `_samples`, which hold the context too
-        self._samples = np.empty((codec.channels, window.frames * codec.hop), np.float32)
+        samples = window.frames * codec.hop if samples is None else samples
+        self._samples = np.empty((codec.channels, samples), np.float32)
         self._hop = codec.hop
         self._context_samples = window.context_frames * codec.hop
 
@@ -350,6 +362,9 @@ class Variation:
     adapter: AppliedAdapter | None = None  # set before it is admitted, as the next two
     notes: tuple[str, ...] = ()  # of the take
     melody: Chroma | None = None  # what it follows
+    # A mix in place of the request's prompt, and another guidance; see `Conditioner.conditions`.
+    prompts: tuple[tuple[str, float], ...] | None = None
+    guidance_scale: float | None = None
 
     def __init__(
         self,
@@ -365,21 +380,26 @@ class Variation:
         self._codec = codec
         prompt = specification.prompt
         codes = prompt.codes if prompt else np.zeros((codebooks, 0), np.int16)
-        context = torch.from_numpy(codes).to(device, torch.int64)
+        self._made_frames = 0
+        self._begin(torch.from_numpy(codes).to(device, torch.int64), start_token, window_s)
+        self._text = request.words(self.at_s)
+        self._started_s: float | None = None
+        self.reported_s = 0.0  # when progress was last reported, on the monotonic clock
+
+    def _begin(self, context: Tensor, start_token: int, window_s: float) -> None:
+        """Sets window, recorder and random numbers; `context` is int64 [codebooks, frames]."""
+        request, codec = self.request, self._codec
         new_frames = round(request.duration_s * codec.frame_rate)
         self.window = CodeWindow(context, new_frames, codec, start_token, window_s)
         # Drawn for the whole piece: a code's number depends on its frame and never on the window.
         draws = new_frames + self.window.positions - self.window.window_frames
-        self.uniforms = sampling.uniforms(request.seed, draws, codebooks).to(device)
-        made = specification.job.made
-        self.recorder = TakeRecorder(self.window, codec, specification.index, made is not None)
-        self._made_frames = 0
-        if made and (frames := made.get(specification.index)) is not None:
+        device, index = context.device, self.specification.index
+        self.uniforms = sampling.uniforms(request.seed, draws, len(context)).to(device)
+        made = self.job.made
+        self.recorder = TakeRecorder(self.window, codec, index, with_codes=made is not None)
+        if made and (frames := made.get(index)) is not None:
             self._made_frames = frames.shape[1]
             self.window.resume(torch.from_numpy(frames).to(device, torch.int64), request.overlap_s)
-        self._text = request.words(self.at_s)
-        self._started_s: float | None = None
-        self.reported_s = 0.0  # when progress was last reported, on the monotonic clock
 
     @property
     def job(self) -> LoggedJob:
@@ -422,6 +442,23 @@ class Variation:
         ):
             return False
         return self.slot.sequence.length == window.written < window.positions
+
+    @property
+    def waits(self) -> bool:
+        """Its next column is not to be stepped yet."""
+        return False
+
+    def worked(self, seconds: float) -> None:
+        """A step that wrote a column of it took so long."""
+
+    def recordings(self) -> Iterator[Recorded]:
+        """The stretches that a listener wants as takes."""
+        return iter(())
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody listens to it any more."""
+        return False
 
     @property
     def steps_left(self) -> int:

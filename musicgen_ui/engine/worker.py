@@ -20,6 +20,7 @@ from musicgen_ui.engine.protocol import Progress, Stage, Trouble
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import Fault
 
+IDLE_S = 0.02  # between two looks whether a live piece is to go on
 RELOAD_LOOK_S = 0.1  # between two looks whether the model is loaded again
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class Worker:
             while not self._closed:
                 busy = self.scheduler.step()
                 self._stepped_s = time.monotonic()
-                if not busy:
-                    self._wake.wait()
+                if not busy or self.scheduler.idles:
+                    self._wake.wait(IDLE_S if busy else None)
                     self._wake.clear()
         except BaseException as error:  # SystemExit too: no job may wait for ever
             log.critical("The worker failed", exc_info=error)

@@ -169,7 +169,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     from musicgen_ui.backends.job_log import JobLog
     from musicgen_ui.server import audio_stream, gradio_patches, library_files
     from musicgen_ui.server.metrics import Metrics, metrics_routes
-    from musicgen_ui.ui import page, player
+    from musicgen_ui.ui import live_panel, page, player
 
     takes = (kept or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
@@ -196,6 +196,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     routes = [
         *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
         *(library_files.routes(kept_takes, temporary) if kept_takes else ()),
+        live_panel.route(demo.sessions.job),
         *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
     ]
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}

@@ -100,7 +100,6 @@ async def _response(clips: AsyncIterator[Clip], after: int) -> Response:
 
 async def _clips_after(job: HasEvents, variation: int, after: int) -> AsyncIterator[Clip]:
     """A variation's new music from sample `after` on, until it is finished or has failed."""
-    position = 0
     async with aclosing(job.events()) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Failed):
@@ -109,9 +108,9 @@ async def _clips_after(job: HasEvents, variation: int, after: int) -> AsyncItera
                 continue
             if isinstance(event, Finished):
                 return
-            skipped = max(after - position, 0)
-            position += event.clip.samples.shape[1]
-            if position > after:
+            # Not counted: of an endless piece the oldest chunks are gone.
+            skipped = max(after - event.start_sample, 0)
+            if skipped < event.clip.samples.shape[1]:
                 yield Clip(event.clip.samples[:, skipped:], event.clip.sampling_rate)
 
 

@@ -49,6 +49,8 @@ class Updates(TypedDict, total=False):
     temperature: object
     top_k: object
     top_p: object
+    automation: object
+    skip_s: object
     seed: object
     variations: object
     keep: object
@@ -113,6 +115,32 @@ class Updates(TypedDict, total=False):
     library_model: object
     library_cards: object
     library_state: object
+    live_mode: object
+    live_column: object
+    live_prompt_1: object
+    live_prompt_2: object
+    live_prompt_3: object
+    live_prompt_4: object
+    live_fader: object
+    live_weights: object
+    live_weight_1: object
+    live_weight_2: object
+    live_weight_3: object
+    live_weight_4: object
+    live_guidance: object
+    live_temperature: object
+    live_top_k: object
+    live_start: object
+    live_stop: object
+    live_record: object
+    live_store_1: object
+    live_store_2: object
+    live_store_3: object
+    live_recall_1: object
+    live_recall_2: object
+    live_recall_3: object
+    live_line: object
+    live_listener: object
 
 
 @dataclass(frozen=True)
@@ -142,6 +170,8 @@ class RequestFields:
     temperature: gr.Slider
     top_k: gr.Number
     top_p: gr.Slider
+    automation: gr.Textbox
+    skip_s: gr.Number
     seed: gr.Number
     variations: gr.Slider
     keep: gr.Slider
@@ -239,6 +269,38 @@ class LibraryPanel:
 
 
 @dataclass(frozen=True)
+class LivePanel:
+    """Live mode: an endless piece that is steered while it plays."""
+
+    live_mode: gr.Checkbox
+    live_column: gr.Column  # what the switch shows
+    live_prompt_1: gr.Textbox
+    live_prompt_2: gr.Textbox
+    live_prompt_3: gr.Textbox
+    live_prompt_4: gr.Textbox
+    live_fader: gr.Slider  # from the first prompt to the second, where there are no others
+    live_weights: gr.Row  # of the four sliders that take its place
+    live_weight_1: gr.Slider
+    live_weight_2: gr.Slider
+    live_weight_3: gr.Slider
+    live_weight_4: gr.Slider
+    live_guidance: gr.Slider
+    live_temperature: gr.Slider
+    live_top_k: gr.Slider
+    live_start: gr.Button
+    live_stop: gr.Button
+    live_record: gr.Button
+    live_store_1: gr.Button
+    live_store_2: gr.Button
+    live_store_3: gr.Button
+    live_recall_1: gr.Button
+    live_recall_2: gr.Button
+    live_recall_3: gr.Button
+    live_line: gr.HTML  # look-ahead, work and underruns
+    live_listener: gr.HTML  # tells the server what was heard; see assets/live_mode.js
+
+
+@dataclass(frozen=True)
 class Components:
     """All of the page that events read or change."""
 
@@ -248,6 +310,7 @@ class Components:
     audio: AudioPanel
     take: TakePanel
     library: LibraryPanel
+    live: LivePanel
 
     def by_name(self) -> dict[str, Any]:
         """Every component by the name that `Updates` has for it."""

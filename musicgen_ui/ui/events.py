@@ -118,8 +118,19 @@ def connect(
     endpoint: Endpoint,
     adapters: bool,
     library: Library | None = None,
+    played: Sequence[Any] = (),
 ) -> None:
-    """Connects everything on the page; `adapters` is whether it shows the adapter."""
+    """Connects everything on the page.
+
+    Args:
+        c: its components.
+        handlers: of the page and the API.
+        page: all of it.
+        endpoint: the API's.
+        adapters: whether it shows the adapter.
+        library: of the takes that are kept.
+        played: events of live mode, after which there may be new takes.
+    """
     events = Events(c)
     facts = CheckpointFacts(handlers.backend, handlers.max_duration_s)
     restoring = Restoring(handlers.max_duration_s, adapters)
@@ -130,7 +141,7 @@ def connect(
     audio(events)
     settings_from_files(events, restoring)
     kept = take(events, restoring, handlers, library)
-    made = [done, kept, *remaking(events, handlers)]
+    made = [done, kept, *remaking(events, handlers), *played]
     if library:
         spare = handlers.backend.spare or library.folder
         keeping(events, LibraryView(library, restoring, spare), page, made)

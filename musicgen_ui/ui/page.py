@@ -21,7 +21,15 @@ from musicgen_ui.files import ASSETS
 from musicgen_ui.finetune.process import Runs
 from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
-from musicgen_ui.ui import audio_panel, finetune_panel, library_panel, request_form, take_panel
+from musicgen_ui.ui import (
+    audio_panel,
+    finetune_panel,
+    library_panel,
+    live_events,
+    live_panel,
+    request_form,
+    take_panel,
+)
 from musicgen_ui.ui.components import (
     CONTINUE,
     FOLLOW,
@@ -82,7 +90,8 @@ def build(backend: Admission, settings: PageOptions, library: Library | None = N
     with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
         c = create(settings)
         lay_out(c, settings, library is not None)
-        connect(c, handlers, page, api(), settings.any_checkpoint, library)
+        played = [live_events.connect(c, handlers, page)]
+        connect(c, handlers, page, api(), settings.any_checkpoint, library, played)
         page.finetuning = finetuning(c, settings, page)
     page.sessions, page.backend = handlers.sessions, backend
     blocks: gr.Blocks = page
@@ -141,7 +150,7 @@ def create(settings: PageOptions) -> Components:
     """The components, not placed yet."""
     request = request_fields(settings)
     parts = (head(), form(request, settings), audio(), take_panel.panel(), library_panel.panel())
-    return Components(request, *parts)
+    return Components(request, *parts, live_panel.panel())
 
 
 def place(*blocks: Block) -> None:
@@ -209,8 +218,9 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
                 place(request.time_signature, request.chord_strength)
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
-        place(request.normalize, form.restore)
+        place(request.normalize, request.automation, request.skip_s, form.restore)
     place(form.checkpoint_facts, form.checkpoint_defaults)
+    live_panel.lay_out(c.live, place)
     with gr.Row(elem_id="go"):
         place(form.generate, form.stop)
 
@@ -297,6 +307,10 @@ def request_fields(settings: PageOptions) -> RequestFields:
         temperature=slider("temperature", 0.01, "below 1 safer, above 1 wilder"),
         top_k=number("top_k", "draw from the likeliest k; 0 is all"),
         top_p=slider("top_p", 0.01, "draw from this total share; 0 is off"),
+        automation=gr.Textbox(
+            "", lines=1, **about("automation", "what changed while a live piece played, as JSON")
+        ),
+        skip_s=number("skip_s", "seconds that are made and left out at the start"),
         seed=number("seed", "-1 draws one for each take"),
         variations=slider("variations", 1, "takes at once"),
         keep=slider("keep", 1, "the best of the variations; 0 is all"),

@@ -20,6 +20,7 @@ from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
     CLIP_FIELDS,
     FIELDS,
+    MAX_DURATION_S,
     GenerationRequest,
     check_melody,
     coerce,
@@ -49,6 +50,13 @@ class RequestBuilder:
                 f"This server makes at most {self._max_duration_s:g} s at once: choose a shorter "
                 "length.",
                 "duration_s",
+            )
+        # A host's limit is one of work: what is left out is made, too.
+        if self._max_duration_s < min(request.end_s, MAX_DURATION_S):
+            raise RequestError(
+                f"This server makes at most {self._max_duration_s:g} s at once, and with what is "
+                f"left out this would be {request.end_s:g} s.",
+                "skip_s",
             )
         return request
 

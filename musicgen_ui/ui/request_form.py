@@ -11,6 +11,7 @@ next take is made with.
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -307,4 +308,7 @@ class Restoring:
             changes.append(f"Sections from {self._longest_s:g} s on are left out.")
         # Nothing follows the checkpoint any more: the file's settings are the user's.
         values["sections"] = section_rows(kept)
+        if "automation" in values:
+            rows = values["automation"]
+            values["automation"] = json.dumps(rows, ensure_ascii=False) if rows else ""
         return _updates(values) | {"checkpoint_defaults": {}}, changes

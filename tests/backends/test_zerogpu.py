@@ -20,7 +20,7 @@ import pytest
 from musicgen_ui import files
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import zerogpu, zerogpu_worker
-from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Stage
+from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Finished, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.jobs import made, read
@@ -256,3 +256,9 @@ def test_stop_while_waiting_for_a_gpu_ends_at_once(
     while any(t.name == "zero-call" for t in threading.enumerate()):
         time.sleep(0.01)
     assert seen in ([True], [])
+
+
+def test_a_live_piece_is_refused_with_the_reason(engine: zerogpu.ZeroBackend) -> None:
+    job = engine.submit(GenerationRequest(live=True))
+    last = list(job.follow())[-1]
+    assert isinstance(last, Failed) and str(last.error) == NO_LIVE_MODE

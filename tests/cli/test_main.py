@@ -22,6 +22,7 @@ from musicgen_ui import takes
 from musicgen_ui.cli import generate
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
+from musicgen_ui.steering import Steering
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.jobs import made
 from tests.helpers.takes import finished, with_codes
@@ -85,6 +86,8 @@ def example(name: str) -> tuple[list[str], object]:
         return ["--key", "c minor"], "C minor"
     if name == "sections":
         return ["--sections", '[[0, "piano"], [4, "drums"]]'], ((0.0, "piano"), (4.0, "drums"))
+    if name == "automation":
+        return ["--automation", '[[1, {"top_k": 5}]]'], ((1.0, Steering(top_k=5)),)
     if isinstance(spec.default, str):
         return [generate.flag(name), "slow piano"], "slow piano"
     value = spec.metadata["max"] if name == "top_p" else spec.metadata["min"] + 2
@@ -298,12 +301,16 @@ def test_every_command_has_help(command, capsys):
     assert ended.value.code == 0 and f"python -m musicgen_ui {command}" in capsys.readouterr().out
 
 
-def test_sections_come_from_a_file_too(manager, tmp_path, capsys):
-    file = tmp_path / "sections.json"
+def test_sections_and_automation_come_from_files_too(manager, tmp_path, capsys):
+    file, changes = tmp_path / "sections.json", tmp_path / "changes.json"
     file.write_text('[[0, "quiet"], [5, "loud"]]', encoding="utf-8")
+    changes.write_text('[[0, {"prompts": [["a", 1], ["b", 3]]}], [2, {"recall": 1}]]')
     out = ["-o", str(tmp_path / "out.wav")]
-    assert cli.main(["generate", "--sections", str(file), *out]) == 0
+    tables = ["--sections", str(file), "--automation", str(changes)]
+    assert cli.main(["generate", *tables, *out]) == 0
     assert manager.asked[0].sections == ((0.0, "quiet"), (5.0, "loud"))
+    mix = Steering(prompts=(("a", 0.25), ("b", 0.75)))
+    assert manager.asked[0].automation == ((0.0, mix), (2.0, Steering(recall=1)))
     capsys.readouterr()
     assert cli.main(["generate", "--sections", str(tmp_path / "none.json"), *out]) == 2
     assert "none.json cannot be read as sections" in capsys.readouterr().err

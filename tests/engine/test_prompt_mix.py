@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from musicgen_ui.engine import job, sampling
-from musicgen_ui.engine.conditioning import Conditions, normalised
+from musicgen_ui.engine.conditioning import Conditions
 from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import normalised
+from tests.helpers.by_hand import steered, written
 from tests.helpers.engine import (
     CPU,
     PIANO,
@@ -91,12 +90,6 @@ def likeliest(reference, columns: Tensor, conditions: Conditions, scale: float) 
     return (uncond + scale * (cond - uncond)).argmax(-1)
 
 
-def written(columns: Tensor, frames: int, channels: int) -> Tensor:
-    """Which codes of columns[:, 1:] the decoder wrote: no start tokens."""
-    at, delay = torch.arange(columns.shape[1] - 1), torch.arange(len(columns))[:, None] // channels
-    return (delay <= at) & (at < delay + frames)
-
-
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_mix_equals_transformers_logits_mixed(batch, reference, monkeypatch, guidance_scale):
     request = GenerationRequest(guidance_scale=guidance_scale, **GREEDY)
@@ -165,43 +158,6 @@ def steer(prompts, guidance_scale: float) -> Change:
         batch.stepper.set_sampling(made, params)
 
     return change
-
-
-@torch.no_grad()
-def steered(folder: Path, batch: Scheduler, script: dict[int, tuple], frames: int) -> Tensor:
-    """Greedy columns of transformers' decoder, a cache a row, stepped and mixed by hand."""
-    model, channels = load(folder), batch.codec.channels
-    count = 1 + frames + (model.decoder.num_codebooks - 1) // channels
-    columns = torch.full((model.decoder.num_codebooks, count), model.decoder.config.pad_token_id)
-    inside = written(columns, frames, channels)
-    rows: dict[str | None, EncoderDecoderCache] = {}
-    weights: dict[str, float] = {}
-    for step in range(count - 1):
-        if step in script:
-            prompts, scale = script[step]
-            names = [prompt for prompt, _ in prompts] + [None] * (scale > 1)
-            new = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            past = rows[max(weights, key=weights.__getitem__)] if rows else new
-            rows = {name: copy.deepcopy(rows.get(name, past)) for name in names}
-            weights = dict(prompts)
-            for cache in rows.values():
-                cache.cross_attention_cache = DynamicCache()
-                cache.is_updated = dict.fromkeys(cache.is_updated, False)
-        logits = {}
-        for name, cache in rows.items():
-            states = batch.conditioner.states(name or ROCK)[None] * bool(name)
-            out = model.decoder(
-                columns[:, step : step + 1],
-                encoder_hidden_states=states,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits[name] = out.logits[:, -1]
-        cond = sum(weight * logits[name] for name, weight in weights.items())
-        uncond = logits.get(None, cond)
-        drawn = (uncond + scale * (cond - uncond)).argmax(-1)
-        columns[:, step + 1] = torch.where(inside[:, step], drawn, columns[:, step + 1])
-    return columns
 
 
 SCRIPT = {

@@ -22,12 +22,14 @@ from musicgen_ui.engine.protocol import (
     Finished,
     Health,
     Progress,
+    Recorded,
     Stage,
     Status,
     Trouble,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import Steering
 
 STEREO = {"auto": "choice", "mono": "never", "wide": "always"}
 OWN = {"wide": {"temperature": 0.7, "top_k": 50}}  # what a checkpoint states of its sampling
@@ -57,6 +59,7 @@ class FakeBackend:
     closed: int = 0  # jobs that ended, finished or not
     running: int = 0
     unloads: int = 0
+    changes: list[tuple[float, Steering]] = field(default_factory=list)  # of live pieces
     trouble: Trouble | None = None  # of its health
     ended: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -104,6 +107,9 @@ class FakeBackend:
 
     def _compose(self, job: LoggedJob) -> Iterator[Event]:
         request = job.request
+        if request.live:
+            yield from self._play_live(job)
+            return
         total_s, speed = request.duration_s, self.speed or 20.0
         made_s = 0.0
         yield Progress(Stage.COMPOSING, total_s=total_s)
@@ -121,6 +127,51 @@ class FakeBackend:
             made_s = until_s
         for index in range(request.variations):
             yield self._finished(request, index, made_s, speed)
+
+    def _play_live(self, job: LoggedJob) -> Iterator[Event]:
+        """Tones whose pitch is that of the heaviest prompt, no further than 0.9 s ahead."""
+        request, listener, rate = job.request, job.listener, self.sampling_rate
+        prompts = ((request.prompt, 1.0),)
+        rows = list(request.automation)
+        made, pieces = 0, []
+        while not job.stopping.wait(0.01):
+            changes = [change for _, change in rows[:1] if made == 0]
+            changes += [listener.changes.popleft() for _ in range(len(listener.changes))]
+            for change in changes:
+                prompts = change.prompts or prompts
+                self.changes.append((made / rate, change))
+            while listener.recordings:
+                start_s, end_s = listener.recordings.popleft()
+                samples = np.concatenate(pieces, axis=1)
+                samples = samples[:, round(start_s * rate) : round(end_s * rate)]
+                automation = (*request.automation[:1], *self.changes[1:])
+                mine = replace(
+                    request,
+                    checkpoint="fake",
+                    live=False,
+                    duration_s=end_s - start_s,
+                    skip_s=start_s,
+                    automation=automation,
+                )
+                yield Recorded(Finished(0, Clip(samples, rate), mine, 0.0, 4.0))
+            if made / rate - listener.at_s(rate) >= 0.9:
+                continue
+            heaviest = max(prompts, key=lambda prompt: prompt[1])[0]
+            seed = len(heaviest) % 24
+            count = round(self.chunk_s * rate)
+            piece = tone(seed, self.chunk_s, rate, 1)
+            pieces.append(piece)
+            yield Chunk(0, Clip(piece, rate), made)
+            made += count
+            yield Progress(
+                Stage.COMPOSING,
+                done_s=made / rate,
+                speed=self.speed or 4.0,
+                ahead_s=made / rate - listener.at_s(rate),
+                underruns=listener.underruns,
+            )
+        nothing = Clip(np.zeros((1, 0), np.float32), rate)
+        yield Finished(0, nothing, request, 0.0, 4.0, stopped=True)
 
     def _music(self, request: GenerationRequest) -> np.ndarray:
         return tone(

@@ -60,7 +60,7 @@ def test_every_parameter_is_optional_and_has_the_requests_name(client: Client) -
     defaults = {p["parameter_name"]: p["parameter_default"] for p in parameters}
     # None is what the checkpoint states, else the request's default.
     own = dict.fromkeys(CHECKPOINT_FIELDS)
-    own["sections"] = []  # JSON has no tuples
+    own |= {"sections": [], "automation": []}  # JSON has no tuples
     assert defaults == {name: spec.default for name, spec in FIELDS.items()} | own
 
 
@@ -91,6 +91,22 @@ def test_settings_reach_the_engine(client: Client, engine: FakeBackend, tmp_path
     assert (request.prompt, request.guidance_scale, request.seed) == ("slow waltz", 15.5, 3)
     assert request.audio_prompt is not None and request.audio_prompt.duration_s == 1.0
     assert [take["seed"] for take in settings["takes"]] == [3, 4]
+
+
+def test_automation_is_a_parameter_and_comes_back(client: Client, engine: FakeBackend) -> None:
+    rows = [[0.0, {"prompts": [["rock", 0.75], ["piano", 0.25]]}], [0.5, {"top_k": 5}]]
+    _, settings = client.predict(duration_s=1, automation=rows, skip_s=2, api_name="/generate")
+    assert (settings["automation"], settings["skip_s"]) == (rows, 2.0)
+    (_, mix), (at_s, change) = engine.requests[-1].automation
+    assert mix.prompts == (("rock", 0.75), ("piano", 0.25)) and (at_s, change.top_k) == (0.5, 5)
+    with pytest.raises(AppError, match="row 1 must change one or more"):
+        client.predict(automation=[[0, {"volume": 3}]], api_name="/generate")
+
+
+def test_reports_of_what_was_played_are_the_owners_alone(url: str) -> None:
+    for body in ({"samples": 5, "underruns": 0}, {"samples": -1}, {}):
+        headers = {"x-session": "mine"}
+        assert httpx.post(f"{url}/jobs/other/played", json=body, headers=headers).status_code == 404
 
 
 def test_submit_tells_progress(client: Client, engine: FakeBackend) -> None:

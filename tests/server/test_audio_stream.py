@@ -27,7 +27,7 @@ OWNER = {"x-session": "mine"}
 
 def chunks(variation: int = 0, size: int = 700) -> Iterator[Chunk]:
     for start in range(0, MUSIC.shape[1], size):
-        yield Chunk(variation, Clip(MUSIC[:, start : start + size], RATE))
+        yield Chunk(variation, Clip(MUSIC[:, start : start + size], RATE), start)
 
 
 def end(log: EventLog, variation: int = 0) -> None:

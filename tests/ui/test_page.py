@@ -17,6 +17,7 @@ from musicgen_ui.ui.components import (
     Form,
     Head,
     LibraryPanel,
+    LivePanel,
     RequestFields,
     TakePanel,
     Updates,
@@ -38,7 +39,7 @@ def names(kind: type) -> list[str]:
 
 
 def test_updates_name_exactly_the_components() -> None:
-    groups = (RequestFields, Head, Form, AudioPanel, TakePanel, LibraryPanel)
+    groups = (RequestFields, Head, Form, AudioPanel, TakePanel, LibraryPanel, LivePanel)
     every = [name for group in groups for name in names(group)]
     assert len(set(every)) == len(every)
     assert set(every) == set(Updates.__annotations__)
@@ -51,7 +52,7 @@ def test_request_fields_are_those_of_a_request() -> None:
 def test_every_component_is_placed_on_the_page(tmp_path: Path) -> None:
     with gr.Blocks() as blocks:
         components = page.create(page.PageOptions())
-        page.lay_out(components, page.PageOptions())
+        page.lay_out(components, page.PageOptions(), with_library=True)
     assert all(each._id in blocks.blocks for each in components.by_name().values())
 
 
@@ -74,7 +75,8 @@ def test_ideas_are_added_by_the_browser_alone(built: gr.Blocks) -> None:
 
 
 def test_a_slider_offers_all_that_a_request_may_have(built: gr.Blocks) -> None:
-    sliders = [block for block in built.blocks.values() if isinstance(block, gr.Slider)]
+    every = [block for block in built.blocks.values() if isinstance(block, gr.Slider)]
+    sliders = [slider for slider in every if not slider.elem_id.startswith("live_")]
     assert len(sliders) > 5
     for slider in sliders:
         about = FIELDS[slider.elem_id].metadata

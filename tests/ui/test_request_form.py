@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_a_file_that_was_dropped_becomes_the_clip_or_is_refused_in_view(
 def test_a_file_without_settings_is_said_to_have_none(clip: str) -> None:
     told = Restoring().file(clip)
     assert set(told) == {"notice"} and told["notice"]["wrong"]
+
+
+def test_automation_comes_back_as_text() -> None:
+    rows = [[0.0, {"prompts": [["rock", 1.0]]}], [2.5, {"top_k": 5}]]
+    told = Restoring().settings({"automation": rows, "skip_s": 3.0})
+    assert json.loads(told["automation"]) == rows and told["skip_s"] == 3.0
+    assert Restoring().settings({"automation": []})["automation"] == ""
 
 
 def test_what_a_server_does_not_take_of_a_file_is_changed_and_named() -> None:

@@ -1,0 +1,77 @@
+"""A live piece in a browser: begun, changed while it plays, recorded, ended."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from playwright.sync_api import expect
+
+from musicgen_ui.engine.protocol import NO_LIVE_MODE
+from musicgen_ui.steering import Steering
+from tests.helpers.browser import Open, download, serving
+from tests.helpers.fakes import FakeBackend
+
+PLAYED = "() => musicgenPlayer.sound.position_s > {}"
+
+
+CALM_HZ, DRUMS_HZ = 138.6, 196.0  # of the fake's tones for these prompts
+
+
+def level(samples: np.ndarray, rate: int, hz: float) -> float:
+    """How much of a frequency there is."""
+    turns = np.exp(2j * np.pi * hz * np.arange(len(samples)) / rate)
+    return float(np.abs(samples @ turns)) / len(samples)
+
+
+def test_play_steer_record_and_stop(open_page: Open, engine: FakeBackend, tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_label("Prompt", exact=True).fill("calm")
+    page.get_by_label("Live mode").check()
+    expect(page.locator("#live_prompt_1 textarea")).to_have_value("calm")
+    page.locator("#live_prompt_2 textarea").fill("loud drums")
+    page.locator("#live_start").click()
+    page.wait_for_function(PLAYED.format(0.3))
+    page.locator("#live_record").click()
+    expect(page.locator("#live_record")).to_have_text("End recording")
+    at_s = page.evaluate("musicgenPlayer.sound.position_s")
+    page.locator("#live_fader input[type=number]").fill("1")
+    page.locator("#live_fader input[type=number]").press("Tab")
+    expect(page.locator("#live_line")).to_contain_text(re.compile(r"[01]\.\d s ahead · 125 ms"))
+    page.wait_for_function(PLAYED.format(at_s + 3))
+    ((changed_s, change),) = [row for row in engine.changes if row[0]]
+    assert change.prompts == (("loud drums", 1.0),)
+    assert changed_s - at_s < 1.5
+    page.locator("#live_store_2").click()
+    page.locator("#live_recall_2").click()
+    page.locator("#live_record").click()
+    expect(page.locator("#live_line")).to_contain_text("s are kept as a take")
+    assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
+    assert page.evaluate("musicgenPlayer.sound.report.underruns") <= 1
+    page.locator("#live_stop").click()
+    expect(page.locator(".player-text")).to_have_text(
+        "The live piece has ended; the recording is a take"
+    )
+    slots = [change for _, change in engine.changes if change.store or change.recall]
+    assert slots == [Steering(store=2), Steering(recall=2)]
+    expect(page.locator("#take_title")).to_have_text("calm")
+    samples, rate = soundfile.read(download(page, "wav", tmp_path))
+    assert len(samples) > 3 * rate
+    first, last = samples[: rate // 4], samples[-rate // 2 :]
+    assert level(first, rate, CALM_HZ) > 3 * level(first, rate, DRUMS_HZ)
+    assert level(last, rate, DRUMS_HZ) > 3 * level(last, rate, CALM_HZ)  # it was recorded
+    assert page.locator("#live_start").is_visible()
+
+
+def test_zerogpu_says_why_there_is_no_live_mode(
+    open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    with serving(FakeBackend()) as url:
+        page = open_page(url=url)
+        expect(page.locator("#no_live_mode")).to_have_text(NO_LIVE_MODE)
+        expect(page.get_by_label("Live mode")).to_have_count(0)
+        page.close()  # before its server

@@ -1,0 +1,79 @@
+"""Live mode's controls as changes, its words, and the reports of what was played."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from musicgen_ui.engine.job import LoggedJob
+from musicgen_ui.engine.protocol import Progress, Stage
+from musicgen_ui.errors import RequestError
+from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import Steering
+from musicgen_ui.ui import live_panel
+
+
+def controls(**values: Any) -> dict[str, Any]:
+    prompts = {f"live_prompt_{n}": "" for n in range(1, 5)}
+    weights = {f"live_weight_{n}": 0.0 for n in range(1, 5)}
+    rest = {"live_fader": 0.25, "live_guidance": 3, "live_temperature": 1, "live_top_k": 250}
+    return {**prompts, **weights, **rest, **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "prompts"),
+    [
+        ({}, (("of the form", 1.0),)),
+        ({"live_prompt_2": "b"}, (("b", 1.0),)),
+        ({"live_prompt_1": "a", "live_prompt_2": "b"}, (("a", 0.75), ("b", 0.25))),
+        ({"live_prompt_1": "a", "live_prompt_2": "b", "live_fader": 1}, (("b", 1.0),)),
+        (
+            {"live_prompt_1": "a", "live_prompt_3": "c", "live_weight_1": 1, "live_weight_3": 3}
+            | {"live_weight_3": 1},
+            (("a", 0.5), ("c", 0.5)),
+        ),
+    ],
+)
+def test_controls_are_a_mix_of_the_prompts_that_have_words(values, prompts):
+    assert live_panel.steering_of(controls(**values), "of the form").prompts == prompts
+
+
+def test_only_what_changed_is_sent():
+    before = live_panel.steering_of(controls(), "x")
+    after = live_panel.steering_of(controls(live_top_k=5), "x")
+    assert live_panel.difference(after, before) == Steering(top_k=5)
+    assert live_panel.difference(before, before) is None
+    silent = {"live_prompt_1": "a", "live_prompt_3": "c"}
+    with pytest.raises(RequestError, match="a weight above 0"):
+        live_panel.steering_of(controls(**silent), "x")
+
+
+def test_the_line_says_when_a_model_is_too_slow():
+    fast = Progress(Stage.COMPOSING, done_s=9, speed=4.0, ahead_s=0.84, underruns=1)
+    assert "0.8 s ahead · 250 ms of work a second of music · 1 underrun<" in live_panel.line(fast)
+    assert "alert" not in live_panel.line(fast)
+    slow = live_panel.line(Progress(Stage.COMPOSING, done_s=9, speed=0.6))
+    assert "makes 0.6 s of music a second here" in slow and "smaller model" in slow
+
+
+def test_reports_reach_the_owners_job_alone():
+    job = LoggedJob(GenerationRequest(live=True))
+
+    def find(id: str, session: str) -> LoggedJob | None:
+        return job if (id, session) == ("job", "mine") else None
+
+    client = TestClient(Starlette(routes=[live_panel.route(find)]))  # type: ignore[arg-type]
+
+    def post(body: object, session: str = "mine") -> int:
+        answer = client.post("/jobs/job/played", json=body, headers={"x-session": session})
+        return answer.status_code
+
+    assert post({"samples": 8000, "underruns": 2}) == 204
+    assert job.listener.heard_s(16_000) == 0.5 and job.listener.underruns == 2
+    assert post({"samples": 9000, "underruns": 2}, "other") == 404
+    for wrong in ({}, [], {"samples": "x", "underruns": 0}, {"samples": -1, "underruns": 0}):
+        assert post(wrong) == 400
+    assert job.listener.heard_s(16_000) == 0.5
