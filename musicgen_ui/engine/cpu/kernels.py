@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numba
 import numpy as np
 
-from musicgen_ui.engine.cpu.machine_code import compiled, compiled_in_order
+from musicgen_ui.engine.cpu.machine_code import compiled, compiled_sum
 from musicgen_ui.engine.cpu.microkernel import (
     BLOCK,
     CACHE_LINE,
@@ -193,16 +193,30 @@ def quantise(x: np.ndarray, codes: np.ndarray, peak_code: Any) -> Any:
     return peak / np.float32(peak_code)
 
 
+@compiled_sum
+def total_of(x: np.ndarray, count: int) -> Any:
+    """The sum of the first numbers."""
+    total = np.float32(0)
+    for i in range(count):
+        total += x[i]
+    return total
+
+
+@compiled_sum
+def _squared_distance(x: np.ndarray, mean: Any) -> Any:
+    """The sum of squares of the distances from `mean`."""
+    square = np.float32(0)
+    for i in range(len(x)):
+        square += (x[i] - mean) * (x[i] - mean)
+    return square
+
+
 @compiled
 def normalise(x: np.ndarray, norm: np.ndarray, epsilon: Any, out: np.ndarray) -> None:
     """Layer norm of one row; `norm` is float32 [2, n], weight and bias."""
-    mean, square = np.float32(0), np.float32(0)
-    for i in range(len(x)):
-        mean += x[i]
-    mean /= np.float32(len(x))
-    for i in range(len(x)):
-        square += (x[i] - mean) * (x[i] - mean)
-    scale = np.float32(1) / np.sqrt(square / np.float32(len(x)) + np.float32(epsilon))
+    mean = total_of(x, len(x)) / np.float32(len(x))
+    variance = _squared_distance(x, mean) / np.float32(len(x))
+    scale = np.float32(1) / np.sqrt(variance + np.float32(epsilon))
     for i in range(len(x)):
         out[i] = (x[i] - mean) * scale * norm[0, i] + norm[1, i]
 
@@ -278,7 +292,7 @@ class Matmul(NamedTuple):
     sums: np.ndarray  # of the thread, int32 [ROWS_AT_ONCE · BLOCK]
 
 
-@compiled_in_order
+@compiled
 def _finish(
     sums: np.ndarray, scales: np.ndarray, scale: Any, out: np.ndarray, epilogue: int
 ) -> None:
@@ -428,11 +442,10 @@ def attend(
         )
         for t in range(BLOCK):  # beyond `filled` in the last block, where there is capacity
             scores[first + t] = np.float32(sums[t]) * (scale * key_scales[first + t])
-    best, total = maximum(scores, filled), np.float32(0)
+    best = maximum(scores, filled)
     for t in range(filled):  # loops of one task each, which LLVM vectorises: a third of the time
         scores[t] = exp(scores[t] - best)
-    for t in range(filled):
-        total += scores[t]
+    total = total_of(scores, filled)
     for t in range(filled):
         scores[t] *= value_scales[t]
     peak = at_least(max_magnitude(scores, filled), np.float32(1e-30))
@@ -441,15 +454,16 @@ def attend(
             out[d] = np.float32(np.nan)
         return
     most = np.float32(min(8191, 8191 * 2048 // filled))  # 127 · 8191 · 2048 fit into an int32
+    inverse = most / peak
     for t in range(filled):
-        codes[t] = np.int16(np.rint(scores[t] * (most / peak)))
+        codes[t] = np.int16(np.rint(scores[t] * inverse))
     codes[filled] = 0  # completes the last pair of an odd number of positions
-    pairs = (filled + 1) // 2
+    pairs, scale = (filled + 1) // 2, peak / (most * total)
     for first in range(0, dim, BLOCK):
         operands = Operands(cache.values_ptr + first * cache.capacity, codes_ptr, 0, pairs)
         int8_block_1(operands, sums_ptr, Prefetch(next_ptr, pairs, 0, 2 * BLOCK))
         for d in range(min(BLOCK, dim - first)):
-            out[first + d] = np.float32(sums[d]) * (peak / (most * total))
+            out[first + d] = np.float32(sums[d]) * scale
 
 
 @compiled

@@ -35,9 +35,12 @@ PREFIX = "musicgen-ui-kernels-"
 CHECKSUM = "sha256"  # the file with the checksum of the others in its folder
 UNUSED_S = 30 * 86_400.0  # after which the folder of another version is removed
 
-# Of fastmath not the promises that there is no NaN and no infinity: both occur when a model
-# overflows, and must reach the logits or samples, where they are detected.
-_FASTMATH = {"reassoc", "nsz", "arcp", "contract", "afn"}
+# LLVM makes several loops of one, and takes the one without vectors where it cannot rule out by
+# addresses that arrays overlap. So nothing is allowed that lets them round differently: "reassoc"
+# reorders factors and "arcp" multiplies by reciprocals in some of them. Nor is it promised that
+# there is no NaN and no infinity: both occur when a model overflows, and must reach the logits or
+# samples, where they are detected.
+_FASTMATH = {"nsz", "contract"}
 _OPTIONS: Any = {"fastmath": _FASTMATH, "nogil": True, "error_model": "numpy"}
 _INLINED: Any = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _COMPILING = threading.Lock()
@@ -160,13 +163,12 @@ def compiled(function: Function) -> Function:
     return numba.njit(**_INLINED, **_OPTIONS)(function)
 
 
-def compiled_in_order(function: Function) -> Function:
-    """As `compiled`, but factors are multiplied in the order that is written.
+def compiled_sum(function: Function) -> Function:
+    """As `compiled`, but numbers are added in any order, without which sums are not vectorised.
 
-    Otherwise LLVM chooses an order by what the function is inlined into, and results differ from
-    kernel to kernel in the last bit.
+    The function must not write to arrays: the order then depends on the length alone.
     """
-    options = _OPTIONS | {"fastmath": _FASTMATH - {"reassoc"}}
+    options = _OPTIONS | {"fastmath": _FASTMATH | {"reassoc"}}
     return numba.njit(**_INLINED, **options)(function)
 
 

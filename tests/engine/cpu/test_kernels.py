@@ -167,6 +167,32 @@ def test_attention_equals_numpy(dim, columns):
 # All layers
 
 
+@kernel
+def _attend(qkv, caches, sums, scores, codes, out):
+    workspace = kernels.Workspace(sums, scores, codes)
+    source, to = int8.floats_of(qkv, qkv.shape[1]), int8.floats_of(out, out.shape[1])
+    kernels.attend_head(0, 1, kernels.Attention(caches, 0, False, source, to, 1, 1, workspace, 0))
+
+
+def test_attention_is_equal_wherever_memory_lies():
+    """LLVM has a second loop, not vectorised, for arrays that may overlap; it must round alike."""
+    dim, positions = 32, 150
+    query = RANDOM.normal(0, 1, (1, dim)).astype(np.float32)
+    cache = Int8Cache.of_layers(1, (1, 1, positions, dim))[0]
+    cache.fill(*RANDOM.normal(0, 1, (2, 1, 1, positions, dim)).astype(np.float32))
+    records = cache.records(positions)[:, None]
+
+    def attend(gap):
+        """Scores and output where the sums begin so many numbers behind the scores."""
+        memory, out = np.zeros(2048, np.float32), np.zeros((1, dim), np.float32)
+        scores = memory[: cache.capacity + 2]
+        sums = memory[len(scores) + gap :][:256].view(np.int32)
+        _attend(query, records, sums, scores, np.zeros(cache.capacity + 2, np.int16), out)
+        return scores[:positions].tobytes() + out.tobytes()
+
+    assert {attend(gap) for gap in range(0, 512, 4)} == {attend(1024)}
+
+
 class _Sequence:
     """What `Layers` reads of a `transformer.Sequence`."""
 
