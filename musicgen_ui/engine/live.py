@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.engine.code_window import CodeWindow
 from musicgen_ui.engine.codec import Codec, Decoding
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
 from musicgen_ui.engine.faults import NotFiniteError
@@ -35,7 +36,6 @@ from musicgen_ui.engine.protocol import Chunk, Finished, Progress, Recorded, Sta
 from musicgen_ui.engine.sampling import SamplingParams
 from musicgen_ui.engine.variation import (
     ENDLESS_STEPS,
-    CodeWindow,
     Specification,
     TakeRecorder,
     Variation,

@@ -27,6 +27,7 @@ import torch
 
 from musicgen_ui.engine import faults, live
 from musicgen_ui.engine.audio_prompt import AudioPrompt
+from musicgen_ui.engine.code_window import bounded_window_s
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
@@ -45,7 +46,6 @@ from musicgen_ui.engine.variation import (
     Specification,
     TakeRecorder,
     Variation,
-    bounded_window_s,
 )
 from musicgen_ui.errors import Fault, RequestError
 from musicgen_ui.request import WINDOW_S, GenerationRequest
@@ -430,7 +430,7 @@ class Scheduler:
             raise error
         if running in self.running:
             self._leave(running)
-        if faults.out_of_memory(error) and self.running and not _delivered(specification):
+        if faults.out_of_memory(error) and self.running and not specification.delivered:
             self._places = len(self.running)
             self.queue.put_back(specification)
         else:
@@ -458,7 +458,7 @@ class Scheduler:
             job.log.append(Failed(faults.for_caller(error)))
             return
         take = empty_take(job, specification.index)
-        if running and _delivered(specification):
+        if running and specification.delivered:
             try:
                 take = running.finished()
             except Exception as failure:  # such as no memory for it
@@ -478,7 +478,7 @@ class Scheduler:
         retried = self.queue.retried
         for variation in reversed(running):
             specification, job = variation.specification, variation.job
-            if retry and not (job.ended or job in retried or _delivered(specification)):
+            if retry and not (job.ended or job in retried or specification.delivered):
                 self.queue.put_back(specification)
             else:
                 self._end(specification, error, variation)
@@ -494,9 +494,3 @@ class Scheduler:
         """Frees the model of a scheduler that is not used any more; its queue is kept."""
         for name in MODEL:
             self.__dict__.pop(name, None)
-
-
-def _delivered(specification: Specification) -> bool:
-    """Whether audio of this variation is in the job's log."""
-    events = specification.job.log.so_far()
-    return any(isinstance(e, Chunk) and e.variation == specification.index for e in events)
