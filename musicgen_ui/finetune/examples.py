@@ -67,13 +67,18 @@ class Encoder:
 
     Args:
         loaded: the checkpoint; its codec and text encoder are taken over.
-        device: where to compute.
+        device: where to compute states.
         cache: the folder for what was computed.
+        codec_device: where to compute codes, if elsewhere.
     """
 
-    def __init__(self, loaded: Loaded, device: torch.device, cache: Path) -> None:
+    def __init__(
+        self, loaded: Loaded, device: torch.device, cache: Path, codec_device: str = ""
+    ) -> None:
         model: Any = loaded.model
-        self._codec = Codec(model.audio_encoder, loaded.channels, device, "float32", release=True)
+        self._codec = Codec(
+            model.audio_encoder, loaded.channels, codec_device or device, "float32", release=True
+        )
         self._conditioner = Conditioner.of(model, loaded.tokenizer, device, loaded.extractor)
         self._name = loaded.name
         self._cache = cache

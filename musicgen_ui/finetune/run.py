@@ -78,9 +78,9 @@ def run(options: Options, report: Report, pause: threading.Event, only_estimate:
 class _Run:
     def __init__(self, options: Options, report: Report, pause: threading.Event) -> None:
         self.options, self.report, self.pause = options, report, pause
-        kind = devices.choose(options.device).device
-        self.device = torch.device(kind)
-        self.source = registry.resolve(options.checkpoint, device=kind.partition(":")[0])
+        self.place = devices.choose(options.device)
+        self.device = torch.device(self.place.device)
+        self.source = registry.resolve(options.checkpoint, device=self.device.type)
         self._step_s = 0.0  # of the steps so far, smoothed
 
     def make(self, only_estimate: bool) -> bool:
@@ -141,7 +141,7 @@ class _Run:
         loaded = registry.load(self.source, torch.float32, say)
         model: Any = loaded.model
         decoder = model.decoder
-        encoder = Encoder(loaded, self.device, options.folder / "cache")
+        encoder = Encoder(loaded, self.device, options.folder / "cache", self.place.codec_device)
         piece_s = min(options.preset.piece_s, loaded.window_s)
         examples = encoder.examples(
             paths, options.activation_word, piece_s, self.report, self.pause
