@@ -57,7 +57,8 @@ class Ranking:
 
     def submit(self, request: GenerationRequest, client: str = "") -> Job:
         """See `Backend.submit`."""
-        if not request.keep and request.checkpoint not in ("auto", *BUNDLED):
+        redrawn = request.checkpoint in ("auto", *BUNDLED) and not request.steered
+        if request.live or not (request.keep or redrawn):
             return self.backend.submit(request, client)
         job = RelayedJob(request, client)
         # In the context of the caller: ZeroGPU counts by the visitor whom Gradio names there.

@@ -32,7 +32,7 @@ WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variation, "WINDOW_S", WINDOW / 50)
+    monkeypatch.setattr(code_window, "WINDOW_S", WINDOW / 50)
 
 
 def long_request(**settings: object) -> GenerationRequest:
@@ -190,7 +190,7 @@ def test_loudness_does_not_drift_and_joints_do_not_click(
     monkeypatch, window_s, overlap_s, duration_s
 ):
     """The bundled checkpoint, as people hear it."""
-    monkeypatch.setattr(variation, "WINDOW_S", window_s)
+    monkeypatch.setattr(code_window, "WINDOW_S", window_s)
     batch = make_batch(Path(__file__).parents[2] / "assets" / "bundled")
     request = GenerationRequest(
         "80s rock with drums, bass and electric guitar",

@@ -216,7 +216,7 @@ def test_clips_without_a_melody_are_refused(clip, said):
 
 def test_melody_moves_along_with_the_windows(folder, batch, reference, monkeypatch):
     """Each window is what `generate` makes of the overlap and the chroma from there on."""
-    monkeypatch.setattr("musicgen_ui.engine.variation.WINDOW_S", 2.0)
+    monkeypatch.setattr("musicgen_ui.engine.code_window.WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, melody=SCALE, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, finished, _ = run(batch, request)
     assert list(windows) == [0, 50, 100] and finished.clip.samples.shape[1] == 128_000

@@ -20,7 +20,7 @@ WINDOW, OVERLAP = 100, 50  # frames: short windows show what long ones do
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variation, "WINDOW_S", WINDOW / 50)
+    monkeypatch.setattr(code_window, "WINDOW_S", WINDOW / 50)
 
 
 def piece(**settings: object) -> GenerationRequest:

@@ -131,7 +131,7 @@ def test_a_section_without_words_beside_one_with_them_is_guided_where_there_are_
 
 def test_sections_of_a_long_piece_and_neighbours_that_change_too(batch, monkeypatch):
     """Each row hears its own words, in whatever window a change falls."""
-    monkeypatch.setattr(variation, "WINDOW_S", 1.6)
+    monkeypatch.setattr(code_window, "WINDOW_S", 1.6)
     sections = [(0.7, PIANO), (1.6, "fast drums"), (1.98, "")]  # the second begins with a window
     request = GenerationRequest(ROCK, sections=sections, duration_s=2.8, overlap_s=1, seed=4)
     alone = whole(run(batch, request)[0])

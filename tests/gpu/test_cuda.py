@@ -352,7 +352,7 @@ def test_sections_are_heard_from_their_frame_on(folder, batch):
 
 def test_windows_equal_generate(folder, batch, reference, monkeypatch):
     """Each is what `generate` makes of the codes that it begins with."""
-    monkeypatch.setattr(variation, "WINDOW_S", 2.0)
+    monkeypatch.setattr(code_window, "WINDOW_S", 2.0)
     request = GenerationRequest(ROCK, duration_s=4.0, overlap_s=1.0, do_sample=False)
     windows, _, _ = run(batch, request)
     assert list(windows) == [0, 50, 100]

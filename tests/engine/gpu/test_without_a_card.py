@@ -90,7 +90,7 @@ def on_card(batch: Scheduler) -> Scheduler:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
     """An audio prompt, sections, further windows, neighbours that come and go."""
-    monkeypatch.setattr(variation, "WINDOW_S", 2.0)
+    monkeypatch.setattr(code_window, "WINDOW_S", 2.0)
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     place = {"device": "meta", "precision": precision, "max_jobs": 3}
     batch = on_card(Scheduler(made.model, made.tokenizer, checkpoint="tiny", graphs=True, **place))
