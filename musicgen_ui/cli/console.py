@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 FAILED = 1
@@ -20,12 +21,13 @@ CLOSED = 141  # what shells show of a program that SIGPIPE ended
 class Stream:
     """`stream`, but what is printed to it does not raise; `error` is the first that went wrong.
 
-    Characters that its encoding lacks are written as escapes.
+    A stream that was closed before the start (None) is replaced by `nowhere`. Characters that its
+    encoding lacks are written as escapes.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._closed = stream is None  # before the start
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    def __init__(self, stream: TextIO | None, nowhere: TextIO) -> None:
+        self._closed = stream is None
+        self._stream = stream or nowhere
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -76,8 +78,9 @@ class Stream:
 @contextlib.contextmanager
 def guarded() -> Iterator[Stream]:
     """Puts `Stream`s in place of sys.stdout, which it yields, and of sys.stderr."""
-    out, err = Stream(sys.stdout), Stream(sys.stderr)
-    streams: Any = out, err
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        yield out
-        err.flush()
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        out, err = Stream(sys.stdout, nowhere), Stream(sys.stderr, nowhere)
+        streams: Any = out, err
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            yield out
+            err.flush()

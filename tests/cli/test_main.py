@@ -40,7 +40,7 @@ class FakeManager:
     def __init__(self, **options):
         FakeManager.options = options
 
-    def submit(self, request):
+    def submit(self, request, client=""):
         FakeManager.asked.append(request)
         interrupted = FakeManager.interrupt_after is not None
         backend = FakeBackend(failure=FakeManager.failure, speed=20.0 if interrupted else 0.0)
