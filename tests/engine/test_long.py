@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from musicgen_ui.engine import sampling, variation
+from musicgen_ui.engine import code_window, sampling, variation
 from musicgen_ui.engine import scheduler as batches
 from musicgen_ui.engine.protocol import Chunk, Event
 from musicgen_ui.request import GenerationRequest

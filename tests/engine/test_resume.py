@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from musicgen_ui.engine import variation
+from musicgen_ui.engine import code_window
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Chunk, Failed, Finished
 from musicgen_ui.engine.scheduler import Scheduler

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from musicgen_ui import takes
-from musicgen_ui.engine import variation
+from musicgen_ui.engine import code_window
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.engine import PIANO, ROCK, codes_of, noise, run, submit, whole

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
-from musicgen_ui.engine import delay_pattern, faults, variation
+from musicgen_ui.engine import code_window, delay_pattern, faults, variation
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.scheduler import Scheduler

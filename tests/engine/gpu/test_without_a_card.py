@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from musicgen_ui.benchmark import runners
-from musicgen_ui.engine import variation
+from musicgen_ui.engine import code_window
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
