@@ -146,7 +146,7 @@ def test_sections_of_a_long_piece_and_neighbours_that_change_too(batch, monkeypa
     windows = {}
     while batch.running:
         batch.step()
-        windows[beside.start] = codes_of(beside)
+        windows[beside.window.start] = codes_of(beside)
     assert torch.equal(whole(windows), alone)
 
 
