@@ -1,8 +1,8 @@
 """One variation of a job: what is asked for, its codes, its audio so far.
 
-`Specification` is fixed when the job is queued. `CodeWindow` (in `code_window`) holds the codes that
-the decoder reads and writes, `TakeRecorder` turns finished frames into audio, and `Slot` is what the
-stepper keeps.
+`Specification` is fixed when the job is queued. `CodeWindow` (in `code_window`) holds the codes
+that the decoder reads and writes, `TakeRecorder` turns finished frames into audio, and `Slot` is
+what the stepper keeps.
 """
 
 from __future__ import annotations
