@@ -95,6 +95,7 @@ class LocalBackend:
         also: Sequence[str] = (),
         load: Callable[[Source, Place, int, Say], Scheduler] = load_scheduler,
     ) -> None:
+        self._threads: dict[threading.Thread, LoggedJob] = {}  # of the jobs that are not through
         self.place = devices.choose(device, precision)
         self.budget_bytes = budget_bytes or devices.budget_bytes(self.place)
         self._allow_any = allow_any
@@ -183,7 +184,9 @@ class LocalBackend:
         job = LoggedJob(request, client, made)
         # A thread of its own, asleep most of the time: the Hub may be silent, and no other job may
         # wait for that.
-        threading.Thread(target=self._run, args=(job,), name="musicgen-job", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(job,), name="musicgen-job", daemon=True)
+        self._threads[thread] = job
+        thread.start()
         return job
 
     def _run(self, job: LoggedJob) -> None:
@@ -198,6 +201,8 @@ class LocalBackend:
                 job.log.wait()
         except BaseException as error:
             job.log.append(Failed(faults.for_caller(error)))
+        finally:
+            del self._threads[threading.current_thread()]
 
     @contextlib.contextmanager
     def use(self, checkpoint: str = "auto", stereo: bool = False) -> Iterator[Scheduler]:
@@ -220,8 +225,15 @@ class LocalBackend:
         self._cache.unload()
 
     def close(self) -> None:
-        """Unloads every model, those in use when they are done, and refuses further requests."""
+        """Unloads every model, those in use when they are done, and refuses further requests.
+
+        Waits for the threads of jobs that have ended, which may be unloading: Python would abort if
+        it ended while they are in torch.
+        """
         self._cache.close()
+        for thread, job in list(self._threads.items()):
+            if job.ended and thread is not threading.current_thread():
+                thread.join()
 
     def _prepared(
         self, request: GenerationRequest

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from musicgen_ui.backends import local as module
+from musicgen_ui.backends import model_cache
 from musicgen_ui.backends.local import LocalBackend, load_scheduler
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.protocol import Chunk, Progress, Stage
@@ -324,6 +325,23 @@ def test_describe_loads_nothing(manager):
     assert manager.describe("small").stereo == "choice"
     assert manager.describe("stereo-small").stereo == "always"
     assert not manager.status().loaded
+
+
+def test_close_waits_for_ended_jobs_to_unload(tiny_mono, monkeypatch):
+    """A daemon thread inside torch when Python ends aborts the process."""
+    returned = model_cache.ModelCache._return
+
+    def slow(*args) -> None:
+        time.sleep(0.3)
+        returned(*args)
+
+    monkeypatch.setattr(model_cache.ModelCache, "_return", slow)
+    before = set(threading.enumerate())
+    manager = LocalBackend(device="cpu", precision="float32", idle_s=60)
+    made(manager, ask(tiny_mono))
+    manager.close()
+    named = [t.name for t in set(threading.enumerate()) - before]
+    assert not [name for name in named if name in ("musicgen-job", "musicgen-worker")]
 
 
 def test_no_thread_stays_after_close(tiny_mono):
