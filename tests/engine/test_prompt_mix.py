@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from musicgen_ui.engine import job, sampling
+from musicgen_ui.engine import code_window, sampling
 from musicgen_ui.engine.conditioning import Conditions
-from musicgen_ui.engine.job import Job
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.variation import Variation
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.steering import normalised
@@ -29,6 +28,7 @@ from tests.helpers.engine import (
     noise,
     run,
     run_job,
+    submit,
     whole,
 )
 from tests.helpers.melody import SCALE, melody_batch
@@ -69,8 +69,12 @@ def test_wrong_weights_are_refused(prompts, says):
 
 def mixing(batch: Scheduler, monkeypatch: pytest.MonkeyPatch, prompts=MIX) -> Scheduler:
     """A batch whose jobs mix these prompts from their first frame on."""
-    conditions = partial(batch.conditioner.conditions, prompts=prompts)
-    monkeypatch.setattr(batch.conditioner, "conditions", conditions)
+    conditions = batch.conditioner.conditions
+
+    def mixed(*positions: object, **values: object) -> Conditions:
+        return conditions(*positions, **values | {"prompts": prompts})
+
+    monkeypatch.setattr(batch.conditioner, "conditions", mixed)
     return batch
 
 
@@ -95,13 +99,13 @@ def test_mix_equals_transformers_logits_mixed(batch, reference, monkeypatch, gui
     request = GenerationRequest(guidance_scale=guidance_scale, **GREEDY)
     mixed, _, _ = run_job(mixing(batch, monkeypatch), request)
     conditions = batch.conditioner.conditions(request)
-    expected = likeliest(reference, mixed.columns, conditions, guidance_scale)
-    inside = written(mixed.columns, 30, batch.codec.channels)
-    assert torch.equal(mixed.columns[:, 1:][inside], expected[inside])
+    expected = likeliest(reference, mixed.window.columns, conditions, guidance_scale)
+    inside = written(mixed.window.columns, 30, batch.codec.channels)
+    assert torch.equal(mixed.window.columns[:, 1:][inside], expected[inside])
     monkeypatch.undo()
     for prompt in (ROCK, PIANO):  # it is neither of the two
         alone, _, _ = run_job(batch, dataclasses.replace(request, prompt=prompt))
-        assert not torch.equal(alone.columns, mixed.columns)
+        assert not torch.equal(alone.window.columns, mixed.window.columns)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graph"])
@@ -110,7 +114,7 @@ def test_mix_follows_a_melody_too(tiny_melody, monkeypatch, graphs):
 
     batch = mixing(melody_batch(tiny_melody, graphs=graphs), monkeypatch)
     request = GenerationRequest(melody=SCALE, **GREEDY)
-    columns = run_job(batch, request)[0].columns
+    columns = run_job(batch, request)[0].window.columns
     reference = MusicgenMelodyForConditionalGeneration.from_pretrained(tiny_melody).eval()
     conditions = batch.conditioner.conditions(request)
     assert [len(states) for states in conditions.states] == [len(conditions.states[0])] * 3
@@ -130,25 +134,25 @@ def test_one_prompt_of_any_weight_is_the_plain_request(tiny_mono, monkeypatch, p
 
 # Changes between two frames
 
-Change = Callable[[Scheduler, Job], None]
+Change = Callable[[Scheduler, Variation], None]
 
 
 def changed(batch: Scheduler, request: GenerationRequest, changes: dict[int, Change]) -> Tensor:
     """The columns of a job, changed once so many of them are written."""
-    batch.submit(request, None, lambda event: None)
+    submit(batch, request, lambda event: None)
     batch.step()
     (made,) = batch.running
     while batch.running:
-        if change := changes.get(made.written):
+        if change := changes.get(made.window.written):
             change(batch, made)
         batch.step()
-    return made.columns
+    return made.window.columns
 
 
 def steer(prompts, guidance_scale: float) -> Change:
     """As a scheduler does it: other rows, then other sampling parameters."""
 
-    def change(batch: Scheduler, made: Job) -> None:
+    def change(batch: Scheduler, made: Variation) -> None:
         conditions = batch.conditioner.conditions(
             made.request, prompts=normalised(prompts), guidance_scale=guidance_scale
         )
@@ -174,7 +178,7 @@ def test_changes_equal_transformers_stepped_by_hand(folder, batch):
     changes = {step: steer(*change) for step, change in SCRIPT.items() if step}
     columns = changed(batch, GenerationRequest(ROCK, **GREEDY), changes)
     assert torch.equal(columns, steered(folder, batch, SCRIPT, 30))
-    plain = run_job(batch, GenerationRequest(ROCK, **GREEDY))[0].columns
+    plain = run_job(batch, GenerationRequest(ROCK, **GREEDY))[0].window.columns
     assert torch.equal(columns[:, :7], plain[:, :7])
     assert not torch.equal(columns[:, 7:10], plain[:, 7:10])
 
@@ -183,7 +187,7 @@ def test_sampling_changes_from_the_next_frame_on(batch, reference):
     """Drawn at first, then the likeliest of a temperature near 0, then the likeliest of top-k 1."""
 
     def of(**values: float) -> Change:
-        def change(batch: Scheduler, made: Job) -> None:
+        def change(batch: Scheduler, made: Variation) -> None:
             params = sampling.SamplingParams.of(made.request)
             batch.stepper.set_sampling(made, dataclasses.replace(params, **values))
 
@@ -196,33 +200,34 @@ def test_sampling_changes_from_the_next_frame_on(batch, reference):
     same = (columns[:, 1:] == expected) & inside
     assert torch.equal(same[:, 10:], inside[:, 10:])
     assert same[:, :10].sum() < inside[:, :10].sum() / 2
-    plain = run_job(batch, request)[0].columns
+    plain = run_job(batch, request)[0].window.columns
     assert torch.equal(columns[:, :11], plain[:, :11])
 
 
 def test_a_mix_beside_other_jobs_is_what_it_is_alone(batch, monkeypatch):
     """In a piece of several windows with an audio prompt; the other job mixes nothing."""
-    monkeypatch.setattr(job, "WINDOW_S", 1.6)
+    monkeypatch.setattr(code_window, "WINDOW_S", 1.6)
     clip = noise(0.5, batch.codec.channels)
     plain = GenerationRequest(PIANO, audio_prompt=clip, duration_s=1.0, seed=5)
     mixed = GenerationRequest("", duration_s=2.8, overlap_s=1, seed=4)
     expected = run_job(batch, plain)[1]
     conditions = batch.conditioner.conditions
 
-    def by_request(request: GenerationRequest, *more: float) -> Conditions:
-        return conditions(request, *more, prompts=MIX if request.seed == 4 else None)
+    def by_request(request: GenerationRequest, *more: float, **values: object) -> Conditions:
+        prompts = MIX if request.seed == 4 else None
+        return conditions(request, *more, **values | {"prompts": prompts})
 
     monkeypatch.setattr(batch.conditioner, "conditions", by_request)
     alone = whole(run(batch, mixed)[0])
     takes: list = []
-    batch.submit(mixed, None, takes.append)
+    submit(batch, mixed, takes.append)
     batch.step()
-    batch.submit(plain, None, takes.append)
+    submit(batch, plain, takes.append)
     batch.step()
     jobs, windows = {each.request.seed: each for each in batch.running}, {}
     while batch.running:
         batch.step()
-        windows[jobs[4].start] = codes_of(jobs[4])
+        windows[jobs[4].window.start] = codes_of(jobs[4])
     assert torch.equal(whole(windows), alone)
     assert torch.equal(codes_of(jobs[5]), expected)
 
