@@ -250,7 +250,8 @@ def test_a_server_whose_device_is_lost_ends_to_be_restarted() -> None:
 def test_no_duration_is_measured_on_a_clock_that_can_be_set() -> None:
     """Ages, waits, shares of an hour: all of them would jump with it."""
     # When a process began and when a file was changed, the system says by that clock.
-    free = ("zerogpu_worker.py", "cleanup.py")
+    # The events of a training run carry the time of day; replicas of several machines compare it.
+    free = ("zerogpu_worker.py", "cleanup.py", "progress.py", "ray_scaling.py")
     for path in (ROOT / "musicgen_ui").rglob("*.py"):
         set_by_people = re.search(r"time\.time\(|datetime\.now|utcnow", path.read_text())
         assert path.name in free or not set_by_people, path

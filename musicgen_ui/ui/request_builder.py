@@ -52,7 +52,7 @@ class RequestBuilder:
                 "duration_s",
             )
         # A host's limit is one of work: what is left out is made, too.
-        if self._max_duration_s < min(request.end_s, MAX_DURATION_S):
+        if request.skip_s and self._max_duration_s < min(request.end_s, MAX_DURATION_S):
             raise RequestError(
                 f"This server makes at most {self._max_duration_s:g} s at once, and with what is "
                 f"left out this would be {request.end_s:g} s.",

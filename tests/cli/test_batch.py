@@ -110,7 +110,7 @@ def test_json_rows_may_hold_any_setting(manager, folder):
     assert batch("sub/rows.jsonl", "\n".join(lines), "--temperature", "2", "--duration", "1") == 0
     waltz, tango = sorted(manager.made.requests, key=lambda r: r.prompt, reverse=True)
     del row["audio_prompt"]
-    assert waltz.settings() == row
+    assert waltz.settings() == row | {"automation": []}
     assert (waltz.top_k, waltz.do_sample, waltz.temperature) == (7, False, 1.0)
     assert waltz.audio_prompt.duration_s == 0.5 and tango.audio_prompt is None
     assert waltz.sections == ((0.0, "piano"), (1.0, "drums"))

@@ -125,6 +125,7 @@ def test_sigterm_pauses_and_the_same_command_goes_on(tiny_mono, tmp_path):
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=120)
         assert process.returncode == 130 and "the same command goes on" in error
+        _, offset = progress.read(tmp_path / "run", offset)  # what came after the last look
     events, _ = progress.read(tmp_path / "run")
     assert any("Going on from step" in event.sentence for event in events)
     assert read_object(tmp_path / "run" / "adapter" / "adapter_config.json")["r"] == 2

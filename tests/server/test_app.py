@@ -37,6 +37,7 @@ def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_space_offers_listed_checkpoints_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPACE_ID", "owner/name")
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)  # of a server in this process
     assert not settings([]).any_checkpoint and settings([]).host == "0.0.0.0"
     assert settings(["--host", "[::1]"]).host == "::1"
     monkeypatch.setenv("MUSICGEN_UI_ANY_CHECKPOINT", "1")

@@ -255,7 +255,7 @@ def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip:
     assert progress and all(nothing is None and "status" in told for nothing, told in progress)
     assert [Path(f).suffix for f in files] == [".wav", ".flac", ".wav", ".flac"]
     assert settings["seed"] == 7 and [t["seed"] for t in settings["takes"]] == [7, 8]
-    assert not any("/" in str(v) for v in settings.values())
+    assert not any("/" in str(v) for n, v in settings.items() if n != "time_signature")
 
 
 def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
