@@ -198,8 +198,14 @@ def request_of(duration_s: float, seed: int, prompt: str = PROMPT) -> Generation
     Raises:
         RequestError: a length that cannot be.
     """
-    return GenerationRequest(
-        prompt, duration_s=duration_s, guidance_scale=GUIDANCE_SCALE, top_k=TOP_K, seed=seed
+    return GenerationRequest.parse(
+        {
+            "prompt": prompt,
+            "duration_s": duration_s,
+            "guidance_scale": GUIDANCE_SCALE,
+            "top_k": TOP_K,
+            "seed": seed,
+        }
     )
 
 

