@@ -115,7 +115,8 @@ def server(folder: Path, *flags: str) -> Iterator[Server]:
     """`python app.py` on the bundled checkpoint, loaded and idle."""
     port = free_port()
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--log-prompts"]
-    command += ["--checkpoint", "bundled", "--precision", "float32", "--device", "cpu", *flags]
+    command += ["--checkpoint", "bundled", "--precision", "float32", "--device", "cpu"]
+    command += ["--output-folder", "temporary", *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO_")}
     environment |= {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("wb") as log:
