@@ -89,6 +89,8 @@ def reference(folder: Path) -> MusicgenForConditionalGeneration:
 def environment() -> Iterator[None]:
     """Undoes what a test changed in the environment: a launched server sets variables that the
     servers of later tests would read."""
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):  # of servers that are running
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -105,6 +105,7 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
     shutil.copytree(ROOT / "assets" / "bundled", "my-finetune")
     write_lora(Path("my-lora"))
     soundfile.write("my-tune.wav", np.sin(np.arange(32_000) / 9) / 5, 16_000)
+    Path("changes.json").write_text('[[0.2, {"top_k": 5}]]')
     for arguments in EXAMPLES:
         arguments = [str(tiny_melody) if word == "melody" else word for word in arguments]
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
@@ -125,8 +126,9 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
         "techno-3.wav",
         "loop.wav",
         "ending.opus",
+        "steered.wav",
     } < made
-    assert len(made) == 15  # and a WAV, a FLAC and the codes under takes/
+    assert len(made) == 20  # and changes.json; a WAV, a FLAC and the codes under takes/
     assert soundfile.info("longer.flac").duration == 1.0
 
 
