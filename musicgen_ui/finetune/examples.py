@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -216,7 +217,8 @@ class Encoder:
         columns = [melody.silence]
         if chroma is not None:
             at = torch.arange(melody.length) % len(chroma)  # a short melody is repeated
-            columns.insert(0, chroma.long()[at])
+            classes = melody.extractor.num_chroma
+            columns.insert(0, F.one_hot(chroma.long()[at], classes).float())
         with torch.inference_mode():
             states = [melody.states(each.to(self._device)).float().cpu() for each in columns]
         return tuple(torch.cat([each, text]).clone() for each in states)
