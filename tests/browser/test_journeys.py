@@ -185,7 +185,7 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
 
 def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
     page = open_page()
-    page.get_by_label("Stereo").check()
+    page.get_by_role("checkbox", name="Stereo").check()
     generate(page, length_s=1)
     finished(page)
     assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
@@ -193,8 +193,8 @@ def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
     for name, on in (("mono", False), ("wide", True)):
         model.fill(name)
         model.press("Enter")
-        expect(page.get_by_label("Stereo")).to_be_disabled()
-        expect(page.get_by_label("Stereo")).to_be_checked(checked=on)
+        expect(page.get_by_role("checkbox", name="Stereo")).to_be_disabled()
+        expect(page.get_by_role("checkbox", name="Stereo")).to_be_checked(checked=on)
     model.fill("nonsense")
     model.press("Enter")
     expect(page.locator("#checkpoint_line [role=alert]")).to_contain_text("no checkpoint")
