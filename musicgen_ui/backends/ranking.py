@@ -61,16 +61,20 @@ class Ranking:
         if request.live or not (request.keep or redrawn):
             return self.backend.submit(request, client)
         job = RelayedJob(request, client)
+        # Here, so that jobs queue in the order of their calls; CLAP is loaded before the music.
+        first = None if request.rank_by_prompt else self._submit(job)
         # In the context of the caller: ZeroGPU counts by the visitor whom Gradio names there.
         run = contextvars.copy_context().run
         make = self._keep_best if request.keep else self._redraw_unusable
-        work = threading.Thread(target=run, args=(self._run, job, make), daemon=True)
+        work = threading.Thread(target=run, args=(self._run, job, make, first), daemon=True)
         work.start()
         return job
 
-    def _run(self, job: RelayedJob, make: Callable[[RelayedJob], None]) -> None:
+    def _run(
+        self, job: RelayedJob, make: Callable[[RelayedJob, Job | None], None], first: Job | None
+    ) -> None:
         try:
-            make(job)
+            make(job, first)
         except Exception as error:
             job.log.append(Failed(faults.for_caller(error)))
         finally:
@@ -78,12 +82,12 @@ class Ranking:
 
     # The best of several
 
-    def _keep_best(self, job: RelayedJob) -> None:
+    def _keep_best(self, job: RelayedJob, first: Job | None) -> None:
         clap, note = self._clap_for(job)
         if not job.begin():
             return
         takes: list[Finished] = []
-        for event in self._events(job, dataclasses.replace(job.request, keep=0)):
+        for event in (first or self._submit(job)).follow():
             if isinstance(event, Finished):
                 takes.append(event)
             else:
@@ -117,11 +121,11 @@ class Ranking:
 
     # Takes that are drawn again
 
-    def _redraw_unusable(self, job: RelayedJob) -> None:
+    def _redraw_unusable(self, job: RelayedJob, first: Job | None) -> None:
         if not job.begin():
             return
         request, unusable = job.request, list[Finished]()
-        for event in self._events(job, request):
+        for event in (first or self._submit(job)).follow():
             if isinstance(event, Finished) and _is_unusable(event):
                 unusable.append(event)
             else:
@@ -166,6 +170,11 @@ class Ranking:
                     del left[event.variation]
                     job.log.append(take)
         return list(left.values())
+
+    def _submit(self, job: RelayedJob) -> Job:
+        behind = self.backend.submit(dataclasses.replace(job.request, keep=0), job.client)
+        job.set_behind(behind)
+        return behind
 
     def _events(self, job: RelayedJob, request: GenerationRequest) -> Iterator[Event]:
         behind = self.backend.submit(request, job.client)
