@@ -124,8 +124,10 @@ class Index:
         """The index, anew where the file is none or of another version."""
         try:
             return self._connect(self._file)
+        except sqlite3.OperationalError:  # locked by another server: its file stays as it is
+            return self._connect(None)
         except sqlite3.DatabaseError:
-            for ending in ("", "-wal", "-shm"):
+            for ending in ("", "-journal"):
                 with suppress(OSError):
                     Path(f"{self._file}{ending}").unlink(missing_ok=True)
         try:
@@ -139,7 +141,8 @@ class Index:
         )
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")
+            # Not WAL: its shared memory ends every server on it when one removes a damaged index.
+            connection.execute("PRAGMA journal_mode = DELETE")
             connection.execute("PRAGMA synchronous = OFF")  # the files are what counts
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
