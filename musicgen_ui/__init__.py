@@ -1,6 +1,6 @@
 """MusicGen in a web page: music while it is being made, from words or from a clip of your own.
 
-For scripts: `GenerationRequest` says what to make, `Clip` is audio.
+For scripts: `GenerationRequest` says what to make, `Clip` is audio, `LocalBackend` makes it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musicgen_ui.audio.clip import Clip
+    from musicgen_ui.backends.local import LocalBackend
     from musicgen_ui.request import GenerationRequest
 
 __version__ = "1.0.0"
-__all__ = ["Clip", "GenerationRequest", "__version__"]
+__all__ = ["Clip", "GenerationRequest", "LocalBackend", "__version__"]
 
 # For torch on Linux, which reads it when it is imported. Its threads wait for each other without
 # giving way, by default for milliseconds: beside programs that kept two cores busy,
@@ -26,6 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 _PUBLIC = {
     "Clip": "musicgen_ui.audio.clip",
     "GenerationRequest": "musicgen_ui.request",
+    "LocalBackend": "musicgen_ui.backends.local",
 }
 
 
