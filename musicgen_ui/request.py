@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,15 @@ import numpy as np
 from musicgen_ui.audio import chords
 from musicgen_ui.audio.chords import Progression
 from musicgen_ui.audio.clip import SILENCE, Clip
+from musicgen_ui.coercion import (
+    PROMPT_CHARACTERS,
+    TEXT_CHECKS,
+    number_of,
+    refusal,
+    sections_of,
+    switch_of,
+    text_of,
+)
 from musicgen_ui.errors import RequestError
 from musicgen_ui.steering import MEMORY_SLOTS, Steering, normalised
 
@@ -33,15 +41,9 @@ MAX_DURATION_S = 300.0
 MIN_NEW_S = 0.5  # new audio that every window has room for
 MIN_MELODY_S = 0.5  # a column of chroma needs about that much
 MAX_SEED = 2**32 - 1
-PROMPT_CHARACTERS = 2000
 CHORDS_CHARACTERS = 1000
 AUTOMATION_CHARACTERS = 30_000  # of its JSON, in a take's file
-SECTIONS_CHARACTERS = 6000  # in all: libsndfile writes up to 50 kB into a WAV's comment
-TONICS = "C C# Db D D# Eb E F F# Gb G G# Ab A A# Bb B".split()  # noqa: SIM905
-KEYS = [f"{tonic} {mode}" for tonic in TONICS for mode in ("major", "minor")]
-TIME_SIGNATURE = re.compile(r"([1-9]|[12]\d|3[0-2])/(?:1|2|4|8|16|32)")
 CHORDS_TEMPO_BPM = 120.0  # where none is given: chords are placed by bars
-SWITCH_WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
 def _about(
@@ -329,16 +331,16 @@ def coerce(name: str, value: Any) -> Any:
         return spec.default
     if name in CLIP_FIELDS:
         if not isinstance(value, Clip):
-            raise _refusal(spec, "must be audio, or left empty.")
+            raise refusal(spec, "must be audio, or left empty.")
         return check_melody(value) if name == "melody" else value
     if name == "automation":
         return tuple(_automation(spec, value))
     if isinstance(spec.default, tuple):
-        return tuple(_sections(spec, value))
+        return tuple(sections_of(spec, value))
     if isinstance(spec.default, str):
-        text = _text(spec, value) or spec.default
+        text = text_of(spec, value) or spec.default
         return TEXT_CHECKS[name](spec, text) if name in TEXT_CHECKS else text
-    return _switch(spec, value) if isinstance(spec.default, bool) else _number(spec, value)
+    return switch_of(spec, value) if isinstance(spec.default, bool) else number_of(spec, value)
 
 
 def check_melody(clip: Clip) -> Clip:
@@ -358,73 +360,6 @@ def check_melody(clip: Clip) -> Clip:
     return clip
 
 
-def _refusal(spec: dataclasses.Field[Any], text: str) -> RequestError:
-    """The error of a setting: its label, then `text`."""
-    return RequestError(f"{spec.metadata['label']} {text}", spec.name)
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(c if c.isprintable() else "�" for c in text[:41])  # it goes to terminals too
-    return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
-
-
-def _text(spec: dataclasses.Field[Any], value: Any, where: str = "") -> str:
-    if not isinstance(value, str):
-        raise _refusal(spec, f"{where}must be text.")
-    # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
-    text = "".join(c for c in value if c in "\n\t" or c.isprintable()).strip()
-    limit = PROMPT_CHARACTERS if where else spec.metadata["max"]
-    if len(text) > limit:
-        raise _refusal(spec, f"{where}has {len(text):,} characters: shorten it to {limit:,}.")
-    return text
-
-
-def _key(spec: dataclasses.Field[Any], text: str) -> str:
-    typed = " ".join(text.replace("♯", "#").replace("♭", "b").lower().split())
-    keys = {key.lower(): key for key in KEYS} | {"": ""}
-    if typed not in keys:
-        raise _refusal(spec, f"must be like C minor or F# major, or empty, not {_shown(text)}.")
-    return keys[typed]
-
-
-def _chords(_: dataclasses.Field[Any], text: str) -> str:
-    chords.parse(text)
-    return " ".join(text.split())
-
-
-def _time_signature(spec: dataclasses.Field[Any], text: str) -> str:
-    if not TIME_SIGNATURE.fullmatch(text.replace(" ", "")):
-        raise _refusal(spec, f"must be like 4/4, 3/4 or 6/8, not {_shown(text)}.")
-    return text.replace(" ", "")
-
-
-TEXT_CHECKS = {"key": _key, "chords": _chords, "time_signature": _time_signature}
-
-
-def _sections(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, str]]:
-    """Rows of a start and words, also as JSON; rows with neither are left out."""
-    try:
-        rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
-        pairs = [(start_s, words) for start_s, words in rows]
-    except (ValueError, TypeError, RecursionError):
-        example = '[[0, "piano"], [15, "drums join"]]'
-        raise _refusal(spec, f"must be rows of a start in s and words, as {example}.") from None
-    if len(pairs) > spec.metadata["max"]:
-        raise _refusal(spec, f"has {len(pairs)} rows: at most {spec.metadata['max']} are possible.")
-    characters = sum(len(words) for _, words in pairs if isinstance(words, str))
-    if characters > SECTIONS_CHARACTERS:
-        limit = f"{SECTIONS_CHARACTERS:,}"
-        raise _refusal(spec, f"has {characters:,} characters in all: shorten it to {limit}.")
-    before_s = -1.0
-    for number, (start_s, words) in enumerate(pairs, start=1):
-        words = _text(spec, "" if words is None else words, f"row {number} ")
-        if words or not _is_nothing(start_s):
-            start_s = _start(spec, start_s, before_s, number)
-            yield start_s, words
-            before_s = start_s
-
-
 def _automation(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, Steering]]:
     """Rows of a time and a change, also as JSON."""
     try:
@@ -432,14 +367,14 @@ def _automation(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[floa
         pairs = [(float(at_s), change) for at_s, change in rows]
     except (ValueError, TypeError, OverflowError, RecursionError):
         example = '[[0, {"prompts": [["rock", 0.7], ["piano", 0.3]]}], [4.2, {"top_k": 50}]]'
-        raise _refusal(spec, f"must be rows of a time in s and a change, as {example}.") from None
+        raise refusal(spec, f"must be rows of a time in s and a change, as {example}.") from None
     if len(pairs) > spec.metadata["max"]:
         most = f"{spec.metadata['max']:,}"
-        raise _refusal(spec, f"has {len(pairs):,} rows: at most {most} are possible.")
+        raise refusal(spec, f"has {len(pairs):,} rows: at most {most} are possible.")
     before_s = 0.0
     for number, (at_s, change) in enumerate(pairs, start=1):
         if not (math.isfinite(at_s) and at_s >= before_s):
-            raise _refusal(
+            raise refusal(
                 spec, f"row {number} must have a time in s, not before the row above, not {at_s:g}."
             )
         yield at_s, change if isinstance(change, Steering) else steering(change, f"row {number} ")
@@ -458,77 +393,17 @@ def steering(change: Any, where: str = "") -> Steering:
     """
     spec, names = FIELDS["automation"], [each.name for each in dataclasses.fields(Steering)]
     if not isinstance(change, Mapping) or not change or not set(change) <= set(names):
-        raise _refusal(spec, f"{where}must change one or more of {', '.join(names)}.")
+        raise refusal(spec, f"{where}must change one or more of {', '.join(names)}.")
     values = {name: value for name, value in change.items() if value is not None}
     if "prompts" in values:
         try:
             pairs = [(words, float(weight)) for words, weight in values["prompts"]]
         except (TypeError, ValueError, OverflowError):
-            raise _refusal(spec, f"{where}must have rows of words and a weight.") from None
-        values["prompts"] = normalised((_text(spec, words, where), w) for words, w in pairs)
+            raise refusal(spec, f"{where}must have rows of words and a weight.") from None
+        values["prompts"] = normalised((text_of(spec, words, where), w) for words, w in pairs)
     for name in {"guidance_scale", "temperature", "top_k"} & set(values):
-        values[name] = _number(FIELDS[name], values[name])
+        values[name] = number_of(FIELDS[name], values[name])
     for name in {"store", "recall"} & set(values):
         if values[name] not in range(1, MEMORY_SLOTS + 1):
-            raise _refusal(spec, f"{where}must name a memory slot from 1 to {MEMORY_SLOTS}.")
+            raise refusal(spec, f"{where}must name a memory slot from 1 to {MEMORY_SLOTS}.")
     return Steering(**values)
-
-
-def _is_nothing(start_s: Any) -> bool:
-    """Whether a table's cell is empty."""
-    return start_s is None or start_s == "" or start_s != start_s  # noqa: PLR0124 - NaN
-
-
-def _start(spec: dataclasses.Field[Any], value: Any, before_s: float, number: int) -> float:
-    if _is_nothing(value):
-        raise _refusal(spec, f"row {number} has no start: say at which second its words begin.")
-    try:
-        start_s = _seconds(value)
-    except (TypeError, ValueError, OverflowError):
-        start_s = -1.0
-    if not (math.isfinite(start_s) and start_s >= 0):
-        raise _refusal(
-            spec, f"row {number} must start at a number of s, or at m:ss, not {_shown(value)}."
-        )
-    if start_s == before_s:
-        raise _refusal(
-            spec, f"row {number} starts at {start_s:g} s, as the one before: remove one of them."
-        )
-    if start_s < before_s:
-        raise _refusal(
-            spec, f"row {number} starts before the one above it: put the rows in order of time."
-        )
-    return start_s
-
-
-def _seconds(value: Any) -> float:
-    """Seconds as a number, or written as minutes and seconds: 90, "90", "1:30"."""
-    if isinstance(value, str) and (
-        clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)
-    ):
-        return 60 * float(clock[1]) + float(clock[2])
-    return float(value)
-
-
-def _switch(spec: dataclasses.Field[Any], value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in SWITCH_WORDS:
-        return SWITCH_WORDS[value.lower()]
-    if isinstance(value, (bool, int, float, np.bool_)) and value in (0, 1):
-        return bool(value)
-    raise _refusal(spec, f"must be on or off, not {_shown(value)}.")
-
-
-def _number(spec: dataclasses.Field[Any], value: Any) -> float | int:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _refusal(spec, f"must be a number, not {_shown(value)}.") from None
-    low, high, unit = (spec.metadata[key] for key in ("min", "max", "unit"))
-    if not math.isfinite(number) or not low <= number <= high:
-        limits = f"between {low:.15g} and {high:.15g} {unit}".rstrip()
-        raise _refusal(spec, f"must be {limits}, not {number:.15g}.")
-    if isinstance(spec.default, int):
-        if number != int(number):
-            raise _refusal(spec, f"must be a whole number, not {number:.15g}.")
-        return int(number)
-    return number

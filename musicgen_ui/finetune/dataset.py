@@ -17,9 +17,9 @@ from typing import Any
 
 from musicgen_ui import files
 from musicgen_ui.audio import load
+from musicgen_ui.coercion import PROMPT_CHARACTERS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.finetune.pieces import Measures
-from musicgen_ui.request import PROMPT_CHARACTERS
 
 ENDINGS = {f".{ending}" for endings in load.KINDS.values() for ending in endings.split()}
 MAX_SONGS = 10_000

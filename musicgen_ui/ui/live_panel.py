@@ -23,10 +23,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.admission import AdmittedJob, Client, Saved
+from musicgen_ui.coercion import PROMPT_CHARACTERS
 from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Progress, Recorded, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import PROMPT_CHARACTERS, GenerationRequest, steering
+from musicgen_ui.request import GenerationRequest, steering
 from musicgen_ui.steering import MEMORY_SLOTS, Steering
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import LivePanel, Updates, notice

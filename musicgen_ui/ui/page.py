@@ -17,10 +17,11 @@ from gradio.blocks import Block
 from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Admission
+from musicgen_ui.coercion import KEYS
 from musicgen_ui.files import ASSETS
 from musicgen_ui.finetune.process import Runs
 from musicgen_ui.library import Library
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, KEYS, MAX_DURATION_S
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import (
     audio_panel,
     finetune_panel,
