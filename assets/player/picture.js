@@ -4,7 +4,7 @@
 
 /**
  * @typedef {{ start_s: number, end_s: number, low_hz: number, high_hz: number,
- *   channels: number }} Edges see `audio/spectrogram_image.py`
+ *   channels: number }} Edges see `audio/spectrogram.py`
  * @typedef {{ low: Int8Array, high: Int8Array, columns: number, column_s: number }} Peaks
  * @typedef {{ classes: Uint8Array, column_s: number }} Melody
  * @typedef {[start_s: number, end_s: number, name: string, classes: number[]]} Chord

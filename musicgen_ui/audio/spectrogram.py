@@ -1,105 +1,70 @@
-"""A clip as a picture: its mel spectrogram, as musicians read it, and a sentence for those who
-cannot see it.
+"""A clip's mel spectrogram: a picture without axes, and a sentence for those who cannot see it.
 
-The picture has a dark ground of its own, like an instrument's display, so that it reads the same
-on a light and on a dark page. It is drawn on a Figure of its own (no pyplot), so that any thread
-may draw. librosa gives the mel filters; its own STFT would compile code with numba for half a
-minute at the first use, so the transform is numpy's.
+The player draws the axes, so it is told to the pixel which time and which frequency lie where.
+librosa gives the mel filters; its own STFT would compile code with numba for half a minute at the
+first use, so the transform is numpy's.
 """
 
 from __future__ import annotations
 
-import gc
 import io
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Chroma, Clip
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-WIDTH_PX, MONO_HEIGHT_PX, STEREO_HEIGHT_PX = 1100, 360, 560
-PIXEL_DENSITY = 2  # drawn at twice that size: crisp on phones
 BANDS = 160
+MOST_COLUMNS = 2200  # of a picture, about: the width of the place where it is shown, twice
 WINDOW_S = 0.064
 PADDING = 2  # with zeros, so that the lowest bands, narrower than a bin, are not empty
 BLOCK = 256  # windows transformed together: memory does not grow with the length
 RANGE_DB = 80.0
 LOWEST_HZ = 30.0
-TICKS_HZ = (100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
-TEXT_PT = 16  # legible where the page shows the picture at 40 % of its width
-GROUND, INK = "#12141c", "#e6e8ef"
-TOP_PX, BOTTOM_PX = 36, 64  # around the drawings, for their words
-MELODY_HEIGHT_PX = 150
-MELODY_GROUND, MELODY_INK = "#1d2030", "#2dd4bf"
 CHORDS_SAID = 8  # in words
 NOTES = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")  # of the chroma
 
 
-def draw(clip: Clip, path: Path, prompt_s: float = 0.0, melody: Chroma | None = None) -> Path:
-    """Writes the mel spectrogram as a PNG, whole or not at all, and returns its path."""
-    files.replace(path, png(clip, prompt_s, melody))
-    return path
+@dataclass(frozen=True)
+class Edges:
+    """What lies at the outer edges of a spectrogram's pixels."""
+
+    start_s: float  # left edge of the first column
+    end_s: float  # right edge of the last one
+    low_hz: float  # bottom edge of a channel; pixels are evenly spaced in mel (HTK's) ...
+    high_hz: float  # ... up to its top edge
+    channels: int  # left above right, each as high as the other
 
 
-def png(clip: Clip, prompt_s: float = 0.0, melody: Chroma | None = None) -> bytes:
-    """The mel spectrogram as a PNG.
+def png(clip: Clip) -> tuple[bytes, Edges]:
+    """The mel spectrogram as a PNG, a pixel for each band and column of `mel_db`."""
+    from matplotlib.image import imsave
 
-    Both channels are shown when the clip is stereo; the first `prompt_s` seconds are marked as
-    the audio prompt. The melody that the rest followed is drawn below, on the same seconds.
-    """
-    drawn = _drawn(clip, prompt_s, melody)
-    # A figure and its parts refer to each other, and hold 4 MB that Python does not count. It looks
-    # at the young objects alone where it would have to look through all libraries, too.
-    gc.collect(2 if gc.get_freeze_count() else 1)
-    return drawn
-
-
-def _drawn(clip: Clip, prompt_s: float, melody: Chroma | None) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height_px = MONO_HEIGHT_PX if clip.channels == 1 else STEREO_HEIGHT_PX
-    channel_px = (height_px - TOP_PX - BOTTOM_PX) / clip.channels
-    heights = [channel_px] * clip.channels + [MELODY_HEIGHT_PX] * (melody is not None)
-    height_px = round(sum(heights)) + TOP_PX + BOTTOM_PX
-    figure = Figure((WIDTH_PX / 100, height_px / 100), 100 * PIXEL_DENSITY, facecolor=GROUND)
-    # Places in pixels: matplotlib's own layout would draw everything twice.
-    grid = figure.add_gridspec(
-        len(heights),
-        2,
-        width_ratios=(1, 0.013),
-        height_ratios=heights,
-        wspace=0.02,
-        hspace=0.08,
-        left=98 / WIDTH_PX,
-        right=1 - 98 / WIDTH_PX,
-        top=1 - TOP_PX / height_px,
-        bottom=BOTTOM_PX / height_px,
+    level_db = mel_db(clip)  # [channels, bands, columns], the lowest band first
+    picture = io.BytesIO()
+    imsave(
+        picture,
+        np.concatenate(level_db[:, ::-1]),  # [channels x bands, columns], the highest band first
+        vmin=-RANGE_DB,
+        vmax=0,
+        cmap="magma",
+        format="png",
+        pil_kwargs={"compress_level": 1},
     )
-    rows = [figure.add_subplot(grid[row, 0]) for row in range(clip.channels)]
-    names = ("Hz",) if clip.channels == 1 else ("left, Hz", "right, Hz")
-    for row, level, name in zip(rows, mel_db(clip), names, strict=True):
-        image = _draw_channel(row, level, clip)
-        row.set_ylabel(name, color=INK, fontsize=TEXT_PT)
-        row.tick_params(labelbottom=row is rows[-1] and melody is None)
-    _draw_scale(figure.add_subplot(grid[: clip.channels, 1]), image)
-    if melody is not None:
-        rows.append(figure.add_subplot(grid[-1, 0]))
-        _draw_melody(rows[-1], melody, prompt_s, rows[0].get_xlim())
-    rows[-1].set_xlabel("seconds", color=INK, fontsize=TEXT_PT)
-    if prompt_s:
-        _mark_prompt(rows, prompt_s)
-    # Fast compression: a third of the time for a sixth more bytes.
-    drawn = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(drawn, pil_kwargs={"compress_level": 1})
-    return drawn.getvalue()
+    return picture.getvalue(), _edges(clip, *level_db.shape)
+
+
+def _edges(clip: Clip, channels: int, bands: int, columns: int) -> Edges:
+    from librosa.core.convert import hz_to_mel, mel_to_hz
+
+    hop_s = window_and_hop(clip)[1] / clip.sampling_rate
+    low, high = hz_to_mel([LOWEST_HZ, clip.sampling_rate / 2], htk=True)
+    half = (high - low) / (bands + 1) / 2  # between the middle of a band and its pixel's edge
+    low_hz, high_hz = mel_to_hz([low + half, high - half], htk=True)
+    middle = hop_s / 2
+    return Edges(-middle, columns * hop_s - middle, float(low_hz), float(high_hz), channels)
 
 
 def mel_db(clip: Clip) -> np.ndarray:
@@ -117,7 +82,7 @@ def mel_db(clip: Clip) -> np.ndarray:
 
 def window_and_hop(clip: Clip) -> tuple[int, int]:
     """Samples of a transform, and from the middle of one column of `mel_db` to the next."""
-    column = clip.samples.shape[1] // (WIDTH_PX * PIXEL_DENSITY)  # samples at the picture's width
+    column = clip.samples.shape[1] // MOST_COLUMNS
     window = 2 ** round(np.log2(max(WINDOW_S * clip.sampling_rate, column)))
     return window, max(window // 4, column)  # nothing falls between columns
 
@@ -138,93 +103,6 @@ def _filters(rate: int, fft: int) -> np.ndarray:
     from librosa.filters import mel
 
     return mel(sr=rate, n_fft=fft, n_mels=BANDS, fmin=LOWEST_HZ, htk=True, norm=None)
-
-
-def _draw_channel(axes: Axes, level: np.ndarray, clip: Clip) -> Any:
-    from librosa.core.convert import hz_to_mel
-
-    low, high = hz_to_mel([LOWEST_HZ, clip.sampling_rate / 2], htk=True)
-    image = axes.imshow(
-        level,
-        origin="lower",
-        aspect="auto",
-        extent=(0, max(clip.duration_s, 1e-3), low, high),
-        cmap="magma",
-        vmin=-RANGE_DB,
-        vmax=0,
-        interpolation="nearest",
-    )
-    ticks = _readable_ticks(clip)
-    axes.set_yticks(hz_to_mel(ticks, htk=True), [_tick(hz) for hz in ticks])
-    axes.tick_params(colors=INK, labelsize=TEXT_PT)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return image
-
-
-def _readable_ticks(clip: Clip) -> list[int]:
-    """Those of the ticks that fit without touching: low octaves lie close on a mel scale."""
-    from librosa.core.convert import hz_to_mel
-
-    top = hz_to_mel(clip.sampling_rate / 2, htk=True)
-    gap = top * (0.09 if clip.channels == 1 else 0.1)
-    ticks: list[int] = []
-    for hz in TICKS_HZ:
-        place = hz_to_mel(hz, htk=True)
-        clear = not ticks or place - hz_to_mel(ticks[-1], htk=True) >= gap
-        if place <= top and clear:
-            ticks.append(hz)
-    return ticks
-
-
-def _tick(hz: int) -> str:
-    return f"{hz // 1000}k" if hz >= 1000 else f"{hz}"
-
-
-def _draw_scale(axes: Axes, image: Any) -> None:
-    bar = axes.figure.colorbar(image, cax=axes)
-    bar.set_label("dB", color=INK, fontsize=TEXT_PT)
-    axes.tick_params(colors=INK, labelsize=TEXT_PT)
-    bar.outline.set_visible(False)
-
-
-def _draw_melody(axes: Axes, melody: Chroma, start_s: float, seconds: tuple[float, float]) -> None:
-    """The strongest pitch class of each moment: the tune, without its octaves."""
-    from matplotlib.colors import to_rgb
-
-    columns = np.eye(len(NOTES), dtype=bool)[melody.classes].T  # [classes, columns]
-    end_s = start_s + columns.shape[1] * melody.column_s
-    axes.imshow(
-        np.where(columns[..., None], to_rgb(MELODY_INK), to_rgb(MELODY_GROUND)),
-        origin="lower",
-        aspect="auto",
-        extent=(start_s, end_s, -0.5, len(NOTES) - 0.5),
-        interpolation="nearest",
-    )
-    axes.set_facecolor(GROUND)
-    axes.set_xlim(seconds)
-    named = [place for place, note in enumerate(NOTES) if note in "CEGB"]
-    axes.set_yticks(named, [NOTES[place] for place in named])
-    axes.set_ylabel("melody", color=INK, fontsize=TEXT_PT)
-    axes.tick_params(colors=INK, labelsize=TEXT_PT)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _mark_prompt(rows: list[Axes], prompt_s: float) -> None:
-    for row in rows:
-        row.axvline(prompt_s, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    for x, text, side in ((-6, "your clip", "right"), (6, "new", "left")):
-        rows[0].annotate(
-            text,
-            (prompt_s, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(x, 4),
-            textcoords="offset points",
-            ha=side,
-            color=INK,
-            fontsize=TEXT_PT,
-        )
 
 
 def alt_text(clip: Clip, prompt_s: float = 0.0, melody: Chroma | None = None) -> str:

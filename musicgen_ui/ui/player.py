@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from musicgen_ui.audio.clip import Chroma
-from musicgen_ui.audio.spectrogram_image import Edges
+from musicgen_ui.audio.spectrogram import Edges
 from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.files import ASSETS
 from musicgen_ui.request import context_used_s

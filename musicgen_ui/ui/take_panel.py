@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 from musicgen_ui import files, sidecar, takes
-from musicgen_ui.audio import load, spectrogram, spectrogram_image
+from musicgen_ui.audio import load, spectrogram, waveform
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.backends.admission import Saved
@@ -166,10 +166,10 @@ def draw(take: ShownTake) -> None:
         length_s = take.settings["prompt_s"] + take.settings["made_s"]
         clip = load.read(take.wav, keep_s=length_s + 1).clip
         alt = spectrogram.alt_text(clip, take.settings["prompt_s"], take.melody)
-        content, edges = spectrogram_image.png(clip)
+        content, edges = spectrogram.png(clip)
         picture = take.wav.with_suffix(".png")
         files.replace(picture, content)
-        take.drawn = player.picture_state(picture, edges, *spectrogram_image.peaks(clip), alt)
+        take.drawn = player.picture_state(picture, edges, *waveform.peaks(clip), alt)
     except Exception:  # the music is what matters: it is never lost for its picture
         if not take.wav.exists():  # the server is being stopped, and deletes what was temporary
             return

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from musicgen_ui.audio import spectrogram_image
+from musicgen_ui.audio import spectrogram
 from musicgen_ui.audio.clip import Clip
 from tests.helpers.browser import Open, finished, generate, unfold
 from tests.helpers.fakes import FakeBackend, tone
@@ -276,7 +276,7 @@ def test_picture_and_time_axis_agree_to_the_pixel(open_page: Open) -> None:
     page = open_page()
     t = np.arange(64_000) / 16_000
     beep = np.where(np.abs(t - 2) < 0.2, np.sin(2 * np.pi * 1000 * t), 0)[None].astype(np.float32)
-    content, edges = spectrogram_image.png(Clip(beep, 16_000))
+    content, edges = spectrogram.png(Clip(beep, 16_000))
     take: dict[str, Any] = page.evaluate("musicgenPlayer.take") | {
         "id": "beep",
         "duration_s": 4.0,
