@@ -31,19 +31,17 @@ import numpy as np
 from musicgen_ui import takes
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.job_log import JobLog, JobRecord
+from musicgen_ui.backends.wrapping import WrappingBackend
 from musicgen_ui.engine.job import RelayedJob
 from musicgen_ui.engine.protocol import (
     Backend,
-    CheckpointInfo,
     Chunk,
     Event,
     Failed,
     Finished,
-    Health,
     Progress,
     Recorded,
     Stage,
-    Status,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -221,7 +219,7 @@ class AdmittedJob(RelayedJob):
         self.stop()
 
 
-class Admission:
+class Admission(WrappingBackend):
     """A `protocol.Backend` in front of `backend`.
 
     Args:
@@ -244,7 +242,7 @@ class Admission:
         quota: HourlyQuota | None = None,
         job_log: JobLog | None = None,
     ) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.folder, self.spare = folder, spare
         self.queue_length, self.client_jobs = queue_length, client_jobs
         self.quota = HourlyQuota(0) if quota is None else quota
@@ -422,26 +420,6 @@ class Admission:
             job.log.rewrite(_without_audio)
 
     # As the backend
-
-    def checkpoints(self) -> list[str]:
-        """See `Backend.checkpoints`."""
-        return self.backend.checkpoints()
-
-    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
-        """See `Backend.describe`."""
-        return self.backend.describe(checkpoint, adapter)
-
-    def status(self) -> Status:
-        """See `Backend.status`."""
-        return self.backend.status()
-
-    def health(self) -> Health:
-        """See `Backend.health`."""
-        return self.backend.health()
-
-    def unload(self) -> None:
-        """See `Backend.unload`."""
-        self.backend.unload()
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -13,25 +13,22 @@ import contextvars
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from musicgen_ui.audio import defects
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.audio.defects import Defects
 from musicgen_ui.backends.clap import Clap
+from musicgen_ui.backends.wrapping import WrappingBackend
 from musicgen_ui.engine import faults
 from musicgen_ui.engine.job import RelayedJob
 from musicgen_ui.engine.protocol import (
     Backend,
-    CheckpointInfo,
-    Event,
     Failed,
     Finished,
-    Health,
     Job,
     Progress,
     Stage,
-    Status,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import MAX_SEED, GenerationRequest
@@ -43,7 +40,7 @@ WITHOUT_WORDS = "There are no words to rank by: faults alone rank."
 log = logging.getLogger(__name__)
 
 
-class Ranking:
+class Ranking(WrappingBackend):
     """A `protocol.Backend` in front of `backend`.
 
     Args:
@@ -52,7 +49,7 @@ class Ranking:
     """
 
     def __init__(self, backend: Backend, clap: Clap | None = None) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.clap = clap or Clap()
 
     def submit(self, request: GenerationRequest, client: str = "") -> Job:
@@ -62,7 +59,7 @@ class Ranking:
             return self.backend.submit(request, client)
         job = RelayedJob(request, client)
         # Here, so that jobs queue in the order of their calls; CLAP is loaded before the music.
-        first = None if request.rank_by_prompt else self._submit(job)
+        first = None if request.rank_by_prompt else self._submit(job, job.request)
         # In the context of the caller: ZeroGPU counts by the visitor whom Gradio names there.
         run = contextvars.copy_context().run
         make = self._keep_best if request.keep else self._redraw_unusable
@@ -87,7 +84,7 @@ class Ranking:
         if not job.begin():
             return
         takes: list[Finished] = []
-        for event in (first or self._submit(job)).follow():
+        for event in (first or self._submit(job, job.request)).follow():
             if isinstance(event, Finished):
                 takes.append(event)
             else:
@@ -125,7 +122,7 @@ class Ranking:
         if not job.begin():
             return
         request, unusable = job.request, list[Finished]()
-        for event in (first or self._submit(job)).follow():
+        for event in (first or self._submit(job, request)).follow():
             if isinstance(event, Finished) and _is_unusable(event):
                 unusable.append(event)
             else:
@@ -151,7 +148,7 @@ class Ranking:
         Its music is not sent while it is made: what was sent is the music of the dropped take.
         """
         left: dict[int, Finished] = dict(enumerate(takes))
-        for event in self._events(job, request):
+        for event in self._submit(job, request).follow():
             if isinstance(event, Progress):
                 variation = takes[event.variation].variation
                 job.log.append(dataclasses.replace(event, variation=variation))
@@ -171,15 +168,10 @@ class Ranking:
                     job.log.append(take)
         return list(left.values())
 
-    def _submit(self, job: RelayedJob) -> Job:
-        behind = self.backend.submit(dataclasses.replace(job.request, keep=0), job.client)
+    def _submit(self, job: RelayedJob, request: GenerationRequest) -> Job:
+        behind = self.backend.submit(dataclasses.replace(request, keep=0), job.client)
         job.set_behind(behind)
         return behind
-
-    def _events(self, job: RelayedJob, request: GenerationRequest) -> Iterator[Event]:
-        behind = self.backend.submit(request, job.client)
-        job.set_behind(behind)
-        return behind.follow()
 
     # As the backend
 
@@ -188,30 +180,10 @@ class Ranking:
         if preload := getattr(self.backend, "preload", None):
             preload(checkpoint)
 
-    def checkpoints(self) -> list[str]:
-        """See `Backend.checkpoints`."""
-        return self.backend.checkpoints()
-
-    def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
-        """See `Backend.describe`."""
-        return self.backend.describe(checkpoint, adapter)
-
-    def status(self) -> Status:
-        """See `Backend.status`."""
-        return self.backend.status()
-
-    def health(self) -> Health:
-        """See `Backend.health`."""
-        return self.backend.health()
-
     def unload(self) -> None:
         """See `Backend.unload`; CLAP is unloaded too."""
         self.clap.unload()
         self.backend.unload()
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        self.backend.close()
 
 
 def ranked(takes: list[Finished], matches: list[float] | None) -> list[Finished]:

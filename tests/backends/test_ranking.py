@@ -68,6 +68,26 @@ def seeds(events: list[Event]) -> list[int]:
     return [take.request.seed for take in takes(events)]
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_job_and_takes_have_one_drawn_seed(keep):
+    request = GenerationRequest("techno", duration_s=1.0, checkpoint="bundled", keep=keep)
+    job = Ranking(Faulty()).submit(request)
+    (take,) = takes(list(job.follow()))
+    assert take.request.seed == job.request.seed >= 0
+
+
+def test_jobs_queue_in_the_order_of_their_calls():
+    backend = Faulty()
+    ranking = Ranking(backend)
+    asked = [
+        dataclasses.replace(REQUEST, prompt=str(n), keep=n % 2, checkpoint="bundled")
+        for n in range(20)
+    ]
+    for job in [ranking.submit(request) for request in asked]:
+        list(job.follow())
+    assert [request.prompt for request in backend.requests] == [str(n) for n in range(20)]
+
+
 def test_best_takes_are_kept_and_scored():
     backend = Faulty(silent=[10], stuck=[12])
     events = made(Ranking(backend), REQUEST)
