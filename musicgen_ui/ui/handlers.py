@@ -69,7 +69,8 @@ class Handlers:
         self.backend = backend
         # On ZeroGPU every second of a job is out of the visitor's few minutes a day.
         self.sessions = Sessions(backend, grace=not os.environ.get("SPACES_ZERO_GPU"))
-        self.builder = RequestBuilder(backend, max_duration_s)
+        folders = [folder for folder in (backend.folder, backend.spare) if folder]
+        self.builder = RequestBuilder(backend, max_duration_s, folders)
         self.max_duration_s = max_duration_s
 
     @names_every_setting

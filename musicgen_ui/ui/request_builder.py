@@ -8,12 +8,14 @@ that still makes music with the checkpoint's own settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from musicgen_ui import takes
 from musicgen_ui.audio import clip_cache
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Backend
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import (
@@ -33,11 +35,20 @@ def without_unchanged(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
 
 
 class RequestBuilder:
-    """Builds what may be asked of a backend on this server."""
+    """Builds what may be asked of a backend on this server.
 
-    def __init__(self, backend: Backend, max_duration_s: float) -> None:
+    Args:
+        backend: which states its checkpoints' settings.
+        max_duration_s: of a take.
+        take_folders: where takes lie with their codes.
+    """
+
+    def __init__(
+        self, backend: Backend, max_duration_s: float, take_folders: Iterable[Path] = ()
+    ) -> None:
         self._backend = backend
         self._max_duration_s = max_duration_s
+        self._take_folders = tuple(take_folders)
 
     def check(self, values: Mapping[str, Any]) -> GenerationRequest:
         """The request as far as it is known before `complete`: without clips; raises RequestError.
@@ -76,8 +87,10 @@ class RequestBuilder:
         notes: list[str] = []
         for name, keep_s in CLIP_FIELDS.items():
             if values.get(name):
-                reading = clip_cache.read(Path(values[name]), keep_s)
-                changes[name] = reading.clip
+                path = Path(values[name])
+                reading = clip_cache.read(path, keep_s)
+                clip = reading.clip
+                changes[name] = self._with_codes(clip, path) if name == "audio_prompt" else clip
                 notes += reading.notes
         if changes.get("melody"):
             check_melody(changes["melody"])
@@ -85,6 +98,17 @@ class RequestBuilder:
         if completed.sections and completed.duration_s < request.duration_s:
             GenerationRequest.parse({"sections": completed.sections, **changes})
         return completed, tuple(notes)
+
+    def _with_codes(self, clip: Clip, path: Path) -> Clip:
+        """The clip, with its codes where it is a take made here, so that it need not be encoded.
+
+        The page hands over a copy of the file, which has no codes beside it.
+        """
+        for folder in self._take_folders:
+            with_codes, _ = takes.with_codes(clip, folder / path.name)
+            if with_codes.codes is not None:
+                return with_codes
+        return clip
 
     def _stated(self, checkpoint: str, adapter: str) -> dict[str, Any]:
         """What a checkpoint states, and a length that this server makes."""

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import inspect
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from musicgen_ui.ui.wording import SORRY, progress_text
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
 from tests.helpers.page import TAB, compose, state, values
+from tests.helpers.takes import finished, with_codes
 
 OTHER_TAB = SimpleNamespace(session_hash="b")
 
@@ -245,6 +247,22 @@ def test_an_upload_is_continued(handlers: Handlers, clip: str) -> None:
     assert "after your clip of" in end["take_facts"]
     alone = state(compose(handlers, audio_prompt=clip, include_prompt=False))
     assert soundfile.info(wav(alone)).duration == 1.0
+
+
+def test_continued_take_brings_its_codes(handlers: Handlers, tmp_path: Path) -> None:
+    """Gradio hands over a copy of the file, elsewhere; another sound of that name has none."""
+    made = with_codes(finished())
+    kept = takes.save(made, handlers.backend.folder)
+    copy = tmp_path / "upload" / kept.wav.name
+    copy.parent.mkdir()
+    shutil.copy(kept.wav, copy)
+    builder, asked = handlers.builder, {"audio_prompt": str(copy)}
+    request, _ = builder.complete(builder.check(asked), asked)
+    assert request.audio_prompt.codec == "bundled/codec"
+    assert np.array_equal(request.audio_prompt.codes, made.codes)
+    soundfile.write(copy, np.zeros(8_000) + 0.1, 16_000)
+    request, _ = builder.complete(builder.check(asked), asked)
+    assert request.audio_prompt.codes is None
 
 
 def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip: str) -> None:
