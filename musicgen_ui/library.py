@@ -165,16 +165,6 @@ class Library:
             self._index.read_again([name])
         return data
 
-    def added(self, name: str) -> Card:
-        """The take of that name, which was saved just now; the index need not be searched for it.
-
-        Raises:
-            RequestError: it is not there.
-        """
-        with self._index.changing():
-            self._index.read_again([name])
-        return self.card(name)
-
     def rename(self, name: str, title: str) -> Card:
         """Gives a take another title; an empty one is its prompt. Its files keep their names.
 

@@ -35,14 +35,6 @@ class Derived:
     origin: Origin
 
 
-def go_on(kept: Kept, **settings: Any) -> Derived:
-    """A request that continues the whole take, with `settings` of its own."""
-    request = GenerationRequest.parse(
-        {**settings, "audio_prompt": kept.clip, "include_prompt": True}
-    )
-    return Derived(request, _origin(kept, Operation.CONTINUE, kept.clip.duration_s))
-
-
 def extend(kept: Kept, more_s: float, **changes: Any) -> Derived:
     """A request for `more_s` more seconds of the same, by the take's own settings and its seed."""
     at_s = kept.clip.duration_s

@@ -166,7 +166,8 @@ def test_a_change_by_another_program_shows_without_being_asked_for(folder, libra
 def test_a_take_that_was_saved_here_is_there_at_once(folder, library):
     assert library.page().total == 0
     name = save(folder)
-    assert library.added(name).name == name and library.page().total == 1
+    library.refresh()
+    assert library.card(name).name == name and library.page().total == 1
 
 
 def test_files_that_have_not_changed_are_not_read_again(folder, library, tmp_path, monkeypatch):
@@ -310,7 +311,7 @@ folder = Path(sys.argv[1])
 library = Library(folder, Path(sys.argv[2]))
 for seed in range(10_000):
     take = takes.save(with_codes(finished(seconds=0.1, seed=seed)), folder)
-    library.added(take.wav.stem)
+    library.refresh()
     library.star(take.wav.stem)
     print(take.wav.stem, flush=True)
 """

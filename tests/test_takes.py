@@ -332,7 +332,9 @@ def test_a_take_read_back_has_its_codes_at_their_level(tmp_path, ending, normali
 
 def test_a_take_that_goes_on_keeps_the_codes_of_what_it_goes_on_from(tmp_path):
     _, kept = made(tmp_path)
-    request = retake.go_on(kept, prompt="more", seed=8, checkpoint="bundled").request
+    request = GenerationRequest.parse(
+        {"prompt": "more", "seed": 8, "checkpoint": "bundled", "audio_prompt": kept.clip}
+    )
     longer = with_codes(finished(seconds=1.5, prompt_s=1.0, seed=8), context_frames=20)
     codes = np.concatenate([kept.clip.codes[:, -20:], longer.codes[:, 20:]], axis=1)
     after = dataclasses.replace(

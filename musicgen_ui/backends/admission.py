@@ -209,10 +209,6 @@ class AdmittedJob(RelayedJob):
         self.record = JobRecord(self.id[:8])
         self.record.set_request(request)
 
-    def is_owned_by(self, client: Client) -> bool:
-        """Whether `client` may read it: the same address. The job's id is a secret besides."""
-        return client.address == self.owner.address
-
     def leave(self) -> None:
         """Stops it for a client that went away: no take is saved."""
         self.left = True
@@ -324,7 +320,7 @@ class Admission(WrappingBackend):
             )
 
     def job(self, id: str) -> AdmittedJob | None:
-        """A job under way, or one of the last that ended; see `AdmittedJob.is_owned_by`."""
+        """A job under way, or one of the last that ended. Its id is a secret of its page."""
         with self._lock:
             return self._jobs.get(id) or self._ended.get(id)
 

@@ -42,7 +42,7 @@ def view(library: Library, tmp_path: Path) -> LibraryView:
 
 def save(library: Library, seconds: float = 0.5, **settings: Any) -> str:
     name = takes.save(with_codes(finished(seconds=seconds, **settings)), library.folder).wav.stem
-    library.added(name)
+    library.refresh()
     return name
 
 
