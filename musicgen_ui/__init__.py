@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = ["Clip", "GenerationRequest", "LocalBackend", "__version__"]
 
-# For torch on Linux, which reads it when it is imported. Its threads wait for each other without
-# giving way, by default for milliseconds: beside programs that kept two cores busy,
-# musicgen-small's size took 70 ms a step in int8, and 27 with threads that slept at once. So many
-# turns are some 10 us: where nobody else wants the cores, int8 loses nothing by them and float32 a
-# fifth.
+# Read by torch's OpenMP on Linux at import: how long a thread spins before it sleeps. The default
+# is milliseconds, which costs much when other programs use the cores: musicgen-small's size took
+# 70 ms a step in int8 beside a load on two cores, and 27 ms with threads that slept at once. 3000
+# spins are about 10 us; on idle cores int8 is as fast as before, float32 a fifth slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _PUBLIC = {

@@ -21,7 +21,7 @@ from musicgen_ui.audio.chords import PlacedChord
 SILENCE = 1e-4  # -80 dBFS
 CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
 # Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3), 230 (Ogg Vorbis) and 160 (Ogg
-# Opus) in stereo at 32 kHz, where none can be told from the WAV.
+# Opus) in stereo at 32 kHz.
 LOSSY: dict[str, dict[str, Any]] = {
     ".mp3": {"compression_level": 0.2},
     ".ogg": {"compression_level": 0.2, "subtype": "VORBIS"},

@@ -36,7 +36,7 @@ class Reading:
 
 
 def read(path: Path | str, keep_s: float = 120.0) -> Reading:
-    """The last `keep_s` seconds of an audio file that nobody vouches for.
+    """The last `keep_s` seconds of an untrusted audio file.
 
     The process stays within 300 MB of its level and a bounded amount of work for any file. Samples
     beyond ±1 keep their shape: the whole clip is turned down. More than two channels are mixed

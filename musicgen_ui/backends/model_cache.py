@@ -189,7 +189,7 @@ class ModelCache:
         _release([model])
 
     def _idle(self) -> list[CachedModel]:
-        """The loaded models that nobody uses, the longest unused first."""
+        """The loaded models without a user, the longest unused first."""
         idle = [r for r in self._models.values() if r.scheduler and not r.users]
         return sorted(idle, key=lambda model: model.used_s)
 
