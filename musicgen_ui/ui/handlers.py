@@ -42,16 +42,21 @@ STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as 
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
 
+def name_parameters(handler: Callable[..., Any], names: Iterable[str]) -> None:
+    """Names the `**values` of a handler as optional parameters: Gradio reads the signature."""
+    signature = inspect.signature(handler)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
+
+
 def names_every_setting(handler: _Handler) -> _Handler:
     """Gives a handler that takes `**values` the request's fields as named, optional parameters.
 
     Gradio reads the parameters of the API and of MCP tools from the signature and the docstring,
     where `{settings}` becomes a line for each.
     """
-    signature = inspect.signature(handler)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in FIELDS]
-    handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
+    name_parameters(handler, FIELDS)
     its = "the checkpoint's own, else "
     lines = (
         f"{n}: {f.metadata['help']} (default {its if n in CHECKPOINT_FIELDS else ''}{f.default!r})"

@@ -27,12 +27,12 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Any:
     for prompt in more:
         weights: list[Block] = [panel.live_fader, panel.live_weights]
         events.on(prompt.change, mode.weights, more, weights, "live_weights")
-    controls: list[Any] = [events.by_name[name] for name in live_panel.CONTROLS]
+    controls: dict[str, Any] = {name: events.by_name[name] for name in live_panel.CONTROLS}
     buttons: list[Any] = [events.by_name[name] for name in live_panel.playing(True)]
     played = panel.live_start.click(
         events.named(mode.start),
-        inputs=[c.take.history, c.form.checkpoint_defaults, *controls],
-        inputs_kwargs={name: events.by_name[name] for name in FIELDS},
+        inputs=[c.take.history, c.form.checkpoint_defaults],
+        inputs_kwargs=controls | {name: events.by_name[name] for name in FIELDS},
         outputs=[
             *(c.take.live, panel.live_line, panel.live_listener, c.head.notice),
             *buttons,
@@ -45,13 +45,13 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Any:
     )
     gr.on(
         [
-            *(each.input for each in controls if isinstance(each, gr.Slider)),
-            *(each.submit for each in controls if isinstance(each, gr.Textbox)),
-            *(each.blur for each in controls if isinstance(each, gr.Textbox)),
+            *(each.input for each in controls.values() if isinstance(each, gr.Slider)),
+            *(each.submit for each in controls.values() if isinstance(each, gr.Textbox)),
+            *(each.blur for each in controls.values() if isinstance(each, gr.Textbox)),
         ],
         events.named(mode.steer),
-        controls,
-        notice,
+        inputs_kwargs=controls,
+        outputs=notice,
         trigger_mode="always_last",
         api_name="live_steer",
         **QUIET,

@@ -27,11 +27,11 @@ from musicgen_ui.coercion import PROMPT_CHARACTERS
 from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Progress, Recorded, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import GenerationRequest, steering
+from musicgen_ui.request import FIELDS, GenerationRequest, steering
 from musicgen_ui.steering import MEMORY_SLOTS, Steering
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import LivePanel, Updates, notice
-from musicgen_ui.ui.handlers import STATUS_EVERY_S, Handlers, names_every_setting
+from musicgen_ui.ui.handlers import STATUS_EVERY_S, Handlers, name_parameters
 from musicgen_ui.ui.player import JobState
 from musicgen_ui.ui.request_builder import without_unchanged
 from musicgen_ui.ui.wording import error_text, progress_text
@@ -243,35 +243,21 @@ class LiveMode:
         more = bool(third or fourth)
         return {"live_fader": gr.update(visible=not more), "live_weights": gr.update(visible=more)}
 
-    @names_every_setting
     async def start(
         self,
         history: list[take_panel.Group],
         own: dict[str, Any],
-        live_prompt_1: str,
-        live_prompt_2: str,
-        live_prompt_3: str,
-        live_prompt_4: str,
-        live_fader: float,
-        live_weight_1: float,
-        live_weight_2: float,
-        live_weight_3: float,
-        live_weight_4: float,
-        live_guidance: float,
-        live_temperature: float,
-        live_top_k: float,
         request: gr.Request,
         **values: Any,
     ) -> AsyncGenerator[Updates, None]:
         """Plays a piece until Stop."""
-        given = locals()
         client = Client.of(request)
         state = JobState(session=client.session)
         if client.session in self._pieces:
             return
         try:
             words = values.get("prompt") or ""
-            controls = steering_of({name: given[name] for name in CONTROLS}, words)
+            controls = steering_of({name: values.pop(name) for name in CONTROLS}, words)
             # An audio prompt is for takes, and so are the length and the number of takes.
             without = ("audio_prompt", "automation", "skip_s", "variations", "normalize")
             settings = without_unchanged({**values, **dict.fromkeys(without)}, own)
@@ -358,29 +344,13 @@ class LiveMode:
             piece.recordings.append(group)
             piece.said = f"{event.take.clip.duration_s:.1f} s are kept as a take."
 
-    def steer(
-        self,
-        live_prompt_1: str,
-        live_prompt_2: str,
-        live_prompt_3: str,
-        live_prompt_4: str,
-        live_fader: float,
-        live_weight_1: float,
-        live_weight_2: float,
-        live_weight_3: float,
-        live_weight_4: float,
-        live_guidance: float,
-        live_temperature: float,
-        live_top_k: float,
-        request: gr.Request,
-    ) -> Updates:
+    def steer(self, request: gr.Request, **values: Any) -> Updates:
         """The controls were moved."""
-        given = locals()
         piece = self._pieces.get(Client.of(request).session)
         if piece is None:
             return {}
         try:
-            controls = steering_of({name: given[name] for name in CONTROLS}, piece.words)
+            controls = steering_of(values, piece.words)
             if change := difference(controls, piece.controls):
                 piece.job.steer(change)
                 piece.controls = controls
@@ -498,3 +468,7 @@ def route(find: Callable[[str, str], AdmittedJob | None]) -> Route:
         return Response(status_code=204)
 
     return Route("/jobs/{id}/played", played, methods=["POST"])
+
+
+name_parameters(LiveMode.start, (*CONTROLS, *FIELDS))
+name_parameters(LiveMode.steer, CONTROLS)
