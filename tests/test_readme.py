@@ -149,7 +149,7 @@ def test_every_command_it_names_is_one():
 
 
 def test_the_apis_lines_run_against_a_server():
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line]) <= 5
     port = free_port()
     demo, temporary = launch(Settings(port=port), FakeBackend())
@@ -160,3 +160,11 @@ def test_the_apis_lines_run_against_a_server():
         assert seen["settings"]["seed"] == 7 and soundfile.info(seen["files"][0]).duration == 5
     finally:
         close(demo, temporary)
+
+
+def test_the_lines_of_a_script_make_a_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")[1]
+    assert len([line for line in code.splitlines() if line]) <= 5
+    exec(code.replace("duration_s=5", "duration_s=1"), {})
+    assert soundfile.info("piano.wav").duration == 1

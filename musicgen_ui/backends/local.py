@@ -27,6 +27,7 @@ from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import (
     CheckpointInfo,
     Failed,
+    Finished,
     Health,
     Progress,
     Stage,
@@ -188,6 +189,21 @@ class LocalBackend:
         self._threads[thread] = job
         thread.start()
         return job
+
+    def generate(self, request: GenerationRequest) -> list[Finished]:
+        """Makes the takes of a request, for scripts: returns when all are done.
+
+        Raises:
+            RequestError: with the sentence that says why there is no take.
+        """
+        job = self.submit(request)
+        takes = []
+        for event in job.follow():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                takes.append(event)
+        return takes
 
     def _run(self, job: LoggedJob) -> None:
         try:

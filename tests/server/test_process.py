@@ -379,6 +379,7 @@ def test_an_engine_that_is_closed_while_it_is_built_leaves_no_load_behind() -> N
 def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> None:
     from musicgen_ui.backends.local import LocalBackend
 
+    before = set(threading.enumerate())
     backend = LocalBackend(device="cpu", precision="float32")
     job = backend.submit(GenerationRequest(duration_s=20, checkpoint=str(tiny_mono)))
     for count, _ in enumerate(job.follow(), 1):
@@ -387,4 +388,4 @@ def test_closing_a_manager_ends_the_threads_that_make_music(tiny_mono: Path) -> 
             job.stop()
     assert count >= 5
     ended = {"musicgen-job", "musicgen-worker"}
-    wait_for(lambda: ended.isdisjoint(thread.name for thread in threading.enumerate()))
+    wait_for(lambda: ended.isdisjoint(each.name for each in set(threading.enumerate()) - before))
