@@ -53,7 +53,7 @@ def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
     start, test = (block.strip() for block in blocks("bash")[:2])
     install = "python3 -m venv .venv && .venv/bin/pip install -r "
     assert start == install + "requirements.txt && .venv/bin/python app.py"
-    assert test == install + "requirements-dev.txt && .venv/bin/python -m pytest"
+    assert test == install + "requirements-dev.txt && .venv/bin/python -m pytest -n 2 --dist loadgroup"
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m 1 -E '(.*)' README.md", script)[1]
     found = ["grep", "-m", "1", "-E", pattern, "README.md"]
