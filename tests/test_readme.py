@@ -52,8 +52,9 @@ def test_every_table_is_what_the_code_says(name):
 def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
     start, test = (block.strip() for block in blocks("bash")[:2])
     install = "python3 -m venv .venv && .venv/bin/pip install -r "
-    assert start == install + "requirements.txt && .venv/bin/python app.py"
-    assert test == install + "requirements-dev.txt && .venv/bin/python -m pytest -n 2 --dist loadgroup"
+    run = " && .venv/bin/python "
+    assert start == install + "requirements.txt" + run + "app.py"
+    assert test == install + "requirements-dev.txt" + run + "-m pytest -n 2 --dist loadgroup"
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m 1 -E '(.*)' README.md", script)[1]
     found = ["grep", "-m", "1", "-E", pattern, "README.md"]
