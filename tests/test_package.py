@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import musicgen_ui
-from tests.helpers.requirements import ROOT
+from tests.helpers.requirements import ROOT, requirements
 
 TAKE = ("generate", "calm piano", "--duration", "1", "--device", "cpu", "--quiet", "-o", "out.wav")
 OLDEST_TESTS = ("engine/test_delay_pattern.py", "engine/test_codec.py", "engine/test_scheduler.py")
@@ -57,7 +57,9 @@ def test_oldest_releases_make_a_take_and_pass_tests(tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     run("uv", "venv", "-q", "-p", sys.executable, "venv", cwd=tmp_path)
     install = ("uv", "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct")
-    run(*install, "-r", ROOT / "requirements.txt", "pytest", "pytest-timeout", cwd=tmp_path)
+    dev = requirements("requirements-dev.txt").values()
+    tools = [str(each) for each in dev if each.name.startswith("pytest")]
+    run(*install, "-r", ROOT / "requirements.txt", *tools, cwd=tmp_path)
     run(python, "-m", "musicgen_ui", *TAKE[:-1], tmp_path / "out.wav", cwd=ROOT)
     assert soundfile.info(tmp_path / "out.wav").duration == 1.0
     tests = [ROOT / "tests" / name for name in OLDEST_TESTS]

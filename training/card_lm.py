@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import EncodecConfig
 
+from musicgen_ui.engine.delay_pattern import delayed
 from training import pack
 from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
 from training.dataset import CUT_FRAMES
 from training.fast import code_logits, text_states
-from training.lm import corrupted, delayed, make_model, widen_to_stereo
+from training.lm import corrupted, make_model, widen_to_stereo
 from training.tokenizer import make_tokenizer
 from training.train_lm import BOOK_WEIGHTS, EARLY_FRAMES, EARLY_WEIGHT, TEXT_SHARE
 
@@ -173,7 +174,7 @@ class CardDecoder:
     ) -> Tensor:
         """Mean cross-entropy in nats of each row of codes; the first frames count `early` times."""
         start, frames = self.model.config.decoder.pad_token_id, codes.shape[-1]
-        pattern = delayed(codes, start, self.channels)
+        pattern = delayed(codes, codes.shape[-1], self.channels, start)
         inputs, targets = pattern[..., :-1], pattern[..., 1:]
         inputs = corrupted(inputs, start, noise) if noise else inputs
         mask = (tokens > 0).float()

@@ -233,20 +233,6 @@ def _lag_weights(
     return query, key
 
 
-def delayed(codes: Tensor, start: int, channels: int = 1) -> Tensor:
-    """[batch, rows, frames] → [batch, rows, 1 + frames + delay]: the pattern with a start column.
-
-    Codebook k of a channel is k frames late (Copet et al. 2023); left and right alternate.
-    """
-    batch, rows, frames = codes.shape
-    late = rows // channels
-    out = codes.new_full((batch, rows, frames + late), start)
-    for row in range(rows):
-        k = row // channels
-        out[:, row, 1 + k : 1 + k + frames] = codes[:, row]
-    return out
-
-
 def corrupted(inputs: Tensor, start: int, most: float) -> Tensor:
     """Replace up to a share `most` of each row's codes, singly and by frames, by codes heard at
     other times of the same clip: wrong but plausible, as sampling errors are."""

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MusicgenForConditionalGeneration, PreTrainedTokenizerFast
 
+from musicgen_ui.engine.delay_pattern import delayed
 from training.dataset import Dataset
-from training.lm import code_logits, corrupted, delayed, trained_state
+from training.lm import code_logits, corrupted, trained_state
 from training.presets import DecoderSize
 
 BOOK_WEIGHTS = (1.3, 1.0, 0.9, 0.8)  # the first codebook carries the rhythm
@@ -168,7 +169,7 @@ class Trainer:
         """Mean cross-entropy in nats of each row of codes, [rows]; the first frames × `early`."""
         channels = self.model.config.decoder.audio_channels
         start = self.model.config.decoder.pad_token_id
-        pattern = delayed(codes, start, channels)
+        pattern = delayed(codes, codes.shape[-1], channels, start)
         inputs, targets, frames = pattern[..., :-1], pattern[..., 1:], codes.shape[-1]
         inputs = corrupted(inputs, start, noise) if noise else inputs
         kind = self.run.device.partition(":")[0]

@@ -23,26 +23,28 @@ def delayed(context: Tensor, frames: int, channels: int, start_token: int) -> Te
     """The columns of a piece of `frames` frames that begins with the codes of `context`.
 
     Args:
-        context: int64 [codebooks, context frames], may have no frames.
+        context: int64 [..., codebooks, context frames], may have no frames.
         frames: of the whole piece, context included.
         channels: 1 or 2.
         start_token: fills the places that hold no code.
 
     Returns:
-        int64 [codebooks, 1 + frames + delay]; `UNWRITTEN` where the decoder will write.
+        int64 [..., codebooks, 1 + frames + delay]; `UNWRITTEN` where the decoder will write.
     """
-    shifts = delays(context.shape[0], channels)
-    columns = context.new_full((context.shape[0], 1 + frames + shifts[-1]), start_token)
+    *batch, codebooks, _ = context.shape
+    shifts = delays(codebooks, channels)
+    columns = context.new_full((*batch, codebooks, 1 + frames + shifts[-1]), start_token)
     for row, shift in enumerate(shifts):
-        columns[row, 1 + shift : 1 + shift + frames] = UNWRITTEN
+        columns[..., row, 1 + shift : 1 + shift + frames] = UNWRITTEN
     write_codes(context, columns, 0, channels)
     return columns
 
 
 def write_codes(codes: Tensor, columns: Tensor, start: int, channels: int) -> None:
-    """Writes the codes of the frames from `start` on, [codebooks, frames], into `columns`."""
-    for row, shift in enumerate(delays(columns.shape[0], channels)):
-        columns[row, 1 + shift + start : 1 + shift + start + codes.shape[1]] = codes[row]
+    """Writes the codes of the frames from `start` on, [..., codebooks, frames], into `columns`."""
+    frames = codes.shape[-1]
+    for row, shift in enumerate(delays(columns.shape[-2], channels)):
+        columns[..., row, 1 + shift + start : 1 + shift + start + frames] = codes[..., row, :]
 
 
 def undelayed(columns: Tensor, start: int, end: int, channels: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
+from musicgen_ui.engine.delay_pattern import delayed
 from training import codec as codecs
 from training import fast, pack
 from training.__main__ import main
@@ -29,7 +30,7 @@ from training.card_lm import CardDecoder, Songs
 from training.codec_losses import mel_bank
 from training.composer import DRUM_CHANNEL, compose
 from training.dataset import CUT_FRAMES, Dataset, composed
-from training.lm import code_logits, delayed, make_model, widen_to_stereo
+from training.lm import code_logits, make_model, widen_to_stereo
 from training.more_styles import MORE_STYLES
 from training.presets import PRESETS
 from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
@@ -230,7 +231,7 @@ def test_the_delay_pattern_is_the_one_that_generate_undoes(stereo: bool):
     model = build(TINY, stereo=stereo)
     rows, channels = model.decoder.num_codebooks, 2 if stereo else 1
     codes = torch.randint(0, 64, (2, rows, 12))
-    ours = delayed(codes, start=64, channels=channels)
+    ours = delayed(codes, codes.shape[-1], channels, 64)
     longest = ours.shape[-1]
     given = torch.cat([torch.full((2, rows, 1), 64), codes], -1).flatten(0, 1)
     ids, mask = model.decoder.build_delay_pattern_mask(given, 64, max_length=longest)
@@ -245,7 +246,7 @@ def test_matching_heads_go_on_with_a_loop_of_any_length():
     for loop in (37, 53):
         torch.manual_seed(loop)
         codes = torch.randint(0, 64, (2, 4, loop)).repeat(1, 1, 200 // loop + 1)[..., :200]
-        inputs, late = delayed(codes, start=64)[..., :-1], {}
+        inputs, late = delayed(codes, codes.shape[-1], 1, 64)[..., :-1], {}
         for name, loops in (("matching", False), ("fixed lags", True)):
             model = make_model(config, 100, size, loops=loops).eval()
             with torch.no_grad():
