@@ -10,13 +10,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import SupportsFloat
 
 import numpy as np
 
 from musicgen_ui.audio import chords
 from musicgen_ui.errors import RequestError
+
+Spec = dataclasses.Field[object]
 
 PROMPT_CHARACTERS = 2000
 SECTIONS_CHARACTERS = 6000  # in all: libsndfile writes up to 50 kB into a WAV's comment
@@ -26,18 +28,18 @@ TIME_SIGNATURE = re.compile(r"([1-9]|[12]\d|3[0-2])/(?:1|2|4|8|16|32)")
 SWITCH_WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
 
-def refusal(spec: dataclasses.Field[Any], text: str) -> RequestError:
+def refusal(spec: Spec, text: str) -> RequestError:
     """The error of a setting: its label, then `text`."""
     return RequestError(f"{spec.metadata['label']} {text}", spec.name)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "�" for c in text[:41])  # it goes to terminals too
     return f"“{text[:40]}…”" if len(text) > 40 else f"“{text}”"
 
 
-def text_of(spec: dataclasses.Field[Any], value: Any, where: str = "") -> str:
+def text_of(spec: Spec, value: object, where: str = "") -> str:
     """Text without control characters; `where` it stands in a table, for the error."""
     if not isinstance(value, str):
         raise refusal(spec, f"{where}must be text.")
@@ -49,7 +51,7 @@ def text_of(spec: dataclasses.Field[Any], value: Any, where: str = "") -> str:
     return text
 
 
-def _key(spec: dataclasses.Field[Any], text: str) -> str:
+def _key(spec: Spec, text: str) -> str:
     typed = " ".join(text.replace("♯", "#").replace("♭", "b").lower().split())
     keys = {key.lower(): key for key in KEYS} | {"": ""}
     if typed not in keys:
@@ -57,12 +59,12 @@ def _key(spec: dataclasses.Field[Any], text: str) -> str:
     return keys[typed]
 
 
-def _chords(_: dataclasses.Field[Any], text: str) -> str:
+def _chords(_: Spec, text: str) -> str:
     chords.parse(text)
     return " ".join(text.split())
 
 
-def _time_signature(spec: dataclasses.Field[Any], text: str) -> str:
+def _time_signature(spec: Spec, text: str) -> str:
     if not TIME_SIGNATURE.fullmatch(text.replace(" ", "")):
         raise refusal(spec, f"must be like 4/4, 3/4 or 6/8, not {_shown(text)}.")
     return text.replace(" ", "")
@@ -71,11 +73,10 @@ def _time_signature(spec: dataclasses.Field[Any], text: str) -> str:
 TEXT_CHECKS = {"key": _key, "chords": _chords, "time_signature": _time_signature}
 
 
-def sections_of(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, str]]:
+def sections_of(spec: Spec, value: object) -> Iterator[tuple[float, str]]:
     """Rows of a start and words, also as JSON; rows with neither are left out."""
     try:
-        rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
-        pairs = [(start_s, words) for start_s, words in rows]
+        pairs = pairs_of(value)
     except (ValueError, TypeError, RecursionError):
         example = '[[0, "piano"], [15, "drums join"]]'
         raise refusal(spec, f"must be rows of a start in s and words, as {example}.") from None
@@ -94,12 +95,24 @@ def sections_of(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[floa
             before_s = start_s
 
 
-def _is_nothing(start_s: Any) -> bool:
+def pairs_of(value: object) -> list[tuple[object, object]]:
+    """Rows of two, also as JSON.
+
+    Raises:
+        TypeError, ValueError, RecursionError: there are none.
+    """
+    rows: object = json.loads(value or "[]") if isinstance(value, str) else value
+    if not isinstance(rows, Iterable):
+        raise TypeError(f"{type(rows).__name__} has no rows")
+    return [(first, second) for first, second in rows]
+
+
+def _is_nothing(start_s: object) -> bool:
     """Whether a table's cell is empty."""
     return start_s is None or start_s == "" or start_s != start_s  # noqa: PLR0124 - NaN
 
 
-def _start(spec: dataclasses.Field[Any], value: Any, before_s: float, number: int) -> float:
+def _start(spec: Spec, value: object, before_s: float, number: int) -> float:
     if _is_nothing(value):
         raise refusal(spec, f"row {number} has no start: say at which second its words begin.")
     try:
@@ -121,16 +134,27 @@ def _start(spec: dataclasses.Field[Any], value: Any, before_s: float, number: in
     return start_s
 
 
-def _seconds(value: Any) -> float:
+def _seconds(value: object) -> float:
     """Seconds as a number, or written as minutes and seconds: 90, "90", "1:30"."""
     if isinstance(value, str) and (
         clock := re.fullmatch(r"\s*(\d+):([0-5]?\d(?:\.\d+)?)\s*", value)
     ):
         return 60 * float(clock[1]) + float(clock[2])
+    return float_of(value)
+
+
+def float_of(value: object) -> float:
+    """A number, also as text.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
+    if not isinstance(value, (str, SupportsFloat)):
+        raise TypeError(f"{type(value).__name__} is no number")
     return float(value)
 
 
-def switch_of(spec: dataclasses.Field[Any], value: Any) -> bool:
+def switch_of(spec: Spec, value: object) -> bool:
     """A switch, from a boolean, 0 or 1, or a word."""
     if isinstance(value, str) and value.lower() in SWITCH_WORDS:
         return SWITCH_WORDS[value.lower()]
@@ -139,10 +163,10 @@ def switch_of(spec: dataclasses.Field[Any], value: Any) -> bool:
     raise refusal(spec, f"must be on or off, not {_shown(value)}.")
 
 
-def number_of(spec: dataclasses.Field[Any], value: Any) -> float | int:
+def number_of(spec: Spec, value: object) -> float | int:
     """A number within the limits; whole where the default is."""
     try:
-        number = float(value)
+        number = float_of(value)
     except (TypeError, ValueError, OverflowError):
         raise refusal(spec, f"must be a number, not {_shown(value)}.") from None
     low, high, unit = (spec.metadata[key] for key in ("min", "max", "unit"))

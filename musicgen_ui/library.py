@@ -13,11 +13,10 @@ import re
 import secrets
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 
@@ -25,6 +24,7 @@ from musicgen_ui import files, sidecar, takes
 from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.library_index import PAGE, Card, Index, Page, index_file
+from musicgen_ui.sidecar import Sidecar
 
 FOLDER = "MusicGen UI"  # in the user's music folder
 TEMPORARY = "temporary"
@@ -144,7 +144,7 @@ class Library:
                 waiting.append(Branch(card, branch.depth + 1))
         return branches
 
-    def sidecar(self, name: str) -> sidecar.Sidecar:
+    def sidecar(self, name: str) -> Sidecar:
         """A take's codes, waveform and loudness; measured now where its files have none.
 
         Raises:
@@ -171,7 +171,8 @@ class Library:
         Raises:
             RequestError: there is no such take, or the folder cannot be written to.
         """
-        return self._edit(name, title=" ".join(title.split())[:TITLE_CHARACTERS])
+        title = " ".join(title.split())[:TITLE_CHARACTERS]
+        return self._edit(name, lambda data: replace(data, title=title))
 
     def star(self, name: str, starred: bool = True) -> Card:
         """Marks a take as one of the best, or no longer.
@@ -179,15 +180,15 @@ class Library:
         Raises:
             RequestError: there is no such take, or the folder cannot be written to.
         """
-        return self._edit(name, starred=starred)
+        return self._edit(name, lambda data: replace(data, starred=starred))
 
-    def _edit(self, name: str, **changes: Any) -> Card:
+    def _edit(self, name: str, change: Callable[[Sidecar], Sidecar]) -> Card:
         self.sidecar(name)
         path = self.folder / f"{name}{sidecar.ENDING}"
         try:
             with self._index.changing():
                 if data := sidecar.read(path):
-                    sidecar.write(path, replace(data, **changes))
+                    sidecar.write(path, change(data))
                     self._index.read_again([name])
         except OSError as error:
             raise _refused(error) from error

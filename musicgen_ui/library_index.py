@@ -12,17 +12,18 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import platformdirs
 
 from musicgen_ui import sidecar, takes
 from musicgen_ui.audio.clip import ENDINGS
+from musicgen_ui.request import TakeSettings, section_pairs
 
 PAGE = 50  # takes
 SETTLED_NS = 2_000_000_000  # a folder that changed later than this may change again unnoticed
@@ -63,7 +64,7 @@ class Card:
     duration_s: float
     made_at: float  # seconds since 1970
     lufs: float  # NaN is not known, see `Library.sidecar`
-    settings: dict[str, Any]
+    settings: TakeSettings
     overview: np.ndarray  # int8 [points, 2]: lowest and highest; no points are not known
 
     @property
@@ -223,14 +224,14 @@ class Index:
             for table in ("takes", "details"):
                 self._connection.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
-    def _put(self, rows: Iterable[dict[str, Any]]) -> None:
+    def _put(self, rows: Iterable[Mapping[str, object]]) -> None:
         for row in rows:
             for table, columns in (("takes", LIGHT), ("details", HEAVY)):
                 marks = ", ".join("?" * len(columns))
                 values = [row.get(column) for column in columns]
                 self._connection.execute(f"REPLACE INTO {table} VALUES ({marks})", values)
 
-    def _row(self, name: str, of: Files) -> dict[str, Any]:
+    def _row(self, name: str, of: Files) -> dict[str, object]:
         """A take's row; one without settings for a sound that was not made here."""
         sound = self.folder / f"{name}{of.endings[0]}"
         data = sidecar.read(sidecar.beside(sound), whole=False)
@@ -239,7 +240,7 @@ class Index:
             return {"name": name, "signature": of.signature}
         title = data.title if data else ""
         words = [title, settings["prompt"], name, settings["checkpoint"], settings.get("key", "")]
-        words += [text for _, text in settings.get("sections", [])]
+        words += [text for _, text in section_pairs(settings)]
         return {
             "name": name,
             "endings": " ".join(of.endings),
@@ -275,7 +276,7 @@ class Index:
             start: how many are passed over.
             count: how many there are at most.
         """
-        where, values = [A_TAKE], list[Any]()
+        where, values = [A_TAKE], list[str]()
         for word in words.casefold().split():
             where.append("instr(search, ?)")
             values.append(word)
@@ -340,7 +341,7 @@ class Index:
 def _files_of_takes(folder: Path, name: str = "") -> dict[str, Files]:
     """The files of every take in a folder, or of `name` alone, by its name."""
     kinds = (*ENDINGS, sidecar.ENDING)
-    entries: Iterable[Any] = [folder / f"{name}{ending}" for ending in kinds]
+    entries: Iterable[Path | os.DirEntry[str]] = [folder / f"{name}{ending}" for ending in kinds]
     if not name:
         entries = os.scandir(folder)
     found: dict[str, dict[str, os.stat_result]] = {}

@@ -12,12 +12,11 @@ the program can vary a valid request at no cost.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -27,7 +26,10 @@ from musicgen_ui.audio.clip import SILENCE, Clip
 from musicgen_ui.coercion import (
     PROMPT_CHARACTERS,
     TEXT_CHECKS,
+    Spec,
+    float_of,
     number_of,
+    pairs_of,
     refusal,
     sections_of,
     switch_of,
@@ -45,6 +47,8 @@ CHORDS_CHARACTERS = 1000
 AUTOMATION_CHARACTERS = 30_000  # of its JSON, in a take's file
 CHORDS_TEMPO_BPM = 120.0  # where none is given: chords are placed by bars
 
+T = TypeVar("T")
+
 
 def _about(
     label: str,
@@ -52,12 +56,72 @@ def _about(
     minimum: float | None = None,
     maximum: float | None = None,
     unit: str = "",
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {"label": label, "help": help, "min": minimum, "max": maximum, "unit": unit}
 
 
-def _setting(default: Any, *about: Any) -> Any:
-    return field(default=default, metadata=_about(*about))
+def _setting(
+    default: T,
+    label: str,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unit: str = "",
+) -> T:
+    return field(default=default, metadata=_about(label, help, minimum, maximum, unit))
+
+
+class Results(TypedDict, total=False):
+    """What came of a request; older files do not say all."""
+
+    made_s: float
+    prompt_s: float
+    melody_s: float
+    sampling_rate: int  # Hz
+    channels: int
+    speed_x: float
+    score: float
+    stopped: bool
+    gain_db: float  # that `normalize` took; samples and codes differ by it
+    id: str  # of the sound
+    parent: str  # the id of the sound that the take goes on from
+    operation: str  # one of `takes.Operation`
+    parent_at_s: float
+    loop_bars: int
+    fade_out_s: float
+
+
+class TakeSettings(Results):
+    """What a take's files say of it, as JSON: the request's fields, then what came of it."""
+
+    prompt: str
+    negative_prompt: str
+    sections: list[list[float | str]]  # [start_s, words], see `section_pairs`
+    tempo_bpm: float
+    key: str
+    time_signature: str
+    context_s: float
+    include_prompt: bool
+    chords: str
+    chord_strength: float
+    checkpoint: str
+    adapter: str
+    adapter_strength: float
+    stereo: bool
+    duration_s: float
+    overlap_s: float
+    guidance_scale: float
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    automation: list[list[object]]  # [at_s, what changes]
+    skip_s: float
+    seed: int
+    variations: int
+    keep: int
+    rank_by_prompt: bool
+    normalize: bool
 
 
 @dataclass(frozen=True)
@@ -170,7 +234,7 @@ class GenerationRequest:
     live: bool = False
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> GenerationRequest:
+    def parse(cls, values: Mapping[str, object]) -> GenerationRequest:
         """A checked request of values by field name; None and missing ones become the default.
 
         Numbers and switches may be text ("8", "on"), sections JSON; clips are a `Clip`.
@@ -259,13 +323,17 @@ class GenerationRequest:
         """How many takes come of it."""
         return min(self.keep or self.variations, self.variations)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> TakeSettings:
         """The fields that a JSON file can hold, in order: everything but the clips."""
         values = {name: getattr(self, name) for name in FIELDS if name not in CLIP_FIELDS}
-        return values | {
-            "sections": [list(row) for row in self.sections],
-            "automation": [[at_s, change.values()] for at_s, change in self.automation],
-        }
+        values["sections"] = [list(row) for row in self.sections]
+        values["automation"] = [[at_s, change.values()] for at_s, change in self.automation]
+        return cast(TakeSettings, values)  # a test holds the names equal
+
+
+def section_pairs(settings: TakeSettings) -> list[tuple[float, str]]:
+    """The sections in a take's settings: start in s and words."""
+    return [(float(start_s), str(words)) for start_s, words in settings["sections"]]
 
 
 # The clips, and how much of a file's end is kept of each, in seconds.
@@ -279,8 +347,8 @@ CHECKPOINT_FIELDS = (
 
 
 def completed(
-    values: Mapping[str, Any], defaults_of: Callable[[str, str], Mapping[str, Any]]
-) -> dict[str, Any]:
+    values: Mapping[str, object], defaults_of: Callable[[str, str], Mapping[str, object]]
+) -> dict[str, object]:
     """`values` of a request with the checkpoint's defaults for those that are None or missing.
 
     `defaults_of` gives what a checkpoint states, by its name and that of the adapter, whose base
@@ -289,7 +357,7 @@ def completed(
     missing = [name for name in CHECKPOINT_FIELDS if values.get(name) is None]
     if not missing:
         return dict(values)
-    stated = defaults_of(values.get("checkpoint") or "auto", values.get("adapter") or "")
+    stated = defaults_of(str(values.get("checkpoint") or "auto"), str(values.get("adapter") or ""))
     return {**values, **{name: stated[name] for name in missing if name in stated}}
 
 
@@ -318,7 +386,7 @@ def overlap_used_s(overlap_s: float, window_s: float = WINDOW_S) -> float:
     return min(overlap_s, window_s * most_s / WINDOW_S)
 
 
-def coerce(name: str, value: Any) -> Any:
+def coerce(name: str, value: object) -> Any:  # of the field's type
     """`value` as the field `name` holds it; None becomes the default.
 
     Raises:
@@ -360,11 +428,10 @@ def check_melody(clip: Clip) -> Clip:
     return clip
 
 
-def _automation(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[float, Steering]]:
+def _automation(spec: Spec, value: object) -> Iterator[tuple[float, Steering]]:
     """Rows of a time and a change, also as JSON."""
     try:
-        rows = json.loads(value or "[]") if isinstance(value, str) else list(value)
-        pairs = [(float(at_s), change) for at_s, change in rows]
+        pairs = [(float_of(at_s), change) for at_s, change in pairs_of(value)]
     except (ValueError, TypeError, OverflowError, RecursionError):
         example = '[[0, {"prompts": [["rock", 0.7], ["piano", 0.3]]}], [4.2, {"top_k": 50}]]'
         raise refusal(spec, f"must be rows of a time in s and a change, as {example}.") from None
@@ -381,7 +448,7 @@ def _automation(spec: dataclasses.Field[Any], value: Any) -> Iterator[tuple[floa
         before_s = at_s
 
 
-def steering(change: Any, where: str = "") -> Steering:
+def steering(change: object, where: str = "") -> Steering:
     """A checked change of a piece, from JSON with the names of `Steering`.
 
     Args:

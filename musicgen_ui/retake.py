@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from musicgen_ui import takes
 from musicgen_ui.audio.clip import JOIN_FADE_S, Clip
@@ -22,6 +22,7 @@ from musicgen_ui.request import (
     MAX_DURATION_S,
     MIN_NEW_S,
     GenerationRequest,
+    section_pairs,
 )
 from musicgen_ui.sidecar import Codes
 from musicgen_ui.takes import Kept, Operation, Origin, Take
@@ -35,14 +36,14 @@ class Derived:
     origin: Origin
 
 
-def extend(kept: Kept, more_s: float, **changes: Any) -> Derived:
+def extend(kept: Kept, more_s: float) -> Derived:
     """A request for `more_s` more seconds of the same, by the take's own settings and its seed."""
     at_s = kept.clip.duration_s
-    request = _same(kept, kept.clip, at_s, {"duration_s": more_s} | changes)
+    request = _same(kept, kept.clip, at_s, more_s, kept.settings["seed"])
     return Derived(request, _origin(kept, Operation.EXTEND, at_s))
 
 
-def retake(kept: Kept, at_s: float, seed: int = -1, **changes: Any) -> Derived:
+def retake(kept: Kept, at_s: float, seed: int = -1) -> Derived:
     """A request for the same take as long as before, made anew from `at_s` on.
 
     What comes before `at_s` stays as it is, to the sample. The new music begins up to two frames
@@ -52,7 +53,6 @@ def retake(kept: Kept, at_s: float, seed: int = -1, **changes: Any) -> Derived:
         kept: the take.
         at_s: where in the take to begin.
         seed: of the new part; -1 draws one.
-        changes: other settings than the take's.
 
     Raises:
         RequestError: the place is not in the take, or too near its end.
@@ -68,8 +68,7 @@ def retake(kept: Kept, at_s: float, seed: int = -1, **changes: Any) -> Derived:
         )
     before = cut(kept, 0, total - left)
     duration_s = min(left / rate, MAX_DURATION_S)
-    settings = {"duration_s": duration_s, "seed": seed} | changes
-    request = _same(kept, before, before.duration_s, settings)
+    request = _same(kept, before, before.duration_s, duration_s, seed)
     return Derived(request, _origin(kept, Operation.RETAKE, at_s))
 
 
@@ -117,25 +116,30 @@ def cut(kept: Kept, start: int, end: int) -> Clip:
     return dataclasses.replace(clip, codes=codes, codec=clip.codec if codes is not None else "")
 
 
-def _same(kept: Kept, prompt: Clip, at_s: float, changes: dict[str, Any]) -> GenerationRequest:
-    """The take's settings for what follows its first `at_s` seconds."""
-    values = _fields(kept.settings)
-    values["sections"] = _sections_from(values["sections"], at_s - kept.settings.get("prompt_s", 0))
-    values |= {"audio_prompt": prompt, "include_prompt": True, "context_s": 0.0, "variations": 1}
-    values |= changes
-    end_s = values["duration_s"]
-    values["sections"] = [row for row in values["sections"] if row[0] < end_s]
+def _same(kept: Kept, prompt: Clip, at_s: float, duration_s: float, seed: int) -> GenerationRequest:
+    """The take's settings for `duration_s` seconds after its first `at_s` seconds."""
+    begun = section_pairs(kept.settings)
+    sections = _sections_from(begun, at_s - kept.settings.get("prompt_s", 0))
+    values = _fields(kept.settings) | {
+        "sections": [row for row in sections if row[0] < duration_s],
+        "audio_prompt": prompt,
+        "include_prompt": True,
+        "context_s": 0.0,
+        "variations": 1,
+        "duration_s": duration_s,
+        "seed": seed,
+    }
     return GenerationRequest.parse(values)
 
 
-def _sections_from(sections: list[list[Any]], from_s: float) -> list[list[Any]]:
+def _sections_from(sections: list[tuple[float, str]], from_s: float) -> list[tuple[float, str]]:
     """Sections as they are counted from `from_s` seconds into the music that they were made for."""
     begun = [words for start_s, words in sections if start_s <= from_s]
-    later = [[start_s - from_s, words] for start_s, words in sections if start_s > from_s]
-    return ([[0.0, begun[-1]]] if begun else []) + later
+    later = [(start_s - from_s, words) for start_s, words in sections if start_s > from_s]
+    return ([(0.0, begun[-1])] if begun else []) + later
 
 
-def _fields(settings: dict[str, Any]) -> dict[str, Any]:
+def _fields(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: settings[name] for name in FIELDS if name in settings and name not in CLIP_FIELDS}
 
 

@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio import waveform
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.request import TakeSettings
 
 ENDING = ".safetensors"
 FORMAT = "MusicGen UI take"
@@ -45,7 +46,7 @@ class Sidecar:
     """What is kept of a take beside its sound."""
 
     id: str  # of the sound, see `sound_id`
-    settings: dict[str, Any]  # as in the sound's tags
+    settings: Mapping[str, object]  # as in the sound's tags
     lufs: float  # -inf for silence
     made_at: float = 0.0  # seconds since 1970
     title: str = ""  # as the user edited it; empty is the prompt
@@ -81,7 +82,7 @@ class Sidecar:
 
 
 def of_clip(
-    clip: Clip, settings: dict[str, Any], codes: Codes | None, made_at: float | None = None
+    clip: Clip, settings: TakeSettings, codes: Codes | None, made_at: float | None = None
 ) -> Sidecar:
     """A take's sidecar, with its loudness and waveform measured; made now unless it is said."""
     return Sidecar(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
 
 from musicgen_ui.errors import RequestError
 
@@ -31,7 +30,7 @@ class Steering:
     store: int | None = None  # keep the last codes in this memory slot, 1 to `MEMORY_SLOTS`
     recall: int | None = None  # go on from the codes of this slot
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """What it changes, as JSON has it."""
         held = {each.name: getattr(self, each.name) for each in fields(self)}
         if self.prompts is not None:

@@ -16,11 +16,11 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeGuard, cast
 
 import numpy as np
 import soundfile
@@ -33,7 +33,7 @@ from musicgen_ui.audio.export import AS_MADE, Shape
 from musicgen_ui.audio.load import read as read_audio
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, Results, TakeSettings
 from musicgen_ui.sidecar import Codes
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
@@ -63,7 +63,7 @@ class Origin:
     operation: Operation
     at_s: float  # where in the parent the new take leaves it
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Results:
         """As a take's settings hold it."""
         return {
             "parent": self.parent,
@@ -72,24 +72,24 @@ class Origin:
         }
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _is_amount(value: Any) -> bool:
+def _is_amount(value: object) -> bool:
     return _is_number(value) and value >= 0
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, str) and len(value) == 16 and value.isalnum()
 
 
 # What settings hold beside the request's fields: what came of it.
-RESULTS: dict[str, Callable[[Any], bool]] = {
+RESULTS: dict[str, Callable[[object], bool]] = {
     "made_s": _is_amount,
     "prompt_s": _is_amount,
     "melody_s": _is_amount,
@@ -114,7 +114,7 @@ class Take:
 
     wav: Path
     flac: Path
-    settings: dict[str, Any]  # the request's fields, then what came of it; JSON
+    settings: TakeSettings  # the request's fields, then what came of it; JSON
     notes: tuple[str, ...]
     clip: Clip  # as in the files, before rounding to 16 bits
     prompt_s: float  # seconds of `clip` that are the audio prompt
@@ -127,13 +127,13 @@ class Kept:
 
     clip: Clip  # at the level of its codes, which end with it; without any where none fit
     frame_samples: int  # samples a frame of the codes; 1 without codes
-    settings: dict[str, Any]  # with an id
+    settings: TakeSettings  # with an id
 
 
 class UnsavedError(RequestError):
     """The take could not be written. It holds what is left of it: what would make it again."""
 
-    def __init__(self, message: str, settings: dict[str, Any]) -> None:
+    def __init__(self, message: str, settings: TakeSettings) -> None:
         super().__init__(message)
         self.settings = settings
 
@@ -217,12 +217,12 @@ def export_file(sound: Path, ending: str, shape: Shape = AS_MADE, title: str = "
     if shape:
         shaped = shape.of(clip, settings["tempo_bpm"], settings.get("prompt_s", 0.0))
         clip, _ = export.limit(shaped)
-        settings |= _measures(clip, 0.0 if shape.loop_bars else settings.get("prompt_s", 0.0))
-        settings |= shape.settings()
+        prompt_s = 0.0 if shape.loop_bars else settings.get("prompt_s", 0.0)
+        settings = {**settings, **_measures(clip, prompt_s), **shape.settings()}
     return _encoded(clip, ending, settings, title)
 
 
-def _encoded(clip: Clip, ending: str, settings: dict[str, Any], title: str = "") -> bytes:
+def _encoded(clip: Clip, ending: str, settings: TakeSettings, title: str = "") -> bytes:
     try:
         content = audio.encode(clip, ending, _tags(settings, ending == ".mp3", title))
     except soundfile.SoundFileError as error:
@@ -233,7 +233,7 @@ def _encoded(clip: Clip, ending: str, settings: dict[str, Any], title: str = "")
     return content
 
 
-def _tags(settings: dict[str, Any], plain: bool = False, title: str = "") -> dict[str, str]:
+def _tags(settings: TakeSettings, plain: bool = False, title: str = "") -> dict[str, str]:
     """soundfile's tags. In `plain` ones all is ASCII: libsndfile says that MP3's are Latin-1."""
     title = " ".join((title or settings["prompt"]).split())
     if plain:
@@ -258,8 +258,7 @@ def load(sound: Path) -> Kept:
     if settings is None:
         raise RequestError(f"{sound.name} is not a take: choose a file that was made here.")
     clip = _read_clip(sound)
-    settings = {"id": sidecar.sound_id(clip)} | settings
-    return Kept(*with_codes(clip, sound), settings)
+    return Kept(*with_codes(clip, sound), {"id": sidecar.sound_id(clip), **settings})
 
 
 def with_codes(clip: Clip, sound: Path) -> tuple[Clip, int]:
@@ -271,7 +270,8 @@ def with_codes(clip: Clip, sound: Path) -> tuple[Clip, int]:
     data = sidecar.read(sidecar.beside(sound))
     if data is None or data.codes is None or data.id != sidecar.sound_id(clip):
         return clip, 1
-    level = np.float32(10 ** (-data.settings.get("gain_db", 0.0) / 20))
+    gain_db = data.settings.get("gain_db", 0.0)
+    level = np.float32(10 ** (-(gain_db if _is_number(gain_db) else 0.0) / 20))
     values, frame_samples = data.codes.values, data.codes.frame_samples
     frames = min(values.shape[1], clip.samples.shape[1] // frame_samples)
     return Clip(
@@ -286,7 +286,7 @@ def _read_clip(sound: Path) -> Clip:
     return read_audio(sound, keep_s=MAX_KEPT_S).clip
 
 
-def read_settings(path: Path | str) -> dict[str, Any] | None:
+def read_settings(path: Path | str) -> TakeSettings | None:
     """The settings in a file made here; None for any other file, and for nonsense.
 
     The request's fields are checked as a request's; unknown keys are dropped.
@@ -297,7 +297,7 @@ def read_settings(path: Path | str) -> dict[str, Any] | None:
         return None
 
 
-def checked(found: Any) -> dict[str, Any] | None:
+def checked(found: Mapping[str, object]) -> TakeSettings | None:
     """Settings from a file, as `read_settings` gives them."""
     try:
         kept = {key: found[key] for key in FIELDS if key in found and key not in CLIP_FIELDS}
@@ -305,7 +305,7 @@ def checked(found: Any) -> dict[str, Any] | None:
         results = {key: found[key] for key, fits in RESULTS.items() if fits(found.get(key))}
     except NONSENSE:
         return None
-    return request.settings() | results
+    return cast(TakeSettings, request.settings() | results)
 
 
 def _comment(path: Path) -> str:
@@ -346,7 +346,7 @@ class _Mastered:
 
     clip: Clip
     prompt_s: float
-    settings: dict[str, Any]
+    settings: TakeSettings
     notes: list[str]
     shape: Shape  # that it has
 
@@ -374,22 +374,25 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
             f"Peaks were limited by up to {reduced_db:.1f} dB, to {export.CEILING_DBTP:g} dBFS."
         )
     prompt_s = 0.0 if shape.loop_bars else finished.prompt_s
-    settings = request.settings() | {
+    settings: TakeSettings = {
+        **request.settings(),
         **_measures(clip, prompt_s),
         "melody_s": round(request.melody.duration_s, 3) if request.melody else 0.0,
         "speed_x": round(finished.speed, 2),
         "stopped": finished.stopped,
         "gain_db": round(gain_db, 4),
     }
-    settings |= {} if finished.score is None else {"score": finished.score}
+    if finished.score is not None:
+        settings["score"] = finished.score
     if origin is None and (went_on := request.audio_prompt):
         parent = sidecar.sound_id(went_on)
         origin = Origin(parent, Operation.CONTINUE, went_on.duration_s)
-    settings |= (origin.settings() if origin else {}) | shape.settings()
+    came_from: Results = origin.settings() if origin else {}
+    settings = {**settings, **came_from, **shape.settings()}
     return _Mastered(clip, prompt_s, settings, notes, shape)
 
 
-def _measures(clip: Clip, prompt_s: float) -> dict[str, Any]:
+def _measures(clip: Clip, prompt_s: float) -> Results:
     return {
         "made_s": round(clip.duration_s - prompt_s, 3),
         "prompt_s": round(prompt_s, 3),

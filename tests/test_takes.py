@@ -18,12 +18,17 @@ from musicgen_ui.audio import clip, waveform
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.request import GenerationRequest, TakeSettings
 from tests.helpers.takes import HOP, RATE, finished, with_codes
 
 
 def save(folder, **settings):
     return takes.save(finished(**settings), folder)
+
+
+def test_the_type_of_settings_names_the_fields_and_the_results():
+    assert TakeSettings.__required_keys__ == set(GenerationRequest().settings())
+    assert TakeSettings.__optional_keys__ == set(takes.RESULTS)
 
 
 def test_a_take_is_two_16_bit_files_with_the_same_samples(tmp_path):

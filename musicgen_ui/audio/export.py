@@ -9,6 +9,7 @@ import dataclasses
 import math
 import struct
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import soxr
@@ -26,6 +27,13 @@ SEAM_S = 0.050
 EDGE_S = 0.003  # where there is nothing to cross-fade with
 BEATS_A_BAR = 4
 MAX_BARS, MAX_FADE_OUT_S = 128, 60.0
+
+
+class ShapeSettings(TypedDict, total=False):
+    """A shape in a take's settings."""
+
+    loop_bars: int
+    fade_out_s: float
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,14 @@ class Shape:
     def __bool__(self) -> bool:
         return bool(self.loop_bars or self.fade_out_s)
 
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> ShapeSettings:
         """What of it is set, for the file's tags."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+        values: ShapeSettings = {}
+        if self.loop_bars:
+            values["loop_bars"] = self.loop_bars
+        if self.fade_out_s:
+            values["fade_out_s"] = self.fade_out_s
+        return values
 
     def duration_s(self, tempo_bpm: float, asked_s: float | None) -> float | None:
         """The length of the music to make for a loop with its seam, unless one is asked for.

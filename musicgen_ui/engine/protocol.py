@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -227,7 +227,7 @@ class CheckpointInfo:
     nbytes: int = 0  # of memory that it needs here; 0 is not known
     download_bytes: int = 0  # before it can be used; 0 where it is on this computer
     fits: bool = True  # its weights fit the memory for models
-    defaults: dict[str, Any] = field(default_factory=dict)  # of a request, where it states its own
+    defaults: dict[str, object] = field(default_factory=dict)  # of a request, where it has any
 
 
 @dataclass(frozen=True)

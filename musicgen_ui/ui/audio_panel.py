@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import gradio as gr
 
@@ -17,7 +17,7 @@ from musicgen_ui.audio import clip_cache
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CLIP_FIELDS, WINDOW_S, check_melody, context_used_s
 from musicgen_ui.ui.components import CONTINUE, FOLLOW, Updates
-from musicgen_ui.ui.request_form import settings_of
+from musicgen_ui.ui.request_form import PageFacts, settings_of
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
 UNRECORDED = (
@@ -26,14 +26,23 @@ UNRECORDED = (
 )
 
 
-def clip_uses(facts: dict[str, Any]) -> Updates:
+class ClipFacts(TypedDict, total=False):
+    """What is known of a clip or a melody; nothing where there is none."""
+
+    refused: str  # the sentence; then nothing else is known
+    full_s: float
+    clip_s: float  # that is read
+    notes: tuple[str, ...]
+
+
+def clip_uses(facts: PageFacts) -> Updates:
     """Offers the choice where the chosen checkpoint can follow a melody."""
     if facts.get("melody"):
         return {"clip_use": gr.update(visible=True)}
     return {"clip_use": gr.update(visible=False, value=CONTINUE)}
 
 
-def offer_chords(facts: dict[str, Any], chords: str) -> Updates:
+def offer_chords(facts: PageFacts, chords: str) -> Updates:
     """Shows the chords where the chosen checkpoint can follow them, and where some are written."""
     return {"chord_column": gr.update(visible=bool(facts.get("melody") or chords))}
 
@@ -66,7 +75,7 @@ def read_clip(
     duration_s: float,
     context_s: float,
     overlap_s: float,
-    clip: dict[str, Any],
+    clip: ClipFacts,
 ) -> Updates:
     """Checks a clip to continue: what it is, how much of it is used, or what is wrong.
 
@@ -88,7 +97,7 @@ def read_clip(
     return {"clip": clip, "clip_line": line, **offer(Path(path))}
 
 
-def clip_line(clip: dict[str, Any], duration_s: float, context_s: float, overlap_s: float) -> str:
+def clip_line(clip: ClipFacts, duration_s: float, context_s: float, overlap_s: float) -> str:
     """How much of the clip the model hears beside the new music, as HTML."""
     if refused := clip.get("refused"):
         return _refused(refused)
@@ -104,7 +113,7 @@ def clip_line(clip: dict[str, Any], duration_s: float, context_s: float, overlap
     return _line(", ".join(facts), clip.get("notes", ()))
 
 
-def read_melody(path: str | None, duration_s: float, tune: dict[str, Any]) -> Updates:
+def read_melody(path: str | None, duration_s: float, tune: ClipFacts) -> Updates:
     """Checks a melody: how much of it is followed, or what is wrong.
 
     `tune` is what is known of the last one; the answer's "tune" replaces it.
@@ -122,7 +131,7 @@ def read_melody(path: str | None, duration_s: float, tune: dict[str, Any]) -> Up
     return {"tune": tune, "melody_line": melody_line(tune, duration_s)}
 
 
-def melody_line(tune: dict[str, Any], duration_s: float) -> str:
+def melody_line(tune: ClipFacts, duration_s: float) -> str:
     """How much of the melody will be followed, as HTML."""
     if refused := tune.get("refused"):
         return _refused(refused)

@@ -10,17 +10,55 @@ dataclasses and `Updates` name the same components; a test holds them equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.events import Dependency
 
 from musicgen_ui.request import FIELDS
 
-DEFAULTS: dict[str, Any] = {name: spec.default for name, spec in FIELDS.items()}
+DEFAULTS: dict[str, object] = {name: spec.default for name, spec in FIELDS.items()}
 CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
 SECTION_ROWS = 3
+
+
+class Private(TypedDict):
+    """Options of an event of the page alone, without a progress bar."""
+
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+class Quiet(Private):
+    """The same outside Gradio's queue."""
+
+    queue: Literal[False]
+
+
+PRIVATE: Private = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: Quiet = {"queue": False, **PRIVATE}
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """A component that tells of changes: Gradio's base class does not say so."""
+
+    @property
+    def change(self) -> Callable[..., Dependency]:
+        """Connects a handler."""
+        ...
+
+
+class About(TypedDict):
+    """What every component of a setting has."""
+
+    label: str
+    info: str | None
+    elem_id: str
+    render: Literal[False]
 
 
 class Updates(TypedDict, total=False):
@@ -312,7 +350,7 @@ class Components:
     library: LibraryPanel
     live: LivePanel
 
-    def by_name(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Block]:
         """Every component by the name that `Updates` has for it."""
         groups = (getattr(self, group.name) for group in fields(self))
         return {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
@@ -323,7 +361,7 @@ class Endpoint:
     """The API's `generate`."""
 
     trigger: gr.Button
-    parameters: dict[str, Any]  # by the request's field
+    parameters: dict[str, Block]  # by the request's field
     files: gr.File
     settings: gr.JSON
 
@@ -340,22 +378,42 @@ def in_words(name: str) -> str:
     return f"{metadata['help']}; {low:.15g} to {high:,.15g} {unit}".rstrip()
 
 
-def notice(text: str, items: Sequence[str] = (), wrong: bool = False) -> dict[str, Any]:
+def notice(text: str, items: Sequence[str] = (), wrong: bool = False) -> dict[str, object]:
     """A message of the page's notice: a sentence, others below it; `wrong` where it failed."""
     return {"text": text, "items": list(items), "wrong": wrong}
 
 
-def about(name: str, info: str | None = None) -> dict[str, Any]:
+def about(name: str, info: str | None = None) -> About:
     """A setting's label, help and id; errors name a setting by the same label."""
     metadata = FIELDS[name].metadata
     help = metadata["help"] if info is None else info or None
     return {"label": metadata["label"], "info": help, "elem_id": name, "render": False}
 
 
-def textbox(name: str, info: str | None = None, **options: Any) -> gr.Textbox:
+def textbox(
+    name: str,
+    info: str | None = None,
+    *,
+    value: str | None = None,
+    lines: int = 1,
+    max_lines: int | None = None,
+    placeholder: str | None = None,
+) -> gr.Textbox:
     """A setting as text."""
-    most = FIELDS[name].metadata["max"]
-    return gr.Textbox(max_length=most, **{"lines": 1, **about(name, info), **options})
+    return gr.Textbox(
+        value,
+        max_length=FIELDS[name].metadata["max"],
+        lines=lines,
+        max_lines=max_lines,
+        placeholder=placeholder,
+        **about(name, info),
+    )
+
+
+def _default(name: str) -> float:
+    value = DEFAULTS[name]
+    assert isinstance(value, (int, float)), name
+    return value
 
 
 def slider(
@@ -367,18 +425,18 @@ def slider(
     """
     low, high = FIELDS[name].metadata["min"], FIELDS[name].metadata["max"]
     high = high if highest is None else min(high, highest)
-    value = min(DEFAULTS[name], high)
+    value = min(_default(name), high)
     return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
 
 
 def number(name: str, info: str | None = None) -> gr.Number:
     """A setting as a number to type, for a range that is too wide for a slider."""
-    return gr.Number(DEFAULTS[name], min_width=140, **about(name, info))
+    return gr.Number(_default(name), min_width=140, **about(name, info))
 
 
 def switch(name: str, info: str | None = None) -> gr.Checkbox:
     """A setting that is on or off."""
-    return gr.Checkbox(DEFAULTS[name], min_width=140, **about(name, info))
+    return gr.Checkbox(bool(DEFAULTS[name]), min_width=140, **about(name, info))
 
 
 def clip(name: str) -> gr.Audio:
@@ -393,7 +451,7 @@ def clip(name: str) -> gr.Audio:
     )
 
 
-def section_rows(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def section_rows(rows: Sequence[Sequence[object]]) -> list[list[object]]:
     """The table of sections with an empty row after `rows`, and some to begin with."""
     shown = [[f"{at:.10g}" if isinstance(at, float) else at, words] for at, words in rows]
     return shown + [["", ""]] * max(1, SECTION_ROWS - len(shown))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, cast
 
 import gradio as gr
 from gradio.blocks import Block
+from gradio.events import Dependency
 
 from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
-from musicgen_ui.ui.components import Components, Endpoint, Updates
+from musicgen_ui.ui.components import PRIVATE, QUIET, Changing, Components, Endpoint, Updates
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.library_panel import LibraryView
 from musicgen_ui.ui.pages import Pages, back
 from musicgen_ui.ui.request_form import SETTINGS, CheckpointFacts, Restoring
-
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+from musicgen_ui.ui.take_panel import Group
 
 # In the browser: an answer of the server could come after the user has typed on.
 TOGGLE_IDEA = """(index, prompt) => {
@@ -46,6 +45,8 @@ SAVE_FILE = """async () => {
 }"""
 HEAR_LOOP = "(bars) => { window.musicgenPlayer?.hear_loop(bars); return []; }"
 
+Answer = Updates | Awaitable[Updates] | AsyncGenerator[Updates, None]
+
 
 class Events:
     """Connects the page's components to their handlers."""
@@ -54,7 +55,7 @@ class Events:
         self.c = c
         self.by_name = c.by_name()
         request, audio, take = c.request, c.audio, c.take
-        self.settings: list[Any] = [self.by_name[name] for name in SETTINGS]
+        self.settings: list[Block] = [self.by_name[name] for name in SETTINGS]
         self.shown_take: list[Block] = [
             *(take.history, take.chosen, take.take_title, take.take_audio, take.wav, take.flac),
             *(take.compare, take.keep_take),
@@ -69,46 +70,52 @@ class Events:
 
     def on(
         self,
-        event: Callable[..., Any],
-        handler: Callable[..., Any],
+        event: Callable[..., Dependency],
+        handler: Callable[..., Answer],
         inputs: Sequence[Block],
         outputs: Sequence[Block],
         api_name: str,
-    ) -> Any:
+    ) -> Dependency:
         """A private event outside the queue, without a progress bar."""
         call = self.named(handler)
         return event(call, list(inputs), list(outputs), api_name=api_name, **QUIET)
 
-    def named(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+    def named(self, handler: Callable[..., Answer]) -> Callable[..., object]:
         """The handler with its `Updates` keyed by component, as Gradio takes them."""
 
-        def placed(updates: Updates) -> Any:
+        def placed(updates: Updates) -> object:
             return {self.by_name[name]: value for name, value in updates.items()} or gr.skip()
 
-        async def many(*args: Any, **values: Any) -> Any:
+        async def many(*args: object, **values: object) -> AsyncGenerator[object, None]:
             # The browser merges two answers that reach it in one frame, and what only the first
             # one held would be lost: so each repeats all before it. Only changes travel.
             all_so_far: Updates = {}
-            async with aclosing(handler(*args, **values)) as answers:
+            found = handler(*args, **values)
+            assert isinstance(found, AsyncGenerator)
+            async with aclosing(found) as answers:
                 async for updates in answers:
                     all_so_far.update(updates)
                     yield placed(all_so_far)
 
-        async def later(*args: Any, **values: Any) -> Any:
-            return placed(await handler(*args, **values))
+        async def later(*args: object, **values: object) -> object:
+            found = handler(*args, **values)
+            assert isinstance(found, Awaitable)
+            return placed(await found)
 
-        def once(*args: Any, **values: Any) -> Any:
-            return placed(handler(*args, **values))
+        def once(*args: object, **values: object) -> object:
+            found = handler(*args, **values)
+            assert not isinstance(found, (Awaitable, AsyncGenerator))
+            return placed(found)
 
-        call: Any = once
+        call: Callable[..., object] = once
         if inspect.isasyncgenfunction(handler):
             call = many
         elif inspect.iscoroutinefunction(handler):
             call = later
         functools.update_wrapper(call, handler)
         # A method's own signature, as `wraps` would copy it, still names `self`.
-        call.__signature__ = inspect.signature(handler)
-        return cast(Callable[..., Any], call)
+        call.__dict__["__signature__"] = inspect.signature(handler)
+        return call
 
 
 def connect(
@@ -118,7 +125,7 @@ def connect(
     endpoint: Endpoint,
     adapters: bool,
     library: Library | None = None,
-    played: Sequence[Any] = (),
+    played: Sequence[Dependency] = (),
 ) -> None:
     """Connects everything on the page.
 
@@ -149,13 +156,13 @@ def connect(
     pages(events, handlers, restoring, page)
 
 
-def jobs(events: Events, handlers: Handlers, endpoint: Endpoint) -> Any:
+def jobs(events: Events, handlers: Handlers, endpoint: Endpoint) -> Dependency:
     """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries.
 
     Returns the event of Generate.
     """
     c = events.c
-    done = gr.on(
+    done: Dependency = gr.on(
         [c.form.generate.click],
         events.named(handlers.compose),
         inputs=[c.take.history, c.form.checkpoint_defaults],
@@ -163,9 +170,8 @@ def jobs(events: Events, handlers: Handlers, endpoint: Endpoint) -> Any:
         outputs=[c.take.live, c.form.generate, c.form.stop, *events.shown_take],
         validator=handlers.validate,
         concurrency_limit=None,
-        show_progress="hidden",
         api_name="compose",
-        api_visibility="private",
+        **PRIVATE,
     )
     events.on(c.form.stop.click, handlers.stop, [], [c.form.generate, c.form.stop], "stop")
     endpoint.trigger.click(
@@ -245,9 +251,9 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
             f"clip_uses{at}",
         )
     chords = c.request.chords
-    for event, at in ((changed.then, ""), (loaded.then, "_at_load"), (chords.change, "_typed")):
+    for trigger, at in ((changed.then, ""), (loaded.then, "_at_load"), (chords.change, "_typed")):
         events.on(
-            event,
+            trigger,
             audio_panel.offer_chords,
             [c.form.checkpoint_facts, chords],
             [c.form.chord_column],
@@ -312,30 +318,32 @@ def settings_from_files(events: Events, restoring: Restoring) -> None:
     events.on(c.form.restore.upload, restoring.file, file, filled, "restore")
 
 
-def remaking(events: Events, handlers: Handlers) -> list[Any]:
+def remaking(events: Events, handlers: Handlers) -> list[Dependency]:
     """Takes that are made of the one on show; the events."""
     c, panel = events.c, events.c.take
     of_take: list[Block] = [panel.history, panel.chosen, panel.take_variation]
-    options: dict[str, Any] = {
-        "outputs": [panel.live, c.form.generate, c.form.stop, *events.shown_take],
-        "concurrency_limit": None,
-        "show_progress": "hidden",
-        "api_visibility": "private",
-    }
+    shown = [panel.live, c.form.generate, c.form.stop, *events.shown_take]
     retaken = panel.retake.click(
         events.named(handlers.retake_from),
         [*of_take, panel.playhead_s],
+        shown,
         js=PLAYHEAD,
         api_name="retake",
-        **options,
+        concurrency_limit=None,
+        **PRIVATE,
     )
     extended = panel.extend.click(
-        events.named(handlers.extend), of_take, api_name="extend", **options
+        events.named(handlers.extend),
+        of_take,
+        shown,
+        api_name="extend",
+        concurrency_limit=None,
+        **PRIVATE,
     )
     return [retaken, extended]
 
 
-def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[Any]) -> None:
+def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[Dependency]) -> None:
     """The library: its cards, filters, and what is new in it."""
     c, panel = events.c, events.c.library
     asked: list[Block] = [panel.library_words, panel.library_starred, panel.library_model]
@@ -374,7 +382,9 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[A
     )
 
 
-def take(events: Events, restoring: Restoring, handlers: Handlers, library: Library | None) -> Any:
+def take(
+    events: Events, restoring: Restoring, handlers: Handlers, library: Library | None
+) -> Dependency:
     """The lists of takes and what can be done with the one on show; the event of "Keep this"."""
     c, panel = events.c, events.c.take
     history, chosen, variation = panel.history, panel.chosen, panel.take_variation
@@ -411,7 +421,7 @@ def take(events: Events, restoring: Restoring, handlers: Handlers, library: Libr
 
 def deciding(
     events: Events, restoring: Restoring, handlers: Handlers, library: Library | None
-) -> Any:
+) -> Dependency:
     """What becomes of the take on show: it is kept, exported, or its settings are used again.
 
     Returns the event of keeping it.
@@ -421,10 +431,10 @@ def deciding(
     filled = [*events.settings, c.form.checkpoint_defaults]
     filled += [c.audio.offer, c.audio.offered, c.head.notice]
 
-    def use_settings(history: list[Any], chosen: list[int], variation: int | None) -> Updates:
+    def use_settings(history: list[Group], chosen: list[int], variation: int | None) -> Updates:
         return restoring.take(take_panel.chosen_take(history, chosen, variation).settings)
 
-    def keep(history: list[Any], chosen: list[int], variation: int | None) -> Updates:
+    def keep(history: list[Group], chosen: list[int], variation: int | None) -> Updates:
         return take_panel.keep(history, chosen, variation, library.star if library else None)
 
     events.on(panel.use_settings.click, use_settings, of_take, filled, "take_settings")
@@ -442,7 +452,7 @@ def deciding(
     return decided
 
 
-def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Any) -> None:
+def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Dependency) -> None:
     """The line that says what is loaded."""
     head = events.c.head
     tick, shown = events.named(facts.tick), [head.status_line, head.timer]
@@ -457,7 +467,7 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     c = events.c
     page.unload(handlers.closed)
     opened = Pages(handlers.sessions, restoring)
-    typed: list[Any] = [c.form.checkpoint_defaults, *events.settings]
+    typed: list[Block] = [c.form.checkpoint_defaults, *events.settings]
     shown = [c.take.live, c.form.generate, c.form.stop, c.take.job_id, *events.shown_take]
     entered = page.load(
         events.named(opened.enter),
@@ -470,13 +480,13 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     # The browser keeps the form, and fills it in again once the page has entered.
     kept = [c.take.live, *typed]
     entered.then(None, kept, kept, js=back())
-    gr.on([each.change for each in typed], None, typed, None, js=sessions.KEEP)
+    changes = [each.change for each in typed if isinstance(each, Changing)]
+    gr.on(changes, None, typed, None, js=sessions.KEEP)
     c.take.job_id.change(
         events.named(handlers.follow),
         c.take.job_id,
         [c.take.live, c.form.generate, c.form.stop, *events.shown_take],
         concurrency_limit=None,
-        show_progress="hidden",
         api_name="follow",
-        api_visibility="private",
+        **PRIVATE,
     )

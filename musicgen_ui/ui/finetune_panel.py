@@ -11,21 +11,25 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.events import Dependency
 
 from musicgen_ui.errors import RequestError
 from musicgen_ui.finetune import progress
 from musicgen_ui.finetune.options import PRESETS
 from musicgen_ui.finetune.process import Runs
 from musicgen_ui.finetune.progress import Event, Kind
+from musicgen_ui.ui.components import QUIET
+
+T = TypeVar("T")
 
 TICK_S = 2.0
 NAME = "my style"
 WIDTH, HEIGHT = 600, 160  # of the curve, in its own units
 NOTES = 5  # newest that are shown
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 PRESET_CHOICES = [
     ("by the device", "auto"),
     ("CPU", "cpu"),
@@ -52,7 +56,7 @@ class FinetunePanel:
     timer: gr.Timer
 
     @property
-    def shown(self) -> list[Any]:
+    def shown(self) -> list[Block]:
         """What `Panel.look` answers with, in its order."""
         return [self.status, self.curve, self.sample, self.start, self.pause, self.use, self.timer]
 
@@ -132,7 +136,7 @@ class Panel:
         preset: str,
         steps: float | None,
         checkpoint: str,
-    ) -> list[Any]:
+    ) -> list[object]:
         """Start training, or go on."""
         captions = {row[0]: row[1] or "" for row in rows if row and row[0]}
         self.runs.write_captions(name, captions)
@@ -142,12 +146,12 @@ class Panel:
         self.runs.start(name, flags)
         return self.look(name)
 
-    def pause(self, name: str) -> list[Any]:
+    def pause(self, name: str) -> list[object]:
         """Pause."""
         self.runs.pause()
         return self.look(name)
 
-    def look(self, name: str) -> list[Any]:
+    def look(self, name: str) -> list[object]:
         """The state of a run: values for `FinetunePanel.shown`."""
         folder = self.runs.path(name)
         events, _ = progress.read(folder)
@@ -172,18 +176,18 @@ class Panel:
 
 
 def connect(
-    panel: FinetunePanel, runs: Runs, page: gr.Blocks, checkpoint: Any, adapter: Any
+    panel: FinetunePanel, runs: Runs, page: gr.Blocks, checkpoint: Block, adapter: Block
 ) -> None:
     """Connects the panel; `checkpoint` and `adapter` are the form's."""
     answers = Panel(runs)
 
     def on(
-        event: Callable[..., Any],
-        handler: Callable[..., Any],
-        inputs: list[Any],
-        outputs: list[Any],
+        event: Callable[..., Dependency],
+        handler: Callable[..., object],
+        inputs: Sequence[Block],
+        outputs: Sequence[Block],
         api_name: str,
-    ) -> Any:
+    ) -> Dependency:
         name = f"finetune_{api_name}"
         return event(_with_sentences(handler), inputs, outputs, api_name=name, **QUIET)
 
@@ -201,10 +205,10 @@ def connect(
     on(opened.then, answers.look, name, shown, "load_look")
 
 
-def _with_sentences(handler: Callable[..., Any]) -> Callable[..., Any]:
+def _with_sentences(handler: Callable[..., T]) -> Callable[..., T]:
     """The handler; what it refuses is shown as a sentence."""
 
-    def call(*values: Any) -> Any:
+    def call(*values: object) -> T:
         try:
             return handler(*values)
         except RequestError as error:

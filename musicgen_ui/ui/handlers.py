@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import gradio as gr
 from anyio import to_thread
@@ -28,7 +28,7 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates, notice
-from musicgen_ui.ui.player import JobState
+from musicgen_ui.ui.player import JobMessage, JobState
 from musicgen_ui.ui.request_builder import RequestBuilder, without_unchanged
 from musicgen_ui.ui.sessions import Sessions, Tab
 from musicgen_ui.ui.wording import ending, error_text, progress_text
@@ -39,15 +39,15 @@ BROKEN = "Your take could not be finished: press Generate to try again."
 STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as they come
 
 
-_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+_Handler = TypeVar("_Handler", bound=Callable[..., object])
 
 
-def name_parameters(handler: Callable[..., Any], names: Iterable[str]) -> None:
+def name_parameters(handler: Callable[..., object], names: Iterable[str]) -> None:
     """Names the `**values` of a handler as optional parameters: Gradio reads the signature."""
     signature = inspect.signature(handler)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
-    handler.__signature__ = signature.replace(parameters=own + named)  # type: ignore[attr-defined]
+    handler.__dict__["__signature__"] = signature.replace(parameters=own + named)
 
 
 def names_every_setting(handler: _Handler) -> _Handler:
@@ -79,7 +79,9 @@ class Handlers:
         self.max_duration_s = max_duration_s
 
     @names_every_setting
-    def validate(self, history: Any = None, own: Any = None, **values: Any) -> list[dict[str, Any]]:
+    def validate(
+        self, history: object = None, own: object = None, **values: object
+    ) -> list[dict[str, object]]:
         """What is wrong with the form, said at the field; before anything is queued."""
         at = {name: gr.validate(True, "") for name in ("history", "own", *FIELDS)}
         try:
@@ -92,9 +94,9 @@ class Handlers:
     async def compose(
         self,
         history: list[take_panel.Group],
-        own: dict[str, Any],
+        own: dict[str, object],
         request: gr.Request,
-        **values: Any,
+        **values: object,
     ) -> AsyncGenerator[Updates, None]:
         """The page's Generate: status and live music first, then the takes.
 
@@ -167,7 +169,7 @@ class Handlers:
             yield update
 
     async def _followed(
-        self, job: AdmittedJob, live: JobState, history: list[take_panel.Group], seed: Any
+        self, job: AdmittedJob, live: JobState, history: list[take_panel.Group], seed: object
     ) -> AsyncGenerator[Updates, None]:
         """What the page shows of a job of its own; `seed` is the form's."""
         live.job = job.id
@@ -194,8 +196,8 @@ class Handlers:
 
     @names_every_setting
     async def generate(
-        self, request: gr.Request, **values: Any
-    ) -> AsyncGenerator[tuple[list[str] | None, dict[str, Any]], None]:
+        self, request: gr.Request, **values: object
+    ) -> AsyncGenerator[tuple[list[str] | None, dict[str, object]], None]:
         """Makes music from words, or continues a clip. Returns WAV and FLAC files and settings.
 
         While the music is made, the intermediate results are (None, progress).
@@ -258,7 +260,7 @@ class Handlers:
         """The page is gone: its jobs end, and only its own, unless its tab comes back."""
         self.sessions.lost(Client.of(request).session)
 
-    def _submit(self, values: dict[str, Any], client: Client) -> AdmittedJob:
+    def _submit(self, values: dict[str, object], client: Client) -> AdmittedJob:
         """Submits what is asked for.
 
         Raises:
@@ -334,7 +336,7 @@ class JobReader:
         """Collects the takes of events without a message for each."""
         self.takes += [event for event in events if isinstance(event, Saved)]
 
-    def message(self, event: Event) -> dict[str, Any] | None:
+    def message(self, event: Event) -> JobMessage | None:
         """What the player should show now; None where nothing is new."""
         if isinstance(event, Saved):
             self.takes.append(event)
@@ -347,14 +349,14 @@ class JobReader:
                 return self._now()
         return None
 
-    def _now(self) -> dict[str, Any]:
+    def _now(self) -> JobMessage:
         text = progress_text(self._latest)
         if self._returned:
             text = f"{UNDER_WAY} {text}"
         now = self._latest
         return self._live.message(now.stage, text, now.done_s, now.speed)
 
-    def end(self) -> dict[str, Any]:
+    def end(self) -> JobMessage:
         """The last message."""
         saved = next((take.take for take in self.takes if take.take), None)
         if saved:  # a stopped take is as long as what was made
@@ -374,9 +376,12 @@ def busy(on: bool) -> Updates:
     }
 
 
-def summary(saved: list[Saved]) -> dict[str, Any]:
+def summary(saved: list[Saved]) -> dict[str, object]:
     """The API's JSON: the settings of the first take, and what differs from take to take."""
     each = ("seed", "made_s", "prompt_s", "speed_x", "stopped")
     made = [saved_one.take for saved_one in saved if saved_one.take]
-    listed = [{n: take.settings[n] for n in each} | {"notes": list(take.notes)} for take in made]
+    listed = [
+        {n: value for n, value in take.settings.items() if n in each} | {"notes": list(take.notes)}
+        for take in made
+    ]
     return {**made[0].settings, "variations": len(made), "takes": listed}

@@ -11,7 +11,7 @@ import html
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 from urllib.parse import quote
 
 import gradio as gr
@@ -23,11 +23,14 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 from musicgen_ui.library import Branch, Library
 from musicgen_ui.library_index import Card
+from musicgen_ui.request import Results, TakeSettings
 from musicgen_ui.ui import audio_panel, take_panel
 from musicgen_ui.ui.components import LibraryPanel, Updates, notice
 from musicgen_ui.ui.player import PLAY, clock
 from musicgen_ui.ui.request_form import Restoring
 from musicgen_ui.ui.take_panel import FORMATS, Group, ShownTake
+
+T = TypeVar("T")
 
 PAGE = 24  # cards
 POINTS = 160  # of a card's waveform at most
@@ -38,7 +41,27 @@ MADE = {
     takes.Operation.RETAKE: "retaken at",
     takes.Operation.TRIM: "trimmed from",
 }
-NO_STATE: dict[str, Any] = {"start": 0, "tree": "", "trash": "", "deleted": ""}
+
+
+class LibraryState(TypedDict):
+    """Which cards are shown, and what was just deleted."""
+
+    start: int  # number of the first card
+    tree: str  # the take whose versions are shown; "" is the list
+    trash: str  # what `Library.restore` wants; "" is nothing
+    deleted: str  # in words
+
+
+class Change(TypedDict, total=False):
+    """What a button changes of it."""
+
+    start: int
+    tree: str
+    trash: str
+    deleted: str
+
+
+NO_STATE: LibraryState = {"start": 0, "tree": "", "trash": "", "deleted": ""}
 
 
 def panel() -> LibraryPanel:
@@ -96,12 +119,12 @@ class LibraryView:
         first: Updates = {"library_state": NO_STATE}
         return first | self.show(words, starred, model, NO_STATE)
 
-    def look_again(self, words: str, starred: bool, model: str, state: dict[str, Any]) -> Updates:
+    def look_again(self, words: str, starred: bool, model: str, state: LibraryState) -> Updates:
         """The cards after a take was made or changed elsewhere on the page."""
         self._library.refresh()
         return self.show(words, starred, model, state)
 
-    def show(self, words: str, starred: bool, model: str, state: dict[str, Any]) -> Updates:
+    def show(self, words: str, starred: bool, model: str, state: LibraryState) -> Updates:
         """The cards, as they are now."""
         library, start = self._library, state["start"]
         if state["tree"]:
@@ -128,7 +151,7 @@ class LibraryView:
         words: str,
         starred: bool,
         model: str,
-        state: dict[str, Any],
+        state: LibraryState,
         history: list[Group],
         duration_s: float,
         context_s: float,
@@ -136,10 +159,10 @@ class LibraryView:
         event: gr.EventData,
     ) -> Updates:
         """A button of a card, or of those that are selected."""
-        asked: dict[str, Any] = event._data if isinstance(event._data, dict) else {}
+        asked = event._data if isinstance(event._data, dict) else {}
         names = [name for name in asked.get("names", []) if isinstance(name, str)]
         act, value = str(asked.get("act", "")), asked.get("value")
-        changing: dict[str, Callable[[], dict[str, Any]]] = {
+        changing: dict[str, Callable[[], Change]] = {
             "star": lambda: self._edit(self._library.star, names, bool(value)),
             "rename": lambda: self._edit(self._library.rename, names, str(value or "")),
             "delete": lambda: self._delete(names),
@@ -157,7 +180,7 @@ class LibraryView:
             if answer := answering.get(act):
                 return answer()
             if change := changing.get(act):
-                state = state | {"trash": "", "deleted": ""} | change()
+                state = {**state, "trash": "", "deleted": "", **change()}
                 now: Updates = {"library_state": state}
                 return now | self.show(words, starred, model, state)
         except RequestError as error:
@@ -165,19 +188,19 @@ class LibraryView:
             return said | self.show(words, starred, model, state)
         return {}
 
-    def _edit(self, edit: Callable[[str, Any], Card], names: Sequence[str], value: Any) -> Any:
+    def _edit(self, edit: Callable[[str, T], Card], names: Sequence[str], value: T) -> Change:
         for name in names:
             edit(name, value)
         return {}
 
-    def _delete(self, names: Sequence[str]) -> dict[str, Any]:
+    def _delete(self, names: Sequence[str]) -> Change:
         if not names:
             return {}
         title = self._library.card(names[0]).title
         what = f"“{title}”" if len(names) == 1 else f"{len(names)} takes"
         return {"trash": self._library.delete(names), "deleted": what}
 
-    def _undo(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _undo(self, state: LibraryState) -> Change:
         if state["trash"]:
             self._library.restore(state["trash"])
         return {}
@@ -197,8 +220,9 @@ class LibraryView:
                 wav.write_bytes(takes.export_file(card.sound, ".wav"))
         flac = next((file for file in card.files if file.suffix == ".flac"), None)
         # Older files do not say all.
-        settings = {"made_s": card.duration_s, "prompt_s": 0.0, "channels": 1} | card.settings
-        settings = {"speed_x": 0.0} | settings
+        missing: Results = {"made_s": card.duration_s, "prompt_s": 0.0}
+        missing |= {"channels": 1, "speed_x": 0.0}
+        settings: TakeSettings = {**missing, **card.settings}
         return ShownTake(wav, flac, settings, edited_title=card.title)
 
     def _open(self, history: list[Group], names: Sequence[str]) -> Updates:
@@ -286,7 +310,7 @@ def card_html(card: Card, related: bool, depth: int = 0, in_tree: bool = False) 
 </li>"""
 
 
-def _said(state: dict[str, Any]) -> str:
+def _said(state: LibraryState) -> str:
     """What was just deleted, with the way back."""
     if not state["trash"]:
         return ""
@@ -310,7 +334,7 @@ def selection_html() -> str:
 
 
 def list_html(
-    cards: str, total: int, start: int, state: dict[str, Any], filtered: bool, folder: Path
+    cards: str, total: int, start: int, state: LibraryState, filtered: bool, folder: Path
 ) -> str:
     """A page of cards."""
     if cards:
@@ -334,7 +358,7 @@ def list_html(
     return _said(state) + selection_html() + body + pages + where
 
 
-def tree_html(branches: Sequence[Branch], state: dict[str, Any]) -> str:
+def tree_html(branches: Sequence[Branch], state: LibraryState) -> str:
     """Takes that were made from each other, each below what it was made from."""
     cards = "".join(card_html(b.card, False, b.depth, in_tree=True) for b in branches)
     back = '<button type="button" data-act="tree" data-back="yes">← All takes</button>'

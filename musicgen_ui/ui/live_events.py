@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 from gradio.blocks import Block
+from gradio.events import Dependency
 
 from musicgen_ui.request import FIELDS
-from musicgen_ui.steering import MEMORY_SLOTS
 from musicgen_ui.ui import live_panel
-from musicgen_ui.ui.components import Components
-from musicgen_ui.ui.events import QUIET, Events
+from musicgen_ui.ui.components import QUIET, Components
+from musicgen_ui.ui.events import Events
 from musicgen_ui.ui.handlers import Handlers
 
 
-def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Any:
+def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Dependency:
     """Connects the panel's components to `LiveMode`; the event of a piece, from start to end."""
     events, mode, panel = Events(c), live_panel.LiveMode(handlers), c.live
     notice = [c.head.notice]
@@ -27,9 +25,9 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Any:
     for prompt in more:
         weights: list[Block] = [panel.live_fader, panel.live_weights]
         events.on(prompt.change, mode.weights, more, weights, "live_weights")
-    controls: dict[str, Any] = {name: events.by_name[name] for name in live_panel.CONTROLS}
-    buttons: list[Any] = [events.by_name[name] for name in live_panel.playing(True)]
-    played = panel.live_start.click(
+    controls = {name: events.by_name[name] for name in live_panel.CONTROLS}
+    buttons = [events.by_name[name] for name in live_panel.playing(True)]
+    played: Dependency = panel.live_start.click(
         events.named(mode.start),
         inputs=[c.take.history, c.form.checkpoint_defaults],
         inputs_kwargs=controls | {name: events.by_name[name] for name in FIELDS},
@@ -56,10 +54,10 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Any:
         api_name="live_steer",
         **QUIET,
     )
+    stores = (panel.live_store_1, panel.live_store_2, panel.live_store_3)
     recalls = (panel.live_recall_1, panel.live_recall_2, panel.live_recall_3)
     pressed: list[Block] = [panel.live_record, *recalls, *notice]
-    for slot in range(1, MEMORY_SLOTS + 1):
-        store, recall = (events.by_name[f"live_{what}_{slot}"] for what in ("store", "recall"))
+    for slot, (store, recall) in enumerate(zip(stores, recalls, strict=True), start=1):
         events.on(store.click, mode.store(slot), [], pressed, f"live_store_{slot}")
         events.on(recall.click, mode.recall(slot), [], pressed, f"live_recall_{slot}")
     events.on(panel.live_record.click, mode.record, [], pressed, "live_record")

@@ -11,10 +11,10 @@ import html
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import gradio as gr
 from anyio import to_thread
@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.admission import AdmittedJob, Client, Saved
-from musicgen_ui.coercion import PROMPT_CHARACTERS
+from musicgen_ui.coercion import PROMPT_CHARACTERS, float_of
 from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Progress, Recorded, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
@@ -63,6 +63,18 @@ def _slider(
     )
 
 
+def _weight(n: int) -> gr.Slider:
+    return _slider(f"live_weight_{n}", f"Weight {n}", 0, 1, float(n == 1))
+
+
+def _store(slot: int) -> gr.Button:
+    return _memory("store", "Keep in", slot)
+
+
+def _recall(slot: int) -> gr.Button:
+    return _memory("recall", "Go back to", slot)
+
+
 def _memory(what: str, words: str, slot: int) -> gr.Button:
     return gr.Button(
         f"{words} {slot}",
@@ -76,16 +88,6 @@ def _memory(what: str, words: str, slot: int) -> gr.Button:
 
 def panel() -> LivePanel:
     """The components, not placed yet."""
-    prompts: dict[str, Any] = {f"live_prompt_{n}": _prompt(n) for n in range(1, 5)}
-    weights: dict[str, Any] = {
-        f"live_weight_{n}": _slider(f"live_weight_{n}", f"Weight {n}", 0, 1, float(n == 1))
-        for n in range(1, 5)
-    }
-    memory: dict[str, Any] = {
-        f"live_{what}_{slot}": _memory(what, words, slot)
-        for what, words in (("store", "Keep in"), ("recall", "Go back to"))
-        for slot in range(1, MEMORY_SLOTS + 1)
-    }
     return LivePanel(
         live_mode=gr.Checkbox(
             label="Live mode",
@@ -113,9 +115,20 @@ def panel() -> LivePanel:
             elem_id="live_listener",
             render=False,
         ),
-        **prompts,
-        **weights,
-        **memory,
+        live_prompt_1=_prompt(1),
+        live_prompt_2=_prompt(2),
+        live_prompt_3=_prompt(3),
+        live_prompt_4=_prompt(4),
+        live_weight_1=_weight(1),
+        live_weight_2=_weight(2),
+        live_weight_3=_weight(3),
+        live_weight_4=_weight(4),
+        live_store_1=_store(1),
+        live_store_2=_store(2),
+        live_store_3=_store(3),
+        live_recall_1=_recall(1),
+        live_recall_2=_recall(2),
+        live_recall_3=_recall(3),
     )
 
 
@@ -143,18 +156,20 @@ def lay_out(live: LivePanel, place: Callable[..., None]) -> None:
         place(live.live_line, live.live_listener)
 
 
-def steering_of(values: dict[str, Any], words: str) -> Steering:
+def steering_of(values: Mapping[str, object], words: str) -> Steering:
     """All that the controls say; without any prompt the form's `words` count.
 
     Raises:
         RequestError: a value is wrong.
     """
-    texts = [(values[f"live_prompt_{n}"] or "").strip() for n in range(1, 5)]
+    texts = [str(values[f"live_prompt_{n}"] or "").strip() for n in range(1, 5)]
     weights = [values[f"live_weight_{n}"] for n in range(1, 5)]
     if not any(texts[2:]):
-        fader = float(values["live_fader"] or 0)
+        fader = float_of(values["live_fader"] or 0)
         weights = [1 - fader, fader]
-    pairs = [(text, weight) for text, weight in zip(texts, weights, strict=False) if text]
+    pairs: list[tuple[str, object]] = [
+        (text, weight) for text, weight in zip(texts, weights, strict=False) if text
+    ]
     if len(pairs) == 1:  # nothing to mix it with
         pairs = [(pairs[0][0], 1.0)]
     return steering(
@@ -246,9 +261,9 @@ class LiveMode:
     async def start(
         self,
         history: list[take_panel.Group],
-        own: dict[str, Any],
+        own: dict[str, object],
         request: gr.Request,
-        **values: Any,
+        **values: object,
     ) -> AsyncGenerator[Updates, None]:
         """Plays a piece until Stop."""
         client = Client.of(request)
@@ -256,7 +271,7 @@ class LiveMode:
         if client.session in self._pieces:
             return
         try:
-            words = values.get("prompt") or ""
+            words = str(values.get("prompt") or "")
             controls = steering_of({name: values.pop(name) for name in CONTROLS}, words)
             # An audio prompt is for takes, and so are the length and the number of takes.
             without = ("audio_prompt", "automation", "skip_s", "variations", "normalize")
@@ -279,7 +294,7 @@ class LiveMode:
             job.stop()
             self._pieces.pop(client.session, None)
 
-    def _submit(self, values: dict[str, Any], controls: Steering, client: Client) -> AdmittedJob:
+    def _submit(self, values: dict[str, object], controls: Steering, client: Client) -> AdmittedJob:
         builder, backend = self._handlers.builder, self._handlers.backend
         try:
             request = builder.check(values)
@@ -344,7 +359,7 @@ class LiveMode:
             piece.recordings.append(group)
             piece.said = f"{event.take.clip.duration_s:.1f} s are kept as a take."
 
-    def steer(self, request: gr.Request, **values: Any) -> Updates:
+    def steer(self, request: gr.Request, **values: object) -> Updates:
         """The controls were moved."""
         piece = self._pieces.get(Client.of(request).session)
         if piece is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
+from gradio.components import Component
 from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Admission
@@ -52,6 +53,7 @@ from musicgen_ui.ui.components import (
 )
 from musicgen_ui.ui.events import connect
 from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.sessions import Sessions
 
 PROMPT_IDEAS = {
     "80s pop": "80s pop with warm synth pads, gated drums and a catchy bass line",
@@ -82,21 +84,29 @@ class PageOptions:
     finetune_folder: Path | None = None  # of the runs of fine-tuning; None leaves it out
 
 
-def build(backend: Admission, settings: PageOptions, library: Library | None = None) -> gr.Blocks:
+class Page(gr.Blocks):
+    """Gradio's page, with what the server needs of it."""
+
+    sessions: Sessions
+    backend: Admission
+    finetuning: Runs | None  # None: not on this page
+
+
+def build(backend: Admission, settings: PageOptions, library: Library | None = None) -> Page:
     """The page over a backend. Loads no model and no torch.
 
     Without a `library` the page shows the takes of its session alone.
     """
     handlers = Handlers(backend, settings.max_duration_s)
-    with gr.Blocks(title="MusicGen UI", analytics_enabled=False) as page:
+    page = Page(title="MusicGen UI", analytics_enabled=False)
+    with page:
         c = create(settings)
         lay_out(c, settings, library is not None)
         played = [live_events.connect(c, handlers, page)]
         connect(c, handlers, page, api(), settings.any_checkpoint, library, played)
         page.finetuning = finetuning(c, settings, page)
     page.sessions, page.backend = handlers.sessions, backend
-    blocks: gr.Blocks = page
-    return blocks
+    return page
 
 
 def finetuning(c: Components, settings: PageOptions, page: gr.Blocks) -> Runs | None:
@@ -449,13 +459,13 @@ def api() -> Endpoint:
     words = {str: "string", bool: "boolean", int: "integer", float: "number"}
     kinds: dict[type, dict[str, Any]] = {kind: {"type": word} for kind, word in words.items()}
     kinds[tuple] = {"type": "array", "items": {}}
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Block] = {}
     with gr.Column(visible=False):
         for name, spec in FIELDS.items():
             if name in CLIP_FIELDS:
-                component: Any = gr.Audio(type="filepath", label=name)
+                component: Component = gr.Audio(type="filepath", label=name)
                 # Gradio's is an address, which is not fetched here.
-                component.example_payload = lambda: EXAMPLE_CLIP
+                vars(component)["example_payload"] = lambda: EXAMPLE_CLIP
             else:
                 # None: what the checkpoint states, else the request's default.
                 default = None if name in CHECKPOINT_FIELDS else spec.default
@@ -470,9 +480,9 @@ def api() -> Endpoint:
     return Endpoint(trigger, parameters, files, made)
 
 
-def described(component: Any, text: str) -> None:
+def described(component: Component, text: str) -> None:
     """Gives one of the API's parameters or answers its description."""
     schema = component.api_info()
     # Gradio shows the one name for parameters and the other for answers.
     about_it = {"description": text, "additional_description": text}
-    component.api_info = lambda: {**schema, **about_it}
+    vars(component)["api_info"] = lambda: {**schema, **about_it}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import gradio as gr
 
@@ -11,7 +10,7 @@ from musicgen_ui.backends.admission import Client
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.handlers import BROKEN, UNDER_WAY, JobReader, busy
-from musicgen_ui.ui.player import JobState
+from musicgen_ui.ui.player import JobMessage, JobState
 from musicgen_ui.ui.request_form import Restoring
 from musicgen_ui.ui.sessions import BACK, Sessions
 
@@ -38,7 +37,7 @@ class Pages:
         tab = self.sessions.enter(client.session, key, client.address)
         if tab is None or not tab.settings:
             return {}
-        message: Any = None
+        message: JobMessage | None = None
         for job in list(tab.jobs):
             if job.ended:
                 reader = JobReader(JobState(), returned=True)

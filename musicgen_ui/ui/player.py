@@ -11,7 +11,7 @@ import base64
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import gradio as gr
 import numpy as np
@@ -23,7 +23,7 @@ from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.audio.spectrogram import Edges
 from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import context_used_s
+from musicgen_ui.request import TakeSettings, context_used_s, section_pairs
 from musicgen_ui.sidecar import Sidecar
 
 SCRIPTS = ASSETS / "player"
@@ -121,6 +121,67 @@ SKELETON = f"""
 """
 
 
+class JobMessage(TypedDict):
+    """What the player shows of a job."""
+
+    job: str
+    session: str
+    stage: str
+    text: str
+    done_s: float
+    total_s: float
+    speed: float
+    last: bool
+
+
+class FileState(TypedDict):
+    """A file as Gradio serves it."""
+
+    path: str
+    meta: dict[str, str]
+
+
+class PictureState(TypedDict):
+    """A take's picture as the player shows it."""
+
+    picture: FileState | None
+    edges: dict[str, object] | None
+    peaks: str  # base64 of int8 [2, columns]
+    peak_s: float
+    alt: str
+
+
+class TakeState(PictureState):
+    """A take as the player shows it."""
+
+    id: str
+    job: str
+    as_streamed: bool
+    title: str
+    wav: FileState | None
+    duration_s: float
+    prompt_s: float
+    context_s: float
+    chords: list[list[object]]
+    sections: list[list[object]]
+    melody: str  # base64
+    melody_s: float
+    tempo_bpm: float
+
+
+class StripState(TypedDict):
+    """A take as a strip shows it."""
+
+    id: str
+    job: str
+    wav: FileState | None
+    label: str
+    duration_s: float
+    lufs: float | None
+    gain_db: float
+    peaks: str  # base64 of int8 [2, points]
+
+
 @dataclass
 class JobState:
     """How far a job is, as the player shows it."""
@@ -129,9 +190,7 @@ class JobState:
     session: str = ""  # Gradio's name of the page
     job: str = ""  # whose sound the player fetches; "" is none
 
-    def message(
-        self, stage: str, text: str, done_s: float = 0.0, speed: float = 0.0
-    ) -> dict[str, Any]:
+    def message(self, stage: str, text: str, done_s: float = 0.0, speed: float = 0.0) -> JobMessage:
         """What the player should show now. A stage that is none of a job under way ends it."""
         return {
             "job": self.job,
@@ -157,7 +216,7 @@ def player() -> gr.HTML:
     )
 
 
-def take_on_show(state: dict[str, Any]) -> gr.HTML:
+def take_on_show(state: TakeState) -> gr.HTML:
     """What of a take is in the player, see `take_state`; nothing of it is seen by itself."""
     return gr.HTML(
         value=state,
@@ -182,8 +241,8 @@ def compared() -> gr.HTML:
 
 
 def strip_state(
-    wav: Path | None, label: str, settings: dict[str, Any], job: str, data: Sidecar | None
-) -> dict[str, Any]:
+    wav: Path | None, label: str, settings: TakeSettings, job: str, data: Sidecar | None
+) -> StripState:
     """A take as a strip shows it, for now without its gain.
 
     Args:
@@ -207,7 +266,7 @@ def strip_state(
     }
 
 
-def matched(strips: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def matched(strips: list[StripState]) -> list[StripState]:
     """The strips at one loudness: that of the quietest, since a gain above 0 dB could clip."""
     quietest = min((s["lufs"] for s in strips if s["lufs"] is not None), default=0.0)
     for strip in strips:
@@ -237,18 +296,18 @@ def scripts() -> Route:
     return Route(f"/player/{VERSION}/{{name}}", script)
 
 
-def file(path: Path | None) -> dict[str, Any] | None:
+def file(path: Path | None) -> FileState | None:
     """A file as Gradio serves it: the page finds its address as `url`."""
     return {"path": str(path), "meta": {"_type": "gradio.FileData"}} if path else None
 
 
 def take_state(
     wav: Path | None,
-    settings: dict[str, Any],
+    settings: TakeSettings,
     title: str,
     streamed_as: str = "",
     melody: Chroma | None = None,
-) -> dict[str, Any]:
+) -> TakeState:
     """A take as the player shows it, for now without its picture.
 
     Args:
@@ -259,7 +318,7 @@ def take_state(
         melody: what the new music follows, chords included.
     """
     prompt_s, made_s = settings["prompt_s"], settings["made_s"]
-    window = (settings[n] for n in ("context_s", "duration_s", "overlap_s"))
+    window = (settings["context_s"], settings["duration_s"], settings["overlap_s"])
     return {
         "id": wav.stem if wav else streamed_as,
         "job": streamed_as,
@@ -274,7 +333,7 @@ def take_state(
             [prompt_s + each.start_s, prompt_s + each.end_s, each.chord.name, each.chord.classes]
             for each in (melody.chords if melody else ())
         ],
-        "sections": [[prompt_s + start_s, words] for start_s, words in settings["sections"]],
+        "sections": [[prompt_s + start_s, words] for start_s, words in section_pairs(settings)],
         "melody": base64.b64encode(melody.classes.tobytes()).decode() if melody else "",
         "melody_s": melody.column_s if melody else 0.0,
         "tempo_bpm": settings.get("tempo_bpm", 0.0),
@@ -288,7 +347,7 @@ def take_state(
 
 def picture_state(
     picture: Path | None, edges: Edges, peaks: np.ndarray, peak_s: float, alt: str
-) -> dict[str, Any]:
+) -> PictureState:
     """What `take_state` holds once the take is drawn; `peaks` is int8 [2, columns]."""
     return {
         "picture": file(picture),

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from musicgen_ui import takes
 from musicgen_ui.audio import clip_cache
@@ -21,7 +20,6 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.request import (
     CHECKPOINT_FIELDS,
     CLIP_FIELDS,
-    FIELDS,
     MAX_DURATION_S,
     GenerationRequest,
     check_melody,
@@ -29,7 +27,9 @@ from musicgen_ui.request import (
 )
 
 
-def without_unchanged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def without_unchanged(
+    values: Mapping[str, object], given: Mapping[str, object]
+) -> dict[str, object]:
     """`values` with None for those that still are as the page was given them, `given`."""
     return {**values, **{name: None for name, value in given.items() if values.get(name) == value}}
 
@@ -50,7 +50,7 @@ class RequestBuilder:
         self._max_duration_s = max_duration_s
         self._take_folders = tuple(take_folders)
 
-    def check(self, values: Mapping[str, Any]) -> GenerationRequest:
+    def check(self, values: Mapping[str, object]) -> GenerationRequest:
         """The request as far as it is known before `complete`: without clips; raises RequestError.
 
         The one validation of a click.
@@ -72,7 +72,7 @@ class RequestBuilder:
         return request
 
     def complete(
-        self, request: GenerationRequest, values: Mapping[str, Any]
+        self, request: GenerationRequest, values: Mapping[str, object]
     ) -> tuple[GenerationRequest, tuple[str, ...]]:
         """The request with its clips and the checkpoint's settings, and notes about the clips.
 
@@ -86,14 +86,14 @@ class RequestBuilder:
         changes = {name: coerce(name, stated[name]) for name in missing if name in stated}
         notes: list[str] = []
         for name, keep_s in CLIP_FIELDS.items():
-            if values.get(name):
-                path = Path(values[name])
+            if value := values.get(name):
+                path = Path(str(value))
                 reading = clip_cache.read(path, keep_s)
                 clip = reading.clip
                 changes[name] = self._with_codes(clip, path) if name == "audio_prompt" else clip
                 notes += reading.notes
-        if changes.get("melody"):
-            check_melody(changes["melody"])
+        if melody := changes.get("melody"):
+            check_melody(melody)
         completed = replace(request, **changes)
         if completed.sections and completed.duration_s < request.duration_s:
             GenerationRequest.parse({"sections": completed.sections, **changes})
@@ -110,8 +110,8 @@ class RequestBuilder:
                 return with_codes
         return clip
 
-    def _stated(self, checkpoint: str, adapter: str) -> dict[str, Any]:
+    def _stated(self, checkpoint: str, adapter: str) -> dict[str, object]:
         """What a checkpoint states, and a length that this server makes."""
         stated = self._backend.describe(checkpoint, adapter).defaults
-        length_s = stated.get("duration_s", FIELDS["duration_s"].default)
+        length_s = coerce("duration_s", stated.get("duration_s"))
         return {**stated, "duration_s": min(length_s, self._max_duration_s)}

@@ -14,7 +14,7 @@ import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import gradio as gr
 from anyio import to_thread
@@ -23,7 +23,14 @@ from musicgen_ui import takes
 from musicgen_ui.checkpoints.memory import size_in_words
 from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
+from musicgen_ui.request import (
+    CHECKPOINT_FIELDS,
+    CLIP_FIELDS,
+    FIELDS,
+    MAX_DURATION_S,
+    TakeSettings,
+    coerce,
+)
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
 from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
@@ -43,7 +50,24 @@ STEREO_INFO = {
 }
 
 
-def add_section(rows: list[list[Any]]) -> Updates:
+class PageFacts(TypedDict, total=False):
+    """What the page knows of the chosen checkpoint; nothing where there is no such checkpoint."""
+
+    summary: str
+    defaults: dict[str, object]  # as `CheckpointInfo.defaults`
+    melody: bool
+    longest_s: float
+
+
+class Toggle(TypedDict, total=False):
+    """What changes of the stereo switch."""
+
+    info: str
+    interactive: bool
+    value: bool
+
+
+def add_section(rows: list[list[object]]) -> Updates:
     """Gives the table of sections another row."""
     return {"sections": section_rows(rows)}
 
@@ -68,7 +92,7 @@ def keep_seed(
     return {} if seed is not None and seed >= 0 else same_seed(history, chosen, variation)
 
 
-def reset_sampling(facts: dict[str, Any], defaults: dict[str, Any]) -> Updates:
+def reset_sampling(facts: PageFacts, defaults: dict[str, object]) -> Updates:
     """The sampling that the chosen checkpoint states, else ours."""
     values = {name: facts.get("defaults", {}).get(name, DEFAULTS[name]) for name in SAMPLING}
     updates = _updates(values)
@@ -76,7 +100,7 @@ def reset_sampling(facts: dict[str, Any], defaults: dict[str, Any]) -> Updates:
     return updates
 
 
-def _updates(values: Mapping[str, Any]) -> Updates:
+def _updates(values: Mapping[str, object]) -> Updates:
     """Values of settings, by name, as updates."""
     updates: Updates = {}
     for name in SETTINGS:
@@ -85,7 +109,7 @@ def _updates(values: Mapping[str, Any]) -> Updates:
     return updates
 
 
-def _in_words(values: Mapping[str, Any]) -> str:
+def _in_words(values: Mapping[str, object]) -> str:
     """Settings as part of a sentence: "temperature 0.7, top-k 50"."""
     switch = {True: "on", False: "off"}
     return ", ".join(
@@ -97,8 +121,8 @@ def _in_words(values: Mapping[str, Any]) -> str:
 
 def checkpoint_line(
     summary: str,
-    changed: Mapping[str, Any] | None = None,
-    kept: Mapping[str, Any] | None = None,
+    changed: Mapping[str, object] | None = None,
+    kept: Mapping[str, object] | None = None,
 ) -> str:
     """What a checkpoint is, and what its defaults did to the form, as HTML."""
     sentences = [summary]
@@ -107,7 +131,7 @@ def checkpoint_line(
     return f'<p class="clip-line">{html.escape(" · ".join(sentences))}</p>'
 
 
-def follow_checkpoint(facts: dict[str, Any], defaults: dict[str, Any], *values: Any) -> Updates:
+def follow_checkpoint(facts: PageFacts, defaults: dict[str, object], *values: object) -> Updates:
     """Sets what the chosen checkpoint states in place of what the last one did, and says so.
 
     Args:
@@ -119,7 +143,7 @@ def follow_checkpoint(facts: dict[str, Any], defaults: dict[str, Any], *values: 
         return {}
     stated = facts["defaults"]
     now = {name: stated.get(name, FIELDS[name].default) for name in CHECKPOINT_FIELDS}
-    now["duration_s"] = min(now["duration_s"], facts["longest_s"])
+    now["duration_s"] = min(coerce("duration_s", now["duration_s"]), facts["longest_s"])
     shown = dict(zip(CHECKPOINT_FIELDS, values, strict=True))
     free = [name for name in defaults if shown[name] == defaults[name]]
     kept = {name: now[name] for name in stated if name not in free and shown[name] != now[name]}
@@ -146,7 +170,7 @@ class CheckpointFacts:
         except RequestError as error:
             text = f'<p class="clip-line wrong" role="alert">{html.escape(str(error))}</p>'
             return {"checkpoint_line": text, "checkpoint_facts": {}}
-        toggle: dict[str, Any] = {
+        toggle: Toggle = {
             "info": STEREO_INFO[facts.stereo],
             "interactive": facts.stereo == "choice",
         }
@@ -221,10 +245,9 @@ class CheckpointFacts:
         return self.status()
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """What a take file made here was made with; empty for any other file."""
-    held = takes.read_settings(path) or {}
-    return {name: held[name] for name in (*SETTINGS, *CLIPS) if name in held}
+def settings_of(path: Path) -> TakeSettings | None:
+    """What a take file made here was made with; None for any other file."""
+    return takes.read_settings(path)
 
 
 def checkpoint_label(name: str, info: CheckpointInfo) -> str:
@@ -243,7 +266,7 @@ def checkpoint_label(name: str, info: CheckpointInfo) -> str:
     return " · ".join(facts)
 
 
-def _missing(settings: Mapping[str, Any]) -> list[str]:
+def _missing(settings: TakeSettings) -> list[str]:
     """What was used beside the settings, and is in no file."""
     return [f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)]
 
@@ -263,18 +286,17 @@ class Restoring:
 
     def file(self, path: str | None) -> Updates:
         """Fills the form from a take file, or says that it holds no settings."""
-        settings = settings_of(Path(path)) if path else {}
+        settings = settings_of(Path(path)) if path else None
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
         return self.settings(settings, _missing(settings))
 
-    def take(self, settings: Mapping[str, Any]) -> Updates:
+    def take(self, settings: TakeSettings) -> Updates:
         """Fills the form from a take; what its files do not hold is said."""
-        held = {name: settings[name] for name in (*SETTINGS, *CLIPS) if name in settings}
-        return self.settings(held, _missing(held))
+        return self.settings(settings, _missing(settings))
 
-    def settings(self, settings: Mapping[str, Any], missing: list[str] | None = None) -> Updates:
+    def settings(self, settings: TakeSettings, missing: list[str] | None = None) -> Updates:
         """Fills the form with a take's settings; says what had to change and what is `missing`."""
         if not settings:
             return {}
@@ -287,7 +309,7 @@ class Restoring:
             "offered": {},
         }
 
-    def form(self, settings: Mapping[str, Any]) -> tuple[Updates, list[str]]:
+    def form(self, settings: TakeSettings) -> tuple[Updates, list[str]]:
         """The form with settings as this server takes them, and a sentence for each change."""
         values = {name: value for name, value in settings.items() if name in SETTINGS}
         changes = []
@@ -295,20 +317,20 @@ class Restoring:
             if values.get("adapter"):
                 changes.append(f"Adapter {values['adapter']} is left out: this server takes none.")
             values |= {name: FIELDS[name].default for name in ("adapter", "adapter_strength")}
-        length_s = values.get("duration_s", 0.0)
+        length_s = settings.get("duration_s", 0.0)
         if length_s > self._longest_s:
             values["duration_s"] = self._longest_s
             changes.append(
                 f"Length is {self._longest_s:g} s instead of {length_s:g} s: this server makes no "
                 "more at once."
             )
-        sections = values.get("sections", [])
-        kept = [row for row in sections if row[0] < self._longest_s]
+        sections = settings.get("sections", [])
+        kept = [row for row in sections if float(row[0]) < self._longest_s]
         if len(kept) < len(sections):
             changes.append(f"Sections from {self._longest_s:g} s on are left out.")
         # Nothing follows the checkpoint any more: the file's settings are the user's.
         values["sections"] = section_rows(kept)
         if "automation" in values:
-            rows = values["automation"]
+            rows = settings["automation"]
             values["automation"] = json.dumps(rows, ensure_ascii=False) if rows else ""
         return _updates(values) | {"checkpoint_defaults": {}}, changes

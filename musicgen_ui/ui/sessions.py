@@ -15,13 +15,13 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.admission import Admission, AdmittedJob
+from musicgen_ui.request import TakeSettings
 from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 
 GRACE_S = 60.0  # that a job goes on whose page lost its connection
@@ -65,8 +65,8 @@ class Tab:
     sessions: list[str] = field(default_factory=list)  # Gradio's names of its pages, in order
     open: dict[str, str] = field(default_factory=dict)  # its open pages' keys, by session
     history: list[Group] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)  # of the last click
-    seed: Any = -1  # as the form had it then
+    settings: TakeSettings | None = None  # of the last click
+    seed: int = -1  # as the form had it then
     jobs: list[AdmittedJob] = field(default_factory=list)  # whose end no page has shown
     timer: threading.Timer | None = None  # stops its jobs
 
@@ -172,7 +172,7 @@ class Sessions:
         """The tab that shows, or showed, a page."""
         return self._tabs.get(self._keys.get(session, ""))
 
-    def begin(self, session: str, job: AdmittedJob, seed: Any) -> Tab | None:
+    def begin(self, session: str, job: AdmittedJob, seed: object) -> Tab | None:
         """A page has a new job; its tab, where it has one.
 
         Args:
@@ -182,7 +182,7 @@ class Sessions:
         """
         tab = self.of(session)
         if tab:
-            tab.seed = -1 if seed is None else seed
+            tab.seed = int(seed) if isinstance(seed, (int, float)) else -1
             tab.note(job)
             tab.jobs.append(job)
         return tab

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import gradio as gr
 
@@ -24,6 +24,7 @@ from musicgen_ui.audio.export import Shape
 from musicgen_ui.backends.admission import Saved
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
+from musicgen_ui.request import TakeSettings, section_pairs
 from musicgen_ui.ui import player
 from musicgen_ui.ui.components import TakePanel, Updates, notice
 
@@ -41,11 +42,30 @@ FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "Ogg Vorbis", 
 TEMPORARY = "Takes are kept here for a day at most: download what you want to keep."
 
 
+class SmallButton(TypedDict):
+    """Options of a button below the take."""
+
+    size: Literal["sm"]
+    min_width: int
+    render: Literal[False]
+
+
+class ExportFields(TypedDict):
+    """What is chosen of an export, by the component's name."""
+
+    export_ending: gr.Radio
+    loop_bars: gr.Number
+    fade_out_s: gr.Number
+    export: gr.Button
+    playhead_s: gr.Number
+    exported: gr.DownloadButton
+
+
 def panel() -> TakePanel:
     """What was made, and at first an example of it."""
     opening = example()
     intro = f'<p class="intro">{INTRO}</p>{title_html(opening)}'
-    small: dict[str, Any] = {"size": "sm", "min_width": 60, "render": False}
+    small: SmallButton = {"size": "sm", "min_width": 60, "render": False}
     return TakePanel(
         live=player.player(),
         take_title=gr.HTML(intro, elem_id="take_title", render=False),
@@ -80,7 +100,7 @@ def panel() -> TakePanel:
     )
 
 
-def export_fields() -> dict[str, Any]:
+def export_fields() -> ExportFields:
     """What is chosen of an export, by the component's name."""
 
     def amount(label: str, info: str, name: str) -> gr.Number:
@@ -105,17 +125,24 @@ def export_fields() -> dict[str, Any]:
     }
 
 
+class Compared(TypedDict):
+    """Takes under one playhead."""
+
+    selected: int
+    takes: list[player.StripState]
+
+
 @dataclass
 class ShownTake:
     """A take as the page shows it."""
 
     wav: Path | None  # None: it could not be saved
     flac: Path | None
-    settings: dict[str, Any]  # the request's and what came of it, as the files carry them
+    settings: TakeSettings  # the request's and what came of it, as the files carry them
     notes: list[str] = field(default_factory=list)
     melody: Chroma | None = None
     job: str = ""  # whose stream it was
-    drawn: dict[str, Any] | None = None  # `player.picture_state`, a moment after it is shown
+    drawn: player.PictureState | None = None  # `player.picture_state`, a moment after it is shown
     edited_title: str = ""  # where the library has another than the prompt
 
     @property
@@ -209,7 +236,7 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
     }
 
 
-def compared(group: Group, variation: int) -> dict[str, Any] | None:
+def compared(group: Group, variation: int) -> Compared | None:
     """The takes of a group as strips under one playhead; None for a single one."""
     if len(group) < 2:
         return None
@@ -222,10 +249,10 @@ def compared(group: Group, variation: int) -> dict[str, Any] | None:
     return {"selected": variation, "takes": player.matched(strips)}
 
 
-def in_player(take: ShownTake) -> dict[str, Any]:
+def in_player(take: ShownTake) -> player.TakeState:
     """The take as the player shows it."""
     state = player.take_state(take.wav, take.settings, take.title, take.job, take.melody)
-    return state | (take.drawn or {})
+    return {**state, **take.drawn} if take.drawn else state
 
 
 def picture(take: ShownTake) -> Updates:
@@ -264,7 +291,7 @@ def isolated(text: str) -> str:
 def facts_line(take: ShownTake) -> str:
     """The settings that made a take, those of interest first, as small labelled facts."""
     s = take.settings
-    facts = [("seed", s["seed"]), ("length", f"{s['made_s']:.1f} s")]
+    facts: list[tuple[str, object]] = [("seed", s["seed"]), ("length", f"{s['made_s']:.1f} s")]
     if s["prompt_s"]:
         facts.append(("after your clip of", f"{s['prompt_s']:.1f} s"))
     if s.get("melody_s"):
@@ -278,7 +305,7 @@ def facts_line(take: ShownTake) -> str:
         facts.append(("sampling", "off (greedy)"))
     if s["negative_prompt"]:
         facts.append(("without", s["negative_prompt"]))
-    facts += [(f"from {start_s:g} s", words or "the prompt") for start_s, words in s["sections"]]
+    facts += [(f"from {start_s:g} s", words or "the prompt") for start_s, words in section_pairs(s)]
     facts += [("tempo", f"{s['tempo_bpm']:g} bpm")] if s["tempo_bpm"] else []
     facts += [("key", s["key"])] if s["key"] else []
     facts += [("score", f"{s['score']:.2f}")] if "score" in s else []
