@@ -24,7 +24,7 @@ from musicgen_ui.errors import RequestError
 APPLICATION = "musicgen"
 OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
 DRAIN_S = 600.0  # that a replica has to finish its takes when another takes its place
-STARTS = 2  # Ray gives its processes 30 s, which a busy computer may need more than once
+STARTS = 4  # Ray gives its processes 30 s, which a busy computer may need more than once
 # What Ray reads when it is imported. Its name speaks of other systems: without clusters Ray uses
 # the loopback address for everything, on Linux too.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_agent_register_timeout_ms": "120000"}

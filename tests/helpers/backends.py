@@ -15,7 +15,14 @@ from tests.helpers.ray_cluster import FakeCluster
 
 OPTIONS = {"device": "cpu", "precision": "float32"}
 NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements-ray.txt")
-CLUSTER = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(900), NEEDS_RAY])
+REAL = [  # marks of tests with a real cluster
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's own
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    NEEDS_RAY,
+]
+CLUSTER = pytest.param("ray", marks=REAL)
 # This computer, a front over replicas in this process, and one over replicas in a Ray cluster.
 KINDS = ["local", "front", CLUSTER]
 
