@@ -27,7 +27,8 @@ except ImportError:  # Windows: nothing is locked, and nothing that was left is 
 ASSETS = Path(__file__).resolve().parent / "assets"
 if not ASSETS.is_dir():
     ASSETS = ASSETS.parents[1] / "assets"
-PRIVATE = "musicgen-ui-"  # then the process's number and token, and something random
+# How private folders are called; then the process's number and token, and something random.
+PRIVATE, SHORT = "musicgen-ui-", "mg-ray-"
 PART = ".part"
 # Folders with what visitors made: nothing there is opened as a checkpoint.
 TAKES: set[Path] = set()
@@ -100,10 +101,10 @@ def claim(part: Path, path: Path) -> bool:
     return True
 
 
-def private_folder() -> Path:
+def private_folder(prefix: str = PRIVATE) -> Path:
     """A new temporary folder that only this process's user can read; `delete` it in the end."""
     unnamed = Path(tempfile.mkdtemp(prefix="."))  # no other start takes it for a leftover
-    folder = unnamed.with_name(_mine(PRIVATE) + secrets.token_hex(4))
+    folder = unnamed.with_name(_mine(prefix) + secrets.token_hex(4))
     _hold(unnamed)
     unnamed.rename(folder)
     _LOCKS[folder] = _LOCKS.pop(unnamed, -1)
@@ -145,15 +146,17 @@ def delete(folder: Path, patience_s: float = 5.0) -> bool:
 def delete_private() -> None:
     """Deletes the private folders of this process."""
     for path in list(_LOCKS):
-        if path.name.startswith(PRIVATE):
+        if path.name.startswith((PRIVATE, SHORT)):
             delete(path)
 
 
 def delete_leftovers(takes: Path | None) -> None:
     """Deletes what killed processes left: their private folders, and parts in a folder of takes."""
     parts = takes.glob(f".*{PART}") if takes else ()
-    folders = Path(tempfile.gettempdir()).glob(f"{PRIVATE}*")
-    for path, prefix in [*((part, ".") for part in parts), *((each, PRIVATE) for each in folders)]:
+    found = [(part, ".") for part in parts]
+    for prefix in (PRIVATE, SHORT):
+        found += [(each, prefix) for each in Path(tempfile.gettempdir()).glob(f"{prefix}*")]
+    for path, prefix in found:
         named_here = re.match(rf"{re.escape(prefix)}\d+-[0-9a-f]+-", path.name)
         if named_here and (lock := _lock(path)) is not None:
             with suppress(OSError):
@@ -163,6 +166,12 @@ def delete_leftovers(takes: Path | None) -> None:
 
 def _mine(prefix: str) -> str:
     return f"{prefix}{os.getpid()}-{_TOKEN}-"
+
+
+def hold(folder: Path) -> bool:
+    """Keeps a folder for this process until it ends; False where another one has it."""
+    _hold(folder)
+    return folder in _LOCKS or fcntl is None
 
 
 def _hold(path: Path) -> None:

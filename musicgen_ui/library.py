@@ -24,11 +24,11 @@ from musicgen_ui import files, sidecar, takes
 from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.library_index import PAGE, Card, Index, Page, index_file
+from musicgen_ui.remote_folder import TRASH, local_folder
 from musicgen_ui.sidecar import Sidecar
 
 FOLDER = "MusicGen UI"  # in the user's music folder
 TEMPORARY = "temporary"
-TRASH = ".trash"
 TRASH_DAYS = 30
 TITLE_CHARACTERS = 200
 TOKEN = re.compile(r"(\d+)-[0-9a-f]{8}")
@@ -45,8 +45,9 @@ class Branch:
 def kept_folder(named: str, host: str, public: bool) -> Path | None:
     """Where a server keeps its takes for good; None is a temporary folder.
 
-    A folder that is named counts, "temporary" is none. Without a name, takes are kept where a
-    server is its user's alone: on an address of this computer, and shown to nobody else.
+    A folder that is named counts, "temporary" is none, and a URL means its mirror. Without a name,
+    takes are kept where a server is its user's alone: on an address of this computer, and shown to
+    nobody else.
 
     Args:
         named: the setting.
@@ -54,7 +55,7 @@ def kept_folder(named: str, host: str, public: bool) -> Path | None:
         public: others reach it all the same, through a proxy, a shared link or as a Space.
     """
     if named:
-        return None if named == TEMPORARY else Path(named)
+        return None if named == TEMPORARY else local_folder(named)
     return home_folder() if _is_loopback(host) and not public else None
 
 

@@ -39,9 +39,11 @@ from musicgen_ui.engine.protocol import (
     Event,
     Failed,
     Finished,
+    Health,
     Progress,
     Recorded,
     Stage,
+    Trouble,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -340,6 +342,11 @@ class Admission(WrappingBackend):
         with self._lock:
             return [job for job in self._jobs.values() if job.owner.session == session]
 
+    def refuse_all(self) -> None:
+        """Refuses further jobs; those under way go on."""
+        with self._lock:
+            self._closed = True
+
     def stop_all(self) -> None:
         """Stops every job, and refuses further ones."""
         with self._lock:
@@ -416,6 +423,13 @@ class Admission(WrappingBackend):
             job.log.rewrite(_without_audio)
 
     # As the backend
+
+    def health(self) -> Health:
+        """See `Backend.health`; a server that ends says so, for load balancers."""
+        health = self.backend.health()
+        if self._closed and not health.trouble:
+            return dataclasses.replace(health, trouble=Trouble.STOPPING)
+        return health
 
     def close(self) -> None:
         """See `Backend.close`."""

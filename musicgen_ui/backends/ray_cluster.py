@@ -11,13 +11,12 @@ import contextlib
 import ipaddress
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from musicgen_ui import files
 from musicgen_ui.backends.ray_replica import Replica
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.errors import RequestError
@@ -25,7 +24,7 @@ from musicgen_ui.errors import RequestError
 APPLICATION = "musicgen"
 OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
 DRAIN_S = 600.0  # that a replica has to finish its takes when another takes its place
-STARTS = 2  # Ray gives its processes 30 s, which a busy computer may need more than once
+STARTS = 4  # Ray gives its processes 30 s, which a busy computer may need more than once
 # What Ray reads when it is imported. Its name speaks of other systems: without clusters Ray uses
 # the loopback address for everything, on Linux too.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_agent_register_timeout_ms": "120000"}
@@ -70,13 +69,13 @@ def _start(replicas: int) -> Callable[[], None]:
     import ray
     from ray import serve
 
-    folder = tempfile.mkdtemp(prefix="mg-ray-")  # short: a socket's path has 107 characters
+    folder = files.private_folder(files.SHORT)  # a socket's path has 107 characters
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):  # its processes end in any case
             serve.shutdown()
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        files.delete(folder)
 
     for left in reversed(range(STARTS)):
         try:
@@ -88,7 +87,7 @@ def _start(replicas: int) -> Callable[[], None]:
                 configure_logging=False,
                 log_to_driver=False,
                 runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-                _temp_dir=folder,
+                _temp_dir=str(folder),
             )
             _check_loopback(shut_down)
             return shut_down
@@ -97,7 +96,7 @@ def _start(replicas: int) -> Callable[[], None]:
         except Exception as error:  # Ray raises the bare class
             ray.shutdown()
             if not left:
-                shutil.rmtree(folder, ignore_errors=True)
+                files.delete(folder)
                 raise RequestError(f"The Ray cluster did not start: {error}") from error
             log.warning("The Ray cluster did not start and is tried again", exc_info=error)
     raise AssertionError
@@ -169,6 +168,7 @@ def build(arguments: dict[str, Any]) -> Any:
     """
     import ray
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
     options = dict(arguments.get("options", {}))
     gpus = int(ray.cluster_resources().get("GPU", 0)) if options.get("device") != "cpu" else 0
@@ -190,6 +190,10 @@ def build(arguments: dict[str, Any]) -> Any:
             "num_gpus": 1 if gpus else 0,
             "runtime_env": {"env_vars": _environment(replicas if not gpus else 1)},
         },
+        request_router_config=RequestRouterConfig(
+            request_router_class="musicgen_ui.backends.ray_router.BytesRouter",
+            request_routing_stats_period_s=2.0,
+        ),
         health_check_period_s=10,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_S,

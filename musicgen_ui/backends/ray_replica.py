@@ -2,19 +2,21 @@
 
 One call of `compose` makes one variation and streams `Item`s: the events, their codes with them,
 and a heartbeat each second. Fronts call `beat` on every replica each second: it renews the lease of
-a front's jobs and brings back a `Report`. A replica stops the jobs of a front that is silent for
-`LEASE_S`. The engine steps in a thread of its own, so neither a long load nor a step holds up the
-event loop that Serve asks for the replica's health.
+a front's jobs and brings back a `Report`. A replica drops the jobs of a front that is silent for
+`LEASE_S`: a front that is still there has them made elsewhere. Serve asks a replica that is to be
+replaced nothing any more, so that is how its jobs move. The engine steps in a thread of its own, so
+neither a long load nor a step holds up the event loop that Serve asks for the replica's health.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,11 +31,13 @@ from musicgen_ui.engine.protocol import (
     Failed,
     Finished,
     Health,
+    Recorded,
     Status,
     Trouble,
 )
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.request import CLIP_FIELDS, GenerationRequest
+from musicgen_ui.steering import Steering
 
 HEARTBEAT_S = 1.0
 LEASE_S = 10.0  # a front that is silent for so long has gone
@@ -99,6 +103,7 @@ class Replica:
         request: GenerationRequest,
         client: str,
         made: np.ndarray | None = None,
+        model: tuple[str, int] = ("", 0),
     ) -> AsyncGenerator[Item, None]:
         """Makes one variation.
 
@@ -108,6 +113,7 @@ class Replica:
             request: of one variation, with its seed.
             client: who takes turns with others.
             made: int16 [codebooks, new frames] that another replica made before.
+            model: name and bytes of its checkpoint, as far as the front knows them: for the router.
         """
         self._seen_s[front] = time.monotonic()
         job = self._backend.submit(request, client, {} if made is None else {0: made})
@@ -117,6 +123,8 @@ class Replica:
         try:
             while True:
                 await asyncio.wait({upcoming}, timeout=HEARTBEAT_S)
+                if job_id not in self._jobs:  # its lease has ended
+                    return
                 event = None
                 if upcoming.done():
                     event = upcoming.result()
@@ -139,9 +147,11 @@ class Replica:
         if isinstance(event, Finished):
             clip = event.clip
             prompt = clip.samples[:, : round(event.prompt_s * clip.sampling_rate)]
-            request = dataclasses.replace(event.request, audio_prompt=None, melody=None)
             clip = Clip(np.ascontiguousarray(prompt), clip.sampling_rate, None, clip.codec)
-            return dataclasses.replace(event, clip=clip, request=request)
+            return dataclasses.replace(event, clip=clip, request=_without_clips(event.request))
+        if isinstance(event, Recorded):
+            request = _without_clips(event.take.request)
+            return Recorded(dataclasses.replace(event.take, request=request))
         if isinstance(event, Failed) and not isinstance(event.error, RequestError):
             # Not every error can be sent to another process.
             return Failed(RuntimeError(f"{type(event.error).__name__}: {event.error}"))
@@ -166,20 +176,54 @@ class Replica:
         if job := self._jobs.get(job_id):
             job.stop()
 
+    def control(
+        self,
+        job_id: str,
+        changes: Sequence[Steering],
+        stretches: Sequence[tuple[float, float]],
+        played: tuple[int, int],
+    ) -> None:
+        """What the listener of a live piece did, if the piece is here.
+
+        Args:
+            job_id: of the piece.
+            changes: in their order.
+            stretches: that become takes, each from a second to another one.
+            played: samples that were heard, and underruns.
+        """
+        if not (job := self._jobs.get(job_id)):
+            return
+        job.played(*played)
+        with contextlib.suppress(RequestError):  # it has just ended
+            for change in changes:
+                job.steer(change)
+            for stretch in stretches:
+                job.record_stretch(*stretch)
+
     def checkpoints(self) -> list[str]:
         """See `Backend.checkpoints`."""
         return self._backend.checkpoints()
 
-    def describe(self, checkpoint: str, adapter: str) -> CheckpointInfo | RequestError:
-        """See `Backend.describe`; a refusal is returned, since Ray wraps what is raised."""
+    async def describe(self, checkpoint: str, adapter: str) -> CheckpointInfo | RequestError:
+        """See `Backend.describe`; a refusal is returned, since Ray wraps what is raised.
+
+        In a thread: the Hub may be slow, and the streams of all jobs share this event loop.
+        """
         try:
-            return self._backend.describe(checkpoint, adapter)
+            return await asyncio.to_thread(self._backend.describe, checkpoint, adapter)
         except RequestError as error:
             return error
 
-    def unload(self) -> None:
+    async def unload(self) -> None:
         """See `Backend.unload`."""
-        self._backend.unload()
+        await asyncio.to_thread(self._backend.unload)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For `ray_router`, by way of Serve: bytes of the models here, and for all of them."""
+        return {
+            "models": self._backend.health().models,
+            "budget_bytes": self._backend.budget_bytes,
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `ray_scaling.policy`, by way of Serve."""
@@ -206,12 +250,18 @@ class Replica:
             now = time.monotonic()
             self._busy_s += HEARTBEAT_S * bool(self._jobs)
             for job_id, front in list(self._fronts.items()):
-                if now - self._seen_s.get(front, now) > LEASE_S and (job := self._jobs.get(job_id)):
+                if now - self._seen_s.get(front, now) <= LEASE_S:
+                    continue
+                if job := self._jobs.pop(job_id, None):
                     job.stop()
             for front, seen_s in list(self._seen_s.items()):
                 if now - seen_s > LEASE_S and front not in self._fronts.values():
                     self._seen_s.pop(front, None)
                     self._waiting_s.pop(front, None)
+
+
+def _without_clips(request: GenerationRequest) -> GenerationRequest:
+    return dataclasses.replace(request, **dict.fromkeys(CLIP_FIELDS))
 
 
 def _listen_on_loopback() -> None:

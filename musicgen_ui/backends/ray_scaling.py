@@ -1,9 +1,14 @@
-"""How many replicas a cluster should have: by the seconds of music that wait, not by requests."""
+"""How many replicas a cluster should have, and which of them takes a checkpoint.
+
+Their number goes by the seconds of music that wait, not by requests; the place of a checkpoint by
+the bytes that it needs, not by a number of models.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 TARGET_WAIT_S = 15.0  # in which what waits should be begun
@@ -59,3 +64,29 @@ def policy(context: Any) -> tuple[int, dict[str, Any]]:
     if now - few_since_s < IDLE_S:
         return there, {FEW_SINCE: few_since_s}
     return there - 1, {}
+
+
+def ranked(replicas: Mapping[str, Mapping[str, Any]], name: str, nbytes: int) -> list[list[str]]:
+    """Replicas in the order in which they should take a job; those of a rank are alike.
+
+    First those where its checkpoint is loaded; a busy one sends further jobs on, so that a
+    checkpoint that many ask for is loaded at more places. Then those where it fits beside what is
+    there, then those where it takes the place of others.
+
+    Args:
+        replicas: what `Replica.record_routing_stats` gave, by replica.
+        name: of the checkpoint.
+        nbytes: that it needs; 0 is not known.
+    """
+    ranks: list[list[str]] = [[], [], [], []]
+    for replica, stats in replicas.items():
+        models, budget = stats.get("models", {}), stats.get("budget_bytes", 0)
+        if name in models:
+            ranks[0].append(replica)
+        elif not (nbytes and budget) or sum(models.values()) + nbytes <= budget:
+            ranks[1].append(replica)
+        else:
+            ranks[2 if nbytes <= budget else 3].append(replica)
+    # Where it never fits it is refused, so that is no place while there is another.
+    found = [rank for rank in ranks[:3] if rank]
+    return found or ranks[3:]

@@ -10,7 +10,7 @@ Failover: the stream of a variation brings the codes of its frames. When a repli
 silent, the variation goes to the head of the queue with the codes that arrived; the next replica
 goes on from there with the same random numbers. What was delivered is never sent again, so the
 audio before the loss stays as it is to the sample. A variation that is lost twice without any new
-music in between ends.
+music in between ends. A live piece ends with its replica, which alone has its KV caches.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.ray_job import Made, RayJob, take_so_far, with_clips
 from musicgen_ui.backends.ray_replica import HEARTBEAT_S, Report
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.job_queue import JobQueue
@@ -41,11 +38,12 @@ from musicgen_ui.engine.protocol import (
     Finished,
     Health,
     Progress,
+    Recorded,
     ReplicaHealth,
     Status,
     Trouble,
 )
-from musicgen_ui.engine.variation import Specification
+from musicgen_ui.engine.variation import ENDLESS_STEPS, Specification
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
@@ -57,70 +55,13 @@ CONTROL_S = 30.0  # for an answer to what a page asks
 CLOSE_S = 10.0
 FRAME_RATE = 50  # about: for the waits that the queue estimates
 LOST = "The machines that made this failed: try once more, or with other settings."
+LIVE_LOST = "The machine that made this piece is gone: start another one. Your recordings are kept."
 
 log = logging.getLogger(__name__)
 
 
 class LostError(Exception):
     """A stream ended before its take, or is silent."""
-
-
-class RayJob(LoggedJob):
-    """A job whose front is woken when it is to stop."""
-
-    def __init__(
-        self, request: GenerationRequest, client: str, changed: Callable[[], None]
-    ) -> None:
-        super().__init__(request, client)
-        self._changed = changed
-
-    def stop(self) -> None:
-        """Ends the job at its replicas' next step, or now where nothing was begun."""
-        super().stop()
-        self._changed()
-
-
-@dataclass(eq=False)
-class Made:
-    """What the front has of a variation that is not finished."""
-
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    clips: list[Clip] = field(default_factory=list)  # new audio, in order
-    samples: int = 0  # in them
-    codes: list[np.ndarray] = field(default_factory=list)  # int16 [codebooks, frames] each
-    frames: int = 0  # in them; may be ahead of the audio
-    lost: int = 0  # replicas, since there was new music
-    began_s: float = field(default_factory=time.monotonic)
-
-    def known(self) -> np.ndarray | None:
-        """The codes so far, int16 [codebooks, frames]."""
-        return np.concatenate(self.codes, axis=1) if self.codes else None
-
-    def new_part(self, chunk: Chunk, frames_before: int) -> Clip | None:
-        """Keeps what of a chunk was not here yet, and gives its audio.
-
-        Args:
-            chunk: of the present replica, which makes the audio from its first sample on.
-            frames_before: whose codes came with the chunks of this replica before.
-        """
-        clip = chunk.clip
-        if clip.codes is not None:
-            known = max(0, self.frames - frames_before)
-            if known < clip.codes.shape[1]:
-                self.codes.append(clip.codes[:, known:])
-                self.frames += clip.codes.shape[1] - known
-        known = max(0, self.samples - chunk.start_sample)
-        if known >= clip.samples.shape[1]:
-            return None
-        new = Clip(clip.samples[:, known:], clip.sampling_rate)
-        self.clips.append(new)
-        self.samples += new.samples.shape[1]
-        return new
-
-    def joined(self, head: np.ndarray | None = None) -> np.ndarray:
-        """The new audio after `head`, float32 [channels, samples]."""
-        pieces = [] if head is None else [head]
-        return np.concatenate([*pieces, *(clip.samples for clip in self.clips)], axis=1)
 
 
 class RayBackend:
@@ -140,6 +81,7 @@ class RayBackend:
         self._made: dict[Specification, Made] = {}
         self._reports: dict[str, tuple[Report, float]] = {}  # and when, by replica
         self._stops: set[str] = set()  # ids whose replica was asked to stop
+        self._models: dict[tuple[str, bool], tuple[str, int]] = {}  # by checkpoint and stereo
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -155,7 +97,7 @@ class RayBackend:
         if self._closed:
             job.log.append(Failed(RequestError("The server is being stopped: try again soon.")))
             return job
-        steps = round(request.duration_s * FRAME_RATE)
+        steps = ENDLESS_STEPS if request.live else round(request.duration_s * FRAME_RATE)
         self._queue.add(
             [
                 Specification(job, index, job.request.variation(index), None, steps)
@@ -178,6 +120,8 @@ class RayBackend:
         answer: CheckpointInfo | RequestError = self._ask("describe", checkpoint, adapter)
         if isinstance(answer, RequestError):
             raise answer
+        if not adapter:
+            self._models[checkpoint, False] = answer.checkpoint, answer.nbytes
         return answer
 
     def unload(self) -> None:
@@ -303,7 +247,9 @@ class RayBackend:
             made, job = self._made[specification], specification.job
             if (job.stopping.is_set() or job.ended) and made.id not in self._stops:
                 self._stops.add(made.id)
-                self._start(self._stop(made.id))
+                self._start(self._tell("stop", made.id))
+            if job.request.live:
+                self._pass_on(job, made)
         free = self._free_rows()
         while free > 0 and (upcoming := self._queue.pop()):
             free -= 1
@@ -312,6 +258,26 @@ class RayBackend:
                 self._rows[upcoming] = self._loop.create_task(self._compose(upcoming))
         jobs = {specification.job for specification in self._rows}
         self._queue.report(jobs, [each.steps for each in self._rows] or [0])
+
+    def _pass_on(self, job: LoggedJob, made: Made) -> None:
+        """Tells the replica of a live piece what its listener did; one message at a time."""
+        listener = job.listener
+        played = listener.samples, listener.underruns
+        new = listener.changes or listener.recordings or played != made.played
+        if made.controlling or not made.at_replica or not new:
+            return
+        changes, stretches = (
+            [each.popleft() for _ in range(len(each))]
+            for each in (listener.changes, listener.recordings)
+        )
+        made.played, made.controlling = played, True
+
+        async def tell() -> None:
+            await self._tell("control", made.id, changes, stretches, played)
+            made.controlling = False
+            self._wake.set()
+
+        self._start(tell())
 
     def _free_rows(self) -> int:
         """Rows of the replicas that answer, without those in use by this front and others."""
@@ -345,9 +311,10 @@ class RayBackend:
             self._wake.set()
             await asyncio.sleep(max(0.1, HEARTBEAT_S - (now - began_s)))
 
-    async def _stop(self, id: str) -> None:
-        with contextlib.suppress(Exception):  # a replica that died stops by itself
-            response = self._handle.broadcast("stop", id)
+    async def _tell(self, method: str, *arguments: object) -> None:
+        """Calls a method of all replicas: which of them has a job is not known here."""
+        with contextlib.suppress(Exception):  # the stream of a replica that died says so
+            response = self._handle.broadcast(method, *arguments)
             await asyncio.to_thread(
                 response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
             )
@@ -355,16 +322,17 @@ class RayBackend:
     async def _compose(self, specification: Specification) -> None:
         """Has a variation made on a replica; puts it back where the replica is lost."""
         made = self._made[specification]
-        frames = made.frames
+        samples = made.samples
         try:
             await self._read(specification, made)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # Ray has many for a replica that died
             log.warning("A replica was lost: %s", str(error).partition("\n")[0])
-            made.lost = 1 if made.frames > frames else made.lost + 1
+            made.lost = 1 if made.samples > samples else made.lost + 1
             made.id = secrets.token_hex(8)  # it may run on where only the connection was lost
-            if specification.job.stopping.is_set() or made.lost >= MOST_LOST:
+            live = specification.request.live and made.at_replica
+            if live or specification.job.stopping.is_set() or made.lost >= MOST_LOST:
                 self._end(specification)
             elif not specification.job.ended:
                 self._queue.put_back(specification)
@@ -383,8 +351,14 @@ class RayBackend:
             Exception: whatever Ray raises.
         """
         job, request = specification.job, specification.request
+        key = request.checkpoint, request.stereo
         response = self._handle.options(stream=True).compose.remote(
-            self._front, made.id, request, job.client, made.known()
+            self._front,
+            made.id,
+            request,
+            job.client,
+            made.known(),
+            self._models.get(key, (request.checkpoint, 0)),
         )
         frames, expected, heard_s = 0, 0, time.monotonic()
         upcoming = asyncio.ensure_future(anext(response))
@@ -404,7 +378,7 @@ class RayBackend:
                 if item.sequence != expected:
                     raise LostError(f"item {item.sequence} came instead of {expected}")
                 upcoming = asyncio.ensure_future(anext(response))
-                expected, heard_s = expected + 1, time.monotonic()
+                expected, heard_s, made.at_replica = expected + 1, time.monotonic(), True
                 self._append(specification, made, item.event, frames)
                 if isinstance(item.event, Chunk) and item.event.clip.codes is not None:
                     frames += item.event.clip.codes.shape[1]
@@ -424,19 +398,28 @@ class RayBackend:
             job.log.append(dataclasses.replace(event, variation=index))
         elif isinstance(event, Chunk):
             start = made.samples
-            if new := made.new_part(event, frames):
+            if job.request.live:  # its take is none, so nothing is kept for it
+                job.log.append(dataclasses.replace(event, variation=index))
+            elif new := made.new_part(event, frames):
                 job.log.append(Chunk(index, new, start))
+        elif isinstance(event, Recorded):
+            job.log.append(Recorded(with_clips(event.take, specification)))
         elif isinstance(event, Finished):
-            request = specification.request
             clip = event.clip
             samples = made.joined(clip.samples) if made.clips else clip.samples
             clip = Clip(samples, clip.sampling_rate, event.codes, clip.codec)
-            request = dataclasses.replace(
-                event.request, audio_prompt=request.audio_prompt, melody=request.melody
-            )
-            job.log.append(dataclasses.replace(event, variation=index, clip=clip, request=request))
+            self._learn(specification.request, event.request.checkpoint)
+            event = with_clips(event, specification)
+            job.log.append(dataclasses.replace(event, clip=clip))
         elif isinstance(event, Failed):
             job.log.append(event)
+
+    def _learn(self, request: GenerationRequest, name: str) -> None:
+        """Keeps which model a request meant, and its size, for the next ones."""
+        sizes = [report.health.models.get(name, 0) for report in self._fresh()]
+        known = self._models.get((request.checkpoint, request.stereo), ("", 0))[1]
+        size = max(sizes, default=0) or known
+        self._models[request.checkpoint, request.stereo] = name, size
 
     def _end(self, specification: Specification) -> None:
         """Ends a variation with the audio that arrived; a job without any has failed."""
@@ -449,25 +432,9 @@ class RayBackend:
         if not (stopped or chunks) and job.log.unfinished == 1:
             job.log.append(Failed(RequestError(LOST)))
             return
-        take = _take(specification, made) if made.clips else empty_take(job, index)
+        take = take_so_far(specification, made) if made.clips else empty_take(job, index)
         if not stopped:
-            notes = (*take.notes, f"It broke off: {LOST}")
-            take = dataclasses.replace(take, notes=notes, fault=LOST)
+            fault = LIVE_LOST if job.request.live else LOST
+            notes = (*take.notes, f"It broke off: {fault}")
+            take = dataclasses.replace(take, notes=notes, fault=fault)
         job.log.append(take)
-
-
-def _take(specification: Specification, made: Made) -> Finished:
-    """The take of the audio that arrived, without the end that it was to have."""
-    request = specification.request
-    rate, channels = made.clips[0].sampling_rate, made.clips[0].channels
-    new = Clip(made.joined(), rate)
-    prompt = request.audio_prompt if request.include_prompt else None
-    prompt = audio.convert(prompt, rate, channels) if prompt else None
-    return Finished(
-        specification.index,
-        audio.join(prompt, new.samples, 0) if prompt else new,
-        dataclasses.replace(request, stereo=channels == 2),
-        prompt.duration_s if prompt else 0.0,
-        new.duration_s / (time.monotonic() - made.began_s),
-        stopped=True,
-    )

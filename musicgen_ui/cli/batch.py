@@ -74,7 +74,8 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
     """What is to be made, those of one checkpoint together; the others are reported."""
     file = Path(flags["batch"])
     of_rows = rows.Pieces({name: flags[name] for name in FIELDS}, file.parent)
-    refusal = functools.cache(_refusal)
+    # A cluster has checkpoints of its own, and refuses when it is asked.
+    refusal = functools.cache(_refusal) if not flags["ray_address"] else lambda *_: ""
     pieces: list[Piece] = []
     for row in rows.read(file):
         try:
@@ -111,11 +112,7 @@ def _refusal(checkpoint: str, stereo: bool, melody: bool, chords: str) -> str:
 
 
 def _make(pieces: list[Piece], flags: argparse.Namespace, jobs: int, batch: Batch) -> None:
-    from musicgen_ui.backends.local import LocalBackend  # torch: seconds
-    from musicgen_ui.backends.ranking import Ranking
-
-    backend = Ranking(LocalBackend(device=flags.device, precision=flags.precision, max_jobs=jobs))
-    with contextlib.closing(backend):
+    with contextlib.closing(generate.backend_of(flags, jobs)) as backend:
         asyncio.run(batch.make(backend, pieces, jobs))
 
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from musicgen_ui import files
 from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.cli import console
-from musicgen_ui.engine.protocol import Failed, Finished, Job, Progress, Stage
+from musicgen_ui.engine.protocol import Backend, Failed, Finished, Job, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
 
@@ -85,6 +86,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto, float32, bfloat16, float16 or int8 (default auto)",
     )
+    parser.add_argument(
+        "--ray-address",
+        default="",
+        metavar="HOST:PORT",
+        help="the Ray cluster of a “serve --backend ray” makes the takes: auto or host:port; "
+        "--device and --precision are its own then",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
 
 
@@ -100,15 +108,12 @@ def run(flags: argparse.Namespace) -> int:
         asked = GenerationRequest.parse(values)
         asked_s = None if values["duration_s"] is None else asked.duration_s
         values["duration_s"] = shape.duration_s(asked.tempo_bpm, asked_s)
-    check_checkpoint(GenerationRequest.parse(values))
+    if not flags.ray_address:
+        check_checkpoint(GenerationRequest.parse(values))
     output = None if flags.output == STDOUT else output_path(flags.output)
     if not output:
         _check_stdout(values)
-    from musicgen_ui.backends.local import LocalBackend  # torch: seconds
-    from musicgen_ui.backends.ranking import Ranking
-
-    backend = Ranking(LocalBackend(device=flags.device, precision=flags.precision))
-    with contextlib.closing(backend), stop_on_interrupt() as interruption:
+    with contextlib.closing(backend_of(flags)) as backend, stop_on_interrupt() as interruption:
         try:
             own = completed(values, lambda *names: backend.describe(*names).defaults)
             job = backend.submit(GenerationRequest.parse(own))
@@ -124,6 +129,28 @@ def run(flags: argparse.Namespace) -> int:
         kept = "what was made so far is kept" if saved else "there was nothing to keep yet"
         print(f"Stopped: {kept}.", file=sys.stderr)
         return INTERRUPTED
+
+
+def backend_of(flags: argparse.Namespace, max_jobs: int = 8) -> Backend:
+    """What makes the takes: this computer, or the Ray cluster of `--ray-address`.
+
+    Raises:
+        RequestError: there is no such device, precision or cluster.
+    """
+    from musicgen_ui.backends.ranking import Ranking
+
+    if not flags.ray_address:
+        from musicgen_ui.backends.local import LocalBackend  # torch: seconds
+
+        local = LocalBackend(device=flags.device, precision=flags.precision, max_jobs=max_jobs)
+        return Ranking(local)
+    if (flags.device, flags.precision) != ("auto", "auto"):
+        raise RequestError("--device and --precision are those of the cluster: leave them out.")
+    if find_spec("ray") is None:
+        raise RequestError("--ray-address needs more: pip install -r requirements-ray.txt")
+    from musicgen_ui.backends.ray_cluster import Cluster, connect
+
+    return Ranking(connect(Cluster(flags.ray_address, front_only=True), {}))
 
 
 def _check_stdout(values: dict[str, Any]) -> None:

@@ -29,21 +29,21 @@ class Listener:
 
     changes: deque[Steering] = field(default_factory=deque)
     recordings: deque[tuple[float, float]] = field(default_factory=deque)  # start and end in s
+    samples: int = 0  # of each channel that it has reported
     underruns: int = 0
     moved_s: float = field(default_factory=time.monotonic)  # when it last heard something new
-    _samples: int = 0
     _moving: bool = False
 
     def played(self, samples: int, underruns: int) -> None:
         """See `protocol.Job.played`."""
-        self._moving = samples > self._samples
-        if samples != self._samples:
+        self._moving = samples > self.samples
+        if samples != self.samples:
             self.moved_s = time.monotonic()
-        self._samples, self.underruns = samples, underruns
+        self.samples, self.underruns = samples, underruns
 
     def heard_s(self, sampling_rate: int) -> float:
         """What the listener has reported, in seconds of new music."""
-        return self._samples / sampling_rate
+        return self.samples / sampling_rate
 
     def at_s(self, sampling_rate: int) -> float:
         """About where the listener is now, in seconds of new music."""

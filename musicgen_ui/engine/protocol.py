@@ -37,6 +37,7 @@ class Trouble(StrEnum):
     STUCK = "stuck"  # a step does not end
     THREAD_ENDED = "thread_ended"  # nothing steps any more
     NO_REPLICA = "no_replica"  # no machine of the cluster answers and can make music
+    STOPPING = "stopping"  # the server takes no new jobs, and ends when those under way have ended
 
 
 @dataclass(frozen=True)

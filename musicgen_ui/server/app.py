@@ -31,7 +31,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from musicgen_ui import environment, files, library
+from musicgen_ui import environment, files, library, remote_folder
 from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
@@ -189,6 +189,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
     )
     kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
     demo: Any = page.build(admission, options, kept_takes)
+    demo.storage = _storage(chosen, takes)
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
@@ -276,10 +277,24 @@ def close(demo: Any, temporary: Path) -> None:
     gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
     demo.backend.close()
+    if demo.storage:
+        demo.storage.close()
     if demo.finetuning:
         demo.finetuning.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
+
+
+def _storage(chosen: Settings, takes: Path) -> remote_folder.RemoteFolder | None:
+    """The object storage of the takes, where there is one.
+
+    Raises:
+        RequestError: it cannot be used.
+    """
+    url = chosen.output_folder
+    if not remote_folder.is_url(url) or url.startswith("file:"):
+        return None
+    return remote_folder.RemoteFolder(url, takes)
 
 
 def is_shown_to_others(chosen: Settings) -> bool:
@@ -299,8 +314,9 @@ def finetune_folder(chosen: Settings) -> Path | None:
     if is_shown_to_others(chosen) or chosen.trusted_proxies or not chosen.any_checkpoint:
         return None
     home = Path(platformdirs.user_music_dir()) / library.FOLDER  # made by the first run
-    named = chosen.output_folder not in ("", library.TEMPORARY)
-    return (Path(chosen.output_folder) if named else home) / "fine-tuning"
+    folder = chosen.output_folder
+    named = folder not in ("", library.TEMPORARY) and not remote_folder.is_url(folder)
+    return (Path(folder) if named else home) / "fine-tuning"
 
 
 def check_folder(chosen: Settings) -> None:
@@ -439,7 +455,10 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
                     if chosen.share:
                         link = demo.share_url or "no link, Gradio's servers were not reached"
                         print(f"For others: {link}", flush=True)
-                    return wait_for_end(demo, asked)
+                    code = wait_for_end(demo, asked)
+                    if code == 128 + signal.SIGTERM:
+                        drain(demo, asked, chosen.drain_s)
+                    return code
                 finally:
                     close(demo, temporary)
     finally:
@@ -461,6 +480,16 @@ def wait_for_end(demo: Any, asked: queue.SimpleQueue[int], check_every_s: float 
             return FAILED
     log.critical("The server has ended by itself")
     return FAILED
+
+
+def drain(demo: Any, asked: queue.SimpleQueue[int], seconds: float) -> None:
+    """Refuses new jobs and waits until those under way have ended: so long, or until a signal."""
+    demo.backend.refuse_all()
+    end_s = time.monotonic() + seconds
+    while len(demo.backend) and time.monotonic() < end_s:
+        with contextlib.suppress(queue.Empty):
+            asked.get(timeout=0.1)
+            return
 
 
 def run(chosen: Settings) -> int:

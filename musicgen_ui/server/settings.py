@@ -27,6 +27,7 @@ BACKENDS = ("local", "ray")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 YEAR_S = 366 * 24 * 3600.0  # the longest time that every timer takes
 LARGE = 1e6
+RAY_DRAIN_S = 20.0  # with the rest of the end less than the 30 s that Kubernetes gives
 # Spaces are public, and their own proxies have private addresses.
 SPACE_DEFAULTS = {
     "host": "0.0.0.0",
@@ -172,6 +173,13 @@ class Settings(BaseSettings):
     front_only: bool = Field(
         False, description="ray: replicas that another front deployed are used as they are"
     )
+    drain_s: float = Field(
+        default_factory=lambda others: RAY_DRAIN_S if others.get("backend") == "ray" else 0.0,
+        ge=0,
+        le=YEAR_S,
+        description="seconds in which jobs may end after SIGTERM, while new ones are refused; then "
+        f"they are stopped, and what they made is kept; {RAY_DRAIN_S:g} with ray",
+    )
     jobs: int = Field(8, ge=1, le=LARGE, description="takes made at the same time")
     queue_length: int = Field(
         32, ge=1, le=LARGE, description="takes being made or waiting; more are turned away"
@@ -217,7 +225,8 @@ class Settings(BaseSettings):
         "",
         description="where takes are kept; empty is MusicGen UI in your music folder, and where "
         "others reach the server a temporary folder, cleared after a day; temporary is such a "
-        "folder in any case",
+        "folder in any case; a URL such as s3://bucket/takes is object storage, see "
+        "docs/scaling.md",
     )
     temporary_gb: float = Field(
         5.0,

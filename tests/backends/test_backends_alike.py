@@ -7,43 +7,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from musicgen_ui.backends.local import LocalBackend
-from musicgen_ui.engine.protocol import Backend, Chunk, Failed, Finished, Progress, Stage
+from musicgen_ui.engine.protocol import Backend, Chunk, Failed, Finished, Progress, Recorded, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import Steering
+from tests.helpers.backends import KINDS, OPTIONS, backend_of
 from tests.helpers.engine import noise
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
-from tests.helpers.ray_cluster import FakeCluster
-
-OPTIONS = {"device": "cpu", "precision": "float32"}
-NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements-ray.txt")
-CLUSTER = pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(900), NEEDS_RAY])
 
 
-@pytest.fixture(scope="module", params=["local", "front", CLUSTER])
+@pytest.fixture(scope="module", params=KINDS)
 def backend(request: pytest.FixtureRequest, tiny_mono) -> Iterator[Backend]:
-    if request.param == "local":
-        made: Backend = LocalBackend(**OPTIONS)
+    with backend_of(request.param, tiny_mono) as made:
         yield made
-        made.close()
-    elif request.param == "front":
-        cluster = FakeCluster(tiny_mono)
-        made = cluster.front()
-        yield made
-        made.close()
-        cluster.close()
-    else:
-        from musicgen_ui.backends.ray_cluster import Cluster, connect
-
-        made = connect(Cluster(replicas=1), OPTIONS, str(tiny_mono))
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +80,34 @@ def test_job_that_is_stopped_at_once_has_empty_takes(backend, tiny_mono):
     job = backend.submit(ask(tiny_mono, duration_s=300, variations=4))
     job.stop()
     assert [take.stopped for take in takes(read(job))] == [True] * 4
+
+
+def test_live_piece_is_steered_and_recorded(backend, local, tiny_mono):
+    """What was recorded is made again by a single process, to the sample."""
+    job = backend.submit(ask(tiny_mono, live=True))
+    change = Steering(prompts=(("80s pop", 0.5), ("piano", 0.5)), temperature=0.8)
+    heard_s, rate, recorded = 0.0, 0, None
+    for event in job.follow():
+        if isinstance(event, Recorded):
+            recorded = event.take
+            job.stop()
+        if not isinstance(event, Chunk):
+            continue
+        assert event.clip.samples.any() and heard_s < 60
+        rate = event.clip.sampling_rate
+        heard_s = (event.start_sample + event.clip.samples.shape[1]) / rate
+        job.played(round(heard_s * rate))
+        if heard_s - event.clip.duration_s < 1.0 <= heard_s:
+            job.steer(change)
+        if heard_s - event.clip.duration_s < 4.0 <= heard_s:
+            job.record_stretch(0.5, 3.5)
+    assert recorded and recorded.clip.duration_s == 3.0
+    ((at_s, acted),) = recorded.request.automation
+    assert acted == change and 0.5 < at_s < 4.0
+    (again,) = takes(read(local.submit(recorded.request)))
+    assert np.allclose(again.clip.samples, recorded.clip.samples, atol=1e-4)
+    with pytest.raises(RequestError, match="ended"):
+        job.steer(change)
 
 
 def test_error_is_the_jobs_last_event(backend, tmp_path):

@@ -6,36 +6,40 @@ replica is a process of 700 MB.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
+import soundfile
 import yaml
 
-from musicgen_ui.backends.ray_cluster import APPLICATION, Cluster, connect
+from musicgen_ui.backends.local import LocalBackend
+from musicgen_ui.backends.ray_cluster import APPLICATION, Cluster, build, connect
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.engine.protocol import Chunk, Failed, Finished
 from musicgen_ui.request import GenerationRequest
+from tests.helpers.backends import REAL
 from tests.helpers.jobs import read, takes
-from tests.helpers.local import wait_for
+from tests.helpers.local import free_port, wait_for
+from tests.helpers.pages import Page
 from tests.helpers.requirements import ROOT
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements-ray.txt"),
-]
+pytestmark = REAL
+SOME_MUSIC = re.compile(r'"done_s"[\]:, ]+(0\.[1-9]|[1-9])')  # in an update of a page
 START_S = 400.0  # of replicas, on a computer that does other things too
 FLOAT32 = {"device": "cpu", "precision": "float32", "max_jobs": 4}
 
@@ -46,9 +50,16 @@ def ask(**settings) -> GenerationRequest:
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[RayBackend]:
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def front(environment: pytest.MonkeyPatch) -> Iterator[RayBackend]:
     """Two replicas; afterwards no process and no file of the cluster is left."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}
+    environment.setenv("OMP_NUM_THREADS", "1")  # of each replica
     backend = connect(Cluster(replicas=2), FLOAT32, "bundled")
     wait_for(lambda: len(backend._fresh()) == 2, START_S)
     folders = set(Path(tempfile.gettempdir()).glob("mg-ray-*"))
@@ -108,7 +119,10 @@ def test_kubernetes_sample_fits_rays_schema():
     (application,) = serve.applications
     assert application.name == APPLICATION
     module, _, name = application.import_path.partition(":")
-    assert module in sys.modules and hasattr(sys.modules[module], name)
+    assert getattr(sys.modules[module], name) is build
+    inspect.signature(LocalBackend).bind(**application.args["options"])
+    groups = sample["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert sum(group["replicas"] for group in groups) == application.args["replicas"]
 
 
 def music_s(front: RayBackend, jobs: int, duration_s: float) -> float:
@@ -120,54 +134,69 @@ def music_s(front: RayBackend, jobs: int, duration_s: float) -> float:
 
 
 @pytest.mark.long
-def test_two_replicas_make_almost_twice_the_music(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    speeds = []
-    for replicas in (1, 2):
-        front = connect(Cluster(replicas=replicas), FLOAT32, "bundled")
-        try:
-            wait_for(lambda r=replicas, f=front: len(f._fresh()) == r, START_S)
-            music_s(front, 2 * replicas, 2.0)
-            speeds.append(music_s(front, 4 * replicas, 20.0))
-        finally:
-            front.close()
-    print(f"one replica {speeds[0]:.2f}, two {speeds[1]:.2f} s of music a second")
-    assert speeds[1] >= 1.8 * speeds[0]
+def test_two_replicas_make_almost_twice_the_music(front):
+    """With a thread each. A job, which one of them makes, and two are measured in turns, and the
+    best of either counts, so that what else the computer does matters less; it needs two cores.
+    """
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    two_replicas(front)
+    music_s(front, 4, 2.0)
+    for _ in range(5):
+        for jobs, found in speeds.items():
+            found.append(music_s(front, jobs, 20.0))
+    one, two = (max(found) for found in speeds.values())
+    print(f"one replica {one:.2f}, two {two:.2f} s of music a second, {two / one:.2f} times")
+    assert two >= 1.8 * one
 
 
 @pytest.mark.long
 def test_front_adds_little_to_the_first_audio(front):
-    from musicgen_ui.backends.local import LocalBackend
-
+    """Measured in turns with a single process."""
     local = LocalBackend(**FLOAT32)
-    first_s = {}
-    for backend in (local, front):
-        times = []
-        for seed in range(30):
+    first_s: dict[object, list[float]] = {local: [], front: []}
+    for seed in range(40):
+        for backend, times in first_s.items():
             began_s = time.monotonic()
             job = backend.submit(ask(seed=seed))
             next(event for event in job.follow() if isinstance(event, Chunk))
             times.append(time.monotonic() - began_s)
             read(job)
-        first_s[backend] = float(np.median(times[5:]))
     local.close()
-    print(f"first audio: here {first_s[local]:.4f} s, through the front {first_s[front]:.4f} s")
-    assert first_s[front] - first_s[local] < 0.015
+    here, through = (np.array(times[5:]) for times in first_s.values())
+    added_s = float(np.median(through - here))
+    print(
+        f"first audio: here {np.median(here) * 1000:.1f} ms, through the front "
+        f"{np.median(through) * 1000:.1f} ms, {added_s * 1000:.1f} ms more"
+    )
+    assert added_s < 0.015
 
 
 @pytest.mark.long
 def test_sixty_clients_while_replicas_are_killed(front):
-    """One is killed every 20 s for three minutes: every job ends in its take."""
+    """One is killed every 20 s for three minutes: every job ends in its undisturbed take."""
     two_replicas(front)
-    threads, ends_s, wrong, counts = threading.active_count(), time.monotonic() + 180, [], [0]
+    threads, wrong, counts = threading.active_count(), list[str](), list[int]()
+    requests = [
+        ask(prompt=f"{word} {n}", seed=n, duration_s=3.0, do_sample=False)
+        for n, word in enumerate(["techno", "slow piano", "80s pop", "a string quartet"] * 15)
+    ]
+    jobs = [front.submit(request, str(n)) for n, request in enumerate(requests)]
+    whole = [takes(read(job))[0].codes for job in jobs]
+    ends_s, killed = time.monotonic() + 180, list[int]()
 
     def client(number: int) -> None:
         while time.monotonic() < ends_s:
-            job = front.submit(ask(seed=number, duration_s=5.0), str(number))
-            last = list(job.follow())[-1]
-            counts[0] += 1
-            if not isinstance(last, Finished) or last.stopped:
-                wrong.append(last.error if isinstance(last, Failed) else last.notes)
+            events = list(front.submit(requests[number], str(number)).follow())
+            take = events[-1]
+            counts.append(number)
+            if not isinstance(take, Finished) or take.stopped:
+                wrong.append(f"{number}: {take.error if isinstance(take, Failed) else take}")
+                continue
+            chunks = [e.clip.samples for e in events if isinstance(e, Chunk)]
+            if not np.array_equal(np.concatenate(chunks, axis=1), take.clip.samples):
+                wrong.append(f"{number}: the take is not what was sent")
+            if not np.array_equal(take.codes, whole[number]):
+                wrong.append(f"{number}: other codes than undisturbed")
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(60)]
     for each in clients:
@@ -175,51 +204,150 @@ def test_sixty_clients_while_replicas_are_killed(front):
     while time.monotonic() < ends_s:
         time.sleep(20)
         if len(well := front._fresh()) > 1:
-            os.kill(max(well, key=lambda report: len(report.jobs)).pid, signal.SIGKILL)
+            killed.append(max(well, key=lambda report: len(report.jobs)).pid)
+            os.kill(killed[-1], signal.SIGKILL)
     for each in clients:
         each.join(300)
-    assert not any(each.is_alive() for each in clients) and not wrong and counts[0] >= 60
+    print(f"{len(counts)} takes, {len(killed)} replicas killed")
+    assert not any(each.is_alive() for each in clients) and not wrong, wrong
+    assert set(counts) == set(range(60)) and len(killed) >= 3
     wait_for(lambda: not (front._rows or front._made), 30)
     wait_for(lambda: threading.active_count() <= threads + 5, 60)
+    two_replicas(front)
+    names = [process.name() for process in psutil.Process().children(recursive=True)]
+    assert sum("ServeReplica" in name for name in names) == 2, names
 
 
-FRONT = """
-import sys, threading
-from musicgen_ui.backends.ray_cluster import Cluster, connect
-from musicgen_ui.request import GenerationRequest
-front = connect(Cluster(sys.argv[1], 1), {"device": "cpu", "max_jobs": 20}, "bundled")
-jobs = [front.submit(GenerationRequest(checkpoint="bundled", duration_s=120.0)) for _ in range(20)]
-for job in jobs:
-    next(event for event in job.follow() if type(event).__name__ == "Chunk")
-print("streaming", flush=True)
-threading.Event().wait()
-"""
+@pytest.fixture
+def head(tmp_path) -> Iterator[str]:
+    """A cluster without the app; its address."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
+    command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
+    folder = tempfile.mkdtemp(prefix="head-")  # short: a socket's path has 107 characters
+    log = (tmp_path / "head.log").open("wb")
+    cluster = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=log, stderr=log)
+    try:
+        wait_for(lambda: b"--block" in (tmp_path / "head.log").read_bytes(), 120)
+        yield address
+    finally:
+        processes = psutil.Process(cluster.pid).children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        cluster.kill()
+        cluster.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Front:
+    """A front's process, and its pages."""
+
+    def __init__(self, address: str, folder: Path, *flags: str) -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        command = [sys.executable, "-m", "musicgen_ui", "serve", "--backend", "ray"]
+        command += ["--ray-address", address, "--port", str(port), "--checkpoint", "bundled"]
+        command += ["--output-folder", str(folder / "takes"), "--queue-length", "40", *flags]
+        self._log = folder / f"{port}.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        wait_for(self._is_ready, START_S)
+        self.config = httpx.get(f"{self.url}/config", timeout=60).json()
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log
+        with contextlib.suppress(httpx.HTTPError):
+            health = httpx.get(f"{self.url}/healthz", timeout=60)
+            return health.status_code == 200 and "starting" not in health.json()["engine"]
+        return False
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def streaming(self, duration_s: float) -> list[Page]:
+        """Twenty pages that hear music."""
+        pages = [
+            Page(self.url, self.config, duration_s=duration_s, prompt=f"techno {n}")
+            for n in range(20)
+        ]
+        for page in pages:
+            wait_for(lambda page=page: SOME_MUSIC.search(page.told) or page.lost, 120)
+            assert not page.lost, page.lost
+        return pages
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(120)
+
+
+def lengths_s(folder: Path) -> list[float]:
+    return [soundfile.info(path).duration for path in (folder / "takes").glob("*.wav")]
 
 
 @pytest.mark.long
-def test_replicas_outlive_a_front_and_stop_its_jobs(tmp_path):
-    """A front is killed while 20 clients stream; the next one finds replicas without jobs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [str(Path(sys.executable).with_name("ray"))]
-    head = [*command, "start", "--head", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
-    options = [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", "--block"]
-    options += ["--object-store-memory=100000000", f"--temp-dir={tmp_path}"]
-    cluster = subprocess.Popen([*head, *options], stdout=subprocess.DEVNULL)
+def test_front_ends_and_begins_anew_while_pages_stream(head, tmp_path):
+    """By SIGTERM its jobs end as whole takes, by SIGTERM without time as the takes so far; by
+    SIGKILL its replicas stop them. Pages are told, and the next front serves.
+    """
+    device = ("--device", "cpu", "--replicas", "1", "--jobs", "20")
+    front = Front(head, tmp_path, *device, "--drain-s", "100")
+    pages = front.streaming(20.0)
+    assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM, front.log
+    assert lengths_s(tmp_path) == [20.0] * 20
+    for page in pages:
+        page.thread.join(30)
+        assert not page.thread.is_alive() and "process_completed" in page.told
+
+    front = Front(head, tmp_path, "--front-only", "--drain-s", "0")
+    pages = front.streaming(280.0)
+    assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM, front.log
+    stopped = [length for length in lengths_s(tmp_path) if length != 20.0]
+    assert len(stopped) == 20 and all(0 < length < 280 for length in stopped)
+
+    front = Front(head, tmp_path, "--front-only")
+    pages += front.streaming(280.0)
+    front.end(signal.SIGKILL)
+    for page in pages:
+        page.thread.join(30)
+        assert not page.thread.is_alive()
+
+    front = Front(head, tmp_path, "--front-only")
+    wait_for(lambda: not httpx.get(f"{front.url}/healthz").json()["jobs"], 60)
+    for page in front.streaming(2.0):
+        page.thread.join(60)
+        assert '"finished"' in page.told
+    assert len(lengths_s(tmp_path)) == 60
+    assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert "Traceback" not in front.log
+
+
+def test_front_that_is_killed_leaves_no_process_and_no_file(tmp_path):
+    """With a cluster of its own; its folder goes at the next start."""
+    folder = Path(tempfile.mkdtemp(prefix="t-"))  # short: a socket's path has 107 characters
+    code = (
+        "import threading; from musicgen_ui import files\n"
+        "from musicgen_ui.backends.ray_cluster import Cluster, connect\n"
+        "files.delete_leftovers(None)\n"
+        "front = connect(Cluster(replicas=1), {'device': 'cpu'}, 'bundled')\n"
+        "print('up', flush=True); threading.Event().wait()"
+    )
+    environment = os.environ | {"TMPDIR": str(folder)}
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
     try:
-        first = subprocess.Popen(
-            [sys.executable, "-c", FRONT, address], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert first.stdout and "streaming\n" in iter(first.stdout.readline, "")
-        first.kill()
-        first.wait()
-        front = connect(Cluster(address, front_only=True), {}, "bundled")
-        wait_for(lambda: front._fresh() and not any(r.jobs for r in front._fresh()), 60)
-        assert not takes(read(front.submit(ask())))[0].stopped
-        front.close()
+        front = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True)
+        assert front.stdout and "up\n" in iter(front.stdout.readline, "")
+        started = psutil.Process(front.pid).children(recursive=True)
+        assert started and list(folder.glob("mg-ray-*"))
+        front.kill()
+        front.wait()
+        gone, left = psutil.wait_procs(started, timeout=60)
+        assert gone and not left
+        leftovers = "from musicgen_ui import files; files.delete_leftovers(None)"
+        subprocess.run([sys.executable, "-c", leftovers], cwd=ROOT, env=environment, check=True)
+        assert not list(folder.glob("mg-ray-*"))
     finally:
-        for process in psutil.Process(cluster.pid).children(recursive=True):
-            process.kill()
-        cluster.kill()
-        cluster.wait()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -82,7 +82,7 @@ def test_killed_replica_leaves_the_undisturbed_take(front, cluster, tiny_mono, w
     assert np.array_equal(audio(events), take.clip.samples)
     assert np.array_equal(take.clip.samples[:, : before.shape[1]], before)
     assert np.allclose(take.clip.samples, alone.clip.samples, atol=1e-4)
-    assert [len(call) for call in cluster.calls] == [5, 5]
+    assert [call[5][0] for call in cluster.calls] == [str(tiny_mono)] * 2
     assert cluster.calls[1][4].shape[1] >= 10  # the codes that had arrived
 
 
@@ -155,6 +155,33 @@ def test_front_that_is_silent_loses_its_jobs(cluster, tiny_mono, monkeypatch):
     monkeypatch.setattr(cluster, "broadcast", raiser)
     wait_for(lambda: not any(replica._jobs for replica in cluster.replicas), 30)
     front.close()
+
+
+def test_replaced_replica_hands_its_jobs_on(front, cluster, tiny_mono, whole, monkeypatch):
+    """In a rolling update: the take is that of a job which nothing disturbed."""
+    monkeypatch.setattr(ray_replica, "LEASE_S", 1.0)
+    request = ask(tiny_mono, duration_s=60, do_sample=False)
+    job = front.submit(request)
+    before = audio(until_audio(job))
+    for replica in list(cluster.replicas):
+        cluster.drain(replica)
+    cluster.add()
+    events = read(job)
+    (take,) = takes(events)
+    assert len(cluster.calls) == 2 and not take.stopped and not take.fault
+    assert np.array_equal(take.codes, whole(request).codes)
+    assert np.array_equal(audio(events), take.clip.samples)
+    assert np.array_equal(take.clip.samples[:, : before.shape[1]], before)
+    assert not any(replica._jobs for replica in cluster.draining)
+
+
+def test_live_piece_ends_with_its_replica(front, cluster, tiny_mono):
+    job = front.submit(ask(tiny_mono, live=True))
+    until_audio(job)
+    cluster.kill(replica_of(cluster))
+    (take,) = takes(read(job))
+    assert take.fault == ray_serve.LIVE_LOST and not take.clip.duration_s
+    assert not front._made and len(cluster.calls) == 1
 
 
 def raiser(*_: object) -> None:

@@ -272,6 +272,15 @@ def test_a_seed_gives_the_same_take_as_on_the_page(tiny_mono, tmp_path):
     assert np.array_equal(written, shown) and written.any()
 
 
+def test_ray_address_without_ray_or_with_a_device_is_refused(monkeypatch, capsys, tmp_path):
+    arguments = ["generate", "rock", "--ray-address", "auto", "-o", str(tmp_path)]
+    assert cli.main([*arguments, "--device", "cpu"]) == 2
+    monkeypatch.setattr(generate, "find_spec", lambda _: None)
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "requirements-ray.txt" in told[1]
+
+
 def test_serve_takes_the_settings_from_its_flags(monkeypatch):
     from musicgen_ui.server import app
 

@@ -39,7 +39,7 @@ def begin(batch: Scheduler, **values: Any) -> tuple[LoggedJob, LiveVariation]:
 
 def listen(batch: Scheduler, job: LoggedJob, until_s: float, step_s: float = 0.1) -> None:
     """Steps as far as a listener hears that much."""
-    at = job.listener._samples
+    at = job.listener.samples
     while at < until_s * RATE:
         at += round(step_s * RATE)
         job.played(at)

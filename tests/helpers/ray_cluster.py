@@ -58,7 +58,7 @@ class Stream:
     def _check(self) -> None:
         if self._replica in self._cluster.silent:
             raise asyncio.CancelledError
-        if self._replica not in self._cluster.replicas:
+        if self._replica not in (*self._cluster.replicas, *self._cluster.draining):
             raise KilledError("The replica died")
 
     def cancel(self) -> None:
@@ -72,6 +72,7 @@ class FakeCluster:
         self._checkpoint, self._rows = checkpoint, rows
         self.replicas: list[Replica] = []
         self.silent: list[Replica] = []
+        self.draining: list[Replica] = []
         self.items = 0
         self.calls: list[tuple[Any, ...]] = []
         for _ in range(replicas):
@@ -88,6 +89,11 @@ class FakeCluster:
     def kill(self, replica: Replica) -> None:
         self.replicas.remove(replica)
 
+    def drain(self, replica: Replica) -> None:
+        """Gives it no more calls, as Serve does with one that is replaced; its streams go on."""
+        self.replicas.remove(replica)
+        self.draining.append(replica)
+
     def options(self, stream: bool) -> FakeCluster:
         assert stream
         return self
@@ -97,11 +103,15 @@ class FakeCluster:
         return Stream(self, arguments)
 
     def broadcast(self, method: str, *arguments: Any) -> Answers:
-        return Answers(lambda: [getattr(r, method)(*arguments) for r in self.replicas])
+        def call(replica: Replica) -> Any:
+            answer = getattr(replica, method)(*arguments)
+            return asyncio.run(answer) if asyncio.iscoroutine(answer) else answer
+
+        return Answers(lambda: [call(replica) for replica in self.replicas])
 
     def front(self) -> RayBackend:
         return RayBackend(self)
 
     def close(self) -> None:
-        for replica in self.replicas:
+        for replica in (*self.replicas, *self.draining):
             replica._backend.close()

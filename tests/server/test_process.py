@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -24,11 +23,14 @@ from musicgen_ui import environment
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.linear import PRECISIONS
+from musicgen_ui.engine.protocol import Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server import app, settings
+from tests.helpers import jobs
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port, wait_for
+from tests.helpers.pages import Page
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,33 +186,6 @@ ODD = {
 SOME_MUSIC = re.compile(r'"done_s"[\]:, ]+(0\.[1-9]|[1-9])')  # in an update, whole or a difference
 
 
-class Page:
-    """A page that makes a take, as the server sees it."""
-
-    def __init__(self, url: str, config: dict) -> None:
-        self.url, self.told, self.lost = url + "/gradio_api", "", ""
-        self.events = {event["api_name"]: event for event in config["dependencies"]}
-        self.defaults = {each["id"]: each["props"] for each in config["components"]}
-        self.thread = threading.Thread(target=self.make)
-        self.thread.start()
-
-    def make(self) -> None:
-        event, session = self.events["compose"], secrets.token_hex(6)
-        shown = [self.defaults[each] for each in event["inputs"]]
-        longer = {"duration_s": 60}
-        data = [longer.get(each.get("elem_id", ""), each.get("value")) for each in shown]
-        body = {"fn_index": event["id"], "session_hash": session, "data": data}
-        try:
-            with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as http:
-                http.post("/queue/join", json=body).raise_for_status()
-                query = {"session_hash": session}
-                with http.stream("GET", "/queue/data", params=query) as stream:
-                    for line in stream.iter_lines():
-                        self.told += line
-        except httpx.HTTPError as error:
-            self.lost = repr(error)
-
-
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A server that was asked to stop while three pages made takes: what is left of it."""
@@ -229,7 +204,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
     wait_for(is_up, 60)
     config = httpx.get(url + "/config", trust_env=False).json()
-    pages = [Page(url, config) for _ in range(3)]
+    pages = [Page(url, config, duration_s=60) for _ in range(3)]
     try:
         for page in pages:
             wait_for(lambda page=page: SOME_MUSIC.search(page.told) or page.lost, 60)
@@ -328,6 +303,31 @@ def test_a_process_that_ends_takes_along_what_it_started() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3, done.stderr
     wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+
+
+def test_drained_server_lets_its_jobs_end_and_refuses_new_ones() -> None:
+    admission = Admission(FakeBackend(speed=10.0), None)
+    demo, asked = SimpleNamespace(backend=admission), app.queue.SimpleQueue()
+    short = admission.submit(GenerationRequest(duration_s=3))
+    draining = threading.Thread(target=app.drain, args=(demo, asked, 60.0))
+    draining.start()
+    wait_for(lambda: admission.health().trouble is Trouble.STOPPING)
+    with pytest.raises(RequestError, match="being stopped"):
+        jobs.read(admission.submit(GenerationRequest()))
+    draining.join(20)
+    (take,) = jobs.takes(jobs.read(short))
+    assert not draining.is_alive() and not take.stopped
+
+
+def test_draining_ends_in_time_or_by_a_second_signal() -> None:
+    admission = Admission(FakeBackend(speed=1.0), None)
+    demo, asked = SimpleNamespace(backend=admission), app.queue.SimpleQueue()
+    job = admission.submit(GenerationRequest(duration_s=60))
+    app.drain(demo, asked, 0.2)
+    asked.put(signal.SIGTERM)
+    app.drain(demo, asked, 60.0)
+    assert not job.ended
+    job.stop()
 
 
 class Dying:
