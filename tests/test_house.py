@@ -22,7 +22,7 @@ GRADIO = ("ui", "server")
 # Each package may import itself and what stands after it.
 ORDER = (
     *("__main__", "server", "cli", "benchmark", "ui", "finetune", "backends", "checkpoints"),
-    *("library", "library_index", "retake", "takes", "sidecar"),
+    *("library", "library_index", "remote_folder", "retake", "takes", "sidecar"),
     *("engine", "request", "coercion", "steering", "audio", "environment", "errors", "files"),
 )
 # Imports that still point up; none may join them.

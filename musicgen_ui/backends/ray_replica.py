@@ -36,7 +36,7 @@ from musicgen_ui.engine.protocol import (
     Trouble,
 )
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CLIP_FIELDS, GenerationRequest
+from musicgen_ui.request import GenerationRequest
 from musicgen_ui.steering import Steering
 
 HEARTBEAT_S = 1.0
@@ -261,7 +261,7 @@ class Replica:
 
 
 def _without_clips(request: GenerationRequest) -> GenerationRequest:
-    return dataclasses.replace(request, **dict.fromkeys(CLIP_FIELDS))
+    return dataclasses.replace(request, audio_prompt=None, melody=None)
 
 
 def _listen_on_loopback() -> None:
