@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import secrets
 import threading
 import time
@@ -80,7 +81,7 @@ class RayBackend:
         self._rows: dict[Specification, asyncio.Task[None]] = {}  # handed to the cluster
         self._made: dict[Specification, Made] = {}
         self._reports: dict[str, tuple[Report, float]] = {}  # and when, by replica
-        self._stops: set[str] = set()  # ids whose replica was asked to stop
+        self._stops_s: dict[str, float] = {}  # when a replica was last asked to stop, by id
         self._models: dict[tuple[str, bool], tuple[str, int]] = {}  # by checkpoint and stereo
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -245,9 +246,8 @@ class RayBackend:
         self._queue.drop_ended()
         for specification in self._rows:
             made, job = self._made[specification], specification.job
-            if (job.stopping.is_set() or job.ended) and made.id not in self._stops:
-                self._stops.add(made.id)
-                self._start(self._tell("stop", made.id))
+            if job.stopping.is_set() or job.ended:
+                self._stop(made.id)
             if job.request.live:
                 self._pass_on(job, made)
         free = self._free_rows()
@@ -258,6 +258,13 @@ class RayBackend:
                 self._rows[upcoming] = self._loop.create_task(self._compose(upcoming))
         jobs = {specification.job for specification in self._rows}
         self._queue.report(jobs, [each.steps for each in self._rows] or [0])
+
+    def _stop(self, id: str) -> None:
+        """Asks for a stop, each second anew: a call may overtake the one that begins the job."""
+        now = time.monotonic()
+        if now - self._stops_s.get(id, -math.inf) >= HEARTBEAT_S:
+            self._stops_s[id] = now
+            self._start(self._tell("stop", id))
 
     def _pass_on(self, job: LoggedJob, made: Made) -> None:
         """Tells the replica of a live piece what its listener did; one message at a time."""
@@ -322,7 +329,7 @@ class RayBackend:
     async def _compose(self, specification: Specification) -> None:
         """Has a variation made on a replica; puts it back where the replica is lost."""
         made = self._made[specification]
-        samples = made.samples
+        samples, id = made.samples, made.id
         try:
             await self._read(specification, made)
         except asyncio.CancelledError:
@@ -338,7 +345,7 @@ class RayBackend:
                 self._queue.put_back(specification)
         finally:
             self._rows.pop(specification, None)
-            self._stops.discard(made.id)
+            self._stops_s.pop(id, None)
             if specification.job.ended or made.lost == 0:
                 self._made.pop(specification, None)
             self._wake.set()
@@ -360,7 +367,7 @@ class RayBackend:
             made.known(),
             self._models.get(key, (request.checkpoint, 0)),
         )
-        frames, expected, heard_s = 0, 0, time.monotonic()
+        frames, expected, heard_s, made.at_replica = 0, 0, time.monotonic(), False
         upcoming = asyncio.ensure_future(anext(response))
         try:
             while True:

@@ -225,7 +225,7 @@ def head(tmp_path) -> Iterator[str]:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
     command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
-    folder = tempfile.mkdtemp(prefix="head-")  # short: a socket's path has 107 characters
+    folder = tempfile.mkdtemp(prefix="h-", dir="/tmp")  # a socket's path is short
     log = (tmp_path / "head.log").open("wb")
     cluster = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=log, stderr=log)
     try:
@@ -326,7 +326,7 @@ def test_front_ends_and_begins_anew_while_pages_stream(head, tmp_path):
 
 def test_front_that_is_killed_leaves_no_process_and_no_file(tmp_path):
     """With a cluster of its own; its folder goes at the next start."""
-    folder = Path(tempfile.mkdtemp(prefix="t-"))  # short: a socket's path has 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # a socket's path is short
     code = (
         "import threading; from musicgen_ui import files\n"
         "from musicgen_ui.backends.ray_cluster import Cluster, connect\n"

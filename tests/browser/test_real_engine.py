@@ -1,4 +1,7 @@
-"""One journey with nothing faked: the bundled checkpoint, from a server that has just started."""
+"""One journey with nothing faked: the bundled checkpoint, from a server that has just started.
+
+Over a Ray cluster too: `python -m pytest -m ray tests/browser/test_real_engine.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from playwright.sync_api import expect
 
 from musicgen_ui import takes
 from musicgen_ui.checkpoints import registry
+from tests.helpers.backends import CLUSTER
 from tests.helpers.browser import Open, serving
 
 TAKE_DOWN = """() => {
@@ -22,14 +26,15 @@ TAKE_DOWN = """() => {
 }"""
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    with serving(checkpoint="bundled", device="cpu") as url:
+@pytest.fixture(params=["local", CLUSTER])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    cluster = {"backend": "ray", "replicas": 1} if request.param == "ray" else {}
+    with serving(checkpoint="bundled", device="cpu", **cluster) as url:
         yield url
 
 
 def test_a_click_before_the_engine_is_there_becomes_music(
-    open_page: Open, url: str, tmp_path: Path
+    open_page: Open, url: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     page = open_page(url=url)
     page.get_by_label("Prompt", exact=True).fill("techno with a hard kick and synth bass")
@@ -38,7 +43,9 @@ def test_a_click_before_the_engine_is_there_becomes_music(
     length.press("Tab")
     page.evaluate(TAKE_DOWN)  # two seconds are composed faster than a look from here
     page.get_by_role("button", name="Generate", exact=True).click()
-    expect(page.locator(".player[data-stage=finished]")).to_be_visible(timeout=120_000)
+    expect(page.locator(".player[data-stage=finished]")).to_be_visible(
+        timeout=400_000 if "ray" in request.node.name else 120_000
+    )
     assert "Composing" in page.evaluate("() => window.said.join()")
     page.wait_for_function("() => musicgenPlayer.sound.position_s > 1.9")
     expect(page.locator("#engine")).to_contain_text("bundled")

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from musicgen_ui import takes
 from musicgen_ui.library import Library
 from musicgen_ui.server import library_files
-from musicgen_ui.server.app import is_shown_to_others, kept_folder
+from musicgen_ui.server.folders import is_shown_to_others, kept_folder
 from musicgen_ui.server.settings import Settings
 from tests.helpers.takes import finished
 
