@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -65,6 +66,18 @@ def load_scheduler(source: Source, place: Place, max_jobs: int, say: Say) -> Sch
         max_jobs=max_jobs,
         window_s=loaded.window_s,
     )
+
+
+class EngineOptions(TypedDict, total=False):
+    """Arguments of `LocalBackend`, as a server chooses them."""
+
+    device: str
+    precision: str
+    budget_bytes: int | None
+    idle_s: float
+    max_jobs: int
+    allow_any: bool
+    also: Sequence[str]
 
 
 class LocalBackend:

@@ -14,12 +14,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musicgen_ui import files
 from musicgen_ui.backends.ray_replica import Replica
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.errors import RequestError
+
+if TYPE_CHECKING:  # torch
+    from musicgen_ui.backends.local import EngineOptions
 
 APPLICATION = "musicgen"
 OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
@@ -43,7 +46,7 @@ class Cluster:
     front_only: bool = False  # the application was deployed by another front
 
 
-def connect(cluster: Cluster, options: dict[str, Any], checkpoint: str = "auto") -> RayBackend:
+def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") -> RayBackend:
     """Starts or joins a cluster and deploys the replicas; waits until they take jobs.
 
     Args:
@@ -134,7 +137,7 @@ def _join(address: str) -> Callable[[], None]:
     return leave
 
 
-def _handle(cluster: Cluster, options: dict[str, Any], checkpoint: str) -> Any:
+def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> Any:
     from ray import serve
 
     if cluster.front_only:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 import psutil
@@ -53,6 +53,10 @@ from musicgen_ui.server.middleware import (
 )
 from musicgen_ui.server.settings import Settings, flag, label, variable
 from musicgen_ui.server.sign_in import SignIn
+
+if TYPE_CHECKING:  # gradio and torch
+    from musicgen_ui.backends.local import EngineOptions
+    from musicgen_ui.ui.page import Page
 
 FAILED, WRONG = 1, 2  # exit codes
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -86,7 +90,7 @@ def local_backend(chosen: Settings) -> StartingBackend:
     return StartingBackend(build, chosen.checkpoint)
 
 
-def _engine_options(chosen: Settings) -> dict[str, Any]:
+def _engine_options(chosen: Settings) -> EngineOptions:
     """Of `LocalBackend`, here and in each replica."""
     return {
         "device": chosen.device,
@@ -160,7 +164,7 @@ def middleware(
     ]
 
 
-def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]:
+def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path]:
     """Starts the server; returns Gradio's Blocks and its private folder, for `close`."""
     kept = kept_folder(chosen)
     files.delete_leftovers(kept)
@@ -194,7 +198,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, runs
     )
     kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
-    demo: Any = page.build(admission, options, kept_takes)
+    demo = page.build(admission, options, kept_takes)
     demo.storage = object_storage(chosen, takes)
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
@@ -215,14 +219,13 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Any, Path]
         gradio_patches.sign_in_mcp(demo, *chosen.credentials)
     if backend is background:  # not before: importing torch beside it would delay the page
         background.start()
-    running = lambda: demo.is_running  # noqa: E731
-    work = (running, temporary, chosen.temporary_gb * 1e9)
+    work = (lambda: demo.is_running, temporary, chosen.temporary_gb * 1e9)
     threading.Thread(target=cleanup.clean_while, args=work, daemon=True).start()
     return demo, temporary
 
 
 def _launch_page(
-    demo: Any, chosen: Settings, passed: list[Middleware], folders: list[Path]
+    demo: Page, chosen: Settings, passed: list[Middleware], folders: list[Path]
 ) -> None:
     """Gradio's own launch; files of `folders` may be copied to the cache, which alone is served."""
     from musicgen_ui.ui import page, take_panel
@@ -263,7 +266,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def close(demo: Any, temporary: Path) -> None:
+def close(demo: Page, temporary: Path) -> None:
     """Ends a launched server with its jobs, connections and engine; deletes what was temporary.
 
     What the jobs made so far is kept as takes.
@@ -403,9 +406,8 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
             demo, temporary = launch(chosen, backend)
             with stop_signals(asked.put):
                 try:
-                    print(
-                        f"MusicGen UI is at {demo.local_url.replace('[::]', '[::1]')}", flush=True
-                    )
+                    address = str(demo.local_url).replace("[::]", "[::1]")
+                    print(f"MusicGen UI is at {address}", flush=True)
                     if chosen.share:
                         link = demo.share_url or "no link, Gradio's servers were not reached"
                         print(f"For others: {link}", flush=True)
@@ -419,7 +421,7 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
         files.delete_private()
 
 
-def wait_for_end(demo: Any, asked: queue.SimpleQueue[int], check_every_s: float = 0.5) -> int:
+def wait_for_end(demo: Page, asked: queue.SimpleQueue[int], check_every_s: float = 0.5) -> int:
     """Until a signal comes, or the server cannot go on; the exit code."""
     while demo.server.thread.is_alive():
         with contextlib.suppress(queue.Empty):
@@ -427,16 +429,15 @@ def wait_for_end(demo: Any, asked: queue.SimpleQueue[int], check_every_s: float 
         if refusal := getattr(demo.backend.backend, "refusal", None):
             print(refusal, file=sys.stderr)
             return WRONG
-        if (
-            demo.backend.health().trouble is Trouble.DEVICE_LOST
-        ):  # only a new process has CUDA again
+        # Only a new process has CUDA again.
+        if demo.backend.health().trouble is Trouble.DEVICE_LOST:
             log.critical("The device is lost: the server ends, to be started again")
             return FAILED
     log.critical("The server has ended by itself")
     return FAILED
 
 
-def drain(demo: Any, asked: queue.SimpleQueue[int], seconds: float) -> None:
+def drain(demo: Page, asked: queue.SimpleQueue[int], seconds: float) -> None:
     """Refuses new jobs and waits until those under way have ended: so long, or until a signal."""
     demo.backend.refuse_all()
     end_s = time.monotonic() + seconds

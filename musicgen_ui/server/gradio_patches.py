@@ -10,17 +10,23 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Required, TypedDict, Unpack
 from urllib.parse import urlsplit
 
 import gradio as gr
 from gradio import route_utils, routes
+from gradio.block_function import BlockFunction
 from gradio.blocks import Block
+from gradio.data_classes import BlocksConfigDict
 from gradio.exceptions import InvalidPathError
+from gradio.http_server import Server
 from gradio.state_holder import SessionState
-
-from musicgen_ui.server.middleware import App, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_FILES = 8  # in one upload
 NOT_FETCHED = "Upload the file instead of a URL."
@@ -46,10 +52,11 @@ _PREVIEW = re.compile(r'\s*<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')
 
 _get_root_url = route_utils.get_root_url
 _respond = routes.templates.TemplateResponse
-_loader: Any = routes.templates.env.loader
+_loader = routes.templates.env.loader
+assert _loader
 _get_source = _loader.get_source
 _move_to_cache = Block.async_move_resource_to_block_cache
-_parser: Any = route_utils.GradioMultiPartParser
+_parser = route_utils.GradioMultiPartParser
 
 
 def apply(page: gr.Blocks) -> None:
@@ -61,7 +68,7 @@ def apply(page: gr.Blocks) -> None:
     explain_refusals(page)
     route_utils.get_root_url = root_url
     routes.templates.TemplateResponse = page_response  # type: ignore
-    _loader.get_source = page_source
+    vars(_loader)["get_source"] = page_source
     leave_limits_to_the_request()
 
 
@@ -71,7 +78,7 @@ class PassThrough:
     It is the outermost one, so that `middleware.OriginCheck` cannot take its headers away.
     """
 
-    def __init__(self, app: App, **_: Any) -> None:
+    def __init__(self, app: ASGIApp, **_: object) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,12 +86,24 @@ class PassThrough:
         await self.app(scope, receive, send)
 
 
-def upload_parser(*args: Any, **options: Any) -> Any:
+class _Upload(TypedDict, total=False):
+    max_files: float
+    max_fields: float
+    max_file_size: Required[float]  # bytes
+    upload_dir: str | Path | None
+    upload_id: str | None
+    upload_progress: route_utils.FileUploadProgress | None
+
+
+def upload_parser(
+    headers: Headers, stream: AsyncGenerator[bytes, None], **options: Unpack[_Upload]
+) -> route_utils.GradioMultiPartParser:
     """Gradio's parser of uploads, for files alone: it holds a form's other fields in memory."""
-    return _parser(*args, **options | {"max_files": MAX_FILES, "max_fields": 0})
+    options |= {"max_files": MAX_FILES, "max_fields": 0}
+    return _parser(headers, stream, **options)
 
 
-async def refuse_urls(component: Any, file: Any) -> Any:
+async def refuse_urls(component: Block, file: str | Path | None) -> str | None:
     """Makes components refuse a URL instead of a file.
 
     Gradio fetches public ones: a body of any size, and into memory. On the class, since Gradio
@@ -92,7 +111,8 @@ async def refuse_urls(component: Any, file: Any) -> Any:
     """
     if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
         raise gr.Error(NOT_FETCHED, print_exception=False)
-    return await _move_to_cache(component, file)
+    path: str | None = await _move_to_cache(component, file)
+    return path
 
 
 def keep_no_values() -> None:
@@ -119,11 +139,10 @@ def sign_in_mcp(demo: gr.Blocks, user: str, password: str) -> None:
         analytics_enabled=False,
         _skip_components=False,
     )
-    server: Any = demo.mcp_server_obj
-    server._get_or_create_client = lambda: client
+    vars(demo.mcp_server_obj)["_get_or_create_client"] = lambda: client
 
 
-def hang_up(server: Any, within_s: float = 5.0) -> None:
+def hang_up(server: Server, within_s: float = 5.0) -> None:
     """Ends a running uvicorn server and breaks its connections off.
 
     A page takes that for a lost connection, and loads itself anew when the server is back. Gradio's
@@ -148,33 +167,39 @@ def leave_limits_to_the_request() -> None:
     gr.Slider.preprocess = lambda slider, payload: payload  # type: ignore
 
 
-def page_source(environment: Any, name: str) -> tuple[str, str | None, Callable[[], bool] | None]:
+def page_source(_: object, name: str) -> tuple[str, str | None, Callable[[], bool] | None]:
     """Gradio's template of the page with this app's head: links are previewed as "Gradio" else."""
-    source, *rest = _get_source(environment, name)
+    source, file, is_current = _get_source(routes.templates.env, name)
     source = _PREVIEW.sub("", source).replace("<head>", "<head>" + HEAD, 1)
     # Gradio asks for it at the server's root, which is another app's behind a proxy with a path.
     source = source.replace('href="/manifest.json"', 'href="manifest.json"')
-    return source, *rest
+    return source, file, is_current
 
 
-def page_response(request: Any, name: str, context: dict[str, Any], **rest: Any) -> Any:
+class _PageContext(TypedDict):
+    base_url: str
+    config: BlocksConfigDict
+    gradio_api_info: object
+
+
+def page_response(request: Request, name: str, context: _PageContext) -> Response:
     """The page, with addresses relative to itself.
 
     Gradio makes them of what a proxy in front says of scheme, host and port. Where one is lost,
     the page is alive and its player, picture and downloads are dead.
     """
     config = route_utils.update_root_in_config(context["config"], HERE)
-    return _respond(request=request, name=name, context={**context, "config": config}, **rest)
+    return _respond(request=request, name=name, context={**context, "config": config})
 
 
-def root_url(request: Any, route_path: str, root_path: str | None) -> str:
+def root_url(request: Request, route_path: str, root_path: str | None) -> str:
     """What stands before a file's address in an answer: as in `page_response` for the page."""
     if request.method == "POST" and _is_from_the_page(request):
         return HERE
     return _get_root_url(request, route_path, root_path)
 
 
-def _is_from_the_page(request: Any) -> bool:
+def _is_from_the_page(request: Request) -> bool:
     """Whether this server's own page asks, not another website or a program."""
     if request.headers.get("sec-fetch-site") == "same-origin":
         return True
@@ -195,12 +220,18 @@ def explain_refusals(page: gr.Blocks) -> None:
     """
     preprocess = page.preprocess_data
 
-    async def explained(block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
+    async def explained(
+        block_fn: BlockFunction,
+        inputs: list[object],
+        state: SessionState | None,
+        explicit_call: bool = False,
+    ) -> list[object]:
         expected = len(block_fn.inputs)
         if len(inputs) != expected:
             raise _refusal(f"{expected} values are expected, and {len(inputs)} came")
         try:
-            return await preprocess(block_fn, inputs, *rest, **named)
+            values: list[object] = await preprocess(block_fn, inputs, state, explicit_call)
+            return values
         except gr.Error:
             raise
         except InvalidPathError as error:
@@ -215,7 +246,7 @@ def _refusal(why: str) -> gr.Error:
     return gr.Error(f"{why}: see “Use via API” on the page.", print_exception=False)
 
 
-def _what_is_wrong(block_fn: Any, inputs: list[Any]) -> str:
+def _what_is_wrong(block_fn: BlockFunction, inputs: list[object]) -> str:
     for component, value in zip(block_fn.inputs, inputs, strict=True):
         if isinstance(component, gr.Audio) and value is not None and not _is_file(value):
             return (
@@ -225,5 +256,5 @@ def _what_is_wrong(block_fn: Any, inputs: list[Any]) -> str:
     return "A value could not be taken"
 
 
-def _is_file(value: Any) -> bool:
+def _is_file(value: object) -> bool:
     return isinstance(value, dict) and value.get("meta") == {"_type": "gradio.FileData"}

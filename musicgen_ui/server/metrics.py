@@ -11,8 +11,8 @@ import asyncio
 import ipaddress
 import secrets
 from collections import Counter as Count
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TypedDict
 
 import prometheus_client as prometheus
 from prometheus_client.core import GaugeMetricFamily
@@ -31,6 +31,11 @@ FACTORS = (0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
 
+class _Common(TypedDict):
+    namespace: str
+    registry: prometheus.CollectorRegistry
+
+
 class Metrics(Collector):
     """Counts jobs as they end, and looks at backend and job log when it is asked."""
 
@@ -38,7 +43,7 @@ class Metrics(Collector):
         self.backend = backend
         self.job_log = job_log
         self.registry = prometheus.CollectorRegistry()
-        common: Any = {"namespace": "musicgen", "registry": self.registry}
+        common: _Common = {"namespace": "musicgen", "registry": self.registry}
         self.jobs = prometheus.Counter("jobs", "Jobs that ended", ["outcome"], **common)
         self.music = prometheus.Counter("music_seconds", "Music that was made", **common)
         self.waited = prometheus.Histogram(
@@ -71,7 +76,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What holds now."""
         health = self.backend.health()
-        stages = Count(record.stage for record in tuple(self.job_log.open))
+        stages = Count[str](record.stage for record in tuple(self.job_log.open))
         yield gauge("up", "Whether music can be made", not health.trouble)
         yield gauge(
             "queue", "Jobs under way by stage", stages, "stage", "waiting loading composing"
@@ -102,10 +107,13 @@ def replica_gauges(replicas: dict[str, ReplicaHealth]) -> Iterator[GaugeMetricFa
         yield gauge(f"replica_{name.replace('_s', '_seconds')}", help, values, "replica")
 
 
-def gauge(name: str, help: str, value: Any, label: str = "", always: str = "") -> GaugeMetricFamily:
+def gauge(
+    name: str, help: str, value: float | Mapping[str, float], label: str = "", always: str = ""
+) -> GaugeMetricFamily:
     """One value, or one for each label; those of `always` are 0 where they are not in it."""
     family = GaugeMetricFamily(f"musicgen_{name}", help, labels=[label] * bool(label))
-    values = dict.fromkeys(always.split(), 0) | value if label else {"": value}
+    values = dict.fromkeys(always.split(), 0.0)
+    values |= value if isinstance(value, Mapping) else {"": value}
     for word, number in values.items():
         family.add_metric([word] * bool(label), float(number))
     return family
@@ -122,7 +130,7 @@ def metrics_routes(metrics: Metrics, token: str, proxied: bool) -> list[Route]:
 
     def healthz(_: Request) -> Response:
         health = metrics.backend.health()
-        answer: dict[str, Any] = {
+        answer: dict[str, object] = {
             "status": "failed" if health.trouble else "ok",
             "engine": status_text(metrics.backend.status()),
         }

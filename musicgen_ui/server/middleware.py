@@ -19,21 +19,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Gradio's routes, by what follows /gradio_api/: page, clients, MCP.
 OPEN_ROUTES = {
@@ -106,7 +101,9 @@ class OriginCheck:
         public: whether pages of every website may call it.
     """
 
-    def __init__(self, app: App, names: Collection[str], local: bool, public: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, names: Collection[str], local: bool, public: bool = False
+    ) -> None:
         self.app = app
         self.names = names
         self._local, self._public = local, public
@@ -157,7 +154,7 @@ class RouteAllowList:
         cache: the folder whose files are served.
     """
 
-    def __init__(self, app: App, cache: Path) -> None:
+    def __init__(self, app: ASGIApp, cache: Path) -> None:
         self.app = app
         self.cache = cache.resolve()
 
@@ -187,7 +184,7 @@ class RouteAllowList:
 class ErrorResponses:
     """Answers 400 where Gradio raises: it trusts what its own page sends, whoever sends it."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -230,7 +227,7 @@ class BodyLimit:
     """
 
     def __init__(
-        self, app: App, upload_bytes: int, body_bytes: int = BODY_BYTES, folder: Path = Path()
+        self, app: ASGIApp, upload_bytes: int, body_bytes: int = BODY_BYTES, folder: Path = Path()
     ) -> None:
         self.app = app
         self.upload_bytes, self.body_bytes, self.folder = upload_bytes, body_bytes, folder
@@ -287,7 +284,7 @@ class IdentifierLimit:
     Clients choose them, and Gradio keeps each one, whatever its length, with what belongs to it.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -298,7 +295,7 @@ class IdentifierLimit:
         if not api or route.startswith("file="):
             await self.app(scope, receive, send)
             return
-        ids: list[Any] = route.split("/")
+        ids: list[object] = [*route.split("/")]
         ids += [value for _, value in parse_qsl(scope["query_string"].decode("latin-1"))]
         if scope["method"] == "POST" and route.split("/")[0] in ROUTES_WITH_IDS:
             body, receive = await read_body(receive)
@@ -334,7 +331,7 @@ class ServerRoutes:
     not before the page is launched.
     """
 
-    def __init__(self, app: App, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self.app = app
         self._router = Router(routes, redirect_slashes=False, default=app)
 

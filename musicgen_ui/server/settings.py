@@ -292,7 +292,7 @@ def label(name: str) -> str:
     return f"{variable(name)} ({flag(name)})"
 
 
-def _default(field: FieldInfo) -> Any:
+def _default(field: FieldInfo) -> object:
     return field.get_default(call_default_factory=True, validated_data={})
 
 
@@ -308,10 +308,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting; one that is not given leaves the environment's value."""
     for name, field in Settings.model_fields.items():
         what = f"{field.description} [{variable(name)}, default {_default(field)!r}]"
-        options: dict[str, Any] = {"help": what, "default": None, "dest": name}
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        parser.add_argument(flag(name), **options)
+        action = argparse.BooleanOptionalAction if field.annotation is bool else "store"
+        parser.add_argument(flag(name), action=action, help=what, default=None, dest=name)
 
 
 def settings(arguments: Mapping[str, Any] | Sequence[str] = ()) -> Settings:

@@ -16,14 +16,14 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from musicgen_ui.server.middleware import App, Message, Receive, Scope, Send, refuse
+from musicgen_ui.server.middleware import refuse
 
 # Gradio asks itself for the last one; /metrics has a token of its own.
 OPEN_PATHS = {"/healthz", "/metrics", "/gradio_api/startup-events"}
@@ -67,7 +67,7 @@ class Attempts:
         self._pending: Counter[str] = Counter()  # by address
 
     @contextlib.contextmanager
-    def one(self, scope: MutableMapping[str, Any]) -> Iterator[bool]:
+    def one(self, scope: Scope) -> Iterator[bool]:
         """Counts an attempt until its end; False where its address has too many already."""
         address = (scope.get("client") or ("",))[0]
         self._pending[address] += 1
@@ -88,7 +88,7 @@ class SignIn:
         password: its password.
     """
 
-    def __init__(self, app: App, user: str, password: str) -> None:
+    def __init__(self, app: ASGIApp, user: str, password: str) -> None:
         self.app = app
         self._credentials = f"{user}:{password}".encode()
         self._attempts = Attempts()

@@ -22,6 +22,7 @@ from musicgen_ui.coercion import KEYS
 from musicgen_ui.files import ASSETS
 from musicgen_ui.finetune.process import Runs
 from musicgen_ui.library import Library
+from musicgen_ui.remote_folder import RemoteFolder
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import (
     audio_panel,
@@ -90,6 +91,7 @@ class Page(gr.Blocks):
     sessions: Sessions
     backend: Admission
     finetuning: Runs | None  # None: not on this page
+    storage: RemoteFolder | None  # object storage where the takes are copied to
 
 
 def build(backend: Admission, settings: PageOptions, library: Library | None = None) -> Page:
