@@ -42,6 +42,7 @@ SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once t
 CLIPS = {
     "prompt_s": "It continued an audio prompt, which its file does not hold",
     "melody_s": "It followed a melody, which its file does not hold",
+    "style_s": "It took on the style of a clip, which its file does not hold",
 }
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
@@ -56,6 +57,7 @@ class PageFacts(TypedDict, total=False):
     summary: str
     defaults: dict[str, object]  # as `CheckpointInfo.defaults`
     melody: bool
+    style: bool
     longest_s: float
 
 
@@ -184,6 +186,7 @@ class CheckpointFacts:
                 "summary": summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
+                "style": facts.style,
                 "longest_s": self.longest_s,
             },
         }
@@ -259,6 +262,7 @@ def checkpoint_label(name: str, info: CheckpointInfo) -> str:
     sound = {"choice": "mono or stereo", "always": "stereo", "never": "mono"}
     facts.append(sound[info.stereo])
     facts += ["follows melodies"] if info.melody else []
+    facts += ["takes on a style"] if info.style else []
     if not info.fits:
         facts.append("too large for this computer")
     elif info.download_bytes:
