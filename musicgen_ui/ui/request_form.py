@@ -23,14 +23,8 @@ from musicgen_ui import takes
 from musicgen_ui.checkpoints.memory import size_in_words
 from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import (
-    CHECKPOINT_FIELDS,
-    CLIP_FIELDS,
-    FIELDS,
-    MAX_DURATION_S,
-    TakeSettings,
-    coerce,
-)
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S, coerce
+from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
 from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
