@@ -123,7 +123,7 @@ document.addEventListener('dragleave', (event) => event.relatedTarget || mark(fa
 document.addEventListener('drop', (event) => {
   mark(false);
   if (!has_files(event)) return;
-  if (event.target.closest?.('#audio_prompt, #melody') && is_too_large(event.dataTransfer.files)) {
+  if (event.target.closest?.('#audio_prompt, #melody, #style') && is_too_large(event.dataTransfer.files)) {
     event.preventDefault();
     event.stopImmediatePropagation();
   }

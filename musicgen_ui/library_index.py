@@ -23,7 +23,8 @@ import platformdirs
 
 from musicgen_ui import sidecar, takes
 from musicgen_ui.audio.clip import ENDINGS
-from musicgen_ui.request import TakeSettings, section_pairs
+from musicgen_ui.request import section_pairs
+from musicgen_ui.take_settings import TakeSettings
 
 PAGE = 50  # takes
 SETTLED_NS = 2_000_000_000  # a folder that changed later than this may change again unnoticed

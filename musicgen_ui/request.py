@@ -16,7 +16,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from musicgen_ui.coercion import (
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.steering import MEMORY_SLOTS, Steering, normalised
+from musicgen_ui.take_settings import TakeSettings
 
 WINDOW_S = 30.0  # MusicGen is trained on windows of 30 s; longer ones run without error, badly
 MAX_DURATION_S = 300.0
@@ -69,59 +70,6 @@ def _setting(
     unit: str = "",
 ) -> T:
     return field(default=default, metadata=_about(label, help, minimum, maximum, unit))
-
-
-class Results(TypedDict, total=False):
-    """What came of a request; older files do not say all."""
-
-    made_s: float
-    prompt_s: float
-    melody_s: float
-    sampling_rate: int  # Hz
-    channels: int
-    speed_x: float
-    score: float
-    stopped: bool
-    gain_db: float  # that `normalize` took; samples and codes differ by it
-    id: str  # of the sound
-    parent: str  # the id of the sound that the take goes on from
-    operation: str  # one of `takes.Operation`
-    parent_at_s: float
-    loop_bars: int
-    fade_out_s: float
-
-
-class TakeSettings(Results):
-    """What a take's files say of it, as JSON: the request's fields, then what came of it."""
-
-    prompt: str
-    negative_prompt: str
-    sections: list[list[float | str]]  # [start_s, words], see `section_pairs`
-    tempo_bpm: float
-    key: str
-    time_signature: str
-    context_s: float
-    include_prompt: bool
-    chords: str
-    chord_strength: float
-    checkpoint: str
-    adapter: str
-    adapter_strength: float
-    stereo: bool
-    duration_s: float
-    overlap_s: float
-    guidance_scale: float
-    do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    automation: list[list[object]]  # [at_s, what changes]
-    skip_s: float
-    seed: int
-    variations: int
-    keep: int
-    rank_by_prompt: bool
-    normalize: bool
 
 
 @dataclass(frozen=True)
@@ -175,6 +123,22 @@ class GenerationRequest:
     )
     chord_strength: float = _setting(
         1.0, "Chord strength", "how strongly the chords are followed: 1 as a melody is", 0.1, 2.5
+    )
+    style: Clip | None = field(
+        default=None,
+        metadata=_about("Style", "a clip whose style the music takes on, from a style checkpoint"),
+    )
+    style_start_s: float = _setting(
+        0.0, "Excerpt start", "where in the style clip the excerpt begins", 0, MAX_DURATION_S, "s"
+    )
+    style_length_s: float = _setting(
+        3.0, "Excerpt length", "seconds of the style clip that the model hears", 1.5, 4.5, "s"
+    )
+    style_codebooks: int = _setting(
+        3, "Style codebooks", "how much of the excerpt comes through: 1 is its outline", 1, 6
+    )
+    text_guidance: float = _setting(
+        5.0, "Text guidance", "with words and a style clip, the weight of the words over it", 1, 9
     )
     checkpoint: str = _setting(
         "auto", "Checkpoint", "a checkpoint's name, Hub id or folder", 0, 500
@@ -251,6 +215,7 @@ class GenerationRequest:
                 f"{request.end_s:g} s: let it start earlier, or choose a greater length.",
                 "sections",
             )
+        check_style(request)
         return request
 
     def context_used_s(self, window_s: float = WINDOW_S) -> float:
@@ -302,6 +267,15 @@ class GenerationRequest:
         return Progression(chords.parse(self.chords), bar_s)
 
     @property
+    def style_excerpt(self) -> Clip:
+        """What the model hears of the style clip, which must be there."""
+        assert self.style
+        rate = self.style.sampling_rate
+        begin = round(self.style_start_s * rate)
+        end = begin + round(self.style_length_s * rate)
+        return Clip(self.style.samples[:, begin:end], rate)
+
+    @property
     def followed(self) -> str:
         """What only a melody checkpoint can follow, in words; "" without any."""
         parts = ["a melody"] * (self.melody is not None) + ["chords"] * bool(self.chords)
@@ -337,7 +311,7 @@ def section_pairs(settings: TakeSettings) -> list[tuple[float, str]]:
 
 
 # The clips, and how much of a file's end is kept of each, in seconds.
-CLIP_FIELDS = {"audio_prompt": 120.0, "melody": MAX_DURATION_S}
+CLIP_FIELDS = {"audio_prompt": 120.0, "melody": MAX_DURATION_S, "style": MAX_DURATION_S}
 FIELDS = {spec.name: spec for spec in dataclasses.fields(GenerationRequest) if spec.metadata}
 # What a checkpoint's generation_config.json may state: its defaults, which replace ours.
 CHECKPOINT_FIELDS = (
@@ -426,6 +400,40 @@ def check_melody(clip: Clip) -> Clip:
     if np.abs(clip.samples).max() < SILENCE:
         raise RequestError("The melody is silent: choose a clip with a tune in it.", "melody")
     return clip
+
+
+def check_style(request: GenerationRequest) -> None:
+    """Requires that the excerpt lies within the style clip and is not silent.
+
+    Raises:
+        RequestError: it does not, or is; or the clip is shorter than every excerpt.
+    """
+    clip, start_s, length_s = request.style, request.style_start_s, request.style_length_s
+    if clip is None:
+        return
+    clip_s, least_s = clip.duration_s, FIELDS["style_length_s"].metadata["min"]
+    latest_s = math.floor((clip_s - length_s) * 100 + 1e-6) / 100
+    if clip_s < least_s:
+        raise RequestError(
+            f"The style clip is {clip_s:.2f} s long: choose one of at least {least_s:g} s.", "style"
+        )
+    if latest_s < 0:
+        raise RequestError(
+            f"The excerpt is {length_s:g} s long and the style clip only {clip_s:.2f} s: choose a "
+            "shorter excerpt or a longer clip.",
+            "style_length_s",
+        )
+    if start_s > latest_s:
+        raise RequestError(
+            f"The excerpt from {start_s:g} to {start_s + length_s:g} s is not within the style "
+            f"clip, which ends at {clip_s:.2f} s: let it start at {latest_s:g} s or earlier.",
+            "style_start_s",
+        )
+    if np.abs(request.style_excerpt.samples).max() < SILENCE:
+        raise RequestError(
+            "The excerpt of the style clip is silent: let it start where there is music.",
+            "style_start_s",
+        )
 
 
 def _automation(spec: Spec, value: object) -> Iterator[tuple[float, Steering]]:

@@ -23,7 +23,7 @@ from musicgen_ui import files
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio import waveform
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.request import TakeSettings
+from musicgen_ui.take_settings import TakeSettings
 
 ENDING = ".safetensors"
 FORMAT = "MusicGen UI take"

@@ -33,8 +33,9 @@ from musicgen_ui.audio.export import AS_MADE, Shape
 from musicgen_ui.audio.load import read as read_audio
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest, Results, TakeSettings
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from musicgen_ui.sidecar import Codes
+from musicgen_ui.take_settings import Results, TakeSettings
 
 MARK = "MusicGen UI settings"  # the comment's key: whose JSON this is
 TARGET_LUFS = -14.0
@@ -93,6 +94,7 @@ RESULTS: dict[str, Callable[[object], bool]] = {
     "made_s": _is_amount,
     "prompt_s": _is_amount,
     "melody_s": _is_amount,
+    "style_s": _is_amount,
     "sampling_rate": _is_amount,
     "channels": _is_amount,
     "speed_x": _is_amount,
@@ -378,6 +380,7 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
         **request.settings(),
         **_measures(clip, prompt_s),
         "melody_s": round(request.melody.duration_s, 3) if request.melody else 0.0,
+        "style_s": round(request.style.duration_s, 3) if request.style else 0.0,
         "speed_x": round(finished.speed, 2),
         "stopped": finished.stopped,
         "gain_db": round(gain_db, 4),

@@ -23,7 +23,8 @@ GRADIO = ("ui", "server")
 ORDER = (
     *("__main__", "server", "cli", "benchmark", "ui", "finetune", "backends", "checkpoints"),
     *("library", "library_index", "remote_folder", "retake", "takes", "sidecar"),
-    *("engine", "request", "coercion", "steering", "audio", "environment", "errors", "files"),
+    *("engine", "request", "take_settings", "coercion", "steering", "audio", "environment"),
+    *("errors", "files"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP: set[tuple[str, str]] = set()

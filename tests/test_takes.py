@@ -18,7 +18,8 @@ from musicgen_ui.audio import clip, waveform
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import GenerationRequest, TakeSettings
+from musicgen_ui.request import GenerationRequest
+from musicgen_ui.take_settings import TakeSettings
 from tests.helpers.takes import HOP, RATE, finished, with_codes
 
 

@@ -283,8 +283,7 @@ class LocalBackend:
 
     def _source(self, request: GenerationRequest) -> Source:
         source = self._resolve(request.checkpoint, request.stereo)
-        if request.followed:
-            registry.require_melody(source, request.followed)
+        registry.require_able(source, request)
         return registry.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:

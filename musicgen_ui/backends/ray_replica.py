@@ -261,7 +261,7 @@ class Replica:
 
 
 def _without_clips(request: GenerationRequest) -> GenerationRequest:
-    return dataclasses.replace(request, audio_prompt=None, melody=None)
+    return dataclasses.replace(request, audio_prompt=None, melody=None, style=None)
 
 
 def _listen_on_loopback() -> None:

@@ -144,6 +144,7 @@ class ZeroBackend:
             if job.request.live:
                 raise RequestError(NO_LIVE_MODE)
             source = self._source(job.request.checkpoint, job.request.stereo)
+            registry.require_able(source, job.request)
             with self._turn(job):
                 if not job.ended:
                     Call(source.name, job).run()

@@ -19,7 +19,8 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, WINDOW_S, coerce
 
 # Keys: "text_encoder", "audio_encoder", "decoder", "melody" (empty where the checkpoint follows no
-# melodies) and "training": the window in seconds, and whether it was trained on sound effects.
+# melodies), "style" (empty where it is not conditioned on a clip's style) and "training": the
+# window in seconds, and whether it was trained on sound effects.
 Configuration = dict[str, dict[str, Any]]
 
 # Meta's sizes: layers, hidden size, heads, feed-forward size of the decoder. The rest is the same.
@@ -35,11 +36,37 @@ META_WORDS = {size: (size, False) for size in META_SIZES} | {
     "melody-large": ("large", True),
 }
 MELODY = {"num_chroma": 12, "chroma_length": 235}  # pitch classes, and columns of them in 30 s
+# What is between a clip and the decoder of MusicGen-Style: MERT (HuBERT's base size), a transformer
+# and a residual quantizer, of which every 15th token is kept.
+STYLE: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_quantizers": 6,
+    "codebook_size": 1024,
+    "downsampling": 15,
+}
+MERT: dict[str, Any] = {
+    "sampling_rate": 24_000,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "conv_dim": [512] * 7,
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_bias": False,
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+}
 # The checkpoints on the Hub that have a short name: their ids by it.
 PUBLISHED = {
     **{s + word: f"facebook/musicgen-{s}{word}" for s in ("", "stereo-") for word in META_WORDS},
-    "audiogen": "facebook/audiogen-medium",  # sound effects; in audiocraft's format alone
+    # In audiocraft's format alone:
+    "style": "facebook/musicgen-style",
+    "audiogen": "facebook/audiogen-medium",  # sound effects
 }
+AUDIOCRAFT_ALONE = ("style", "audiogen")
 GENERATION_FILE = "generation_config.json"
 _WINDOWS_S = (1.0, WINDOW_S)  # the shortest and the longest window that a configuration may state
 # The values of what a configuration leaves out: Meta's.
@@ -93,6 +120,9 @@ _LARGEST = {  # counts in a configuration, far beyond any model
     **dict.fromkeys(("kernel_size", "last_kernel_size", "residual_kernel_size"), 1024),
     **dict.fromkeys(("upsampling_ratios", "compress", "dilation_growth_rate"), 1024),
     **dict.fromkeys(("d_model", "d_kv", "hidden_size", "codebook_dim", "num_filters"), 2**15),
+    **dict.fromkeys(("num_quantizers", "conv_stride", "conv_kernel"), 64),
+    **dict.fromkeys(("conv_dim", "intermediate_size"), 2**15),
+    **dict.fromkeys(("num_conv_pos_embeddings", "num_conv_pos_embedding_groups"), 1024),
     "target_bandwidths": 10_000,
     "chroma_length": 2**15,
     "num_labels": 1024,
@@ -137,10 +167,18 @@ def audiogen() -> Configuration:
     return _filled({**config, "window_s": 10.0, "sound_effects": True}, melody=False)
 
 
+def style() -> Configuration:
+    """The configuration of MusicGen-Style (Rouard et al. 2024, arXiv 2407.12563) of Meta's."""
+    decoder = meta("medium", stereo=False)["decoder"]
+    return _filled({"decoder": decoder, "style": {}}, melody=False)
+
+
 def published(word: str) -> Configuration:
     """The configuration of a checkpoint on the Hub that has this short name, see `PUBLISHED`."""
     if word == "audiogen":
         return audiogen()
+    if word == "style":
+        return style()
     return meta(word.removeprefix("stereo-"), word.startswith("stereo-"))
 
 
@@ -169,7 +207,7 @@ def parse(name: str, config: Any) -> Configuration:
     try:
         kind = config["model_type"]
         if kind in ("musicgen", "musicgen_melody"):
-            return _filled(config, melody=kind == "musicgen_melody")
+            return _filled(config, kind == "musicgen_melody" and "style" not in config)
     except _ValueOutOfBoundsError as error:
         raise RequestError(
             f"{name} cannot be used: in its config.json {error}. Choose another checkpoint.",
@@ -198,10 +236,35 @@ def _filled(config: dict[str, Any], melody: bool) -> Configuration:
     for part, values in (_DEFAULTS | {"melody": MELODY if melody else {}}).items():
         for key, default in values.items():
             _require_kind(part, key, filled[part][key], default)
+    filled["style"] = _style(config["style"]) if "style" in config else {}
+    # transformers' word for the width of what is projected to the decoder's.
+    if filled["style"] and config.get("num_chroma", 0) not in (0, filled["style"]["hidden_size"]):
+        raise _ValueOutOfBoundsError("num_chroma is not style.hidden_size")
     sound_effects = config.get("sound_effects") is True
     filled["training"] = {"window_s": _window_s(config), "sound_effects": sound_effects}
     _require_bounded(config, filled)
     return filled
+
+
+def _style(stated: dict[str, Any]) -> dict[str, Any]:
+    """The style's own configuration, MERT's within it, with every value filled in."""
+    mert = {key: stated.get("mert", {}).get(key, value) for key, value in MERT.items()}
+    filled = {key: stated.get(key, value) for key, value in STYLE.items()}
+    for part, values, defaults in (("style", filled, STYLE), ("style.mert", mert, MERT)):
+        for key, default in defaults.items():
+            _require_kind(part, key, values[key], default)
+        if values["hidden_size"] % values["num_attention_heads"]:
+            raise _ValueOutOfBoundsError(f"{part}.hidden_size is no multiple of its heads")
+    groups = mert["num_conv_pos_embedding_groups"]
+    lengths = {len(mert[key]) for key in ("conv_dim", "conv_stride", "conv_kernel")}
+    if len(lengths) > 1 or mert["hidden_size"] % groups or filled["hidden_size"] % 2:
+        raise _ValueOutOfBoundsError("style's values do not fit each other")
+    return {**filled, "mert": mert}
+
+
+def prefixed(config: Configuration) -> bool:
+    """Whether states come as a prefix of the decoder's input, as transformers' MusicgenMelody."""
+    return bool(config["melody"] or config["style"])
 
 
 def _window_s(config: dict[str, Any]) -> float:

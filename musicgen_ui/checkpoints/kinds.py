@@ -188,13 +188,16 @@ class DecoderAlone:
         """See `Checkpoint.config`."""
         own, base = _decoder_config(config_file(self.source)), self._base.config()
         kind = _WHOLE[own["model_type"]]
-        if (kind == "musicgen_melody") != bool(base["melody"]):
+        if (kind == "musicgen_melody") != configuration.prefixed(base):
             raise RequestError(
-                f"Of the decoder {self.source.name} and its base, only one follows melodies: name "
-                "the checkpoint it was trained from under base_model in its config.json.",
+                f"Of the decoder {self.source.name} and its base, only one follows melodies or a "
+                "style: name the checkpoint it was trained from under base_model in its "
+                "config.json.",
                 "checkpoint",
             )
         completed = {**base, **base["melody"], **base["training"]}
+        if not base["style"]:
+            del completed["style"]
         completed |= {"decoder": own, "model_type": kind}
         return configuration.parse(self.source.name, completed)
 
@@ -313,8 +316,8 @@ def base_name(file: Path) -> str:
 
 def has_decoder_of(file: Path, config: Configuration) -> bool:
     """Whether a decoder's `config.json` has the shape of the decoder in `config`."""
-    own, melody = _decoder_config(file), bool(config["melody"])
-    kind = "musicgen_melody_decoder" if melody else "musicgen_decoder"
+    own, prefixed = _decoder_config(file), configuration.prefixed(config)
+    kind = "musicgen_melody_decoder" if prefixed else "musicgen_decoder"
     return own["model_type"] == kind and all(
         own.get(key, default) == config["decoder"][key]
         for key, default in configuration.decoder_defaults(_SHAPE).items()
@@ -368,8 +371,8 @@ def _load(
         base_config = configuration.read(rest.source.name, rest_folder / "config.json")
         configuration.check(source.name, base_config, rest_folder)
         words = rest.tokenizer_folder(rest_folder, report)
-        melody = bool(config["melody"])
-        model = loading.read(folder, rest_folder, dtype, melody, streamed)
+        prefixed = configuration.prefixed(config)
+        model = loading.read(folder, rest_folder, dtype, prefixed, streamed)
         tokenizer = loading.tokenizer(words, rest.vocabulary())
         extractor = next(configuration.extractors(rest_folder), {})
     return _loaded(source, config, model, tokenizer, extractor)

@@ -31,9 +31,13 @@ from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.errors import RequestError
 
 LAYERS = "decoder.model.decoder.layers."
+STYLE = "style."  # what transformers' model has no place for
 Shapes = dict[str, tuple[int, ...]]
 # How names begin in a whole model and in a decoder alone.
-_WHOLE = ("text_encoder.", "audio_encoder.", "decoder.", "enc_to_dec_proj.", "audio_enc_to_dec_")
+_WHOLE = (
+    *("text_encoder.", "audio_encoder.", "decoder.", "enc_to_dec_proj.", "audio_enc_to_dec_"),
+    "style.",
+)
 _ALONE = ("model.decoder.", "lm_heads.")
 _SAVE = "save the whole model again with save_pretrained"
 _PLAIN = ("F64", "F32", "F16", "BF16")  # safetensors' names of unquantised types
@@ -247,7 +251,7 @@ def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) ->
     )
 
 
-def read(folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: bool) -> Any:
+def read(folder: Path, rest: Path, dtype: torch.dtype, prefixed: bool, streamed: bool) -> Any:
     """The model whose decoder is in `folder` and whose other parts are in `rest`, usually the same
     folder.
 
@@ -257,12 +261,12 @@ def read(folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: b
     from transformers import GenerationConfig, MusicgenConfig, MusicgenMelodyConfig
 
     quieten()
-    config: Any = (MusicgenMelodyConfig if melody else MusicgenConfig).from_pretrained(rest)
+    config: Any = (MusicgenMelodyConfig if prefixed else MusicgenConfig).from_pretrained(rest)
     stored = Stored(hub.weights_in(rest))
     if rest != folder:
         config.decoder = type(config.decoder).from_pretrained(folder)
         stored = stored.with_decoder(Stored(hub.weights_in(folder), "decoder."))
-    loaded = model(melody, config, stored, dtype, streamed)
+    loaded = model(prefixed, config, stored, dtype, streamed)
     if (rest / GENERATION_FILE).is_file():
         try:
             loaded.generation_config = GenerationConfig.from_pretrained(rest)
@@ -274,12 +278,14 @@ def read(folder: Path, rest: Path, dtype: torch.dtype, melody: bool, streamed: b
 
 
 def model(
-    melody: bool, config: Any, stored: Stored | InMemory, dtype: torch.dtype, streamed: bool
+    prefixed: bool, config: Any, stored: Stored | InMemory, dtype: torch.dtype, streamed: bool
 ) -> Any:
     """transformers' model with the weights in `stored`, as `dtype`.
 
+    That of a style checkpoint has a `StyleEncoder` besides, as its attribute `style`.
+
     Args:
-        melody: which of MusicGen's two kinds it is.
+        prefixed: which of MusicGen's two kinds it is: the one whose states are a prefix.
         config: transformers', of the model, or its values.
         stored: all its weights.
         dtype: of what is read at once.
@@ -294,12 +300,13 @@ def model(
         MusicgenMelodyDecoderLayer,
     )
 
-    name = f"Musicgen{'Melody' if melody else ''}ForConditionalGeneration"
+    name = f"Musicgen{'Melody' if prefixed else ''}ForConditionalGeneration"
     kind: Any = getattr(transformers, name)
-    layer = MusicgenMelodyDecoderLayer if melody else MusicgenDecoderLayer
+    layer = MusicgenMelodyDecoderLayer if prefixed else MusicgenDecoderLayer
     if isinstance(config, dict):  # a copy: transformers 5.17 takes the parts' kinds out of it
         config = kind.config_class.from_dict(deepcopy(config))
-    names = [name for name in stored.shapes if not (streamed and name.startswith(LAYERS))]
+    apart = (STYLE, LAYERS) if streamed else (STYLE,)
+    names = [name for name in stored.shapes if not name.startswith(apart)]
     count = config.decoder.num_hidden_layers
     config.decoder.num_hidden_layers = 0 if streamed else count
     # None: no folder, the weights are given.
@@ -322,7 +329,31 @@ def model(
         made.decoder.config.num_hidden_layers = count
         del made.decoder.model.decoder.layers
         made.decoder.model.decoder.layers = Layers(layer, made.decoder.config, stored)
+    if style := getattr(config, "style", None):
+        made.style = _style(style, stored, dtype)
     return made.eval()
+
+
+def _style(config: dict[str, Any], stored: Stored | InMemory, dtype: torch.dtype) -> nn.Module:
+    """The style encoder with its weights in `stored`.
+
+    Raises:
+        UnusableError: a weight is missing or of another shape.
+    """
+    from musicgen_ui.engine.style import StyleEncoder
+
+    with torch.device("meta"):
+        encoder = StyleEncoder(config)
+    shapes = {STYLE + name: tuple(w.shape) for name, w in encoder.state_dict().items()}
+    for name, shape in shapes.items():
+        if name not in stored.shapes:
+            raise UnusableError(f"its weights lack {name}", _SAVE)
+        if stored.shapes[name] != shape:
+            raise _misshapen(name, stored.shapes[name], shape)
+    weights = stored.get(shapes)
+    plain = {name.removeprefix(STYLE): weight.to(dtype) for name, weight in weights.items()}
+    encoder.load_state_dict(plain, assign=True)
+    return encoder
 
 
 # What older checkpoints leave out and transformers fills in, or only training uses.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from musicgen_ui.checkpoints.config import Configuration
+from musicgen_ui.checkpoints.config import Configuration, prefixed
 from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
@@ -75,25 +75,29 @@ def weight_bytes(config: Configuration, precision: str) -> int:
 def estimate_bytes(config: Configuration, bytes_a_weight: float = 4) -> int:
     """Memory for the weights and for the KV cache of one take as long as the window.
 
-    With guidance a take has two rows; `bytes_a_weight` is 4 in float32, 2 in half precision.
+    With guidance a take has two rows, with words and a style three; `bytes_a_weight` is 4 in
+    float32, 2 in half precision.
     """
     codec, decoder = config["audio_encoder"], config["decoder"]
     frame_rate = codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
     frames = config["training"]["window_s"] * frame_rate
     positions: float = frames + config["melody"].get("chroma_length", 0)
-    cached: float = 2 * 2 * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
+    rows = 3 if config["style"] else 2
+    cached: float = 2 * rows * decoder["num_hidden_layers"] * decoder["hidden_size"] * positions
     return round((count_parameters(config) + cached) * bytes_a_weight)
 
 
 def count_parameters(config: Configuration) -> int:
-    """The number of parameters of text encoder, decoder, codec and the projection between."""
+    """The number of parameters of text encoder, decoder, codec, style and the projections."""
     text, decoder = config["text_encoder"], config["decoder"]
     d, hidden = text["d_model"], decoder["hidden_size"]
     projection = 0 if d == hidden else d * hidden + hidden
-    chroma = config["melody"]["num_chroma"] if config["melody"] else hidden
+    style = config["style"]
+    audio: int = {"num_chroma": style.get("hidden_size", hidden), **config["melody"]}["num_chroma"]
     return (
         projection
-        + (0 if chroma == hidden else (chroma + 1) * hidden)
+        + (0 if audio == hidden else (audio + 1) * hidden)
+        + (_count_style(style) + _count_mert(style["mert"]) if style else 0)
         + _count_text(text)
         + count_decoder(config)
         + _count_codec(config["audio_encoder"])
@@ -112,7 +116,7 @@ def _count_text(text: dict[str, Any]) -> int:
 
 def count_decoder(config: Configuration) -> int:
     """The number of the decoder's parameters."""
-    decoder, attentions = config["decoder"], 1 if config["melody"] else 2
+    decoder, attentions = config["decoder"], 1 if prefixed(config) else 2
     hidden: int = decoder["hidden_size"]
     codes: int = decoder["vocab_size"]
     layer: int = attentions * (4 * hidden**2 + 2 * hidden)  # four matrices and a norm
@@ -120,6 +124,35 @@ def count_decoder(config: Configuration) -> int:
     heads_and_embeddings: int = decoder["num_codebooks"] * (2 * codes + 1) * hidden
     layers: int = decoder["num_hidden_layers"] * layer
     return layers + heads_and_embeddings + 2 * hidden
+
+
+def _count_style(style: dict[str, Any]) -> int:
+    hidden: int = style["hidden_size"]
+    layers: int = style["num_hidden_layers"] * (12 * hidden**2 + 4 * hidden)
+    codes: int = style["num_quantizers"] * style["codebook_size"] * hidden
+    features: int = style["mert"]["hidden_size"]
+    return (features + 1) * hidden + layers + 2 * hidden + codes
+
+
+def _count_mert(mert: dict[str, Any]) -> int:
+    hidden: int = mert["hidden_size"]
+    inner: int = mert["intermediate_size"]
+    widths: list[int] = mert["conv_dim"]
+    bias = 1 if mert["conv_bias"] else 0
+    kernels: list[int] = mert["conv_kernel"]
+    convolutions = sum(
+        (before * kernel + bias) * width
+        for before, width, kernel in zip([1, *widths[:-1]], widths, kernels, strict=True)
+    )
+    projection = 2 * widths[-1] + (widths[-1] + 1) * hidden
+    kernel: int = mert["num_conv_pos_embeddings"]
+    groups: int = mert["num_conv_pos_embedding_groups"]
+    positions = hidden * (hidden // groups) * kernel + kernel
+    attention = 4 * (hidden + 1) * hidden
+    layer = attention + 2 * hidden * inner + inner + hidden + 4 * hidden
+    layers: int = mert["num_hidden_layers"] * layer
+    # The first convolution's norm, that of positions' bias and the encoder's own norm.
+    return convolutions + 2 * widths[0] + projection + positions + hidden + 2 * hidden + layers
 
 
 def _count_codec(codec: dict[str, Any]) -> int:

@@ -32,6 +32,7 @@ from musicgen_ui.checkpoints.kinds import (
 from musicgen_ui.engine.protocol import CheckpointInfo
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
+from musicgen_ui.request import GenerationRequest
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +199,7 @@ def with_contents(source: Source) -> Source:
 def _contents(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """The files that belong to the checkpoint in `folder`: path, size, time of change in ns."""
     found = []
-    for place in (folder, folder / convert.TEXT_ENCODER):
+    for place in (folder, folder / convert.TEXT_ENCODER, folder / convert.MERT):
         for pattern in _FILES:
             for file in sorted(place.glob(pattern)):
                 status = file.stat()
@@ -219,7 +220,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     folder = source.folder or hub.cached(source.name)
     if folder and exported.is_audiocraft(folder):
         return _audiocraft(source, word, _contents(folder))
-    if word == "audiogen":
+    if word in configuration.AUDIOCRAFT_ALONE:
         return _audiocraft(source, word, ())
     if word or source in known().values():
         return _pretrained(source)
@@ -272,7 +273,7 @@ def _base_of(source: Source, file: Path) -> Pretrained:
     folder = base and (base.folder or hub.cached(base.name))
     if (
         base is None
-        or base.name == PUBLISHED["audiogen"]
+        or _published_word(base) in configuration.AUDIOCRAFT_ALONE
         or (folder and exported.is_audiocraft(folder))
     ):
         raise RequestError(
@@ -334,6 +335,8 @@ def describe(source: Source, bytes_a_weight: float = 4) -> CheckpointInfo:
         facts.insert(0, "sound effects")
     if config["melody"]:
         facts.append("follows melodies")
+    if config["style"]:
+        facts.append("takes on a clip's style")
     if checkpoint.base:
         facts.append(f"text encoder and codec of {checkpoint.base}")
     if source.name in PUBLISHED.values():
@@ -345,6 +348,7 @@ def describe(source: Source, bytes_a_weight: float = 4) -> CheckpointInfo:
         rate,
         " · ".join(facts),
         melody=bool(config["melody"]),
+        style=bool(config["style"]),
         defaults=configuration.own_defaults(checkpoint.generation(), config),
         window_s=window_s,
         nbytes=needed,
@@ -359,16 +363,30 @@ def _download_bytes(source: Source, config: Configuration) -> int:
     return memory.count_parameters(config) * 4  # published in float32
 
 
-def require_melody(source: Source, followed: str = "a melody") -> None:
-    """Requires that the checkpoint can follow a melody or chords, as `followed` says.
+def require_able(source: Source, request: GenerationRequest) -> None:
+    """Requires that the checkpoint can do what is asked.
 
     Raises:
-        RequestError: it cannot; the sentence names some that can.
+        RequestError: it cannot follow a melody or chords, or take on a style, and the sentence
+            names some that can; or it is a style checkpoint that is given nothing to go by.
     """
-    if not config_of(source)["melody"]:
+    config = config_of(source)
+    if request.followed and not config["melody"]:
         able = ", ".join(word for word in PUBLISHED if "melody" in word)
         raise RequestError(
-            f"{source.name} cannot follow {followed}: choose {able}, or another checkpoint that "
-            "can.",
+            f"{source.name} cannot follow {request.followed}: choose {able}, or another checkpoint "
+            "that can.",
             "checkpoint",
+        )
+    if request.style and not config["style"]:
+        raise RequestError(
+            f"{source.name} cannot take on the style of a clip: choose style, or another "
+            "checkpoint that can.",
+            "checkpoint",
+        )
+    if config["style"] and not (request.style or request.audio_prompt or any(request.texts)):
+        raise RequestError(
+            f"{source.name} makes music from words, from the style of a clip, or from both: "
+            "describe the music, or choose a style clip.",
+            "prompt",
         )

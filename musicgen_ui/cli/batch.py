@@ -80,9 +80,7 @@ def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
     for row in rows.read(file):
         try:
             found = of_rows.of(row)
-            if said := refusal(
-                *_model(found[0]), "melody" in found[0].clips, found[0].request.chords
-            ):
+            if said := refusal(_asked(found[0].request)):
                 raise RequestError(said)
             pieces += found
         except Exception as error:
@@ -101,9 +99,21 @@ def _model(piece: Piece) -> tuple[str, bool]:
     return piece.request.checkpoint, piece.request.stereo
 
 
-def _refusal(checkpoint: str, stereo: bool, melody: bool, chords: str) -> str:
-    clip = rows.STAND_IN if melody else None
-    asked = GenerationRequest(checkpoint=checkpoint, stereo=stereo, melody=clip, chords=chords)
+def _asked(request: GenerationRequest) -> GenerationRequest:
+    """What a checkpoint must be able to do, alike for many rows."""
+    return GenerationRequest(
+        prompt="words" if any(request.texts) else "",
+        audio_prompt=request.audio_prompt,
+        melody=request.melody,
+        chords=request.chords,
+        style=request.style,
+        style_codebooks=request.style_codebooks,
+        checkpoint=request.checkpoint,
+        stereo=request.stereo,
+    )
+
+
+def _refusal(asked: GenerationRequest) -> str:
     try:
         generate.check_checkpoint(asked)
     except RequestError as error:

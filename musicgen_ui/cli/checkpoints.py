@@ -35,6 +35,7 @@ class Entry:
         rate = self.config["audio_encoder"]["sampling_rate"] / 1000
         abilities = ["sound effects from words" if training["sound_effects"] else "words"]
         abilities += ["audio prompts", *(["melodies"] if self.config["melody"] else [])]
+        abilities += ["the style of a clip"] if self.config["style"] else []
         return [
             self.word if self.word == self.name else f"{self.word} ({self.name})",
             f"{memory.count_parameters(self.config) / 1e6:,.0f} M",

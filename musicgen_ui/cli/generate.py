@@ -278,8 +278,7 @@ def check_checkpoint(request: GenerationRequest) -> None:
     if request.checkpoint != "auto":
         source = registry.resolve(request.checkpoint, request.stereo)
         registry.describe(source)
-        if request.followed:
-            registry.require_melody(source, request.followed)
+        registry.require_able(source, request)
 
 
 class Interruption:

@@ -1,4 +1,4 @@
-"""What a job's rows are conditioned on: prompts as text states, melody and chords as chroma.
+"""What a job's rows are conditioned on: prompts, melody and chords, the style of a clip.
 
 Every prompt is encoded alone and without padding, so its states never depend on other jobs. Most
 checkpoints attend to them by cross-attention, and an empty prompt is the null condition: no states
@@ -8,10 +8,12 @@ biases.
 A melody checkpoint has no cross-attention: its states are a prefix of the decoder's input, first a
 window's columns of chroma, of a melody or chords, then the prompt. There silence (class C
 throughout) and zeros are the null conditions, as in audiocraft, and count as positions, so the
-prompts of a job's rows are padded with zeros to the longest.
+prompts of a job's rows are padded with zeros to the longest. A style checkpoint is the same with
+the tokens of a clip's style in the place of chroma; its null condition is as many zeros.
 
 A job may mix several prompts: each has a row of its own, and their logits are mixed by weight
-before guidance (`sampling.mix`).
+before guidance (`sampling.mix`). With words and a style clip, the style alone is one of them, with
+a negative weight (`style.double_guided`).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from musicgen_ui.engine.device import copy_weights
 from musicgen_ui.engine.finite import require_finite
 from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, LoraStore, RowAdapters
 from musicgen_ui.engine.melody import ChromaExtractor, MelodyEncoder
+from musicgen_ui.engine.style import StyleConditioner, double_guided
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
@@ -43,7 +46,7 @@ class Conditions:
     """A job's rows: one for each of its prompts, then, when guided, the uncond row."""
 
     prompts: tuple[str, ...]
-    weights: tuple[float, ...]  # of the prompts; they sum to 1
+    weights: tuple[float, ...]  # of the prompts; they sum to 1, and some may be negative
     states: list[Tensor | None]  # of the rows, [tokens, hidden]; None is the null condition
 
     @property
@@ -73,7 +76,7 @@ class Conditions:
 
 
 class Conditioner:
-    """Computes the states of a request's words and chroma, with the checkpoint's own modules."""
+    """Computes the states of a request, with the modules of the checkpoint before its decoder."""
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Conditioner:
         projection: nn.Module | None,
         tokenizer: Any,
         melody: MelodyEncoder | None = None,
+        style: StyleConditioner | None = None,
     ) -> None:
         self.text_encoder = text_encoder
         encoder: Any = text_encoder
@@ -88,6 +92,7 @@ class Conditioner:
         self.projection = projection  # None where the widths agree already
         self.tokenizer = tokenizer
         self.melody = melody  # None where the checkpoint cannot follow one
+        self.style = style  # None where it is not conditioned on a clip's style
         self.states = lru_cache(maxsize=64)(self._encode)  # prompts are often repeated
         self._adapters: LoraStore | None = None
 
@@ -113,25 +118,33 @@ class Conditioner:
             copy_weights(module)
             return None if module is None else module.to(device)
 
-        length, melody = getattr(model.config, "chroma_length", None), None
-        if length is not None:
+        length, melody, style = getattr(model.config, "chroma_length", None), None, None
+        if encoder := moved("style"):
+            style = StyleConditioner(encoder, moved("audio_enc_to_dec_proj"))
+        elif length is not None:
             chroma = ChromaExtractor.of(extractor or {})
             melody = MelodyEncoder(moved("audio_enc_to_dec_proj"), length, chroma)
-        return cls(moved("text_encoder"), moved("enc_to_dec_proj"), tokenizer, melody)
+        return cls(moved("text_encoder"), moved("enc_to_dec_proj"), tokenizer, melody, style)
+
+    @property
+    def prefixed(self) -> bool:
+        """The states are a prefix of the decoder's input."""
+        return bool(self.melody or self.style)
 
     def use_adapters(self, adapters: LoraStore) -> None:
         """Lets adapters change the projections too."""
         self._adapters = adapters
         adapters.add_target("enc_to_dec_proj", self.projection)
-        if self.melody:
-            adapters.add_target("audio_enc_to_dec_proj", self.melody.projection)
+        if audio := self.melody or self.style:
+            adapters.add_target("audio_enc_to_dec_proj", audio.projection)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        projections = (self.projection, self.melody and self.melody.projection)
-        modules = [self.text_encoder, *(module for module in projections if module)]
-        return sum(p.nbytes for module in modules for p in module.parameters())
+        audio = self.melody or self.style
+        encoder = self.style and self.style.encoder
+        modules = (self.text_encoder, self.projection, audio and audio.projection, encoder)
+        return sum(p.nbytes for module in modules if module for p in module.parameters())
 
     @torch.inference_mode()
     def conditions(
@@ -156,27 +169,58 @@ class Conditioner:
             guidance_scale: in place of the request's.
 
         Raises:
-            RequestError: the checkpoint cannot follow a melody or chords.
+            RequestError: the checkpoint cannot follow a melody or chords, or take on a style.
         """
+        self._require_able(request)
+        texts = [text for text, _ in prompts] if prompts else request.texts
+        prompts = prompts or ((request.words(at_s), 1.0),)
+        scale = request.guidance_scale if guidance_scale is None else guidance_scale
+        by_audio = bool(request.followed or request.style)
+        guided = scale > 1 and (texts != [request.negative_prompt] or by_audio)
+        if request.style:
+            prompts = double_guided(prompts, request.text_guidance)
+        adapter = self._adapters.applied(request) if self._adapters else None
+        states = [self.states(text, adapter) for text, _ in prompts]
+        if guided:
+            states.append(self.states(request.negative_prompt, adapter))
+        if self.prefixed:
+            cond, uncond = self._audio_states(request, start_s, adapter)
+            states = _prefixes([cond] * len(prompts) + [uncond] * guided, states)
+        names, weights = zip(*prompts, strict=True)
+        return Conditions(names, weights, states)
+
+    def _require_able(self, request: GenerationRequest) -> None:
         if request.followed and not self.melody:
             raise RequestError(
                 f"This checkpoint cannot follow {request.followed}: choose one that can.",
                 "melody" if request.melody else "chords",
             )
-        texts = [text for text, _ in prompts] if prompts else request.texts
-        prompts = prompts or ((request.words(at_s), 1.0),)
-        scale = request.guidance_scale if guidance_scale is None else guidance_scale
-        guided = scale > 1 and (texts != [request.negative_prompt] or bool(request.followed))
-        adapter = self._adapters.applied(request) if self._adapters else None
-        states = [self.states(text, adapter) for text, _ in prompts]
-        if guided:
-            states.append(self.states(request.negative_prompt, adapter))
+        if request.style and not self.style:
+            raise RequestError(
+                "This checkpoint cannot take on the style of a clip: choose one that can.", "style"
+            )
+
+    def _audio_states(
+        self, request: GenerationRequest, start_s: float, adapter: AppliedAdapter | None
+    ) -> tuple[Tensor, Tensor]:
+        """The states of chroma or style of the cond rows and of the uncond row, alike in length."""
         if self.melody:
-            columns = [self.melody.window(request, start_s)] * len(prompts)
-            columns += [self.melody.silence] * guided  # the uncond row follows nothing
-            states = _prefixes(self.melody, columns, states, adapter)
-        names, weights = zip(*prompts, strict=True)
-        return Conditions(names, weights, states)
+            columns = (self.melody.window(request, start_s), self.melody.silence)
+            cond, uncond = (self.melody.states(each, adapter) for each in columns)
+            return cond, uncond
+        assert self.style
+        cond = self.style.states(request, adapter)
+        return cond, torch.zeros_like(cond)
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Computes what takes long and is kept for `conditions`; on any thread.
+
+        Raises:
+            RequestError: as `conditions`.
+        """
+        self._require_able(request)
+        if self.style and request.style:
+            self.style.tokens(request)
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
         """Melody and chords over the whole of the new music; None without them."""
@@ -228,27 +272,19 @@ class Conditioner:
         return tokens
 
 
-def _prefixes(
-    melody: MelodyEncoder,
-    columns: list[Tensor],
-    states: list[Tensor | None],
-    adapter: AppliedAdapter | None,
-) -> list[Tensor | None]:
-    """Chroma, then text, of each row: [states, hidden], all of one length.
+def _prefixes(audio: list[Tensor], states: list[Tensor | None]) -> list[Tensor | None]:
+    """Chroma or style, then text, of each row: [states, hidden], all of one length.
 
     Args:
-        melody: of the checkpoint.
-        columns: the chroma of each row, [columns, classes].
+        audio: the states of chroma or style of each row, [n, hidden].
         states: the text states of each row, [tokens, hidden].
-        adapter: of the rows.
     """
     # The null prompt is one token, the end of the text, and its state is zeros.
     length = max(1 if text is None else len(text) for text in states)
     rows: list[Tensor | None] = []
-    for weights, text in zip(columns, states, strict=True):
-        chroma = melody.states(weights, adapter)  # [columns, hidden]
-        text = chroma.new_zeros(0, chroma.shape[1]) if text is None else text
-        rows.append(torch.cat([chroma, F.pad(text, (0, 0, 0, length - len(text)))]))
+    for before, text in zip(audio, states, strict=True):
+        text = before.new_zeros(0, before.shape[1]) if text is None else text
+        rows.append(torch.cat([before, F.pad(text, (0, 0, 0, length - len(text)))]))
     return rows
 
 

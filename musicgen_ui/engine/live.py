@@ -491,7 +491,7 @@ def steer(
             )
             stepper.admit(variation, conditions)
         elif before != (variation.prompts, variation.guidance_scale):
-            if conditioner.melody:  # the conditions are a prefix: all anew
+            if conditioner.prefixed:  # all anew
                 stepper.admit(variation, conditions)
             else:
                 stepper.set_conditions(variation, conditions)

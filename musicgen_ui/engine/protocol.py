@@ -224,6 +224,7 @@ class CheckpointInfo:
     sampling_rate: int  # Hz
     summary: str  # a line for the page: parameters, memory, licence
     melody: bool = False  # it can follow one
+    style: bool = False  # it can take on that of a clip
     window_s: float = WINDOW_S  # longer takes are made of several windows
     nbytes: int = 0  # of memory that it needs here; 0 is not known
     download_bytes: int = 0  # before it can be used; 0 where it is on this computer

@@ -169,10 +169,11 @@ class Scheduler:
         return job
 
     def encode(self, request: GenerationRequest) -> AudioPrompt | None:
-        """The request's audio prompt for `add`."""
+        """The request's audio prompt for `add`; the style of its clip is computed here too."""
+        torch.set_num_threads(self.threads)
+        self.conditioner.prepare(request)
         if request.audio_prompt is None:
             return None
-        torch.set_num_threads(self.threads)
         return AudioPrompt.of(
             request.audio_prompt,
             request.context_used_s(bounded_window_s(self.window_s)),

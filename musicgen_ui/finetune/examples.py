@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from musicgen_ui.finetune import dataset, pieces
 from musicgen_ui.finetune.dataset import Song
 from musicgen_ui.finetune.pieces import Measures
 from musicgen_ui.finetune.progress import Event, Kind, Report
+from musicgen_ui.request import GenerationRequest
 
 MARGIN_FRAMES = 8  # are encoded beyond a piece's end and dropped: they hear the cut
 FEWEST_FRAMES = 16  # of an example
+STYLE_S = 3.0  # of a piece are the style of a style checkpoint's example
 _VERSION = "2"  # of what is cached
 
 
@@ -48,8 +50,8 @@ class Example:
     """A piece of a song."""
 
     codes: Tensor  # int16 [codebooks, frames]
-    # float32 [tokens, hidden], ways to say what the piece is: its caption, and, of a melody
-    # checkpoint, its caption without the melody.
+    # float32 [tokens, hidden], ways to say what the piece is: its caption, and, of a melody or
+    # style checkpoint, its caption without the melody or style.
     states: tuple[Tensor, ...]
 
 
@@ -60,7 +62,7 @@ class Examples:
     pieces: list[Example]
     null: Tensor  # [tokens, hidden] of the uncond condition
     songs: list[Song]  # those that were read, with their captions
-    prefix: bool  # states come before the codes, as in melody checkpoints
+    prefix: bool  # states come before the codes, as in melody and style checkpoints
 
 
 class Encoder:
@@ -121,18 +123,17 @@ class Encoder:
             raise RequestError("None of the audio files can be used: see the notes above.")
         texts = self._texts([song.caption for song in songs])
         found = [
-            Example(piece["codes"], self._states(texts[song.caption], piece.get("chroma")))
+            Example(piece["codes"], self._states(texts[song.caption], piece))
             for song, coded in made
             for piece in coded
         ]
-        melody = self._conditioner.melody
-        null = self._states(None, None)[-1]
-        return Examples(found, null, songs, melody is not None)
+        null = self._states(None, {})[-1]
+        return Examples(found, null, songs, self._conditioner.prefixed)
 
     def _song(
         self, path: Path, piece_s: float, report: Report
     ) -> tuple[Measures, list[dict[str, Tensor]]]:
-        """Measures and pieces of a song: codes, and chroma of a melody checkpoint."""
+        """Measures and pieces of a song: codes, and its chroma or style where they condition."""
         key = hashlib.sha256(f"{_VERSION} {self._name} {piece_s} ".encode())
         try:
             with path.open("rb") as file:
@@ -167,10 +168,12 @@ class Encoder:
                 continue
             codes = self._codec.encode(torch.from_numpy(piece))[:, :frames]
             tensors[f"{count}.codes"] = codes.to(torch.int16).cpu().contiguous()
+            used = Clip(piece[:, : frames * self._codec.hop], clip.sampling_rate)
             if self._conditioner.melody:
-                used = Clip(piece[:, : frames * self._codec.hop], clip.sampling_rate)
                 chroma = self._conditioner.melody.extractor(used)
                 tensors[f"{count}.chroma"] = chroma.to(torch.uint8).cpu()
+            if self._conditioner.style and used.duration_s >= STYLE_S:
+                tensors[f"{count}.style"] = self._style(used, count)
             count += 1
         if not count:
             raise RequestError("it is silent or shorter than a second: choose another file.")
@@ -208,13 +211,31 @@ class Encoder:
             files.replace(cached, save(found))
         return {caption: found.get(name) for caption, name in names.items()}
 
-    def _states(self, text: Tensor | None, chroma: Tensor | None) -> tuple[Tensor, ...]:
-        """The states of a piece: with its melody and without, where the checkpoint follows one."""
-        melody = self._conditioner.melody
-        if melody is None:
-            return (self._null() if text is None else text,)
+    def _style(self, piece: Clip, seed: int) -> Tensor:
+        """The style tokens of an excerpt from anywhere in a piece, as audiocraft trains."""
+        style = self._conditioner.style
+        assert style
+        samples = round(STYLE_S * piece.sampling_rate)
+        latest = piece.samples.shape[1] - samples
+        begin = int(np.random.default_rng(seed).integers(latest + 1))
+        excerpt = Clip(piece.samples[:, begin : begin + samples], piece.sampling_rate)
+        codebooks = min(GenerationRequest.style_codebooks, style.encoder.codebooks)
+        return style.encode(excerpt, codebooks).cpu().clone()
+
+    def _states(self, text: Tensor | None, piece: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The states of a piece: with its melody or style, and without."""
         text = self._null() if text is None else text
-        columns = [melody.silence]
+        melody, style = self._conditioner.melody, self._conditioner.style
+        if style:
+            before = [self._null()]
+            if "style" in piece:
+                with torch.inference_mode():
+                    tokens = style.projection(piece["style"].to(self._device))
+                before.insert(0, tokens.float().cpu())
+            return tuple(torch.cat([each, text]).clone() for each in before)
+        if melody is None:
+            return (text,)
+        columns, chroma = [melody.silence], piece.get("chroma")
         if chroma is not None:
             at = torch.arange(melody.length) % len(chroma)  # a short melody is repeated
             classes = melody.extractor.num_chroma

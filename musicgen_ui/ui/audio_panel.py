@@ -1,8 +1,8 @@
-"""Start from audio: a clip that is continued, or one whose melody is followed.
+"""Start from audio: a clip that is continued, or one whose melody or style the music has.
 
 Each use has a field of its own, the request's, and one of them is on show. The choice between them
-appears where the checkpoint can follow a melody; making it takes the clip along. A clip is checked
-as soon as it is there, and a mistake is said beside it.
+appears where the checkpoint can follow a melody or take on a style; making it takes the clip along.
+A clip is checked as soon as it is there, and a mistake is said beside it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import gradio as gr
 
 from musicgen_ui.audio import clip_cache
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CLIP_FIELDS, WINDOW_S, check_melody, context_used_s
-from musicgen_ui.ui.components import CONTINUE, FOLLOW, Updates
+from musicgen_ui.request import (
+    CLIP_FIELDS,
+    WINDOW_S,
+    GenerationRequest,
+    check_melody,
+    check_style,
+    coerce,
+    context_used_s,
+)
+from musicgen_ui.ui.components import CONTINUE, FOLLOW, TAKE_STYLE, Updates
 from musicgen_ui.ui.request_form import PageFacts, settings_of
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
@@ -35,11 +43,14 @@ class ClipFacts(TypedDict, total=False):
     notes: tuple[str, ...]
 
 
-def clip_uses(facts: PageFacts) -> Updates:
-    """Offers the choice where the chosen checkpoint can follow a melody."""
-    if facts.get("melody"):
-        return {"clip_use": gr.update(visible=True)}
-    return {"clip_use": gr.update(visible=False, value=CONTINUE)}
+def clip_uses(facts: PageFacts, choice: str) -> Updates:
+    """Offers the choice where the chosen checkpoint can follow a melody or take on a style."""
+    other = FOLLOW if facts.get("melody") else TAKE_STYLE if facts.get("style") else CONTINUE
+    choices = [CONTINUE, other]
+    changed = {} if choice in choices else {"value": CONTINUE}
+    if other == CONTINUE:
+        return {"clip_use": gr.update(visible=False, **changed)}
+    return {"clip_use": gr.update(visible=True, choices=choices, **changed)}
 
 
 def offer_chords(facts: PageFacts, chords: str) -> Updates:
@@ -51,21 +62,28 @@ def use(
     choice: str,
     audio_prompt: str | None,
     melody: str | None,
+    style: str | None,
     duration_s: float,
     context_s: float,
     overlap_s: float,
+    style_start_s: float | None = None,
+    style_length_s: float | None = None,
 ) -> Updates:
     """Shows the chosen field with the clip in it, checked: a field that appears has no event."""
-    follow, path = choice == FOLLOW, audio_prompt or melody
-    if follow:
+    path = audio_prompt or melody or style
+    if choice == FOLLOW:
         read = read_melody(path, duration_s, {})
+    elif choice == TAKE_STYLE:
+        read = read_style(path, style_start_s, style_length_s, {})
     else:
         read = read_clip(path, duration_s, context_s, overlap_s, {})
     return {
-        "continue_column": gr.update(visible=not follow),
-        "melody_column": gr.update(visible=follow),
-        "audio_prompt": None if follow else path,
-        "melody": path if follow else None,
+        "continue_column": gr.update(visible=choice == CONTINUE),
+        "melody_column": gr.update(visible=choice == FOLLOW),
+        "style_column": gr.update(visible=choice == TAKE_STYLE),
+        "audio_prompt": path if choice == CONTINUE else None,
+        "melody": path if choice == FOLLOW else None,
+        "style": path if choice == TAKE_STYLE else None,
         **read,
     }
 
@@ -146,6 +164,35 @@ def melody_line(tune: ClipFacts, duration_s: float) -> str:
     return _line(text, tune.get("notes", ()))
 
 
+def read_style(
+    path: str | None, start_s: float | None, length_s: float | None, tune: ClipFacts
+) -> Updates:
+    """Checks a style clip and its excerpt: what is used, or what is wrong.
+
+    `tune` is what is known of the last one; the answer's replaces it.
+    """
+    if not path:
+        refused = tune.get("refused")
+        return {"tune": {}, "style_line": _refused(refused) if refused else NO_STYLE}
+    try:
+        reading = clip_cache.read(Path(path), keep_s=CLIP_FIELDS["style"])
+    except RequestError as error:
+        tune = {"refused": str(error)}
+        return {"tune": tune, "style": None, "style_line": _refused(str(error))}
+    try:
+        asked = GenerationRequest(
+            style=reading.clip,
+            style_start_s=coerce("style_start_s", start_s),
+            style_length_s=coerce("style_length_s", length_s),
+        )
+        check_style(asked)
+    except RequestError as error:  # the clip stays: another excerpt may be right
+        return {"tune": {}, "style_line": _refused(str(error))}
+    end_s, clip_s = asked.style_start_s + asked.style_length_s, reading.clip.duration_s
+    text = f"From {asked.style_start_s:g} to {end_s:g} s of {clip_s:.1f} s is used."
+    return {"tune": {}, "style_line": _line(text, reading.notes)}
+
+
 def _refused(sentence: str) -> str:
     return f'<p class="clip-line wrong" role="alert">{html.escape(sentence)}</p>'
 
@@ -155,12 +202,24 @@ def _line(text: str, notes: tuple[str, ...] = ()) -> str:
     return f'<p class="clip-line">{text}{below}</p>'
 
 
+NO_STYLE = _line("The music takes on the style of your clip, with words or without.")
+
+
 def dropped(
-    path: str | None, choice: str, duration_s: float, context_s: float, overlap_s: float
+    path: str | None,
+    choice: str,
+    duration_s: float,
+    context_s: float,
+    overlap_s: float,
+    style_start_s: float | None = None,
+    style_length_s: float | None = None,
 ) -> Updates:
     """Takes a file that was dropped on the page as the clip."""
     if not path:
         return {}
+    if choice == TAKE_STYLE:
+        styled: Updates = {"style": path, "audio_panel": gr.update(open=True)}
+        return styled | read_style(path, style_start_s, style_length_s, {})
     if choice != FOLLOW:
         return with_clip(path, duration_s, context_s, overlap_s)
     filled: Updates = {"melody": path, "audio_panel": gr.update(open=True)}

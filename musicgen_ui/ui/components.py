@@ -21,7 +21,8 @@ from gradio.events import Dependency
 from musicgen_ui.request import FIELDS
 
 DEFAULTS: dict[str, object] = {name: spec.default for name, spec in FIELDS.items()}
-CONTINUE, FOLLOW = "continue it", "follow its melody"  # what a clip is for
+# What a clip is for.
+CONTINUE, FOLLOW, TAKE_STYLE = "continue it", "follow its melody", "take on its style"
 SECTION_ROWS = 3
 
 
@@ -76,6 +77,11 @@ class Updates(TypedDict, total=False):
     melody: object
     chords: object
     chord_strength: object
+    style: object
+    style_start_s: object
+    style_length_s: object
+    style_codebooks: object
+    text_guidance: object
     checkpoint: object
     adapter: object
     adapter_strength: object
@@ -119,6 +125,8 @@ class Updates(TypedDict, total=False):
     offer: object
     melody_column: object
     melody_line: object
+    style_column: object
+    style_line: object
     clip: object
     offered: object
     tune: object
@@ -197,6 +205,11 @@ class RequestFields:
     melody: gr.Audio
     chords: gr.Textbox
     chord_strength: gr.Slider
+    style: gr.Audio
+    style_start_s: gr.Number
+    style_length_s: gr.Slider
+    style_codebooks: gr.Slider
+    text_guidance: gr.Slider
     checkpoint: gr.Dropdown
     adapter: gr.Textbox
     adapter_strength: gr.Slider
@@ -249,7 +262,7 @@ class Form:
 
 @dataclass(frozen=True)
 class AudioPanel:
-    """Start from audio: a clip to continue, or one whose melody is followed."""
+    """Start from audio: a clip to continue, or one whose melody or style the music has."""
 
     audio_panel: gr.Accordion
     clip_use: gr.Radio
@@ -258,9 +271,11 @@ class AudioPanel:
     offer: gr.Button  # of the settings that a take's file holds
     melody_column: gr.Column
     melody_line: gr.HTML
+    style_column: gr.Column
+    style_line: gr.HTML
     clip: gr.State  # what is known of the clip
     offered: gr.State  # the settings on offer
-    tune: gr.State  # what is known of the melody
+    tune: gr.State  # what is known of the melody, or of the style clip
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Events:
             *(audio.clip, request.audio_prompt, audio.clip_line, audio.offer, audio.offered),
         ]
         self.melody: list[Block] = [audio.tune, request.melody, audio.melody_line]
+        self.style: list[Block] = [request.style, audio.style_line]
+        self.excerpt: list[Block] = [request.style_start_s, request.style_length_s]
 
     def on(
         self,
@@ -246,7 +248,7 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
         events.on(
             event.then,
             audio_panel.clip_uses,
-            [c.form.checkpoint_facts],
+            [c.form.checkpoint_facts, c.audio.clip_use],
             [c.audio.clip_use],
             f"clip_uses{at}",
         )
@@ -266,6 +268,7 @@ def audio(events: Events) -> None:
     c = events.c
     audio_prompt, melody, length_s = c.request.audio_prompt, c.request.melody, c.request.duration_s
     use, tune = c.audio.clip_use, c.audio.tune
+    columns = (c.audio.continue_column, c.audio.melody_column, c.audio.style_column)
     events.on(
         audio_prompt.change,
         audio_panel.read_clip,
@@ -285,8 +288,8 @@ def audio(events: Events) -> None:
     events.on(
         use.change,
         audio_panel.use,
-        [use, audio_prompt, melody, *events.window],
-        [c.audio.continue_column, c.audio.melody_column, *events.clip, *events.melody],
+        [use, audio_prompt, melody, c.request.style, *events.window, *events.excerpt],
+        [*columns, *events.clip, *events.melody, *events.style],
         "clip_use",
     )
     read = [melody, length_s, tune]
@@ -302,10 +305,14 @@ def audio(events: Events) -> None:
     events.on(
         c.head.dropped_file.upload,
         audio_panel.dropped,
-        [c.head.dropped_file, use, *events.window],
-        [*events.clip, *events.melody, c.audio.audio_panel],
+        [c.head.dropped_file, use, *events.window, *events.excerpt],
+        [*events.clip, *events.melody, *events.style, c.audio.audio_panel],
         "dropped",
     )
+    clip, start_s, excerpt_s = c.request.style, c.request.style_start_s, c.request.style_length_s
+    changed = functools.partial(gr.on, [clip.change, start_s.change, excerpt_s.change])
+    read = [clip, start_s, excerpt_s, tune]
+    events.on(changed, audio_panel.read_style, read, [tune, *events.style], "style")
 
 
 def settings_from_files(events: Events, restoring: Restoring) -> None:

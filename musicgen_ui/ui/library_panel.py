@@ -23,7 +23,7 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 from musicgen_ui.library import Branch, Library
 from musicgen_ui.library_index import Card
-from musicgen_ui.request import Results, TakeSettings
+from musicgen_ui.take_settings import Results, TakeSettings
 from musicgen_ui.ui import audio_panel, take_panel
 from musicgen_ui.ui.components import LibraryPanel, Updates, notice
 from musicgen_ui.ui.player import PLAY, clock

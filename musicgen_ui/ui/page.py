@@ -246,13 +246,18 @@ def lay_out_audio(c: Components) -> None:
         # On show where the browser says so, see `assets/page.js`.
         text = f'<p class="clip-line">{audio_panel.UNRECORDED}</p>'
         gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
-        place(c.audio.continue_column, c.audio.melody_column)
+        place(c.audio.continue_column, c.audio.melody_column, c.audio.style_column)
         with c.audio.continue_column:
             place(c.request.audio_prompt, c.audio.clip_line, c.audio.offer)
             with gr.Row():
                 place(c.request.include_prompt, c.request.context_s)
         with c.audio.melody_column:
             place(c.request.melody, c.audio.melody_line)
+        with c.audio.style_column:
+            place(c.request.style, c.audio.style_line)
+            with gr.Row():
+                place(c.request.style_start_s, c.request.style_length_s)
+                place(c.request.style_codebooks, c.request.text_guidance)
     place(c.audio.clip, c.audio.offered, c.audio.tune)
 
 
@@ -304,6 +309,11 @@ def request_fields(settings: PageOptions) -> RequestFields:
             placeholder="C G A:min F,G:7",
         ),
         chord_strength=slider("chord_strength", 0.1, "1 is as a melody"),
+        style=clip("style"),
+        style_start_s=number("style_start_s", "where in the clip it begins, in s"),
+        style_length_s=slider("style_length_s", 0.1, "seconds of the clip that are used"),
+        style_codebooks=slider("style_codebooks", 1, "1 is the outline, 6 the most detail"),
+        text_guidance=slider("text_guidance", 0.1, "more: closer to the words than to the clip"),
         checkpoint=gr.Dropdown(
             [settings.checkpoint],
             value=settings.checkpoint,
@@ -447,6 +457,8 @@ def audio() -> AudioPanel:
         offer=gr.Button("", visible=False, size="sm", elem_id="offer", render=False),
         melody_column=gr.Column(visible=False, elem_id="followed", render=False),
         melody_line=gr.HTML(audio_panel.melody_line({}, 10), elem_id="melody_line", render=False),
+        style_column=gr.Column(visible=False, elem_id="styled", render=False),
+        style_line=gr.HTML(audio_panel.NO_STYLE, elem_id="style_line", render=False),
         clip=gr.State({}, render=False),
         offered=gr.State({}, render=False),
         tune=gr.State({}, render=False),

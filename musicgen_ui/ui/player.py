@@ -23,8 +23,9 @@ from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.audio.spectrogram import Edges
 from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import TakeSettings, context_used_s, section_pairs
+from musicgen_ui.request import context_used_s, section_pairs
 from musicgen_ui.sidecar import Sidecar
+from musicgen_ui.take_settings import TakeSettings
 
 SCRIPTS = ASSETS / "player"
 IDLE = "Press Generate: the music plays here while it is being made."

@@ -23,6 +23,7 @@ from musicgen_ui.request import (
     MAX_DURATION_S,
     GenerationRequest,
     check_melody,
+    check_style,
     coerce,
 )
 
@@ -95,6 +96,7 @@ class RequestBuilder:
         if melody := changes.get("melody"):
             check_melody(melody)
         completed = replace(request, **changes)
+        check_style(completed)
         if completed.sections and completed.duration_s < request.duration_s:
             GenerationRequest.parse({"sections": completed.sections, **changes})
         return completed, tuple(notes)

@@ -23,14 +23,8 @@ from musicgen_ui import takes
 from musicgen_ui.checkpoints.memory import size_in_words
 from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import (
-    CHECKPOINT_FIELDS,
-    CLIP_FIELDS,
-    FIELDS,
-    MAX_DURATION_S,
-    TakeSettings,
-    coerce,
-)
+from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S, coerce
+from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
 from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
@@ -42,6 +36,7 @@ SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once t
 CLIPS = {
     "prompt_s": "It continued an audio prompt, which its file does not hold",
     "melody_s": "It followed a melody, which its file does not hold",
+    "style_s": "It took on the style of a clip, which its file does not hold",
 }
 STEREO_INFO = {
     "choice": "left and right channel, from the model's stereo sibling",
@@ -56,6 +51,7 @@ class PageFacts(TypedDict, total=False):
     summary: str
     defaults: dict[str, object]  # as `CheckpointInfo.defaults`
     melody: bool
+    style: bool
     longest_s: float
 
 
@@ -184,6 +180,7 @@ class CheckpointFacts:
                 "summary": summary,
                 "defaults": facts.defaults,
                 "melody": facts.melody,
+                "style": facts.style,
                 "longest_s": self.longest_s,
             },
         }
@@ -259,6 +256,7 @@ def checkpoint_label(name: str, info: CheckpointInfo) -> str:
     sound = {"choice": "mono or stereo", "always": "stereo", "never": "mono"}
     facts.append(sound[info.stereo])
     facts += ["follows melodies"] if info.melody else []
+    facts += ["takes on a style"] if info.style else []
     if not info.fits:
         facts.append("too large for this computer")
     elif info.download_bytes:

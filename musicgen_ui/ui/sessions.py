@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.admission import Admission, AdmittedJob
-from musicgen_ui.request import TakeSettings
+from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 
 GRACE_S = 60.0  # that a job goes on whose page lost its connection

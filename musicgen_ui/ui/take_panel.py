@@ -24,7 +24,8 @@ from musicgen_ui.audio.export import Shape
 from musicgen_ui.backends.admission import Saved
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import TakeSettings, section_pairs
+from musicgen_ui.request import section_pairs
+from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui import player
 from musicgen_ui.ui.components import TakePanel, Updates, notice
 
@@ -296,6 +297,12 @@ def facts_line(take: ShownTake) -> str:
         facts.append(("after your clip of", f"{s['prompt_s']:.1f} s"))
     if s.get("melody_s"):
         facts.append(("follows a melody of", f"{s['melody_s']:.1f} s"))
+    if s.get("style_s"):
+        begin_s, codebooks = s["style_start_s"], s["style_codebooks"]
+        end_s = begin_s + s["style_length_s"]
+        facts.append(("in the style of your clip's", f"{begin_s:g} to {end_s:g} s"))
+        facts.append(("style codebooks", codebooks))
+        facts += [("text guidance", f"{s['text_guidance']:g}")] if s["prompt"] else []
     facts += [("chords", s["chords"])] if s["chords"] else []
     facts.append(("guidance", f"{s['guidance_scale']:g}"))
     if s["do_sample"]:

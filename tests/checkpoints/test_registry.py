@@ -114,7 +114,7 @@ def test_describe_reads_no_weights_and_imports_nothing_heavy(changeable):
     lines = done.stdout.splitlines()
     assert len(lines) == len(registry.known())
     assert "587 M parameters" in done.stdout
-    assert sum("CC-BY-NC 4.0" in line for line in lines) == 11
+    assert sum("CC-BY-NC 4.0" in line for line in lines) == 12
 
 
 # Reading

@@ -1,11 +1,12 @@
 """An audiocraft checkpoint's settings and weight names, translated to transformers'.
 
-audiocraft, where MusicGen (Copet et al. 2023, arXiv 2306.05284) and AudioGen (Kreuk et al. 2022,
-arXiv 2209.15352) were made, exports a checkpoint as two pickles: the language model with the
-projections of its conditions, and the codec. Each holds its weights and the settings it was trained
-with, a YAML text in which one value may point to another. transformers has the same architecture
-under other names, as long as the settings that change it have MusicGen's values: each is checked,
-since the weights would also fit a model that computes something else.
+audiocraft, where MusicGen (Copet et al. 2023, arXiv 2306.05284), AudioGen (Kreuk et al. 2022, arXiv
+2209.15352) and MusicGen-Style (Rouard et al. 2024, arXiv 2407.12563) were made, exports a
+checkpoint as two pickles: the language model with the projections of its conditions, and the
+codec. Each holds its weights and the settings it was trained with, a YAML text in which one value
+may point to another. transformers has the same architecture under other names, as long as the
+settings that change it have MusicGen's values: each is checked, since the weights would also fit a
+model that computes something else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import file_checks
 from musicgen_ui.errors import RequestError
 
@@ -23,6 +25,11 @@ from musicgen_ui.errors import RequestError
 CHROMA_WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"
 # Of a fine-tune on chords: the network by which training recognised them.
 CHORD_RECOGNITION = "condition_provider.conditioners.self_wav.chroma.model."
+# What only the training of a style's modules needs.
+STYLE_TRAINING = re.compile(
+    r"condition_provider\.conditioners\.self_wav\."
+    r"(batch_norm\.num_batches_tracked|rvq\.vq\.layers\.\d+\._codebook\.(?!embed$)\w+)"
+)
 TOP_K = 250  # audiocraft's default; transformers would take 50
 _LONGEST_TEXT = 200_000  # characters, far more than settings have; parsing more takes long
 _LARGEST_COUNT = 1_000_000  # so that no model of absurd size is built
@@ -54,6 +61,22 @@ _LANGUAGE_MODEL_OPTIONAL: dict[str, Any] = {
     "fuser.sum": [],
     "fuser.input_interpolate": [],
     "conditioners.description.t5.normalize_text": False,
+}
+# Of a style checkpoint, under conditioners.self_wav.style.
+_STYLE: dict[str, Any] = {"model_name": "mert", "batch_norm": True}
+# Its transformer by name: width, heads, layers.
+_STYLE_SCALES = {"xsmall": (256, 8, 4), "default": (512, 8, 8), "large": (1024, 16, 24)}
+# Of MERT's config.json: what its own code adds to HuBERT, and what HuBERT is here.
+_MERT: dict[str, Any] = {
+    "feature_extractor_cqt": False,
+    "deepnorm": False,
+    "do_stable_layer_norm": False,
+    "conv_pos_batch_norm": False,
+    "feat_proj_layer_norm": True,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
 }
 _CODEC: dict[str, Any] = {
     "compression_model": "encodec",
@@ -152,7 +175,7 @@ def decoder(settings: Settings) -> dict[str, Any]:
     if hidden % heads:
         raise settings.refusal("transformer_lm.num_heads", heads)
     return {
-        "model_type": "musicgen_melody_decoder" if melody(settings) else "musicgen_decoder",
+        "model_type": "musicgen_melody_decoder" if prefixed(settings) else "musicgen_decoder",
         "vocab_size": codes,
         "num_hidden_layers": settings.number("transformer_lm.num_layers", _MOST_LAYERS),
         "hidden_size": hidden,
@@ -166,23 +189,35 @@ def decoder(settings: Settings) -> dict[str, Any]:
     }
 
 
+def prefixed(settings: Settings) -> bool:
+    """Whether the conditions are a prefix: a clip's, then the words. Else they are words alone.
+
+    Raises:
+        RequestError: they are something else.
+    """
+    conditions = settings.get("conditioners")
+    names = set(conditions) - {"args"} if isinstance(conditions, dict) else set()
+    crossed, prepended = settings.get("fuser.cross", []), settings.get("fuser.prepend", [])
+    if names == {"description"} and crossed == ["description"] and prepended == []:
+        return False
+    both = ["self_wav", "description"]
+    if names != set(both) or prepended not in (both, both[::-1]) or crossed != []:
+        raise settings.refusal("conditioners", names)
+    if settings.get("conditioners.self_wav.model") not in ("chroma_stem", "chroma_chord", "style"):
+        model = settings.get("conditioners.self_wav.model")
+        raise settings.refusal("conditioners.self_wav.model", model)
+    return True
+
+
 def melody(settings: Settings) -> dict[str, int]:
     """The settings of a melody checkpoint's chroma: chroma_length, num_chroma, …; else empty.
 
     Hop and window are in samples, `chroma_length` in columns of the training's 30 s. `chords` is
     true of a fine-tune on chords (musicgen-chord), whose conditioner is "chroma_chord".
     """
-    conditions = settings.get("conditioners")
-    names = set(conditions) - {"args"} if isinstance(conditions, dict) else set()
-    crossed, prepended = settings.get("fuser.cross", []), settings.get("fuser.prepend", [])
-    if names == {"description"} and crossed == ["description"] and prepended == []:
-        return {}
-    both = ["self_wav", "description"]
-    if names != set(both) or prepended not in (both, both[::-1]) or crossed != []:
-        raise settings.refusal("conditioners", names)
     model = settings.get("conditioners.self_wav.model")
-    if model not in ("chroma_stem", "chroma_chord"):
-        raise settings.refusal("conditioners.self_wav.model", model)
+    if not prefixed(settings) or model == "style":
+        return {}
     chroma = f"conditioners.self_wav.{model}."
     settings.require({chroma + "argmax": True, chroma + "n_chroma": 12}, {})
     window = 2 ** max(4, settings.number(chroma + "radix2_exp", 20))
@@ -197,6 +232,54 @@ def melody(settings: Settings) -> dict[str, int]:
         "sampling_rate": rate,
         **({"chords": True} if model == "chroma_chord" else {}),
     }
+
+
+def style(settings: Settings) -> dict[str, Any]:
+    """The configuration of a style checkpoint's encoder, MERT aside; else empty.
+
+    See `checkpoints.config.STYLE` for the names.
+    """
+    if not prefixed(settings) or settings.get("conditioners.self_wav.model") != "style":
+        return {}
+    at = "conditioners.self_wav.style."
+    settings.require({at + name: value for name, value in _STYLE.items()}, {})
+    scale = settings.get(at + "transformer_scale", "default")
+    if scale not in _STYLE_SCALES:
+        raise settings.refusal(at + "transformer_scale", scale)
+    hidden, heads, layers = _STYLE_SCALES[scale]
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_quantizers": settings.number(at + "n_q_out", 64),
+        "codebook_size": settings.number(at + "bins"),
+        "downsampling": settings.number(at + "ds_factor"),
+    }
+
+
+def mert(name: str, stated: dict[str, Any]) -> dict[str, Any]:
+    """The same of MERT, whose `config.json` is `stated`.
+
+    Raises:
+        RequestError: it computes something else than HuBERT; `name` says which it is.
+    """
+    for key, value in _MERT.items():
+        if stated.get(key, value) != value:
+            found = reprlib.repr(stated[key])
+            raise _not_mert(name, f"its {key} is {found}, not {value}")
+    relax = stated.get("attention_relax", -1)
+    if not isinstance(relax, (int, float)) or relax > 0:
+        raise _not_mert(name, f"its attention_relax is {reprlib.repr(relax)}, not -1")
+    known = {key: stated.get(key, value) for key, value in configuration.MERT.items()}
+    return known | {"sampling_rate": stated.get("sample_rate", known["sampling_rate"])}
+
+
+def _not_mert(name: str, why: str) -> RequestError:
+    return RequestError(
+        f"{name} cannot compute the features of a style clip: {why}. MusicGen-Style needs "
+        "m-a-p/MERT-v1-95M.",
+        "checkpoint",
+    )
 
 
 def window_s(settings: Settings) -> int:
@@ -273,6 +356,11 @@ def _bandwidth(codebooks: int, rate: int, ratios: Sequence[int], size: int) -> f
 
 
 _TO_AUDIOCRAFT = [
+    (
+        r"^style\.rvq\.(\d+)\.weight",
+        r"condition_provider.conditioners.self_wav.rvq.vq.layers.\1._codebook.embed",
+    ),
+    (r"^style\.", "condition_provider.conditioners.self_wav."),
     (r"^audio_enc_to_dec_proj", "condition_provider.conditioners.self_wav.output_proj"),
     (r"^enc_to_dec_proj", "condition_provider.conditioners.description.output_proj"),
     (r"^decoder\.lm_heads", "linears"),

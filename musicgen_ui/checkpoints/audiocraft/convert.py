@@ -4,8 +4,9 @@ The configuration made from a checkpoint's settings says which weights transform
 these must be there in their shapes, else nothing is written. They keep the precision that they are
 stored in. The text encoder is not in the checkpoint: it is the one given, or one in its subfolder
 `text_encoder`, or the one that its settings name, from the Hub or its cache; audiocraft writes T5's
-ids without their owner ("t5-base"). The app also reads such a folder as it is, so converting it is
-not necessary.
+ids without their owner ("t5-base"). So it is with MERT, which a style checkpoint needs: given, in
+the subfolder `mert`, or from the Hub. The app also reads such a folder as it is, so converting it
+is not necessary.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TEXT_ENCODER = "text_encoder"  # a subfolder that may hold it
+TEXT_ENCODER, MERT = "text_encoder", "mert"  # subfolders that may hold them
+MERT_ID = "m-a-p/MERT-v1-95M"  # which audiocraft takes by that name
 _TEXT_ADVICE = (
     "name a folder with T5 and its tokenizer by --text-encoder, or put "
     f"one called {TEXT_ENCODER} beside {LANGUAGE_MODEL}"
 )
+_MERT_ADVICE = (
+    f"name a folder with MERT by --mert, or put one called {MERT} beside {LANGUAGE_MODEL}"
+)
 _CODEC_ADVICE = f"put that codec's own {CODEC} in place of the one here"
-_NOT_IN_LANGUAGE_MODEL = ("text_encoder.", "audio_encoder.")  # weights from other files
+_NOT_IN_LANGUAGE_MODEL = ("text_encoder.", "audio_encoder.", "style.mert.")  # in other files
 _TEXT_PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
+_MERT_PROJECTION = "condition_provider.conditioners.self_wav.embed.weight"
 
 Config = dict[str, Any]
 Files = tuple[ExportedFile, ExportedFile]  # the language model and the codec
@@ -70,16 +76,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER_OR_ID",
         help="T5 in transformers' format (default: what the checkpoint names, from the Hub)",
     )
+    parser.add_argument(
+        "--mert",
+        metavar="FOLDER_OR_ID",
+        help=f"MERT in transformers' format, of a style checkpoint (default: {MERT_ID})",
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
     """Converts as the flags say; raises as `convert`."""
     source, destination = files.expanded(flags.source), files.expanded(flags.destination)
-    convert(source, destination, flags.text_encoder, lambda text: print(text, file=sys.stderr))
+    report: Report = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    convert(source, destination, flags.text_encoder, report, flags.mert)
     print(destination)
 
 
-def convert(source: Path, destination: Path, text_encoder: str | None, report: Report) -> None:
+def convert(
+    source: Path,
+    destination: Path,
+    text_encoder: str | None,
+    report: Report,
+    mert: str | None = None,
+) -> None:
     """Writes the checkpoint in `source` into `destination` in transformers' format.
 
     Raises:
@@ -94,7 +112,7 @@ def convert(source: Path, destination: Path, text_encoder: str | None, report: R
             "audiocraft exports it.",
             "checkpoint",
         )
-    made = read(source, exported.read_both(source), text_encoder, report)
+    made = read(source, exported.read_both(source), text_encoder, report, mert)
     report(f"writing {destination}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +148,7 @@ def _write(made: Converted, folder: Path) -> None:
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from error
     made.tokenizer.save_pretrained(folder)
-    melody = made.config["model_type"] == "musicgen_melody"
+    melody = made.extractor["feature_extractor_type"] == "MusicgenMelodyFeatureExtractor"
     processor = {
         "feature_extractor": made.extractor,
         "processor_class": "MusicgenMelodyProcessor" if melody else "MusicgenProcessor",
@@ -154,9 +172,7 @@ def config_of(folder: Path, files: Files) -> Config:
     Raises:
         RequestError: as `read`.
     """
-    model, codec = files
-    name = _text_encoder(folder, model, None)
-    return _config(model, _codec_config(codec), _read_config(name, _TEXT_ADVICE))
+    return _config(folder, files)
 
 
 @functools.lru_cache(maxsize=16)
@@ -172,8 +188,7 @@ def config_on_the_hub(repo_id: str) -> Config:
     if codec is None or CODEC in hub.names_on_the_hub(repo_id):
         with hub.opened(repo_id, CODEC) as file:
             codec = exported.outline(f"{repo_id}/{CODEC}", file)
-    name = _text_encoder(None, model, None)
-    return _config(model, _codec_config(codec), _read_config(name, _TEXT_ADVICE))
+    return _config(None, (model, codec))
 
 
 def generation_of(files: Files) -> Config:
@@ -198,6 +213,8 @@ def fetch(folder: Path, files: Files, report: Report) -> None:
     _tokenizer_folder(text, text_encoder, _read_config(text, _TEXT_ADVICE), report)
     if codec.pointer:
         _fetched(codec.pointer, _CODEC_ADVICE, report)
+    if audiocraft.style(model.settings):
+        _fetched(_mert(folder, None), _MERT_ADVICE, report)
 
 
 def load(folder: Path, files: Files, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Config]:
@@ -212,13 +229,15 @@ def load(folder: Path, files: Files, dtype: torch.dtype, streamed: bool) -> tupl
     from musicgen_ui.checkpoints import loading
 
     made = read(folder, files, None, lambda _: None)
-    melody = made.config["model_type"] == "musicgen_melody"
-    model = loading.model(melody, made.config, loading.InMemory(made.weights), dtype, streamed)
+    prefixed = made.config["model_type"] == "musicgen_melody"
+    model = loading.model(prefixed, made.config, loading.InMemory(made.weights), dtype, streamed)
     model.generation_config = GenerationConfig(**made.generation)
     return model, made.tokenizer, made.extractor
 
 
-def read(folder: Path, files: Files, text_encoder: str | None, report: Report) -> Converted:
+def read(
+    folder: Path, files: Files, text_encoder: str | None, report: Report, mert: str | None = None
+) -> Converted:
     """The checkpoint in `folder` converted, every weight accounted for.
 
     Raises:
@@ -232,7 +251,7 @@ def read(folder: Path, files: Files, text_encoder: str | None, report: Report) -
     where = _text_encoder(folder, model, text_encoder)
     text = _fetched(where, _TEXT_ADVICE, report)
     codec_config = _codec_config(codec)
-    config = _config(model, codec_config, _read_config(text, _TEXT_ADVICE))
+    config = _config(folder, files, text, mert)
     _check(folder, config, model)
     shapes = _shapes(config)
     of_model = {k: s for k, s in shapes.items() if not k.startswith(_NOT_IN_LANGUAGE_MODEL)}
@@ -247,6 +266,8 @@ def read(folder: Path, files: Files, text_encoder: str | None, report: Report) -
         weights |= exported.renamed(folder / CODEC, codec.weights, of_codec, codec_config)
     tokenizer = _tokenizer(text, where, config, report)
     weights |= exported.text_encoder_weights(text)
+    if style := config.get("style"):
+        weights |= exported.mert_weights(_fetched(_mert(folder, mert), _MERT_ADVICE, report), style)
     generation = audiocraft.generation(model.settings, codec_config)
     return Converted(config, generation, _extractor(config, melody), weights, tokenizer)
 
@@ -271,21 +292,48 @@ def _tokenizer(text: Path, where: Path | str, config: Config, report: Report) ->
         raise RequestError(f"{text} cannot be used: {error}.", "checkpoint") from error
 
 
-def _config(model: ExportedFile, codec: Config, text_encoder: Config) -> Config:
-    melody = audiocraft.melody(model.settings)
+def _config(
+    folder: Path | None, files: Files, text: Path | str | None = None, mert: str | None = None
+) -> Config:
+    """transformers' configuration of a checkpoint.
+
+    Args:
+        folder: where it is; None is on the Hub.
+        files: its two files, whose weights are not looked at.
+        text: its text encoder; None is what `_text_encoder` finds.
+        mert: a user's name for MERT.
+    """
+    model, codec = files
+    text = text or _text_encoder(folder, model, None)
+    melody, style = audiocraft.melody(model.settings), audiocraft.style(model.settings)
+    prefixed = bool(melody or style)
     config = {
-        "architectures": [f"Musicgen{'Melody' if melody else ''}ForConditionalGeneration"],
-        "model_type": "musicgen_melody" if melody else "musicgen",
+        "architectures": [f"Musicgen{'Melody' if prefixed else ''}ForConditionalGeneration"],
+        "model_type": "musicgen_melody" if prefixed else "musicgen",
         "is_encoder_decoder": True,
         "dtype": "float32",  # to compute in; files in half precision say nothing about that
-        "text_encoder": text_encoder,
-        "audio_encoder": codec,
+        "text_encoder": _read_config(text, _TEXT_ADVICE),
+        "audio_encoder": _codec_config(codec),
         "decoder": audiocraft.decoder(model.settings),
         # Keys of this app, which transformers ignores:
         "window_s": float(min(audiocraft.window_s(model.settings), WINDOW_S)),
         "sound_effects": model.settings.get("solver") == "audiogen",
     }
+    if style:
+        where = _mert(folder, mert)
+        style["mert"] = audiocraft.mert(str(where), _read_config(where, _MERT_ADVICE))
+        # transformers' words for the width and number of what comes before the text.
+        return config | {"style": style, "num_chroma": style["hidden_size"], "chroma_length": 1}
     return config | {key: melody[key] for key in ("num_chroma", "chroma_length") if melody}
+
+
+def _mert(folder: Path | None, given: str | None) -> Path | str:
+    """The folder of MERT, or its id on the Hub: given, beside the model or the usual one."""
+    if given:
+        return _named(given)
+    if folder and (folder / MERT / "config.json").is_file():
+        return folder / MERT
+    return MERT_ID
 
 
 def _codec_config(codec: ExportedFile) -> Config:
@@ -322,16 +370,23 @@ def _check(folder: Path, config: Config, model: ExportedFile) -> None:
     """Requires that the parts fit, before shapes are compared."""
     configuration.check(str(folder), configuration.parse(str(folder), config))
     width, hidden = config["text_encoder"].get("d_model"), config["decoder"]["hidden_size"]
-    projection = model.weights.get(_TEXT_PROJECTION)
-    if projection is not None and projection.dim() == 2 and projection.shape[1] != width:
+    style = config.get("style", {})
+    features = style.get("mert", {}).get("hidden_size")
+    for part, found, weight, flag in (
+        ("The text encoder", width, _TEXT_PROJECTION, "--text-encoder"),
+        ("MERT", features, _MERT_PROJECTION, "--mert"),
+    ):
+        projection = model.weights.get(weight)
+        if projection is not None and projection.dim() == 2 and projection.shape[1] != found:
+            raise RequestError(
+                f"{part} is {found} wide, and {folder} was trained with one of "
+                f"{projection.shape[1]}: name the right one with {flag}.",
+                "checkpoint",
+            )
+    if hidden in (width, style.get("hidden_size")):
+        part = "text encoder" if width == hidden else "style encoder"
         raise RequestError(
-            f"The text encoder is {width} wide, and {folder} was trained with one of "
-            f"{projection.shape[1]}: name the right one with --text-encoder.",
-            "checkpoint",
-        )
-    if width == hidden:
-        raise RequestError(
-            f"{folder} cannot be converted: its text encoder is as wide as its decoder, and "
+            f"{folder} cannot be converted: its {part} is as wide as its decoder, and "
             "transformers' format has no place for the projection between them.",
             "checkpoint",
         )
@@ -341,10 +396,14 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The weights of transformers' model by name, from a model that holds none."""
     import torch
 
+    from musicgen_ui.engine.style import StyleEncoder
+
     kind = _kind(config)
     with torch.device("meta"):
         # A copy: transformers 5.17 takes the parts' kinds out of it.
         model = kind(kind.config_class.from_dict(deepcopy(config)))
+        if style := config.get("style"):
+            model.style = StyleEncoder(style)
     return {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
 
 

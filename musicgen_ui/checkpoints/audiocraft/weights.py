@@ -106,6 +106,8 @@ def read(file: Path) -> ExportedFile:
     if pointer is not None and file.name == CODEC:
         return _pointer(file, pointer)
     weights = _weights(package)
+    if isinstance(weights, dict):
+        weights = {k: w for k, w in weights.items() if not _of_training(k)}
     if not isinstance(weights, dict) or not _plain(weights, file.stat().st_size):
         raise RequestError(
             f"{file} holds no plain weights under best_state: export the checkpoint with "
@@ -122,6 +124,12 @@ def read(file: Path) -> ExportedFile:
         stated = None  # refused below
     settings = config.Settings(str(file), stated)
     return ExportedFile(settings, {names[name]: weight for name, weight in weights.items()})
+
+
+def _of_training(name: object) -> bool:
+    """Whether a weight is one that only training uses, a count among them."""
+    plain = name if isinstance(name, str) else ""
+    return config.STYLE_TRAINING.search(plain) is not None
 
 
 def _weights(package: dict[Any, Any]) -> Any:
@@ -328,6 +336,23 @@ def codec_weights(folder: Path) -> dict[str, Tensor]:
     return _weights_of("audio_encoder", EncodecModel, folder)
 
 
+def mert_weights(folder: Path, style: dict[str, Any]) -> dict[str, Tensor]:
+    """MERT's weights in `folder`, by their names in a `StyleEncoder` of a model.
+
+    Raises:
+        RequestError: they cannot be read.
+    """
+    from transformers import HubertModel
+
+    from musicgen_ui.engine.style import hubert_config
+
+    stated = file_checks.read_object(folder / "config.json")
+    masked = stated.get("mask_time_prob", 0.05) or stated.get("mask_feature_prob", 0.0)
+    config = hubert_config(style["mert"], masked if isinstance(masked, (int, float)) else 0.0)
+    weights = _weights_of("style.mert", HubertModel, folder, config=config)
+    return {k: w for k, w in weights.items() if k != "style.mert.masked_spec_embed"}
+
+
 def text_encoder_weights(folder: Path) -> dict[str, Tensor]:
     """T5's weights in `folder`, by their names in transformers' MusicGen.
 
@@ -339,14 +364,21 @@ def text_encoder_weights(folder: Path) -> dict[str, Tensor]:
     return _weights_of("text_encoder", T5EncoderModel, folder)
 
 
-def _weights_of(part: str, kind: Any, folder: Path) -> dict[str, Tensor]:
-    """The weights of a model in transformers' format, by their names in MusicGen."""
+def _weights_of(part: str, kind: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
+    """The weights of a model in transformers' format, by their names in MusicGen.
+
+    Args:
+        part: of MusicGen.
+        kind: transformers' class.
+        folder: where they are.
+        options: of `from_pretrained` besides.
+    """
     try:
         check_files(hub.weights_in(folder))
         for file in hub.weights_in(folder):
             file_checks.require_weights(file)
         model, found = kind.from_pretrained(
-            folder, local_files_only=True, weights_only=True, output_loading_info=True
+            folder, local_files_only=True, weights_only=True, output_loading_info=True, **options
         )
         if found["missing_keys"]:
             raise ValueError(f"weights are missing: {sorted(found['missing_keys'])[:5]}")
