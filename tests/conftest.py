@@ -63,6 +63,14 @@ def tiny_stereo_melody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(folder, stereo=True, melody=True, text_hidden=24)
 
 
+@pytest.fixture(scope="session")
+def tiny_style(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny style checkpoint's folder, in audiocraft's layout; copy it before changing it."""
+    from tests.helpers import style
+
+    return style.build(tmp_path_factory.mktemp("checkpoints") / "tiny-style")
+
+
 @pytest.fixture(scope="module", params=["mono", "stereo"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """A tiny checkpoint's folder, of either kind."""

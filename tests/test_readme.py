@@ -100,15 +100,17 @@ EXAMPLES = [
 ]
 
 
-def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
+def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody, tiny_style):
     """Shortened, in order: the second one continues the first one's file."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "assets" / "bundled", "my-finetune")
     write_lora(Path("my-lora"))
     soundfile.write("my-tune.wav", np.sin(np.arange(32_000) / 9) / 5, 16_000)
+    soundfile.write("my-song.wav", np.sin(np.arange(256_000) / 9) / 5, 16_000)
     Path("changes.json").write_text('[[0.2, {"top_k": 5}]]')
     for arguments in EXAMPLES:
-        arguments = [str(tiny_melody) if word == "melody" else word for word in arguments]
+        tiny = {"melody": str(tiny_melody), "style": str(tiny_style)}
+        arguments = [tiny.get(word, word) for word in arguments]
         short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
         short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
         if "--loop-bars" in arguments:
@@ -122,6 +124,7 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
         "long.flac",
         "changing.wav",
         "follows.wav",
+        "styled.wav",
         "techno-1.wav",
         "techno-2.wav",
         "techno-3.wav",
@@ -129,7 +132,7 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody):
         "ending.opus",
         "steered.wav",
     } < made
-    assert len(made) == 20  # and changes.json; a WAV, a FLAC and the codes under takes/
+    assert len(made) == 21  # and changes.json; a WAV, a FLAC and the codes under takes/
     assert soundfile.info("longer.flac").duration == 1.0
 
 

@@ -14,6 +14,10 @@ def clip(seconds=1.0, rate=100):
     return Clip(np.zeros((1, round(seconds * rate)), np.float32), rate)
 
 
+def ones(seconds):
+    return Clip(np.ones((1, round(seconds * 100)), np.float32), 100)
+
+
 def refusal(**settings):
     with pytest.raises(RequestError) as caught:
         GenerationRequest.parse(settings)
@@ -32,6 +36,26 @@ def test_fields_have_label_help_and_limits():
         assert spec.metadata["help"]
         if isinstance(spec.default, (int, float)) and not isinstance(spec.default, bool):
             assert spec.metadata["min"] <= spec.default <= spec.metadata["max"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "sentence"),
+    [
+        ({"style": ones(1.2)}, "style", "is 1.20 s long: choose one of at least 1.5 s"),
+        ({"style": ones(2)}, "style_length_s", "3 s long and the style clip only 2.00 s"),
+        ({"style_length_s": 5}, "style_length_s", "must be between 1.5 and 4.5 s"),
+        ({"style": clip(9)}, "style_start_s", "is silent: let it start where there is music"),
+        (
+            {"style": ones(9), "style_start_s": 7},
+            "style_start_s",
+            "not within the style clip, which ends at 9.00 s: let it start at 6 s or earlier",
+        ),
+    ],
+)
+def test_parse_refuses_an_excerpt_that_cannot_be(settings, field, sentence):
+    error = refusal(**settings)
+    assert sentence in str(error) and error.field == field
+    GenerationRequest.parse({"style": ones(9), "style_start_s": 6})
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,15 @@ def test_a_file_says_that_a_melody_was_followed(tmp_path):
     assert takes.read_settings(save(tmp_path).wav)["melody_s"] == 0
 
 
+def test_a_file_says_which_excerpt_of_a_clip_gave_the_style(tmp_path):
+    style = Clip(np.full((1, 6 * RATE), 0.1, np.float32), RATE)
+    take = save(tmp_path, style=style, style_start_s=2.5, style_codebooks=1, text_guidance=4.0)
+    read = takes.read_settings(take.wav)
+    assert (read["style_s"], read["style_start_s"], read["style_length_s"]) == (6, 2.5, 3)
+    assert (read["style_codebooks"], read["text_guidance"]) == (1, 4)
+    assert takes.read_settings(save(tmp_path).wav)["style_s"] == 0
+
+
 def test_settings_are_read_whatever_the_file_is_called(tmp_path):
     take = save(tmp_path)
     assert takes.read_settings(take.flac.rename(tmp_path / "upload")) == take.settings

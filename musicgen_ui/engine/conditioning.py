@@ -216,9 +216,8 @@ class Conditioner:
         """Computes what takes long and is kept for `conditions`; on any thread.
 
         Raises:
-            RequestError: as `conditions`.
+            RequestError: the checkpoint has fewer style codebooks than asked for.
         """
-        self._require_able(request)
         if self.style and request.style:
             self.style.tokens(request)
 

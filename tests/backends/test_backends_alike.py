@@ -51,6 +51,15 @@ def test_take_is_that_of_a_single_process(backend, local, tiny_mono):
         assert take.request == same[variation].request
 
 
+def test_style_take_is_that_of_a_single_process(backend, local, tiny_style):
+    """A style clip reaches every backend, and comes back with the take."""
+    request = ask(tiny_style, style=noise(3.5, seed=3), style_start_s=0.25, style_codebooks=2)
+    (take,), (same,) = (takes(read(each.submit(request))) for each in (backend, local))
+    assert np.array_equal(take.codes, same.codes)
+    assert take.request == same.request and take.request.style is request.style
+    assert backend.describe(str(tiny_style)).style
+
+
 def test_chunks_of_a_variation_join_to_its_new_music(backend, tiny_mono):
     events = read(backend.submit(ask(tiny_mono, duration_s=3, variations=2)))
     for take in takes(events):

@@ -159,6 +159,8 @@ BAD_ROWS = {
     "a clip that is no path": '{"audio_prompt": {"path": "clip.wav"}}',
     "a silent melody": '{"melody": "silence.wav"}',
     "a melody that is not followed": '{"melody": "clip.wav", "checkpoint": "bundled"}',
+    "an excerpt that is too long": '{"style": "clip.wav", "style_length_s": 4.6}',
+    "a style that is not taken on": '{"style": "clip.wav", "checkpoint": "bundled"}',
     "a null byte": '{"audio_prompt": "clip\\u0000.wav"}',
     "an unknown checkpoint": '{"checkpoint": "nonesuch"}',
     "what fails on the way": '{"prompt": "broken"}',

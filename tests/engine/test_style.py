@@ -33,8 +33,8 @@ STYLE = dataclasses.replace(BOTH, prompt="")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return style.build(tmp_path_factory.mktemp("style") / "tiny-style")
+def folder(tiny_style: Path) -> Path:
+    return tiny_style
 
 
 @pytest.fixture(scope="module")
