@@ -74,7 +74,7 @@ class RayBackend:
     """
 
     def __init__(self, handle: Any, shut_down: Callable[[], object] = lambda: None) -> None:
-        self._handle = handle
+        self._handle, self._streaming = handle, handle.options(stream=True)
         self._shut_down = shut_down
         self._front = secrets.token_hex(8)
         self._queue = JobQueue()
@@ -204,7 +204,8 @@ class RayBackend:
         self._closed = True
         self._changed()
         self._thread.join(CLOSE_S)
-        self._shut_down()
+        shut_down, self._shut_down = self._shut_down, lambda: None  # once: Serve would begin anew
+        shut_down()
 
     # The front's thread
 
@@ -359,7 +360,7 @@ class RayBackend:
         """
         job, request = specification.job, specification.request
         key = request.checkpoint, request.stereo
-        response = self._handle.options(stream=True).compose.remote(
+        response = self._streaming.compose.remote(
             self._front,
             made.id,
             request,

@@ -218,6 +218,28 @@ def test_sixty_clients_while_replicas_are_killed(front):
     assert sum("ServeReplica" in name for name in names) == 2, names
 
 
+@pytest.mark.long
+def test_rolling_update_loses_no_take(front):
+    """New replicas take the place of all old ones while they make takes."""
+    from ray import serve
+
+    two_replicas(front)
+    old = {report.pid for report in front._fresh()}
+    jobs = [front.submit(ask(duration_s=300.0, seed=seed)) for seed in range(4)]
+    for job in jobs:
+        next(event for event in job.follow() if isinstance(event, Chunk))
+    settings = {"options": FLOAT32 | {"idle_s": 1000.0}, "checkpoint": "bundled", "replicas": 2}
+    serve.run(build(settings | {"loopback": True}), name=APPLICATION, route_prefix=None)
+    for job in jobs:
+        events = read(job)
+        (take,) = takes(events)
+        chunks = [event.clip.samples for event in events if isinstance(event, Chunk)]
+        assert np.array_equal(np.concatenate(chunks, axis=1), take.clip.samples)
+        assert not (take.stopped or take.fault) and take.clip.duration_s == 300.0
+    wait_for(lambda: not any(map(psutil.pid_exists, old)), START_S)
+    two_replicas(front)
+
+
 @pytest.fixture
 def head(tmp_path) -> Iterator[str]:
     """A cluster without the app; its address."""
