@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import platformdirs
@@ -227,6 +226,6 @@ def _look(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _remote_look(info: Mapping[str, Any]) -> str:
+def _remote_look(info: Mapping[str, object]) -> str:
     changed = next((info[key] for key in CHANGED if info.get(key)), "")
     return f"{info['size']} {changed}"

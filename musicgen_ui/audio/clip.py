@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import soundfile
@@ -20,9 +20,18 @@ from musicgen_ui.audio.chords import PlacedChord
 
 SILENCE = 1e-4  # -80 dBFS
 CANCELLED = 0.01  # what is left of the power in the mean of two channels: -20 dB
+
+
+class Compression(TypedDict, total=False):
+    """Options of soundfile."""
+
+    compression_level: float
+    subtype: str
+
+
 # Compression, 0 to 1: variable bit rates of about 150 kbit/s (MP3), 230 (Ogg Vorbis) and 160 (Ogg
 # Opus) in stereo at 32 kHz.
-LOSSY: dict[str, dict[str, Any]] = {
+LOSSY: dict[str, Compression] = {
     ".mp3": {"compression_level": 0.2},
     ".ogg": {"compression_level": 0.2, "subtype": "VORBIS"},
     ".opus": {"compression_level": 0.7, "subtype": "OPUS"},

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -352,7 +352,7 @@ def _main(path: str, keep_s: str, whole: str = "") -> None:
 
     _fence()
     samples = np.zeros(0, np.float32)
-    answer: dict[str, Any]
+    answer: dict[str, object]
     try:
         reader = functools.partial(_with_av, whole=bool(whole))
         end = _read_end(reader, Path(path), float(keep_s))

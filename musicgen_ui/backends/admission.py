@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ class Client:
     address: str = ""  # "" where it distinguishes nobody
 
     @classmethod
-    def of(cls, request: Any) -> Client:
+    def of(cls, request: object) -> Client:
         """The client behind a `gr.Request`, or one of Starlette, which has no session."""
         peer = getattr(request, "client", None)
         session = (getattr(request, "session_hash", None) or "")[:NAME_CHARACTERS]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import ClapFeatureExtractor, ClapModel, PreTrainedTokenizerBase
+
+    Parts = tuple[ClapModel, PreTrainedTokenizerBase, ClapFeatureExtractor]
 
 CHECKPOINT = "laion/larger_clap_music"  # 194 M parameters, Apache 2.0
 MOST_WINDOWS = 6  # of a long take, evenly spaced
@@ -37,7 +42,7 @@ class Clap:
         self._checkpoint = checkpoint
         self._may_download = may_download
         self._lock = threading.Lock()
-        self._loaded: tuple[Any, Any, Any] | None = None  # model, tokenizer, feature extractor
+        self._loaded: Parts | None = None
 
     def load(self, report: Callable[[str], None]) -> None:
         """Reads the checkpoint, and downloads it first where that is allowed.
@@ -84,7 +89,7 @@ class Clap:
             self._loaded = None
 
 
-def _read(folder: Path) -> tuple[Any, Any, Any]:
+def _read(folder: Path) -> Parts:
     from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
     try:
@@ -100,7 +105,7 @@ def _read(folder: Path) -> tuple[Any, Any, Any]:
     return model, tokenizer, extractor
 
 
-def _embedding(model: Any, extractor: Any, clip: Clip) -> torch.Tensor:
+def _embedding(model: ClapModel, extractor: ClapFeatureExtractor, clip: Clip) -> torch.Tensor:
     samples = audio.convert(clip, extractor.sampling_rate, 1).samples[0]
     size = extractor.nb_max_samples
     last = max(0, len(samples) - size)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished, Progress, Stage
 from musicgen_ui.errors import RequestError
@@ -130,7 +129,7 @@ def line(record: JobRecord, prompts: bool = False) -> str:
     return " ".join(f"{key}={_value(value)}" for key, value in values.items() if value is not None)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     word = str(value)

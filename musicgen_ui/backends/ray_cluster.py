@@ -14,14 +14,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from musicgen_ui import files
 from musicgen_ui.backends.ray_replica import Replica
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.errors import RequestError
 
-if TYPE_CHECKING:  # torch
+if TYPE_CHECKING:  # torch; Ray need not be installed
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+
     from musicgen_ui.backends.local import EngineOptions
 
 APPLICATION = "musicgen"
@@ -44,6 +47,16 @@ class Cluster:
     replicas: int = 0  # 0 is one for each GPU, or one without any
     most_replicas: int = 0  # with more than `replicas`, the number goes by the music that waits
     front_only: bool = False  # the application was deployed by another front
+
+
+class Arguments(TypedDict, total=False):
+    """Arguments of the application."""
+
+    options: EngineOptions
+    checkpoint: str  # loaded before a replica takes jobs
+    replicas: int  # 0 is one for each GPU, or one without any
+    max_replicas: int  # with more than `replicas`, the number goes by the music that waits
+    loopback: bool  # a replica listens on the loopback address alone
 
 
 def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") -> RayBackend:
@@ -137,7 +150,7 @@ def _join(address: str) -> Callable[[], None]:
     return leave
 
 
-def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> Any:
+def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> DeploymentHandle:
     from ray import serve
 
     if cluster.front_only:
@@ -162,23 +175,22 @@ def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> Any:
     return serve.run(application, name=APPLICATION, route_prefix=None)
 
 
-def build(arguments: dict[str, Any]) -> Any:
+def build(arguments: Arguments) -> Application:
     """The application, also for a Serve configuration: `import_path` of docs/scaling.md.
 
     Args:
-        arguments: "options" of `LocalBackend`, "checkpoint", "replicas", "max_replicas" and
-            "loopback"; each may be missing.
+        arguments: of the replicas.
     """
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    options = dict(arguments.get("options", {}))
+    options: EngineOptions = {**arguments.get("options", {})}
     gpus = int(ray.cluster_resources().get("GPU", 0)) if options.get("device") != "cpu" else 0
     replicas = int(arguments.get("replicas", 0)) or gpus or 1
     rows = int(options.get("max_jobs", 8))
     most = int(arguments.get("max_replicas", 0))
-    number: dict[str, Any] = {"num_replicas": replicas}
+    number: dict[str, object] = {"num_replicas": replicas}
     if most > replicas:
         policy = {"policy_function": "musicgen_ui.backends.ray_scaling:policy"}
         limits = {"min_replicas": replicas, "max_replicas": most}

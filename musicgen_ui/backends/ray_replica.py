@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,10 @@ from musicgen_ui.engine.protocol import (
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.steering import Steering
+
+if TYPE_CHECKING:  # torch
+    from musicgen_ui.backends.local import EngineOptions
+    from musicgen_ui.backends.ray_scaling import RoutingStats
 
 HEARTBEAT_S = 1.0
 LEASE_S = 10.0  # a front that is silent for so long has gone
@@ -76,7 +80,7 @@ class Replica:
 
     def __init__(
         self,
-        options: dict[str, Any],
+        options: EngineOptions,
         checkpoint: str = "auto",
         name: str | None = None,
         loopback: bool = False,
@@ -218,7 +222,7 @@ class Replica:
         """See `Backend.unload`."""
         await asyncio.to_thread(self._backend.unload)
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    def record_routing_stats(self) -> RoutingStats:
         """For `ray_router`, by way of Serve: bytes of the models here, and for all of them."""
         return {
             "models": self._backend.health().models,
@@ -274,7 +278,7 @@ def _listen_on_loopback() -> None:
 
     add_port = replica.add_port_to_grpc_server
 
-    def add_loopback_port(server: Any, address: str) -> int:
+    def add_loopback_port(server: object, address: str) -> int:
         return int(add_port(server, address.replace("[::]", "127.0.0.1")))
 
     replica.add_port_to_grpc_server = add_loopback_port

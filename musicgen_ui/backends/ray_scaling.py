@@ -9,11 +9,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
 
 TARGET_WAIT_S = 15.0  # in which what waits should be begun
 IDLE_S = 120.0  # that fewer replicas must be enough before one is stopped
 FEW_SINCE = "few_since_s"
+
+
+class RoutingStats(TypedDict, total=False):
+    """What a replica says of itself to those who hand out jobs."""
+
+    models: dict[str, int]  # bytes held, by checkpoint
+    budget_bytes: int  # for all of them
 
 
 def desired_replicas(waiting_s: float, busy: int, rows: int, replicas: int, speed: float) -> int:
@@ -34,11 +44,11 @@ def desired_replicas(waiting_s: float, busy: int, rows: int, replicas: int, spee
     return max(replicas, needed + extra)
 
 
-def policy(context: Any) -> tuple[int, dict[str, Any]]:
+def policy(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
     """Serve's autoscaling policy: more replicas at once, fewer when that was enough for a while.
 
     Args:
-        context: `ray.serve.config.AutoscalingContext`; its metrics are what replicas record.
+        context: Serve's; its metrics are what replicas record.
 
     Returns:
         Replicas that there should be, and what is to be remembered until the next call.
@@ -66,7 +76,7 @@ def policy(context: Any) -> tuple[int, dict[str, Any]]:
     return there - 1, {}
 
 
-def ranked(replicas: Mapping[str, Mapping[str, Any]], name: str, nbytes: int) -> list[list[str]]:
+def ranked(replicas: Mapping[str, RoutingStats], name: str, nbytes: int) -> list[list[str]]:
     """Replicas in the order in which they should take a job; those of a rank are alike.
 
     First those where its checkpoint is loaded; a busy one sends further jobs on, so that a

@@ -24,7 +24,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.ray_job import Made, RayJob, take_so_far, with_clips
@@ -47,6 +47,9 @@ from musicgen_ui.engine.protocol import (
 from musicgen_ui.engine.variation import ENDLESS_STEPS, Specification
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+
+if TYPE_CHECKING:  # Ray need not be installed
+    from ray.serve.handle import DeploymentHandle
 
 BEAT_TIMEOUT_S = 2.0  # for a replica to answer a beat
 SILENT_S = 8.0  # a stream without a heartbeat for so long is lost
@@ -73,7 +76,9 @@ class RayBackend:
         shut_down: ends what was started for it.
     """
 
-    def __init__(self, handle: Any, shut_down: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, shut_down: Callable[[], object] = lambda: None
+    ) -> None:
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._shut_down = shut_down
         self._front = secrets.token_hex(8)
@@ -83,7 +88,7 @@ class RayBackend:
         self._reports: dict[str, tuple[Report, float]] = {}  # and when, by replica
         self._stops_s: dict[str, float] = {}  # when a replica was last asked to stop, by id
         self._models: dict[tuple[str, bool], tuple[str, int]] = {}  # by checkpoint and stereo
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
@@ -234,7 +239,7 @@ class RayBackend:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[object, None, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

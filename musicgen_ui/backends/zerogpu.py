@@ -15,8 +15,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -173,9 +172,10 @@ class ZeroBackend:
 
 def _loaded(source: Source, device: str) -> Loaded:
     loaded = registry.load(source, torch.float32, log.info)
-    model: Any = loaded.model
+    model: torch.nn.Module = loaded.model
     model.decoder.to(torch.bfloat16)  # as it will be packed: half as much to move
-    return dataclasses.replace(loaded, model=model.to(device))
+    model.to(device)
+    return loaded
 
 
 class LostError(Exception):
@@ -227,7 +227,7 @@ class Call:
             RequestError: nothing was made; the Hub's sentences on quotas and queues included.
         """
         began_s, job = time.monotonic(), self._job
-        parts: Any = compose(self._name, self._request, job.stop_file)
+        parts: Generator[Part, None, None] = compose(self._name, self._request, job.stop_file)
         try:
             for number, part in enumerate(parts):
                 if not (number or job.begin()):
