@@ -73,6 +73,20 @@ const show_wrong = () => {
 };
 new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
 
+// A button that goes hands the focus to the one that takes its place, within a second or two.
+const in_its_place = { get_start: '#get_cancel', get_cancel: '#get_start', get_later: '#prompt textarea' };
+document.addEventListener('click', ({ target }) => {
+  const next = in_its_place[target.closest('button')?.id];
+  if (!next) return;
+  const hand_over = (left) => {
+    const found = document.querySelector(next);
+    if (document.activeElement !== document.body) return left && setTimeout(hand_over, 100, left - 1);
+    if (found?.offsetParent) found.focus({ preventScroll: true });
+    else if (left) setTimeout(hand_over, 100, left - 1);
+  };
+  hand_over(20);
+});
+
 // Enter in the list of checkpoints takes what was typed, an id or a folder too. Gradio would take
 // the first entry that contains it: here only one that is alone, or that an arrow key leads to.
 let is_typed = false;

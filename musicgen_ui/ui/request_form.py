@@ -32,6 +32,7 @@ from musicgen_ui.ui.wording import status_text
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 DEMO, REAL = "bundled", "facebook/musicgen-small"  # what comes with the app, and what to get
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+MOST_CHANGES = 6  # that are said one by one
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once that is settled
 CLIPS = {
     "prompt_s": "It continued an audio prompt, which its file does not hold",
@@ -273,7 +274,8 @@ def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[s
         if old != new:
             label = FIELDS[name].metadata["label"]
             found.append(f"{label}: {_value(name, new)} instead of {_value(name, old)}.")
-    return found
+    more = len(found) - MOST_CHANGES
+    return found if more <= 1 else [*found[:MOST_CHANGES], f"{more} more settings."]
 
 
 def _as_request(name: str, value: object) -> object:
