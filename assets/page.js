@@ -2,10 +2,10 @@
 // uploads that fail, recording. Runs once, when the notice loads; Gradio hands in `element`,
 // `props` and `watch`.
 const root = element.querySelector('.notice');
-const words = root.querySelector('.notice-words');
+const words = root.querySelector('.notice-words'), back = root.querySelector('.notice-undo');
 
-// Shows a message until it is closed, another one comes, or a new take is asked for.
-const say = (text, { items = [], wrong = false } = {}) => {
+// Shows a message, with a way back where there is one, until it is closed, another one comes, or a new take is asked for.
+const say = (text, { items = [], wrong = false, undo = '' } = {}) => {
   words.replaceChildren();
   const line = Object.assign(document.createElement('p'), { textContent: text, dir: 'auto' });
   const list = document.createElement('ul');
@@ -14,12 +14,26 @@ const say = (text, { items = [], wrong = false } = {}) => {
   root.hidden = !text;
   root.classList.toggle('is-wrong', wrong);
   if (text) words.append(line, ...(items.length ? [list] : []));
+  back.hidden = !undo;
+  back.dataset.undo = undo;
 };
 const close = () => say('');
 watch('value', () => props.value && say(props.value.text, props.value));
 root.querySelector('.notice-close').addEventListener('click', close);
-document.addEventListener('click', (event) => {
-  if (event.target.closest('#generate')) close();
+back.addEventListener('click', () => {
+  document.querySelector(`#undo_${back.dataset.undo}`).click();
+  root.querySelector('.notice-close').focus(); // the button that had the focus goes
+  say('Undone.');
+});
+// What settings are filled into is noted before: Undo gives it back.
+const fills = '#offer, #use_settings, #preset_use, [data-act=settings]';
+const note_form = () => (window.musicgenBefore = window.musicgenNow);
+document.addEventListener('click', ({ target }) => {
+  if (target.closest('#generate')) close();
+  if (target.closest(fills)) note_form();
+}, true);
+document.addEventListener('change', ({ target }) => {
+  if (target.matches('input:has(+ #restore)')) note_form();
 }, true);
 document.addEventListener('keydown', (event) => event.key === 'Escape' && close());
 
@@ -59,19 +73,37 @@ const show_wrong = () => {
 };
 new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
 
-// A cell of the table is edited from one click or touch, or by typing: Gradio waits for a second
-// click, and loses the first letter.
-const edit = (event) => {
-  const cell = event.target.closest?.('#sections .body-cell');
-  if (!cell || cell.querySelector('textarea')) return;
-  if (event.type === 'keydown') {
-    if (event.key.length > 1 || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.stopPropagation();
-  }
-  cell.dispatchEvent(new MouseEvent('dblclick', { bubbles: true }));
-};
-document.addEventListener('click', edit);
-document.addEventListener('keydown', edit, true);
+// A button that goes hands the focus to the one that takes its place, within a second or two.
+const in_its_place = { get_start: '#get_cancel', get_cancel: '#get_start', get_later: '#prompt textarea' };
+document.addEventListener('click', ({ target }) => {
+  const next = in_its_place[target.closest('button')?.id];
+  if (!next) return;
+  const hand_over = (left) => {
+    const found = document.querySelector(next);
+    if (document.activeElement !== document.body) return left && setTimeout(hand_over, 100, left - 1);
+    if (found?.offsetParent) found.focus({ preventScroll: true });
+    else if (left) setTimeout(hand_over, 100, left - 1);
+  };
+  hand_over(20);
+});
+
+// Enter in the list of checkpoints takes what was typed, an id or a folder too. Gradio would take
+// the first entry that contains it: here only one that is alone, or that an arrow key leads to.
+let is_typed = false;
+document.addEventListener('input', ({ target }) => {
+  if (target.closest?.('#checkpoint')) is_typed = true;
+}, true);
+document.addEventListener('keydown', (event) => {
+  const field = event.target.closest?.('#checkpoint input');
+  if (!field) return;
+  if (event.key.startsWith('Arrow')) is_typed = false;
+  if (event.key !== 'Enter' || event.ctrlKey || event.metaKey || !is_typed) return;
+  is_typed = false;
+  if (document.querySelectorAll('#checkpoint [role=option]').length === 1) return;
+  event.preventDefault();
+  event.stopPropagation();
+  field.blur(); // Gradio takes the text then
+}, true);
 
 // A file that is too large is told before it is sent.
 const most_bytes = window.gradio_config?.max_file_size || Infinity;

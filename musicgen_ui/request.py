@@ -96,7 +96,11 @@ class GenerationRequest:
         "", "Key", "such as C minor or F# major, added to the words; empty leaves it open", 0, 20
     )
     time_signature: str = _setting(
-        "4/4", "Time signature", "beats of the tempo in a bar of the chords, such as 3/4", 0, 5
+        "4/4",
+        "Time signature",
+        "beats of the tempo in a bar of chords and loops, such as 3/4",
+        0,
+        5,
     )
     audio_prompt: Clip | None = field(
         default=None, metadata=_about("Audio prompt", "a clip to continue")
@@ -258,12 +262,16 @@ class GenerationRequest:
         return list(dict.fromkeys(map(self.words, starts)))
 
     @property
+    def beats_a_bar(self) -> int:
+        """Beats of the tempo in a bar of the chords, and of a loop."""
+        return chords.beats_a_bar(self.time_signature)
+
+    @property
     def progression(self) -> Progression | None:
         """The chords in time; None without any."""
         if not self.chords:
             return None
-        beats = int(self.time_signature.partition("/")[0])
-        bar_s = beats * 60 / (self.tempo_bpm or CHORDS_TEMPO_BPM)
+        bar_s = self.beats_a_bar * 60 / (self.tempo_bpm or CHORDS_TEMPO_BPM)
         return Progression(chords.parse(self.chords), bar_s)
 
     @property

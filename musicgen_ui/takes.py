@@ -26,8 +26,8 @@ import numpy as np
 import soundfile
 
 from musicgen_ui import files, sidecar
+from musicgen_ui.audio import chords, export
 from musicgen_ui.audio import clip as audio
-from musicgen_ui.audio import export
 from musicgen_ui.audio.clip import Chroma, Clip
 from musicgen_ui.audio.export import AS_MADE, Shape
 from musicgen_ui.audio.load import read as read_audio
@@ -217,7 +217,9 @@ def export_file(sound: Path, ending: str, shape: Shape = AS_MADE, title: str = "
         return sound.read_bytes()
     clip = _read_clip(sound)
     if shape:
-        shaped = shape.of(clip, settings["tempo_bpm"], settings.get("prompt_s", 0.0))
+        # Older files do not have the time signature.
+        beats = chords.beats_a_bar(settings.get("time_signature", "4/4"))
+        shaped = shape.of(clip, settings["tempo_bpm"], settings.get("prompt_s", 0.0), beats)
         clip, _ = export.limit(shaped)
         prompt_s = 0.0 if shape.loop_bars else settings.get("prompt_s", 0.0)
         settings = {**settings, **_measures(clip, prompt_s), **shape.settings()}
@@ -357,7 +359,7 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
     """Shapes, levels and limits the sound, in this order."""
     request, clip, gain_db, notes = finished.request, finished.clip, 0.0, list[str]()
     try:
-        clip = shape.of(clip, request.tempo_bpm, finished.prompt_s)
+        clip = shape.of(clip, request.tempo_bpm, finished.prompt_s, request.beats_a_bar)
     except RequestError as error:  # as of a take that was stopped: it is not lost for that
         notes.append(f"The take was kept whole. {error}")
         shape = AS_MADE

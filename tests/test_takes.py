@@ -478,8 +478,8 @@ def test_a_shaped_take_keeps_no_codes_and_one_that_is_too_short_all(tmp_path):
 
 @pytest.mark.parametrize("ending", clip.ENDINGS)
 def test_a_kept_take_is_exported_with_settings_and_title(tmp_path, ending):
-    take = save(tmp_path, prompt="jazz", seconds=2.5, tempo_bpm=120)
-    for shape, length_s in ((Shape(), 2.5), (Shape(loop_bars=1), 2), (Shape(fade_out_s=1), 2.5)):
+    take = save(tmp_path, prompt="jazz", seconds=2.5, tempo_bpm=120, time_signature="3/4")
+    for shape, length_s in ((Shape(), 2.5), (Shape(loop_bars=1), 1.5), (Shape(fade_out_s=1), 2.5)):
         path = tmp_path / f"out{ending}"
         path.write_bytes(takes.export_file(take.wav, ending, shape, "Café nights"))
         held = takes.read_settings(path)

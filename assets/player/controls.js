@@ -8,7 +8,7 @@ import { RULER_PX } from './picture.js';
 const EDGE_PX = 10; // a loop's edge is caught from so far
 const SHORTEST_S = 0.05; // of a loop
 const TYPING = 'input, textarea, select, [contenteditable=true], [role=listbox], [role=option], '
-  + '[role=tab], [role=radio], [role=combobox]'; // these have keys of their own
+  + '[role=tab], [role=radio], [role=combobox], .trim [role=slider]'; // these have keys of their own
 
 /** @param {View} view */
 export function listen_to_pointer(view) {

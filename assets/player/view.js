@@ -16,7 +16,8 @@ import { Sound } from './sound.js';
  *   duration_s: number, prompt_s: number, context_s: number, sections: [number, string][],
  *   chords: import('./picture.js').Chord[],
  *   picture: File, edges: import('./picture.js').Edges | null, alt: string,
- *   peaks: string, peak_s: number, melody: string, melody_s: number, tempo_bpm: number }} Take from the server
+ *   peaks: string, peak_s: number, melody: string, melody_s: number, tempo_bpm: number,
+ *   beats_a_bar: number }} Take from the server
  */
 
 const CLOSEST_S = 0.5; // the shortest time that fills the width
@@ -362,8 +363,8 @@ export class View {
 
   /** @param {number} bars of the take, to hear how they repeat; 0: all of it, once */
   hear_loop(bars) {
-    const { tempo_bpm = 0, prompt_s = 0 } = this.take ?? {};
-    const end_s = prompt_s + (240 * bars) / tempo_bpm;
+    const { tempo_bpm = 0, beats_a_bar = 4, prompt_s = 0 } = this.take ?? {};
+    const end_s = prompt_s + (60 * beats_a_bar * bars) / tempo_bpm;
     if (!bars) this.sound.set_loop(null);
     else if (tempo_bpm && end_s <= this.duration_s) this.sound.set_loop([prompt_s, end_s]);
   }

@@ -40,6 +40,11 @@ NO_CHORD = "N"
 CHORD = re.compile(r"([A-G])([#b]?)(?::(?=.))?(.*)")
 
 
+def beats_a_bar(time_signature: str) -> int:
+    """Beats of the tempo in a bar: the upper number of "3/4"."""
+    return int(time_signature.partition("/")[0])
+
+
 @dataclass(frozen=True)
 class Chord:
     """A chord, or none for a while."""

@@ -25,7 +25,7 @@ RELEASE_DB_S = 40.0
 MOST_PASSES = 6  # the first one leaves some hundredths of a dB
 SEAM_S = 0.050
 EDGE_S = 0.003  # where there is nothing to cross-fade with
-BEATS_A_BAR = 4
+BEATS_A_BAR = 4  # where no time signature is given
 MAX_BARS, MAX_FADE_OUT_S = 128, 60.0
 
 
@@ -69,7 +69,9 @@ class Shape:
             values["fade_out_s"] = self.fade_out_s
         return values
 
-    def duration_s(self, tempo_bpm: float, asked_s: float | None) -> float | None:
+    def duration_s(
+        self, tempo_bpm: float, asked_s: float | None, beats_a_bar: int = BEATS_A_BAR
+    ) -> float | None:
         """The length of the music to make for a loop with its seam, unless one is asked for.
 
         Raises:
@@ -77,7 +79,7 @@ class Shape:
         """
         if not self.loop_bars:
             return asked_s
-        loop_s = loop_samples(tempo_bpm, self.loop_bars, 1000) / 1000
+        loop_s = loop_samples(tempo_bpm, self.loop_bars, 1000, beats_a_bar) / 1000
         if asked_s is None:
             return math.ceil(10 * (loop_s + SEAM_S)) / 10
         if asked_s < loop_s:
@@ -88,19 +90,26 @@ class Shape:
             )
         return asked_s
 
-    def of(self, clip: Clip, tempo_bpm: float, start_s: float = 0.0) -> Clip:
+    def of(
+        self,
+        clip: Clip,
+        tempo_bpm: float,
+        start_s: float = 0.0,
+        beats_a_bar: int = BEATS_A_BAR,
+    ) -> Clip:
         """The clip in this shape, without codes where it was changed.
 
         Args:
             clip: the finished sound.
             tempo_bpm: of a loop; 0 is unknown.
             start_s: where in the clip a loop begins.
+            beats_a_bar: beats of the tempo in a bar of a loop.
 
         Raises:
             RequestError: there is no tempo, or not enough music for the loop.
         """
         if self.loop_bars:
-            return loop(clip, tempo_bpm, self.loop_bars, start_s)
+            return loop(clip, tempo_bpm, self.loop_bars, start_s, beats_a_bar)
         return fade_out(clip, self.fade_out_s) if self.fade_out_s else clip
 
 
@@ -176,8 +185,10 @@ def _sliding_max(values: np.ndarray, width: int) -> np.ndarray:
     return values
 
 
-def loop_samples(tempo_bpm: float, bars: int, sampling_rate: int) -> int:
-    """The length of so many bars of four beats, to the nearest sample.
+def loop_samples(
+    tempo_bpm: float, bars: int, sampling_rate: int, beats_a_bar: int = BEATS_A_BAR
+) -> int:
+    """The length of so many bars, to the nearest sample.
 
     Raises:
         RequestError: there is no tempo.
@@ -186,7 +197,7 @@ def loop_samples(tempo_bpm: float, bars: int, sampling_rate: int) -> int:
         raise RequestError(
             "A loop needs a tempo: set one, and it is as long as its bars.", "tempo_bpm"
         )
-    return round(bars * BEATS_A_BAR * 60 / tempo_bpm * sampling_rate)
+    return round(bars * beats_a_bar * 60 / tempo_bpm * sampling_rate)
 
 
 def _needs(bars: int, tempo_bpm: float) -> str:
@@ -194,7 +205,13 @@ def _needs(bars: int, tempo_bpm: float) -> str:
     return f"{subject} at {tempo_bpm:g} bpm {verb}"
 
 
-def loop(clip: Clip, tempo_bpm: float, bars: int, start_s: float = 0.0) -> Clip:
+def loop(
+    clip: Clip,
+    tempo_bpm: float,
+    bars: int,
+    start_s: float = 0.0,
+    beats_a_bar: int = BEATS_A_BAR,
+) -> Clip:
     """So many bars from `start_s` on, as a piece that can be repeated without a break.
 
     What follows the last bar is faded out over the beginning of the first one, so the last sample
@@ -205,10 +222,11 @@ def loop(clip: Clip, tempo_bpm: float, bars: int, start_s: float = 0.0) -> Clip:
         RequestError: there is no tempo, or the clip is shorter than the bars.
     """
     start = round(start_s * clip.sampling_rate)
-    length = loop_samples(tempo_bpm, bars, clip.sampling_rate)
+    length = loop_samples(tempo_bpm, bars, clip.sampling_rate, beats_a_bar)
     end, whole = start + length, clip.samples.shape[1]
     if end > whole:
-        fitting = int((whole - start) / loop_samples(tempo_bpm, 1, clip.sampling_rate) + 1e-6)
+        bar = loop_samples(tempo_bpm, 1, clip.sampling_rate, beats_a_bar)
+        fitting = int((whole - start) / bar + 1e-6)
         made_s = (whole - start) / clip.sampling_rate
         advice = f"choose {fitting} or a greater length." if fitting else "choose a greater length."
         raise RequestError(

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import TypedDict
 
@@ -41,6 +42,7 @@ from musicgen_ui.request import GenerationRequest
 
 IDLE_S = 1800.0
 LOOK_S = 0.05  # between two looks at a load that is under way
+REPORT_S = 0.3  # between two reports of a load that was asked for by itself
 STUCK_S = 60.0  # a step that takes longer will not end: the slowest machines take seconds
 
 
@@ -244,10 +246,16 @@ class LocalBackend:
         with self._cache.acquire(source) as model:
             yield model.loaded()
 
-    def preload(self, checkpoint: str = "auto") -> None:
-        """Loads a checkpoint ahead of the first request."""
-        with self.use(checkpoint):
-            pass
+    def preload(
+        self, checkpoint: str = "auto", report: Callable[[str], object] | None = None
+    ) -> None:
+        """See `Preloads.preload`."""
+        source = registry.with_contents(self._resolve(checkpoint, False))
+        with self._cache.acquire(source) as model:
+            while report and not model.ready.done():
+                report(model.note)
+                futures.wait([model.ready], REPORT_S)
+            model.loaded()
 
     def unload(self) -> None:
         """Frees the memory of every idle model."""

@@ -175,11 +175,6 @@ class Ranking(WrappingBackend):
 
     # As the backend
 
-    def preload(self, checkpoint: str = "auto") -> None:
-        """Loads a checkpoint ahead of the first request, where the backend can."""
-        if preload := getattr(self.backend, "preload", None):
-            preload(checkpoint)
-
     def unload(self) -> None:
         """See `Backend.unload`; CLAP is unloaded too."""
         self.clap.unload()

@@ -13,6 +13,7 @@ from musicgen_ui.engine.protocol import (
     Failed,
     Health,
     Job,
+    Preloads,
     Progress,
     Stage,
     Status,
@@ -57,10 +58,9 @@ class StartingBackend:
             self._error = error
         finally:
             self._ready.set()
-        preload = getattr(self._backend, "preload", None)
-        if preload and not self._closed:
+        if isinstance(self._backend, Preloads) and not self._closed:
             try:
-                preload(self._checkpoint)
+                self._backend.preload(self._checkpoint)
             except RequestError as error:  # a click loads again and shows the reason
                 log.error("The first checkpoint could not be loaded ahead: %s", error)
             except Exception:
@@ -115,6 +115,13 @@ class StartingBackend:
     def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
         """See `Backend.describe`; waits for the backend."""
         return self._get().describe(checkpoint, adapter)
+
+    def preload(
+        self, checkpoint: str = "auto", report: Callable[[str], object] | None = None
+    ) -> None:
+        """See `Preloads.preload`; waits for the backend. One that cannot does nothing."""
+        if isinstance(backend := self._get(), Preloads):
+            backend.preload(checkpoint, report)
 
     def status(self) -> Status:
         """See `Backend.status`."""

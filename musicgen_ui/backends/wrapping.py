@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from musicgen_ui.engine.protocol import Backend, CheckpointInfo, Health, Status
+from collections.abc import Callable
+
+from musicgen_ui.engine.protocol import Backend, CheckpointInfo, Health, Preloads, Status
 
 
 class WrappingBackend:
@@ -26,6 +28,13 @@ class WrappingBackend:
     def health(self) -> Health:
         """See `Backend.health`."""
         return self.backend.health()
+
+    def preload(
+        self, checkpoint: str = "auto", report: Callable[[str], object] | None = None
+    ) -> None:
+        """See `Preloads.preload`; a backend that cannot does nothing."""
+        if isinstance(self.backend, Preloads):
+            self.backend.preload(checkpoint, report)
 
     def unload(self) -> None:
         """See `Backend.unload`."""

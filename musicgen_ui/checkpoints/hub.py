@@ -367,6 +367,24 @@ def _limit_waiting(request: Any) -> None:
     request.extensions["timeout"] = {phase: limits.get(phase) or _ANSWER_S for phase in phases}
 
 
+class Downloading(str):
+    """How far a download is, in words: a report that also has the number."""
+
+    share: float  # of the bytes that are here
+
+    def __new__(cls, action: str, done: float, total: float, left_s: float) -> Downloading:
+        """What is being downloaded, bytes that are here, all of them, and seconds that are left;
+        0 is not known yet."""
+        share = done / total
+        left = ""
+        if left_s:
+            minutes = round(left_s / 60)
+            left = f", about {f'{minutes} min' if minutes > 1 else f'{round(left_s)} s'} left"
+        note = super().__new__(cls, f"{action}: {_of(done, total)} ({share:.0%}{left})")
+        note.share = share
+        return note
+
+
 class Abandoned(Exception):  # noqa: N818 - nothing went wrong
     """Raised by a report callback when nobody waits for the download any more."""
 
@@ -377,8 +395,8 @@ def _progress_bars(action: str, report: Report) -> type[tqdm]:
     The client may keep one bar for bytes received and one for bytes written: the further one is
     reported, at most five times a second.
     """
-    reported_s = 0.0
-    most = 0
+    reported_s = began_s = 0.0
+    most = before = 0.0
 
     class Words(tqdm):  # type: ignore[misc] # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -387,14 +405,19 @@ def _progress_bars(action: str, report: Report) -> type[tqdm]:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal reported_s, most
+            nonlocal reported_s, began_s, most, before
             self.n += n or 0
             if not self.counts_bytes or not self.total:
                 return
+            now_s = time.monotonic()
+            if not began_s:  # what an earlier attempt left here says nothing of the speed
+                began_s, before = now_s, self.n
             most = max(most, self.n)
-            if time.monotonic() - reported_s >= 0.2 or most >= self.total:
-                reported_s = time.monotonic()
-                report(f"{action}: {_of(most, self.total)}")
+            if now_s - reported_s >= 0.2 or most >= self.total:
+                reported_s = now_s
+                passed_s, came = now_s - began_s, most - before
+                left_s = passed_s * (self.total - most) / came if passed_s > 1 and came else 0.0
+                report(Downloading(action, most, self.total, left_s))
 
     return Words
 

@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=0,
-        help="the take is a loop of so many bars of four beats at --tempo, from the start of the "
+        help="the take is a loop of so many bars at --tempo, from the start of the "
         "new music on; a WAV says so to samplers",
     )
     parser.add_argument(
@@ -107,7 +107,7 @@ def run(flags: argparse.Namespace) -> int:
     if shape.loop_bars:
         asked = GenerationRequest.parse(values)
         asked_s = None if values["duration_s"] is None else asked.duration_s
-        values["duration_s"] = shape.duration_s(asked.tempo_bpm, asked_s)
+        values["duration_s"] = shape.duration_s(asked.tempo_bpm, asked_s, asked.beats_a_bar)
     if not flags.ray_address:
         check_checkpoint(GenerationRequest.parse(values))
     output = None if flags.output == STDOUT else output_path(flags.output)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -211,6 +211,26 @@ class Backend(Protocol):
         """Ends the backend for good and waits for its threads, for a bounded time.
 
         Jobs should have been stopped before. Requests are refused from then on.
+        """
+        ...
+
+
+@runtime_checkable
+class Preloads(Protocol):
+    """A backend that can load a checkpoint before a request asks for it."""
+
+    def preload(
+        self, checkpoint: str = "auto", report: Callable[[str], object] | None = None
+    ) -> None:
+        """Downloads a checkpoint where it is not here, and loads it; returns when it is loaded.
+
+        Args:
+            checkpoint: to load.
+            report: is called a few times a second with how far it is, in words. What it raises
+                gives the load up, unless a job waits for it too.
+
+        Raises:
+            RequestError: there is no such checkpoint, it cannot be had, or memory is short.
         """
         ...
 

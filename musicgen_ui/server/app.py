@@ -39,6 +39,7 @@ from musicgen_ui.server.folders import (
     check_folder,
     finetune_folder,
     is_shown_to_others,
+    is_users_alone,
     kept_folder,
     object_storage,
 )
@@ -195,7 +196,11 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
     )
     runs = finetune_folder(chosen)
     options = page.PageOptions(
-        chosen.checkpoint, chosen.any_checkpoint, chosen.max_duration_s, runs
+        chosen.checkpoint,
+        chosen.any_checkpoint,
+        chosen.max_duration_s,
+        runs,
+        offers_download=is_users_alone(chosen) and chosen.backend == "local",
     )
     kept_takes = library.Library(takes) if kept and not is_shown_to_others(chosen) else None
     demo = page.build(admission, options, kept_takes)

@@ -31,6 +31,12 @@ def is_shown_to_others(chosen: Settings) -> bool:
     return bool(chosen.share or public) or not is_loopback(chosen.host)
 
 
+def is_users_alone(chosen: Settings) -> bool:
+    """Whether only the user of this computer has the page, and any checkpoint."""
+    others = is_shown_to_others(chosen) or chosen.trusted_proxies
+    return chosen.any_checkpoint and not others
+
+
 def kept_folder(chosen: Settings) -> Path | None:
     """Where takes are kept for good; None where they are temporary."""
     return library.kept_folder(chosen.output_folder, chosen.host, is_shown_to_others(chosen))
@@ -39,7 +45,7 @@ def kept_folder(chosen: Settings) -> Path | None:
 def finetune_folder(chosen: Settings) -> Path | None:
     """Where runs of fine-tuning are kept; None where others reach this server, which has no
     fine-tuning, nor where not every checkpoint may be named."""
-    if is_shown_to_others(chosen) or chosen.trusted_proxies or not chosen.any_checkpoint:
+    if not is_users_alone(chosen):
         return None
     home = Path(platformdirs.user_music_dir()) / library.FOLDER  # made by the first run
     folder = chosen.output_folder

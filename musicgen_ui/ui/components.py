@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 import gradio as gr
@@ -23,7 +24,14 @@ from musicgen_ui.request import FIELDS
 DEFAULTS: dict[str, object] = {name: spec.default for name, spec in FIELDS.items()}
 # What a clip is for.
 CONTINUE, FOLLOW, TAKE_STYLE = "continue it", "follow its melody", "take on its style"
-SECTION_ROWS = 3
+
+
+class Undo(StrEnum):
+    """What a notice can take back; see `undo_button`."""
+
+    SETTINGS = "settings"
+    PRESET = "preset"
+    TRIM = "trim"
 
 
 class Private(TypedDict):
@@ -51,15 +59,6 @@ class Changing(Protocol):
     def change(self) -> Callable[..., Dependency]:
         """Connects a handler."""
         ...
-
-
-class About(TypedDict):
-    """What every component of a setting has."""
-
-    label: str
-    info: str | None
-    elem_id: str
-    render: Literal[False]
 
 
 class Updates(TypedDict, total=False):
@@ -109,8 +108,8 @@ class Updates(TypedDict, total=False):
     prompt_count: object
     length_choice: object
     keep_seed: object
-    add_section: object
     reset_sampling: object
+    undo_settings: object
     checkpoint_line: object
     restore: object
     chord_column: object
@@ -127,6 +126,10 @@ class Updates(TypedDict, total=False):
     melody_line: object
     style_column: object
     style_line: object
+    trim_fold: object
+    trim: object
+    undo_trim: object
+    untrimmed: object
     clip: object
     offered: object
     tune: object
@@ -156,6 +159,25 @@ class Updates(TypedDict, total=False):
     chosen: object
     tab_key: object
     job_id: object
+    recent: object
+    recent_clear: object
+    preset: object
+    preset_use: object
+    preset_delete: object
+    preset_name: object
+    preset_save: object
+    preset_rename: object
+    presets: object
+    prompts: object
+    deleted: object
+    undo_preset: object
+    get_panel: object
+    get_line: object
+    get_start: object
+    get_cancel: object
+    get_later: object
+    get_timer: object
+    get_put_off: object
     library_words: object
     library_starred: object
     library_model: object
@@ -195,7 +217,7 @@ class RequestFields:
 
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
-    sections: gr.Dataframe
+    sections: gr.HTML  # rows of a time and words; see assets/player/sections.js
     tempo_bpm: gr.Number
     key: gr.Dropdown
     time_signature: gr.Textbox
@@ -249,8 +271,8 @@ class Form:
     prompt_count: gr.HTML
     length_choice: gr.Radio
     keep_seed: gr.Checkbox
-    add_section: gr.Button
     reset_sampling: gr.Button
+    undo_settings: gr.Button  # out of sight, as each "undo_": the notice presses it
     checkpoint_line: gr.HTML
     restore: gr.UploadButton
     chord_column: gr.Column  # on show where the checkpoint follows melodies
@@ -273,6 +295,10 @@ class AudioPanel:
     melody_line: gr.HTML
     style_column: gr.Column
     style_line: gr.HTML
+    trim_fold: gr.Accordion  # on show while there is a clip
+    trim: gr.HTML  # the clip as a whole; see assets/player/trim.js
+    undo_trim: gr.Button
+    untrimmed: gr.State  # the file that a clip was trimmed from
     clip: gr.State  # what is known of the clip
     offered: gr.State  # the settings on offer
     tune: gr.State  # what is known of the melody, or of the style clip
@@ -308,6 +334,37 @@ class TakePanel:
     chosen: gr.State  # which take of the history is on show
     tab_key: gr.Textbox  # see `sessions`
     job_id: gr.Textbox  # of a job that an earlier page began
+
+
+@dataclass(frozen=True)
+class PresetPanel:
+    """Settings under a name, and the prompts that were used last."""
+
+    recent: gr.Dropdown
+    recent_clear: gr.Button
+    preset: gr.Dropdown
+    preset_use: gr.Button
+    preset_delete: gr.Button
+    preset_name: gr.Textbox
+    preset_save: gr.Button
+    preset_rename: gr.Button
+    presets: gr.BrowserState  # see `presets.Preset`
+    prompts: gr.BrowserState  # the newest first
+    deleted: gr.State  # the preset that was deleted last
+    undo_preset: gr.Button
+
+
+@dataclass(frozen=True)
+class GetModel:
+    """What the real model needs, and the button that gets it."""
+
+    get_panel: gr.Row
+    get_line: gr.HTML
+    get_start: gr.Button
+    get_cancel: gr.Button
+    get_later: gr.Button
+    get_timer: gr.Timer  # runs while it is downloaded and loaded
+    get_put_off: gr.BrowserState  # whether the user said "Not now"
 
 
 @dataclass(frozen=True)
@@ -362,6 +419,8 @@ class Components:
     form: Form
     audio: AudioPanel
     take: TakePanel
+    presets: PresetPanel
+    get_model: GetModel
     library: LibraryPanel
     live: LivePanel
 
@@ -381,92 +440,20 @@ class Endpoint:
     settings: gr.JSON
 
 
-def in_words(name: str) -> str:
-    """What a setting is and its limits, for the API's description."""
-    metadata = FIELDS[name].metadata
-    low, high, unit = (metadata[key] for key in ("min", "max", "unit"))
-    if high is None:
-        return str(metadata["help"])
-    if isinstance(DEFAULTS[name], (str, tuple)):
-        unit = "rows" if isinstance(DEFAULTS[name], tuple) else "characters"
-        return f"{metadata['help']}; up to {high:,} {unit}"
-    return f"{metadata['help']}; {low:.15g} to {high:,.15g} {unit}".rstrip()
+def notice(
+    text: str, items: Sequence[str] = (), wrong: bool = False, undo: Undo | None = None
+) -> dict[str, object]:
+    """A message of the page's notice.
 
-
-def notice(text: str, items: Sequence[str] = (), wrong: bool = False) -> dict[str, object]:
-    """A message of the page's notice: a sentence, others below it; `wrong` where it failed."""
-    return {"text": text, "items": list(items), "wrong": wrong}
-
-
-def about(name: str, info: str | None = None) -> About:
-    """A setting's label, help and id; errors name a setting by the same label."""
-    metadata = FIELDS[name].metadata
-    help = metadata["help"] if info is None else info or None
-    return {"label": metadata["label"], "info": help, "elem_id": name, "render": False}
-
-
-def textbox(
-    name: str,
-    info: str | None = None,
-    *,
-    value: str | None = None,
-    lines: int = 1,
-    max_lines: int | None = None,
-    placeholder: str | None = None,
-) -> gr.Textbox:
-    """A setting as text."""
-    return gr.Textbox(
-        value,
-        max_length=FIELDS[name].metadata["max"],
-        lines=lines,
-        max_lines=max_lines,
-        placeholder=placeholder,
-        **about(name, info),
-    )
-
-
-def _default(name: str) -> float:
-    value = DEFAULTS[name]
-    assert isinstance(value, (int, float)), name
-    return value
-
-
-def slider(
-    name: str, step: float, info: str | None = None, highest: float | None = None
-) -> gr.Slider:
-    """A setting as a slider over all that a request may have, or up to `highest` if that is less.
-
-    The number field beside it takes any number.
+    Args:
+        text: a sentence.
+        items: further ones, below it.
+        wrong: whether it failed.
+        undo: what a button beside it takes back.
     """
-    low, high = FIELDS[name].metadata["min"], FIELDS[name].metadata["max"]
-    high = high if highest is None else min(high, highest)
-    value = min(_default(name), high)
-    return gr.Slider(low, high, value, step=step, min_width=140, **about(name, info))
+    return {"text": text, "items": list(items), "wrong": wrong, "undo": undo and undo.value}
 
 
-def number(name: str, info: str | None = None) -> gr.Number:
-    """A setting as a number to type, for a range that is too wide for a slider."""
-    return gr.Number(_default(name), min_width=140, **about(name, info))
-
-
-def switch(name: str, info: str | None = None) -> gr.Checkbox:
-    """A setting that is on or off."""
-    return gr.Checkbox(bool(DEFAULTS[name]), min_width=140, **about(name, info))
-
-
-def clip(name: str) -> gr.Audio:
-    """A clip, uploaded or recorded."""
-    return gr.Audio(
-        label=FIELDS[name].metadata["label"],
-        elem_id=name,
-        type="filepath",
-        sources=["upload", "microphone"],
-        buttons=[],
-        render=False,
-    )
-
-
-def section_rows(rows: Sequence[Sequence[object]]) -> list[list[object]]:
-    """The table of sections with an empty row after `rows`, and some to begin with."""
-    shown = [[f"{at:.10g}" if isinstance(at, float) else at, words] for at, words in rows]
-    return shown + [["", ""]] * max(1, SECTION_ROWS - len(shown))
+def undo_button(what: Undo) -> gr.Button:
+    """The button that the notice presses: out of sight."""
+    return gr.Button("Undo", visible="hidden", elem_id=f"undo_{what}", render=False)

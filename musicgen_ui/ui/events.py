@@ -63,12 +63,14 @@ class Events:
         ]
         # What decides how much of a clip the model hears, and what a clip's answers change.
         self.window: list[Block] = [request.duration_s, request.context_s, request.overlap_s]
+        self.window.append(c.form.checkpoint_facts)
         self.clip: list[Block] = [
             *(audio.clip, request.audio_prompt, audio.clip_line, audio.offer, audio.offered),
         ]
         self.melody: list[Block] = [audio.tune, request.melody, audio.melody_line]
         self.style: list[Block] = [request.style, audio.style_line]
         self.excerpt: list[Block] = [request.style_start_s, request.style_length_s]
+        self.trim: list[Block] = [audio.trim_fold, audio.trim]
 
     def on(
         self,
@@ -145,10 +147,8 @@ def connect(
     restoring = Restoring(handlers.max_duration_s, adapters)
     done = jobs(events, handlers, endpoint)
     typing(c)
-    form(events)
     checkpoint(events, facts, page)
     audio(events)
-    settings_from_files(events, restoring)
     kept = take(events, restoring, handlers, library)
     made = [done, kept, *remaking(events, handlers), *played]
     if library:
@@ -200,29 +200,6 @@ def typing(c: Components) -> None:
     c.request.seed.change(None, c.request.seed, c.form.keep_seed, js=MARK_SEED)
 
 
-def form(events: Events) -> None:
-    """Buttons of the form."""
-    c = events.c
-    sections = [c.request.sections]
-    events.on(c.form.add_section.click, request_form.add_section, sections, sections, "add_row")
-    shown = [c.take.history, c.take.chosen, c.take.take_variation]
-    events.on(
-        c.form.keep_seed.input,
-        request_form.keep_seed,
-        [c.form.keep_seed, c.request.seed, *shown],
-        [c.request.seed, c.head.notice],
-        "keep_seed",
-    )
-    defaults = c.form.checkpoint_defaults
-    events.on(
-        c.form.reset_sampling.click,
-        request_form.reset_sampling,
-        [c.form.checkpoint_facts, defaults],
-        [defaults, *(events.by_name[name] for name in request_form.SAMPLING)],
-        "reset_sampling",
-    )
-
-
 def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
     """The chosen checkpoint, and what follows once its facts are known.
 
@@ -252,6 +229,13 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
             [c.audio.clip_use],
             f"clip_uses{at}",
         )
+        event.then(
+            audio_panel.clip_line,
+            [c.audio.clip, *events.window],
+            c.audio.clip_line,
+            api_name=f"window{at}",
+            **QUIET,
+        )
     chords = c.request.chords
     for trigger, at in ((changed.then, ""), (loaded.then, "_at_load"), (chords.change, "_typed")):
         events.on(
@@ -273,7 +257,7 @@ def audio(events: Events) -> None:
         audio_prompt.change,
         audio_panel.read_clip,
         [audio_prompt, *events.window, c.audio.clip],
-        events.clip,
+        [*events.clip, *events.trim],
         "clip",
     )
     for setting in (c.request.duration_s, c.request.context_s, c.request.overlap_s):
@@ -281,7 +265,7 @@ def audio(events: Events) -> None:
             audio_panel.clip_line,
             [c.audio.clip, *events.window],
             c.audio.clip_line,
-            api_name="window",
+            api_name="window_typed",
             trigger_mode="always_last",
             **QUIET,
         )
@@ -289,11 +273,11 @@ def audio(events: Events) -> None:
         use.change,
         audio_panel.use,
         [use, audio_prompt, melody, c.request.style, *events.window, *events.excerpt],
-        [*columns, *events.clip, *events.melody, *events.style],
+        [*columns, *events.clip, *events.melody, *events.style, *events.trim],
         "clip_use",
     )
-    read = [melody, length_s, tune]
-    events.on(melody.change, audio_panel.read_melody, read, events.melody, "melody")
+    read, known = [melody, length_s, tune], [*events.melody, *events.trim]
+    events.on(melody.change, audio_panel.read_melody, read, known, "melody")
     length_s.change(
         audio_panel.melody_line,
         [tune, length_s],
@@ -306,23 +290,13 @@ def audio(events: Events) -> None:
         c.head.dropped_file.upload,
         audio_panel.dropped,
         [c.head.dropped_file, use, *events.window, *events.excerpt],
-        [*events.clip, *events.melody, *events.style, c.audio.audio_panel],
+        [*events.clip, *events.melody, *events.style, *events.trim, c.audio.audio_panel],
         "dropped",
     )
     clip, start_s, excerpt_s = c.request.style, c.request.style_start_s, c.request.style_length_s
     changed = functools.partial(gr.on, [clip.change, start_s.change, excerpt_s.change])
     read = [clip, start_s, excerpt_s, tune]
     events.on(changed, audio_panel.read_style, read, [tune, *events.style], "style")
-
-
-def settings_from_files(events: Events, restoring: Restoring) -> None:
-    """Settings that a take's file holds."""
-    c = events.c
-    filled = [*events.settings, c.form.checkpoint_defaults]
-    filled += [c.audio.offer, c.audio.offered, c.head.notice]
-    offered, file = [c.audio.offered], [c.form.restore]
-    events.on(c.audio.offer.click, restoring.settings, offered, filled, "use_settings")
-    events.on(c.form.restore.upload, restoring.file, file, filled, "restore")
 
 
 def remaking(events: Events, handlers: Handlers) -> list[Dependency]:
@@ -376,7 +350,7 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[D
         [*with_state, c.take.history, *events.window],
         [
             *(*shown, *events.shown_take, *events.settings, c.form.checkpoint_defaults),
-            *(*events.clip, c.audio.audio_panel, c.head.notice),
+            *(*events.clip, *events.trim, c.audio.audio_panel, c.head.notice),
         ],
         "library_act",
     )
@@ -413,7 +387,7 @@ def take(
         panel.continue_take.click,
         audio_panel.continue_take,
         [history, chosen, *events.window, variation],
-        [*events.clip, c.audio.audio_panel, c.audio.clip_use],
+        [*events.clip, *events.trim, c.audio.audio_panel, c.audio.clip_use],
         "continue",
     )
     events.on(
@@ -438,13 +412,16 @@ def deciding(
     filled = [*events.settings, c.form.checkpoint_defaults]
     filled += [c.audio.offer, c.audio.offered, c.head.notice]
 
-    def use_settings(history: list[Group], chosen: list[int], variation: int | None) -> Updates:
-        return restoring.take(take_panel.chosen_take(history, chosen, variation).settings)
+    def use_settings(
+        history: list[Group], chosen: list[int], variation: int | None, *before: object
+    ) -> Updates:
+        return restoring.take(take_panel.chosen_take(history, chosen, variation).settings, *before)
 
     def keep(history: list[Group], chosen: list[int], variation: int | None) -> Updates:
         return take_panel.keep(history, chosen, variation, library.star if library else None)
 
-    events.on(panel.use_settings.click, use_settings, of_take, filled, "take_settings")
+    asked = [*of_take, *events.settings]
+    events.on(panel.use_settings.click, use_settings, asked, filled, "take_settings")
     kept = [*events.shown_take, c.head.notice]
     decided = events.on(panel.keep_take.click, keep, of_take, kept, "keep_take")
     exported = events.on(
@@ -486,7 +463,7 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     )
     # The browser keeps the form, and fills it in again once the page has entered.
     kept = [c.take.live, *typed]
-    entered.then(None, kept, kept, js=back())
+    entered.then(None, kept, kept, js=back()).then(None, None, None, js=sessions.ENTERED)
     changes = [each.change for each in typed if isinstance(each, Changing)]
     gr.on(changes, None, typed, None, js=sessions.KEEP)
     c.take.job_id.change(

@@ -27,7 +27,7 @@ from musicgen_ui.take_settings import Results, TakeSettings
 from musicgen_ui.ui import audio_panel, take_panel
 from musicgen_ui.ui.components import LibraryPanel, Updates, notice
 from musicgen_ui.ui.player import PLAY, clock
-from musicgen_ui.ui.request_form import Restoring
+from musicgen_ui.ui.request_form import PageFacts, Restoring
 from musicgen_ui.ui.take_panel import FORMATS, Group, ShownTake
 
 T = TypeVar("T")
@@ -156,6 +156,7 @@ class LibraryView:
         duration_s: float,
         context_s: float,
         overlap_s: float,
+        facts: PageFacts,
         event: gr.EventData,
     ) -> Updates:
         """A button of a card, or of those that are selected."""
@@ -173,7 +174,7 @@ class LibraryView:
         answering: dict[str, Callable[[], Updates]] = {
             "open": lambda: self._open(history, names[:1]),
             "compare": lambda: self._open(history, names[:COMPARED]),
-            "continue": lambda: self._continue(names, duration_s, context_s, overlap_s),
+            "continue": lambda: self._continue(names, duration_s, context_s, overlap_s, facts),
             "settings": lambda: self._settings(names),
         }
         try:
@@ -233,12 +234,18 @@ class LibraryView:
         others = [each for each in history if [take.wav for take in each] != paths]
         return take_panel.show([*others, group], -1, 0)
 
-    def _continue(self, names: Sequence[str], *window: float) -> Updates:
+    def _continue(
+        self,
+        names: Sequence[str],
+        duration_s: float,
+        context_s: float,
+        overlap_s: float,
+        facts: PageFacts,
+    ) -> Updates:
         if not names:
             return {}
         take = self.shown_take(names[0])
-        duration_s, context_s, overlap_s = window
-        return audio_panel.with_clip(str(take.wav), duration_s, context_s, overlap_s)
+        return audio_panel.with_clip(str(take.wav), duration_s, context_s, overlap_s, facts)
 
     def _settings(self, names: Sequence[str]) -> Updates:
         if not names:

@@ -27,32 +27,28 @@ from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURA
 from musicgen_ui.ui import (
     audio_panel,
     finetune_panel,
+    form_events,
+    get_model,
     library_panel,
     live_events,
     live_panel,
+    presets,
     request_form,
+    sections,
     take_panel,
 )
 from musicgen_ui.ui.components import (
-    CONTINUE,
-    FOLLOW,
-    AudioPanel,
     Components,
     Endpoint,
     Form,
     Head,
     RequestFields,
     TakePanel,
-    about,
-    clip,
-    in_words,
-    number,
-    section_rows,
-    slider,
-    switch,
-    textbox,
+    Undo,
+    undo_button,
 )
 from musicgen_ui.ui.events import connect
+from musicgen_ui.ui.fields import about, clip, in_words, number, slider, switch, textbox
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.sessions import Sessions
 
@@ -69,6 +65,7 @@ LENGTHS_S = {"5 s": 5, "10 s": 10, "20 s": 20, "30 s": 30, "1 min": 60, "2 min":
 NOTICE = """
 <div class="notice" hidden>
   <div class="notice-words" role="status" aria-live="polite"></div>
+  <button type="button" class="notice-undo" hidden>Undo</button>
   <button type="button" class="notice-close" aria-label="Close this message">✕</button>
 </div>
 """
@@ -83,6 +80,7 @@ class PageOptions:
     any_checkpoint: bool = True  # whether visitors may name any Hub id or folder
     max_duration_s: float = MAX_DURATION_S  # of one take
     finetune_folder: Path | None = None  # of the runs of fine-tuning; None leaves it out
+    offers_download: bool = False  # of the real model, by a button; for a user of their own
 
 
 class Page(gr.Blocks):
@@ -106,6 +104,7 @@ def build(backend: Admission, settings: PageOptions, library: Library | None = N
         lay_out(c, settings, library is not None)
         played = [live_events.connect(c, handlers, page)]
         connect(c, handlers, page, api(), settings.any_checkpoint, library, played)
+        form_events.connect(c, handlers, page, settings.any_checkpoint, settings.offers_download)
         page.finetuning = finetuning(c, settings, page)
     page.sessions, page.backend = handlers.sessions, backend
     return page
@@ -162,8 +161,17 @@ def theme() -> gr.themes.Base:
 def create(settings: PageOptions) -> Components:
     """The components, not placed yet."""
     request = request_fields(settings)
-    parts = (head(), form(request, settings), audio(), take_panel.panel(), library_panel.panel())
-    return Components(request, *parts, live_panel.panel())
+    return Components(
+        request,
+        head(),
+        form(request, settings),
+        audio_panel.panel(),
+        take_panel.panel(),
+        presets.panel(),
+        get_model.panel(),
+        library_panel.panel(),
+        live_panel.panel(),
+    )
 
 
 def place(*blocks: Block) -> None:
@@ -179,6 +187,7 @@ def lay_out(c: Components, settings: PageOptions, with_library: bool = False) ->
         gr.HTML("<h1>MusicGen UI</h1>", elem_id="name", apply_default_css=False)
         place(c.head.status_line, c.head.unload)
     place(c.head.notice, c.head.dropped_file, c.head.timer)
+    get_model.lay_out(c.get_model, place)
     with gr.Row(elem_id="desk", equal_height=False):
         with gr.Column(elem_id="compose", min_width=340):
             lay_out_form(c, settings)
@@ -195,6 +204,7 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
     """The settings of the next take."""
     request, form = c.request, c.form
     place(request.prompt, form.prompt_count, form.ideas)
+    presets.lay_out(c.presets, place)
     lay_out_audio(c)
     with gr.Column(elem_id="length"):
         place(request.duration_s, form.length_choice)
@@ -212,7 +222,7 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
             '<p class="clip-line">From a time on (20 or 0:20), these words join your prompt, until '
             "the next row. The prompt itself goes for the whole piece.</p>"
         )
-        place(request.sections, form.add_section, request.overlap_s)
+        place(request.sections, request.overlap_s)
     with gr.Accordion("Sampling", open=False, elem_id="sampling"):
         place(request.do_sample)
         with gr.Row():
@@ -227,12 +237,12 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
         place(form.chord_column)
         with form.chord_column:
             place(request.chords)
-            with gr.Row():
-                place(request.time_signature, request.chord_strength)
+            place(request.chord_strength)
+        place(request.time_signature)
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, request.automation, request.skip_s, form.restore)
-    place(form.checkpoint_facts, form.checkpoint_defaults)
+    place(form.checkpoint_facts, form.checkpoint_defaults, form.undo_settings)
     live_panel.lay_out(c.live, place)
     with gr.Row(elem_id="go"):
         place(form.generate, form.stop)
@@ -258,7 +268,10 @@ def lay_out_audio(c: Components) -> None:
             with gr.Row():
                 place(c.request.style_start_s, c.request.style_length_s)
                 place(c.request.style_codebooks, c.request.text_guidance)
-    place(c.audio.clip, c.audio.offered, c.audio.tune)
+        place(c.audio.trim_fold)
+        with c.audio.trim_fold:
+            place(c.audio.trim)
+    place(c.audio.undo_trim, c.audio.untrimmed, c.audio.clip, c.audio.offered, c.audio.tune)
 
 
 def lay_out_take(take: TakePanel, session_alone: bool) -> None:
@@ -291,13 +304,13 @@ def request_fields(settings: PageOptions) -> RequestFields:
             placeholder="Style, instruments, mood, tempo. Leave it empty to be surprised.",
         ),
         negative_prompt=textbox("negative_prompt"),
-        sections=sections_table(),
+        sections=sections.rows(),
         tempo_bpm=number("tempo_bpm", "beats a minute; 0 is open"),
         key=gr.Dropdown(
             [("open", ""), *KEYS], value="", min_width=140, **about("key", "such as C minor")
         ),
         time_signature=textbox(
-            "time_signature", "of the chords; a bar has so many beats", value="4/4"
+            "time_signature", "of chords and loops; a bar has so many beats", value="4/4"
         ),
         audio_prompt=clip("audio_prompt"),
         context_s=slider("context_s", 0.5, "seconds of its end; 0 is all that fits"),
@@ -339,24 +352,6 @@ def request_fields(settings: PageOptions) -> RequestFields:
         keep=slider("keep", 1, "the best of the variations; 0 is all"),
         rank_by_prompt=switch("rank_by_prompt", "the best by the words, not by faults alone"),
         normalize=switch("normalize"),
-    )
-
-
-def sections_table() -> gr.Dataframe:
-    """The rows of `GenerationRequest.sections`."""
-    return gr.Dataframe(
-        section_rows([]),
-        headers=["From", "these words join"],
-        datatype="str",
-        type="array",
-        column_count=2,
-        column_widths=["32%", "68%"],
-        interactive=True,
-        wrap=True,
-        buttons=[],
-        label=FIELDS["sections"].metadata["label"],
-        elem_id="sections",
-        render=False,
     )
 
 
@@ -409,10 +404,10 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             elem_id="keep_seed",
             render=False,
         ),
-        add_section=gr.Button("Add a row", size="sm", elem_id="add_section", render=False),
         reset_sampling=gr.Button(
             "Back to the model's defaults", size="sm", elem_id="reset_sampling", render=False
         ),
+        undo_settings=undo_button(Undo.SETTINGS),
         checkpoint_line=gr.HTML("", elem_id="checkpoint_line", render=False),
         restore=gr.UploadButton(
             "Take the settings from a file …",
@@ -434,34 +429,6 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             visible=False,
             render=False,
         ),
-    )
-
-
-def audio() -> AudioPanel:
-    """Start from audio, beside the two clips themselves."""
-    return AudioPanel(
-        audio_panel=gr.Accordion(
-            "Start from audio", open=False, elem_id="audio_panel", render=False
-        ),
-        clip_use=gr.Radio(
-            [CONTINUE, FOLLOW],
-            value=CONTINUE,
-            label="What your clip is for",
-            show_label=False,
-            visible=False,
-            elem_id="clip_use",
-            render=False,
-        ),
-        continue_column=gr.Column(elem_id="continued", render=False),
-        clip_line=gr.HTML(audio_panel.clip_line({}, 10, 0, 12), elem_id="clip_line", render=False),
-        offer=gr.Button("", visible=False, size="sm", elem_id="offer", render=False),
-        melody_column=gr.Column(visible=False, elem_id="followed", render=False),
-        melody_line=gr.HTML(audio_panel.melody_line({}, 10), elem_id="melody_line", render=False),
-        style_column=gr.Column(visible=False, elem_id="styled", render=False),
-        style_line=gr.HTML(audio_panel.NO_STYLE, elem_id="style_line", render=False),
-        clip=gr.State({}, render=False),
-        offered=gr.State({}, render=False),
-        tune=gr.State({}, render=False),
     )
 
 

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from musicgen_ui.audio.chords import beats_a_bar
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.audio.spectrogram import Edges
 from musicgen_ui.engine.protocol import Stage
@@ -39,7 +40,14 @@ def _version() -> str:
 
 VERSION = _version()
 MOST_GAIN_DB = 20.0
-VIEW = f"new URL('player/{VERSION}/view.js', document.baseURI).href"
+
+
+def address(script: str) -> str:
+    """The address of one of the scripts, as an expression of JavaScript."""
+    return f"new URL('player/{VERSION}/{script}', document.baseURI).href"
+
+
+VIEW = address("view.js")
 ON_LOAD = f"""
 import({VIEW}).then(({{ mount, mounted }}) => {{
   mount(element.querySelector('.player'));
@@ -168,6 +176,7 @@ class TakeState(PictureState):
     melody: str  # base64
     melody_s: float
     tempo_bpm: float
+    beats_a_bar: int
 
 
 class StripState(TypedDict):
@@ -338,6 +347,7 @@ def take_state(
         "melody": base64.b64encode(melody.classes.tobytes()).decode() if melody else "",
         "melody_s": melody.column_s if melody else 0.0,
         "tempo_bpm": settings.get("tempo_bpm", 0.0),
+        "beats_a_bar": beats_a_bar(settings.get("time_signature", "4/4")),
         "picture": None,
         "edges": None,
         "peaks": "",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -25,13 +25,14 @@ from musicgen_ui.engine.protocol import Backend, CheckpointInfo
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S, coerce
 from musicgen_ui.take_settings import TakeSettings
-from musicgen_ui.ui.components import DEFAULTS, Updates, notice, section_rows
+from musicgen_ui.ui.components import DEFAULTS, Undo, Updates, notice
 from musicgen_ui.ui.take_panel import Group, chosen_take
 from musicgen_ui.ui.wording import status_text
 
 SETTINGS = [name for name in FIELDS if name not in CLIP_FIELDS]
 DEMO, REAL = "bundled", "facebook/musicgen-small"  # what comes with the app, and what to get
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+MOST_CHANGES = 6  # that are said one by one
 SOON_S, LATER_S = 3.0, 60.0  # until a tab asks again what is loaded, and once that is settled
 CLIPS = {
     "prompt_s": "It continued an audio prompt, which its file does not hold",
@@ -52,6 +53,7 @@ class PageFacts(TypedDict, total=False):
     defaults: dict[str, object]  # as `CheckpointInfo.defaults`
     melody: bool
     style: bool
+    window_s: float
     longest_s: float
 
 
@@ -61,11 +63,6 @@ class Toggle(TypedDict, total=False):
     info: str
     interactive: bool
     value: bool
-
-
-def add_section(rows: list[list[object]]) -> Updates:
-    """Gives the table of sections another row."""
-    return {"sections": section_rows(rows)}
 
 
 def same_seed(history: list[Group], chosen: list[int], variation: int | None = None) -> Updates:
@@ -181,6 +178,7 @@ class CheckpointFacts:
                 "defaults": facts.defaults,
                 "melody": facts.melody,
                 "style": facts.style,
+                "window_s": facts.window_s,
                 "longest_s": self.longest_s,
             },
         }
@@ -214,9 +212,11 @@ class CheckpointFacts:
 
     async def label(self) -> Updates:
         """The checkpoints with their sizes and what they need; names were on offer before."""
-        names = await to_thread.run_sync(self.backend.checkpoints)
-        labels = await to_thread.run_sync(lambda: [self._label(name) for name in names])
-        return {"checkpoint": gr.update(choices=list(zip(labels, names, strict=True)))}
+        return {"checkpoint": gr.update(choices=await to_thread.run_sync(self.choices))}
+
+    def choices(self) -> list[tuple[str, str]]:
+        """The checkpoints by label and name; may ask the Hub."""
+        return [(self._label(name), name) for name in self.backend.checkpoints()]
 
     def _label(self, name: str) -> str:
         try:
@@ -264,6 +264,41 @@ def checkpoint_label(name: str, info: CheckpointInfo) -> str:
     return " · ".join(facts)
 
 
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """A sentence for each setting that is another one than before."""
+    found = []
+    for name, value in after.items():
+        if name not in SETTINGS:
+            continue
+        old, new = (_as_request(name, each) for each in (before.get(name), value))
+        if old != new:
+            label = FIELDS[name].metadata["label"]
+            found.append(f"{label}: {_value(name, new)} instead of {_value(name, old)}.")
+    more = len(found) - MOST_CHANGES
+    return found if more <= 1 else [*found[:MOST_CHANGES], f"{more} more settings."]
+
+
+def _as_request(name: str, value: object) -> object:
+    """A form's value as a request has it; one that no request can have as it is."""
+    try:
+        return coerce(name, value)
+    except RequestError:
+        return value
+
+
+def _value(name: str, value: object) -> str:
+    """A setting's value in a sentence."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (int, float)):
+        return f"{value:.10g} {FIELDS[name].metadata['unit']}".rstrip()
+    if isinstance(value, str):
+        text = value if len(value) <= 60 else f"{value[:59].rstrip()}…"
+        return f"“{text}”" if text else "nothing"
+    rows = len(value) if isinstance(value, Sequence) else 0
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
 def _missing(settings: TakeSettings) -> list[str]:
     """What was used beside the settings, and is in no file."""
     return [f"{text}: choose it again." for name, text in CLIPS.items() if settings.get(name)]
@@ -282,30 +317,49 @@ class Restoring:
         self._longest_s = longest_s
         self._adapters = adapters
 
-    def file(self, path: str | None) -> Updates:
-        """Fills the form from a take file, or says that it holds no settings."""
+    def file(self, path: str | None, *before: object) -> Updates:
+        """Fills the form from a take file, or says that it holds no settings.
+
+        `before` are the form's values, of `SETTINGS`, to say what changes; so in `take`.
+        """
         settings = settings_of(Path(path)) if path else None
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
-        return self.settings(settings, _missing(settings))
+        return self.settings(settings, *before)
 
-    def take(self, settings: TakeSettings) -> Updates:
+    def take(self, settings: TakeSettings, *before: object) -> Updates:
         """Fills the form from a take; what its files do not hold is said."""
-        return self.settings(settings, _missing(settings))
+        return self.settings(settings, *before)
 
-    def settings(self, settings: TakeSettings, missing: list[str] | None = None) -> Updates:
-        """Fills the form with a take's settings; says what had to change and what is `missing`."""
+    def settings(self, settings: TakeSettings, *before: object) -> Updates:
+        """Fills the form with a take's settings; says what changes and what its file lacks."""
         if not settings:
             return {}
-        shown, changes = self.form(settings)
-        return {
-            **shown,
-            "variations": 1,  # a file is one take
-            "notice": notice("The settings are filled in.", [*changes, *(missing or ())]),
-            "offer": gr.update(visible=False),
-            "offered": {},
-        }
+        one_take = settings.copy()
+        one_take["variations"] = 1
+        filled = self._filled("The settings are filled in.", one_take, before, _missing(settings))
+        offer: Updates = {"offer": gr.update(visible=False), "offered": {}}
+        return filled | offer
+
+    def preset(self, name: str, settings: TakeSettings, *before: object) -> Updates:
+        """Fills the form with the settings of a preset; says what changes."""
+        return self._filled(f"The settings of “{name}” are filled in.", settings, before)
+
+    def _filled(
+        self,
+        said: str,
+        settings: TakeSettings,
+        before: Sequence[object],
+        missing: Sequence[str] = (),
+    ) -> Updates:
+        shown, left_out = self.form(settings)
+        changed = changes(dict(zip(SETTINGS, before, strict=True)), shown) if before else []
+        if before and not changed:
+            said = f"{said} Nothing changed."
+        items = [*left_out, *missing, *changed]
+        filled: Updates = {"notice": notice(said, items, undo=Undo.SETTINGS)}
+        return shown | filled
 
     def form(self, settings: TakeSettings) -> tuple[Updates, list[str]]:
         """The form with settings as this server takes them, and a sentence for each change."""
@@ -327,7 +381,7 @@ class Restoring:
         if len(kept) < len(sections):
             changes.append(f"Sections from {self._longest_s:g} s on are left out.")
         # Nothing follows the checkpoint any more: the file's settings are the user's.
-        values["sections"] = section_rows(kept)
+        values["sections"] = [list(row) for row in kept]
         if "automation" in values:
             rows = settings["automation"]
             values["automation"] = json.dumps(rows, ensure_ascii=False) if rows else ""

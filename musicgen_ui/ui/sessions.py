@@ -30,7 +30,31 @@ TABS = 1000  # remembered: the one longest unseen goes first
 KEY = re.compile("([0-9a-f]{32})([0-9a-f]{32})?")  # a tab's, and one of the page in it
 SESSIONS_KEPT = 8  # pages of a tab, open or not
 
+# What a page is given when it opens may come late. It must replace neither what was typed meanwhile
+# nor a take that the page made: what is typed comes back, and a click that makes a take waits.
 ENTER = """() => {
+  let waiting = null;
+  const typed = new Map();
+  const note = ({ target }) => typed.set(target, target.value);
+  const hold = (event) => {
+    const button = event.target.closest?.('#generate, #retake, #extend, #live_start');
+    if (!button) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    waiting = button;
+  };
+  addEventListener('input', note, true);
+  addEventListener('click', hold, true);
+  window.musicgenEntered = () => {
+    removeEventListener('input', note, true);
+    removeEventListener('click', hold, true);
+    for (const [field, value] of typed) {
+      if (field.value === value) continue;
+      field.value = value;
+      field.dispatchEvent(new Event('input', { bubbles: true }));
+    }
+    waiting?.click();
+  };
   const random = () => Array.from(
     crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
   if (!/^[0-9a-f]{32}$/.test(sessionStorage.musicgen || '')) sessionStorage.musicgen = random();
@@ -42,9 +66,11 @@ ENTER = """() => {
 # The form lies in the browser, too: a server that begins anew knows nothing of it. Nothing is kept
 # before what was kept is read, since the page fills its fields in while it opens.
 KEEP = """(...form) => {
+  window.musicgenNow = form;
   if (window.musicgenForm) sessionStorage.musicgenForm = JSON.stringify(form);
   return [];
 }"""
+ENTERED = "() => { window.musicgenEntered(); return []; }"
 BACK = """(live, ...form) => {
   const kept = JSON.parse(sessionStorage.musicgenForm || '[]');
   const cut_off = sessionStorage.musicgenBusy && !live;
@@ -53,7 +79,8 @@ BACK = """(live, ...form) => {
     const message = window.musicgenPlayer?.state;
     sessionStorage.musicgenBusy = message && !message.last ? 'yes' : '';
   });
-  return [cut_off ? CUT_OFF : live, ...(kept.length === form.length ? kept : form)];
+  window.musicgenNow = kept.length === form.length ? kept : form;
+  return [cut_off ? CUT_OFF : live, ...window.musicgenNow];
 }"""
 
 

@@ -91,6 +91,8 @@ def test_limiter_changes_nothing_the_second_time():
 def test_loop_has_whole_bars_to_the_sample(tempo, bars):
     looped = export.loop(noise(10.0), tempo, bars, start_s=0.25)
     assert looped.samples.shape == (1, round(bars * 4 * 60 / tempo * RATE))
+    waltz = Shape(loop_bars=bars).of(noise(10.0), tempo, 0.25, beats_a_bar=3)
+    assert waltz.samples.shape == (1, round(bars * 3 * 60 / tempo * RATE))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,7 @@ def test_shape_of_nothing_is_the_clip_itself():
 def test_a_loop_asks_for_the_music_it_needs():
     assert Shape(loop_bars=4).duration_s(120, None) == 8.1
     assert Shape(loop_bars=4).duration_s(120, 8.0) == 8
+    assert Shape(loop_bars=4).duration_s(120, None, beats_a_bar=3) == 6.1
     assert Shape(fade_out_s=1).duration_s(0, None) is None
     with pytest.raises(RequestError, match=r"4 bars at 120 bpm take 8\.0 s: choose fewer"):
         Shape(loop_bars=4).duration_s(120, 7.9)

@@ -41,18 +41,7 @@ def load(name: str) -> registry.Loaded:
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Points the Hub's client at a server of this test and at an empty cache."""
 
-    def point_at(url: str) -> None:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        hub._reachable.cache_clear()
-
-    return point_at
+    return lambda url: local_hub.point_at(monkeypatch, url, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -73,8 +62,8 @@ def test_a_checkpoint_comes_from_the_hub_with_progress_and_then_from_the_cache(s
     assert loaded.name == TINY
     assert said[0] == f"asking the Hub for {TINY}"
     assert any(note.startswith(f"downloading {TINY}: ") for note in said)
-    done, total = next(n for n in reversed(said) if "downloading" in n).split()[-4:-1:2]
-    assert done == total
+    downloads = [note for note in said if isinstance(note, hub.Downloading)]
+    assert downloads[-1].share == 1 and downloads[-1].endswith("(100%)")
     assert said[-1] == f"reading {TINY}"
     served.asked.clear()
     load(TINY)

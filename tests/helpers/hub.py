@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "5" * 40
 
 
@@ -57,6 +59,20 @@ def serve(**repositories: Path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_at(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Points the Hub's client at a server, and at a cache."""
+    from huggingface_hub import constants
+
+    from musicgen_ui.checkpoints import hub
+
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    hub._reachable.cache_clear()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -48,7 +48,7 @@ def save(library: Library, seconds: float = 0.5, **settings: Any) -> str:
 
 def act(view: LibraryView, now: dict[str, Any], act: str, *names: str, value: Any = None) -> Any:
     event: Any = SimpleNamespace(_data={"act": act, "names": list(names), "value": value})
-    return view.act("", False, "", now, [], *WINDOW, event)
+    return view.act("", False, "", now, [], *WINDOW, {}, event)
 
 
 def shown(updates: Any) -> list[str]:

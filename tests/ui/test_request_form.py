@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from musicgen_ui.engine.protocol import CheckpointInfo, Status
+from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import audio_panel, request_form
 from musicgen_ui.ui.components import CONTINUE, FOLLOW
 from musicgen_ui.ui.handlers import Handlers
@@ -21,7 +22,7 @@ WINDOW = (10.0, 0.0, 12.0)  # length, context and overlap in s
 
 
 def test_the_window_is_explained(clip: str) -> None:
-    told = audio_panel.read_clip(clip, 25.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(clip, 25.0, 0.0, 12.0)
     assert "last 5.0 s of 5.0 s, 25.0 s new, the 30 s window is full" in told["clip_line"]
     assert "last 2.0 s of 5.0 s, 10.0 s new<" in audio_panel.clip_line(
         told["clip"], 10.0, 2.0, 12.0
@@ -29,22 +30,35 @@ def test_the_window_is_explained(clip: str) -> None:
     assert "last 5.0 s of 5.0 s, 30.0 s new, 30 s at a time" in audio_panel.clip_line(
         told["clip"], 30.0, 0.0, 12.0
     )
+    of_audiogen = {"window_s": 10.0}
+    assert "last 4.0 s of 5.0 s, 6.0 s new, the 10 s window is full" in audio_panel.clip_line(
+        told["clip"], 6.0, 0.0, 2.0, of_audiogen
+    )
+
+
+def test_page_knows_the_window_of_the_checkpoint() -> None:
+    class Short(FakeBackend):
+        def describe(self, checkpoint: str, adapter: str = "") -> CheckpointInfo:
+            return dataclasses.replace(super().describe(checkpoint, adapter), window_s=10.0)
+
+    told = asyncio.run(request_form.CheckpointFacts(Short()).choose("auto"))
+    assert told["checkpoint_facts"]["window_s"] == 10
 
 
 def test_a_file_that_is_no_audio_is_refused_beside_its_field(tmp_path: Path) -> None:
     page = tmp_path / "page.wav"
     page.write_text("<html>hello</html>")
-    told = audio_panel.read_clip(str(page), 10.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(str(page), 10.0, 0.0, 12.0)
     assert told["audio_prompt"] is None and 'role="alert"' in told["clip_line"]
     # The field is empty now, which asks again: the sentence must still be there.
-    again = audio_panel.read_clip(None, 10.0, 0.0, 12.0, told["clip"])
+    again = audio_panel.read_clip(None, *WINDOW, {}, told["clip"])
     assert again["clip_line"] == told["clip_line"]
-    assert "alert" not in audio_panel.read_clip(None, 10.0, 0.0, 12.0, again["clip"])["clip_line"]
+    assert "alert" not in audio_panel.read_clip(None, *WINDOW, {}, again["clip"])["clip_line"]
 
 
 def test_a_take_offers_its_settings(handlers: Handlers) -> None:
     end = state(compose(handlers, prompt="slow waltz", temperature=0.7, variations=2))
-    told = audio_panel.read_clip(end["wav"]["value"], 10.0, 0.0, 12.0, {})
+    told = audio_panel.read_clip(end["wav"]["value"], *WINDOW)
     assert told["offer"]["visible"] and "seed 7" in told["offer"]["value"]
     filled = Restoring().settings(told["offered"])
     assert filled["prompt"] == "slow waltz" and filled["temperature"] == 0.7
@@ -90,11 +104,26 @@ def test_what_a_server_does_not_take_of_a_file_is_changed_and_named() -> None:
     settings = {"duration_s": 90.0, "sections": [[0.0, "a"], [70.0, "b"]], "adapter": "a/lora"}
     told = Restoring(longest_s=60.0, adapters=False).settings(settings)
     assert told["duration_s"] == 60.0 and told["adapter"] == ""
-    assert [words for start, words in told["sections"] if words] == ["a"]
+    assert told["sections"] == [[0.0, "a"]]
     said = " ".join(told["notice"]["items"])
     assert all(word in said for word in ("90 s", "60 s", "Sections", "a/lora"))
     assert len(told["notice"]["items"]) == 3
     assert Restoring().settings(settings)["notice"]["items"] == []
+
+
+def test_filled_in_settings_say_what_changes_with_undo() -> None:
+    before = {name: FIELDS[name].default for name in request_form.SETTINGS}
+    before |= {"sections": [["", ""]], "prompt": "jazz"}  # as an untouched form has it
+    settings = {"prompt": "rock", "temperature": 0.7, "stereo": True, "sections": [[1.0, "a"]]}
+    told = Restoring().settings(settings, *before.values())["notice"]
+    assert told["undo"] == "settings" and told["items"] == [
+        "Prompt: “rock” instead of “jazz”.",
+        "Sections: 1 row instead of 0 rows.",
+        "Stereo: on instead of off.",
+        "Temperature: 0.7 instead of 1.",
+    ]
+    same = Restoring().settings({"prompt": "jazz", "sections": []}, *before.values())["notice"]
+    assert same["items"] == [] and same["text"].endswith("Nothing changed.")
 
 
 def test_what_a_take_went_on_from_is_told_since_its_file_does_not_hold_it(
@@ -114,7 +143,7 @@ def test_what_is_marked_counts_before_the_page_shows_it(handlers: Handlers) -> N
     end = state(compose(handlers, variations=2))
     history, shown = end["history"], [0, 0]
     assert request_form.same_seed(history, shown, 1)["seed"] == 8
-    assert audio_panel.continue_take(history, shown, *WINDOW, 1)["audio_prompt"] == str(
+    assert audio_panel.continue_take(history, shown, *WINDOW, {}, 1)["audio_prompt"] == str(
         history[0][1].wav
     )
     assert request_form.same_seed(history, shown, 2)["seed"] == 7  # marked in a list that is gone
