@@ -25,11 +25,14 @@ def read(path: Path | str, keep_s: float = 120.0) -> Reading:
         about = Path(path).stat()
     except (OSError, ValueError):
         return load.read(path, keep_s)  # says what is wrong
-    key = (str(path), about.st_mtime_ns, about.st_size, keep_s)
+    file = (str(path), about.st_mtime_ns, about.st_size)
+    key = (*file, keep_s)
     with _lock:
-        if reading := _readings.get(key):
-            _readings.move_to_end(key)
-            return reading
+        for other, reading in _readings.items():
+            whole_s = min(keep_s, other[3])  # a clip that is shorter is the same for both
+            if other == key or (other[:3] == file and reading.clip.duration_s < whole_s):
+                _readings.move_to_end(other)
+                return reading
     reading = load.read(path, keep_s)
     with _lock:
         _readings[key] = reading

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import queue
@@ -31,10 +30,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from musicgen_ui import environment, files, library
-from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.server import cleanup, logs
+from musicgen_ui.server.backend import of_settings
 from musicgen_ui.server.folders import (
     check_folder,
     finetune_folder,
@@ -56,7 +55,7 @@ from musicgen_ui.server.settings import Settings, flag, label, variable
 from musicgen_ui.server.sign_in import SignIn
 
 if TYPE_CHECKING:  # gradio and torch
-    from musicgen_ui.backends.local import EngineOptions
+    from musicgen_ui.backends.admission import Admission
     from musicgen_ui.ui.page import Page
 
 FAILED, WRONG = 1, 2  # exit codes
@@ -67,50 +66,6 @@ SESSIONS = 800  # pages whose state Gradio remembers, 9 kB each
 GRADIO_VARIABLES = ("GRADIO_SHARE_SERVER_ADDRESS",)  # that are left to Gradio
 
 log = logging.getLogger(__name__)
-
-
-def local_backend(chosen: Settings) -> StartingBackend:
-    """The real backend, built and warmed up in the background."""
-
-    def build() -> Backend:
-        from musicgen_ui.backends.clap import Clap
-        from musicgen_ui.backends.local import LocalBackend
-        from musicgen_ui.backends.ranking import Ranking
-
-        # The libraries and the page stay until the end: the garbage collector need not look through
-        # them, which held all threads up for a third of a second each time.
-        gc.collect()
-        gc.freeze()
-        backend: Backend
-        if chosen.backend == "ray":
-            backend = _ray_backend(chosen)
-        else:
-            backend = LocalBackend(**_engine_options(chosen))
-        return Ranking(backend, Clap(may_download=chosen.any_checkpoint))
-
-    return StartingBackend(build, chosen.checkpoint)
-
-
-def _engine_options(chosen: Settings) -> EngineOptions:
-    """Of `LocalBackend`, here and in each replica."""
-    return {
-        "device": chosen.device,
-        "precision": chosen.precision,
-        "budget_bytes": round(chosen.memory_gb * 1e9) or None,
-        "idle_s": chosen.idle_s,
-        "max_jobs": chosen.jobs,
-        "allow_any": chosen.any_checkpoint,
-        "also": chosen.listed_checkpoints,
-    }
-
-
-def _ray_backend(chosen: Settings) -> Backend:
-    from musicgen_ui.backends import ray_cluster
-
-    cluster = ray_cluster.Cluster(
-        chosen.ray_address, chosen.replicas, chosen.max_replicas, chosen.front_only
-    )
-    return ray_cluster.connect(cluster, _engine_options(chosen), chosen.checkpoint)
 
 
 def _set_environment(chosen: Settings, cache: Path) -> None:
@@ -173,14 +128,13 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
     cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
     cache.mkdir()
     _set_environment(chosen, cache)  # before gradio is imported
-    background = local_backend(chosen)
+    background = of_settings(chosen)
     backend = backend or background
 
     from musicgen_ui.backends.admission import Admission, HourlyQuota
     from musicgen_ui.backends.job_log import JobLog
-    from musicgen_ui.server import audio_stream, gradio_patches, library_files
-    from musicgen_ui.server.metrics import Metrics, metrics_routes
-    from musicgen_ui.ui import live_panel, page, player
+    from musicgen_ui.server import gradio_patches
+    from musicgen_ui.ui import page
 
     takes = (kept or temporary / "takes").resolve()
     takes.mkdir(parents=True, exist_ok=True)
@@ -208,13 +162,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
     gradio_patches.apply(demo)
     # The engine has the real queue; this one only bounds what waits for a validator.
     demo.queue(api_open=False, max_size=chosen.queue_length + 16, default_concurrency_limit=None)
-    proxied = bool(chosen.trusted_proxies) or chosen.share
-    routes = [
-        *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
-        *(library_files.routes(kept_takes, temporary) if kept_takes else ()),
-        live_panel.route(demo.sessions.job),
-        *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
-    ]
+    routes = _routes(demo, admission, kept_takes, temporary, chosen)
     names = {*chosen.host_names, os.environ.get("SPACE_HOST", "").lower()} - {""}
     passed = middleware(chosen, cache, names, routes)
     _launch_page(demo, chosen, passed, [takes, temporary / "takes", *([runs] if runs else [])])
@@ -227,6 +175,27 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
     work = (lambda: demo.is_running, temporary, chosen.temporary_gb * 1e9)
     threading.Thread(target=cleanup.clean_while, args=work, daemon=True).start()
     return demo, temporary
+
+
+def _routes(
+    demo: Page,
+    admission: Admission,
+    kept: library.Library | None,
+    temporary: Path,
+    chosen: Settings,
+) -> list[BaseRoute]:
+    """What the page and others ask beside Gradio: sound, scripts, the library's files, metrics."""
+    from musicgen_ui.server import audio_stream, library_files
+    from musicgen_ui.server.metrics import Metrics, metrics_routes
+    from musicgen_ui.ui import live_panel, player
+
+    proxied = bool(chosen.trusted_proxies) or chosen.share
+    return [
+        *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
+        *(library_files.routes(kept, temporary) if kept else ()),
+        live_panel.route(demo.sessions.job),
+        *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
+    ]
 
 
 def _launch_page(
