@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
-from gradio.components import Component
-from gradio.components.api_component import Api
 
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.coercion import KEYS
@@ -23,7 +20,7 @@ from musicgen_ui.files import ASSETS
 from musicgen_ui.finetune.process import Runs
 from musicgen_ui.library import Library
 from musicgen_ui.remote_folder import RemoteFolder
-from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, MAX_DURATION_S
+from musicgen_ui.request import CHECKPOINT_FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import (
     audio_panel,
     finetune_panel,
@@ -39,7 +36,6 @@ from musicgen_ui.ui import (
 )
 from musicgen_ui.ui.components import (
     Components,
-    Endpoint,
     Form,
     Head,
     RequestFields,
@@ -47,8 +43,9 @@ from musicgen_ui.ui.components import (
     Undo,
     undo_button,
 )
+from musicgen_ui.ui.endpoint import api
 from musicgen_ui.ui.events import connect
-from musicgen_ui.ui.fields import about, clip, in_words, number, slider, switch, textbox
+from musicgen_ui.ui.fields import about, clip, number, slider, switch, textbox
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.sessions import Sessions
 
@@ -69,7 +66,6 @@ NOTICE = """
   <button type="button" class="notice-close" aria-label="Close this message">✕</button>
 </div>
 """
-EXAMPLE_CLIP = {"path": "clip.wav", "url": "clip.wav", "meta": {"_type": "gradio.FileData"}}
 
 
 @dataclass(frozen=True)
@@ -267,6 +263,7 @@ def lay_out_audio(c: Components) -> None:
             place(c.request.style, c.audio.style_line)
             with gr.Row():
                 place(c.request.style_start_s, c.request.style_length_s)
+            with gr.Row():
                 place(c.request.style_codebooks, c.request.text_guidance)
         place(c.audio.trim_fold)
         with c.audio.trim_fold:
@@ -430,40 +427,3 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             render=False,
         ),
     )
-
-
-def api() -> Endpoint:
-    """The API's parameters and answers, described.
-
-    Not `gr.api`: it gives parameters no description, and files unchecked.
-    """
-    words = {str: "string", bool: "boolean", int: "integer", float: "number"}
-    kinds: dict[type, dict[str, Any]] = {kind: {"type": word} for kind, word in words.items()}
-    kinds[tuple] = {"type": "array", "items": {}}
-    parameters: dict[str, Block] = {}
-    with gr.Column(visible=False):
-        for name, spec in FIELDS.items():
-            if name in CLIP_FIELDS:
-                component: Component = gr.Audio(type="filepath", label=name)
-                # Gradio's is an address, which is not fetched here.
-                vars(component)["example_payload"] = lambda: EXAMPLE_CLIP
-            else:
-                # None: what the checkpoint states, else the request's default.
-                default = None if name in CHECKPOINT_FIELDS else spec.default
-                component = Api(default, kinds[type(spec.default)], name)
-            described(component, in_words(name))
-            parameters[name] = component
-        trigger = gr.Button("generate")
-        files = gr.File(file_count="multiple", label="files")
-        described(files, "a WAV and a FLAC of each variation in turn")
-        made = gr.JSON(label="settings")
-        described(made, "what the takes were made with, the seed that was drawn included")
-    return Endpoint(trigger, parameters, files, made)
-
-
-def described(component: Component, text: str) -> None:
-    """Gives one of the API's parameters or answers its description."""
-    schema = component.api_info()
-    # Gradio shows the one name for parameters and the other for answers.
-    about_it = {"description": text, "additional_description": text}
-    vars(component)["api_info"] = lambda: {**schema, **about_it}

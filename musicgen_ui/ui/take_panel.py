@@ -300,7 +300,7 @@ def facts_line(take: ShownTake) -> str:
     if s.get("style_s"):
         begin_s, codebooks = s["style_start_s"], s["style_codebooks"]
         end_s = begin_s + s["style_length_s"]
-        facts.append(("in the style of your clip's", f"{begin_s:g} to {end_s:g} s"))
+        facts.append(("in the style of your clip from", f"{begin_s:g} to {end_s:g} s"))
         facts.append(("style codebooks", codebooks))
         facts += [("text guidance", f"{s['text_guidance']:g}")] if s["prompt"] else []
     facts += [("chords", s["chords"])] if s["chords"] else []
