@@ -137,17 +137,26 @@ def _check_loopback(shut_down: Callable[[], None]) -> None:
 
 def _join(address: str) -> Callable[[], None]:
     """Joins a cluster that exists; returns what leaves it."""
+    if _has_token():  # Ray itself shows it only to clusters that it finds on this computer
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     try:
         ray.init(address=address, configure_logging=False, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RequestError(
-            f"There is no Ray cluster at {address}: start one with “ray start --head”, or leave "
-            "--ray-address out for a cluster on this computer."
+            f"No Ray cluster at {address} lets this computer in: start one with “ray start "
+            "--head”, give its token in RAY_AUTH_TOKEN if it has one, or leave --ray-address out "
+            "for a cluster on this computer."
         ) from error
     leave: Callable[[], None] = ray.shutdown
     return leave
+
+
+def _has_token() -> bool:
+    """Whether this user has the token of a cluster, where Ray looks for one."""
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    return bool(named) or (files.expanded("~") / ".ray" / "auth_token").exists()
 
 
 def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> DeploymentHandle:

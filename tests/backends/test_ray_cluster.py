@@ -28,7 +28,14 @@ import soundfile
 import yaml
 
 from musicgen_ui.backends.local import LocalBackend
-from musicgen_ui.backends.ray_cluster import APPLICATION, Cluster, build, connect
+from musicgen_ui.backends.ray_cluster import (
+    APPLICATION,
+    LOOPBACK,
+    NO_STATISTICS,
+    Cluster,
+    build,
+    connect,
+)
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.engine.protocol import Chunk, Failed, Finished
 from musicgen_ui.request import GenerationRequest
@@ -108,6 +115,16 @@ def test_stop_ends_the_job_on_its_replica(front):
     job.stop()
     assert takes(read(job))[0].stopped
     wait_for(lambda: not any(report.jobs for report in front._fresh()), 30)
+
+
+def test_checkpoint_stays_where_it_is_loaded(front, tiny_mono):
+    two_replicas(front)
+    name = str(tiny_mono)
+    for seed in range(6):
+        read(front.submit(ask(checkpoint=name, seed=seed)))
+        time.sleep(0 if seed else 6.0)  # Serve looks every two seconds which models there are
+    wait_for(lambda: any(name in report.health.models for report in front._fresh()))
+    assert sum(name in report.health.models for report in front._fresh()) == 1
 
 
 def test_kubernetes_sample_fits_rays_schema():
@@ -249,7 +266,9 @@ def head(tmp_path) -> Iterator[str]:
     command += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
     folder = tempfile.mkdtemp(prefix="h-", dir="/tmp")  # a socket's path is short
     log = (tmp_path / "head.log").open("wb")
-    cluster = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=log, stderr=log)
+    environment = os.environ | LOOPBACK | NO_STATISTICS
+    command.append(f"--temp-dir={folder}")
+    cluster = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         wait_for(lambda: b"--block" in (tmp_path / "head.log").read_bytes(), 120)
         yield address
@@ -274,7 +293,10 @@ class Front:
         command += ["--output-folder", str(folder / "takes"), "--queue-length", "40", *flags]
         self._log = folder / f"{port}.log"
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | LOOPBACK
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env=environment
+            )
         wait_for(self._is_ready, START_S)
         self.config = httpx.get(f"{self.url}/config", timeout=60).json()
 
@@ -346,30 +368,43 @@ def test_front_ends_and_begins_anew_while_pages_stream(head, tmp_path):
     assert "Traceback" not in front.log
 
 
-def test_front_that_is_killed_leaves_no_process_and_no_file(tmp_path):
-    """With a cluster of its own; its folder goes at the next start."""
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [(signal.SIGTERM, "up"), (signal.SIGTERM, "starting"), (signal.SIGKILL, "up")],
+)
+def test_server_that_ends_leaves_no_process_and_no_file(number, when):
+    """With a cluster of its own; after SIGKILL its folders go at the next start."""
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # a socket's path is short
-    code = (
-        "import threading; from musicgen_ui import files\n"
-        "from musicgen_ui.backends.ray_cluster import Cluster, connect\n"
-        "files.delete_leftovers(None)\n"
-        "front = connect(Cluster(replicas=1), {'device': 'cpu'}, 'bundled')\n"
-        "print('up', flush=True); threading.Event().wait()"
-    )
     environment = os.environ | {"TMPDIR": str(folder)}
-    command = [sys.executable, "-c", code]
-    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "musicgen_ui", "serve", "--backend", "ray", "--replicas", "1"]
+    command += ["--device", "cpu", "--port", str(port := free_port()), "--checkpoint", "bundled"]
+    log = folder.with_suffix(".log")
+    with log.open("wb") as file:
+        front = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+    def is_ready() -> bool:
+        assert front.poll() is None, log.read_text()
+        if when == "starting":
+            return any(folder.glob("mg-ray-*/session_latest"))
+        with contextlib.suppress(httpx.HTTPError):
+            health = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60)
+            return health.status_code == 200 and "bundled" in health.json()["engine"]
+        return False
+
     try:
-        front = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, text=True)
-        assert front.stdout and "up\n" in iter(front.stdout.readline, "")
+        wait_for(is_ready, START_S)
         started = psutil.Process(front.pid).children(recursive=True)
-        assert started and list(folder.glob("mg-ray-*"))
-        front.kill()
-        front.wait()
-        gone, left = psutil.wait_procs(started, timeout=60)
-        assert gone and not left
-        leftovers = "from musicgen_ui import files; files.delete_leftovers(None)"
-        subprocess.run([sys.executable, "-c", leftovers], cwd=ROOT, env=environment, check=True)
-        assert not list(folder.glob("mg-ray-*"))
+        assert started
+        front.send_signal(number)
+        code = front.wait(60)
+        assert code == (-number if number == signal.SIGKILL else 128 + number), log.read_text()
+        _, left = psutil.wait_procs(started, timeout=60)
+        assert not left
+        if number == signal.SIGKILL:
+            assert list(folder.glob("mg-ray-*"))
+            leftovers = "from musicgen_ui import files; files.delete_leftovers(None)"
+            subprocess.run([sys.executable, "-c", leftovers], cwd=ROOT, env=environment, check=True)
+        assert not list(folder.iterdir())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        log.unlink()
