@@ -17,9 +17,9 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from musicgen_ui import takes
 from musicgen_ui.audio import load
@@ -70,9 +70,9 @@ def _jobs(text: str) -> int:
     return int(text)
 
 
-def _pieces(flags: dict[str, Any], tally: Tally) -> list[Piece]:
+def _pieces(flags: Mapping[str, object], tally: Tally) -> list[Piece]:
     """What is to be made, those of one checkpoint together; the others are reported."""
-    file = Path(flags["batch"])
+    file = Path(str(flags["batch"]))
     of_rows = rows.Pieces({name: flags[name] for name in FIELDS}, file.parent)
     # A cluster has checkpoints of its own, and refuses when it is asked.
     refusal = functools.cache(_refusal) if not flags["ray_address"] else lambda *_: ""
@@ -164,7 +164,7 @@ class Tally:
             parts.append("stopped: the same command goes on with the rest")
         self._say([] if self.quiet else ["; ".join(parts) + "."], sys.stderr)
 
-    def _say(self, lines: Iterable[str], file: Any) -> None:
+    def _say(self, lines: Iterable[str], file: TextIO) -> None:
         for line in lines:
             if self.bar:
                 self.bar.say([line], file)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, cast
 
 FAILED = 1
 CLOSED = 141  # what shells show of a program that SIGPIPE ended
@@ -30,8 +30,9 @@ class Stream:
         self._stream = stream or nowhere
         self.error: OSError | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def __getattr__(self, name: str) -> object:
+        found: object = getattr(self._stream, name)
+        return found
 
     def write(self, text: str) -> int:
         """Writes what can be written."""
@@ -80,7 +81,7 @@ def guarded() -> Iterator[Stream]:
     """Puts `Stream`s in place of sys.stdout, which it yields, and of sys.stderr."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         out, err = Stream(sys.stdout, nowhere), Stream(sys.stderr, nowhere)
-        streams: Any = out, err
+        streams = cast(TextIO, out), cast(TextIO, err)  # what is used of one
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
             yield out
             err.flush()

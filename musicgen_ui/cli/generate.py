@@ -14,10 +14,10 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TextIO, cast
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from musicgen_ui import files
 from musicgen_ui.audio.clip import ENDINGS
 from musicgen_ui.audio.export import Shape
 from musicgen_ui.cli import console
+from musicgen_ui.coercion import Spec
 from musicgen_ui.engine.protocol import Backend, Failed, Finished, Job, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS, GenerationRequest, completed
@@ -38,13 +39,15 @@ NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of the request, then those of the command itself."""
     for name, spec in FIELDS.items():
-        options: dict[str, Any] = {"help": _help(spec), "default": None, "dest": name}
+        what, named = _help(spec), flag(name)
         if name == "prompt":
-            parser.add_argument(name, nargs="?", default="", help=_help(spec))
+            parser.add_argument(name, nargs="?", default="", help=what)
         elif isinstance(spec.default, bool):
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(named, action=switch, help=what, default=None, dest=name)
         else:
-            parser.add_argument(flag(name), metavar=_metavar(spec), **options)
+            unit = _metavar(spec)
+            parser.add_argument(named, metavar=unit, help=what, default=None, dest=name)
     parser.add_argument(
         "-o",
         "--output",
@@ -153,7 +156,7 @@ def backend_of(flags: argparse.Namespace, max_jobs: int = 8) -> Backend:
     return Ranking(connect(Cluster(flags.ray_address, front_only=True), {}))
 
 
-def _check_stdout(values: dict[str, Any]) -> None:
+def _check_stdout(values: Mapping[str, object]) -> None:
     if GenerationRequest.parse(values).takes > 1:
         raise RequestError(
             "Standard output takes one WAV: add --keep 1 to --variations, or name a folder "
@@ -169,7 +172,7 @@ def flag(name: str) -> str:
     return "--" + name.removesuffix(f"_{unit}").replace("_", "-")
 
 
-def _help(spec: dataclasses.Field[Any]) -> str:
+def _help(spec: Spec) -> str:
     about = spec.metadata
     facts = []
     if not isinstance(spec.default, (str, bool, tuple)) and about["min"] is not None:
@@ -183,7 +186,7 @@ def _help(spec: dataclasses.Field[Any]) -> str:
     return text.replace("%", "%%")
 
 
-def _metavar(spec: dataclasses.Field[Any]) -> str:
+def _metavar(spec: Spec) -> str:
     if spec.name in CLIP_FIELDS:
         return "FILE"
     if isinstance(spec.default, tuple):
@@ -216,7 +219,7 @@ def output_path(text: str) -> Path:
     return path
 
 
-def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read(flags: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """A request's values with the clips read, and what is to be said about them."""
     values = {name: _as_typed(flags[name]) for name in FIELDS}
     notes: list[str] = []
@@ -225,7 +228,7 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             from musicgen_ui import takes
             from musicgen_ui.audio import load
 
-            path = files.expanded(flags[name])
+            path = files.expanded(str(flags[name]))
             reading = load.read(path, keep_s)
             values[name] = takes.with_codes(reading.clip, path)[0]
             notes += reading.notes
@@ -234,7 +237,7 @@ def _read(flags: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     return values, tuple(notes)
 
 
-def _as_typed(value: Any) -> Any:
+def _as_typed(value: object) -> object:
     """An argument's text: where the locale is not UTF-8, Python keeps what it lacks as bytes."""
     if not isinstance(value, str) or value.isascii():
         return value
@@ -245,7 +248,7 @@ def _has_bytes(text: str) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def table_in(name: str, value: Any, folder: Path) -> Any:
+def table_in(name: str, value: object, folder: Path) -> object:
     """Rows as they are or, where `value` names a file from `folder` on, the file's text.
 
     Args:
@@ -362,7 +365,7 @@ def _save(
     """Writes a take; a line for each file, and the take's notes. One of several has a number."""
     from musicgen_ui import takes
 
-    made: list[Any] = []
+    made: list[Path] = []
     if output is None:
         content, notes = takes.encode(finished, ".wav", shape)
         cast(console.Stream, sys.stdout).write_bytes(content)
@@ -408,7 +411,7 @@ class Bar:
             self._bar.update(progress.done_s - self._done_s.get(take, 0.0))
             self._done_s[take] = progress.done_s
 
-    def say(self, lines: Iterable[str], file: Any) -> None:
+    def say(self, lines: Iterable[str], file: TextIO) -> None:
         """Prints lines without disturbing the bar."""
         for line in lines:
             self._bar.write(line, file=file)

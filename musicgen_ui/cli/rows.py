@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +37,7 @@ class Row:
     """A row of the file."""
 
     line: int
-    values: Mapping[str, Any]  # the fields that it names
+    values: Mapping[str, object]  # the fields that it names
     fault: str = ""  # a sentence, where it cannot be understood
 
 
@@ -48,7 +47,7 @@ class Piece:
 
     line: int
     names: tuple[str, ...]  # of its takes, without their endings
-    values: Mapping[str, Any]  # what was asked for, with a seed; the rest is the checkpoint's
+    values: Mapping[str, object]  # what was asked for, with a seed; the rest is the checkpoint's
     clips: Mapping[str, Path]
 
     @functools.cached_property
@@ -127,7 +126,7 @@ class Pieces:
         folder: where a row's paths start.
     """
 
-    def __init__(self, defaults: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, defaults: Mapping[str, object], folder: Path) -> None:
         self.defaults = {name: value for name, value in defaults.items() if value is not None}
         for name in set(TABLES) & set(self.defaults):
             self.defaults[name] = table_in(name, defaults[name], Path())
@@ -174,7 +173,7 @@ class Pieces:
                 raise RequestError(f"There is no file {text[:80]!r}: choose another.", name)
             yield name, path
 
-    def _digest(self, asked: Mapping[str, Any], clips: Mapping[str, Path]) -> str:
+    def _digest(self, asked: Mapping[str, object], clips: Mapping[str, Path]) -> str:
         contents = {name: _content(path) for name, path in clips.items()}
         text = json.dumps({**asked, **contents}, sort_keys=True, default=str)
         self._asked[text] += 1  # the same row again is another take

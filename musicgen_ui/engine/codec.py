@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EncodecConfig, EncodecModel
+from transformers import EncodecConfig, PreTrainedModel
 
 from musicgen_ui.engine.codec_layers import Past, Precision, assemble, through
 from musicgen_ui.engine.finite import require_finite, require_finite_weight
@@ -41,7 +41,7 @@ class Codec:
 
     def __init__(
         self,
-        encodec: EncodecModel,
+        encodec: PreTrainedModel,
         channels: int = 1,
         device: torch.device | str = "cpu",
         precision: Precision = "int16",

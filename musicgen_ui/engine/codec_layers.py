@@ -18,12 +18,18 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import llvmlite.binding
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.encodec.modeling_encodec import (
+    EncodecConv1d,
+    EncodecConvTranspose1d,
+    EncodecLSTM,
+    EncodecResnetBlock,
+)
 
 from musicgen_ui.errors import RequestError
 
@@ -72,9 +78,10 @@ class Past:
 
     def parted(self, signals: int) -> list[Past]:
         """The pasts of the signals that were `joined`."""
-        none: list[Any] = [None] * signals
-        inputs = none if self.inputs is None else self.inputs.chunk(signals)
-        hidden = none
+        inputs: Sequence[Tensor | None] = [None] * signals
+        hidden: Sequence[State | None] = [None] * signals
+        if self.inputs is not None:
+            inputs = self.inputs.chunk(signals)
         if self.hidden is not None:  # cuDNN takes a contiguous state alone
             states = ([each.contiguous() for each in s.chunk(signals, 1)] for s in self.hidden)
             hidden = list(zip(*states, strict=True))
@@ -84,7 +91,7 @@ class Past:
 class Convolution:
     """A convolution that pads the signal at its ends, after an ELU unless it comes first."""
 
-    def __init__(self, layer: Any, precision: Precision, elu: bool = True) -> None:
+    def __init__(self, layer: EncodecConv1d, precision: Precision, elu: bool = True) -> None:
         conv = layer.conv
         self.stride: int = conv.stride[0]
         self.reach: int = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1  # inputs of one output
@@ -125,9 +132,11 @@ class Convolution:
 class Residual:
     """ELU, convolution, ELU, convolution of kernel 1, beside the input or its projection."""
 
-    def __init__(self, block: Any, precision: Precision) -> None:
-        self.wide = Convolution(block.block[1], precision)
-        self.narrow = Convolution(block.block[3], precision)
+    def __init__(self, block: EncodecResnetBlock, precision: Precision) -> None:
+        wide, narrow = block.block[1], block.block[3]
+        assert isinstance(wide, EncodecConv1d) and isinstance(narrow, EncodecConv1d)
+        self.wide = Convolution(wide, precision)
+        self.narrow = Convolution(narrow, precision)
         plain = isinstance(block.shortcut, nn.Identity)
         self.shortcut = None if plain else Convolution(block.shortcut, precision, elu=False)
 
@@ -142,7 +151,7 @@ class Residual:
 class Upsampling:
     """ELU, then a transposed convolution of stride s and kernel 2s."""
 
-    def __init__(self, layer: Any, precision: Precision) -> None:
+    def __init__(self, layer: EncodecConvTranspose1d, precision: Precision) -> None:
         conv = layer.conv
         self.stride = conv.stride[0]
         half = self.stride // 2
@@ -153,6 +162,7 @@ class Upsampling:
         pair = torch.stack([later, now], dim=-1)  # [in, out, s, (input before, input)]
         self.width = conv.out_channels
         weight = pair.permute(2, 1, 0, 3).flatten(0, 1)  # [s · out, in, 2]
+        assert conv.bias is not None
         self.kernel = _pairs(weight, conv.bias.detach().repeat(self.stride), precision)
 
     def push(self, x: Tensor, past: Past, last: bool) -> Tensor:
@@ -172,7 +182,7 @@ class Upsampling:
 class Recurrence:
     """An LSTM with its input added."""
 
-    def __init__(self, layer: Any, precision: Precision) -> None:
+    def __init__(self, layer: EncodecLSTM, precision: Precision) -> None:
         lstm: nn.LSTM = layer.lstm
         self.run: Callable[..., tuple[Tensor, State]] = lstm
         if precision == "int16" and _divides(lstm):
@@ -203,27 +213,27 @@ def assemble(layers: nn.ModuleList, precision: Precision) -> list[Stage]:
     stages: list[Stage] = []
     elu = False  # an activation that the next layer has to compute
     for layer in layers:
-        match type(layer).__name__:
-            case "ELU" if not elu and layer.alpha == 1:
+        match layer:
+            case nn.ELU() if not elu and layer.alpha == 1:
                 elu = True
                 continue
-            case "EncodecConv1d" if elu or not stages:
+            case EncodecConv1d() if elu or not stages:
                 stages.append(Convolution(layer, precision, elu))
-            case "EncodecConvTranspose1d" if elu:
+            case EncodecConvTranspose1d() if elu:
                 stages.append(Upsampling(layer, precision))
-            case "EncodecResnetBlock" if not elu and _is_residual(layer):
+            case EncodecResnetBlock() if not elu and _is_residual(layer):
                 stages.append(Residual(layer, precision))
-            case "EncodecLSTM" if not elu:
+            case EncodecLSTM() if not elu:
                 stages.append(Recurrence(layer, precision))
-            case kind:
-                raise _unsupported(kind)
+            case _:
+                raise _unsupported(type(layer).__name__)
         elu = False
     if elu:
         raise _unsupported("ELU")
     return stages
 
 
-def _is_residual(block: Any) -> bool:
+def _is_residual(block: EncodecResnetBlock) -> bool:
     """Whether the layers of a residual block are those that `Residual` computes."""
     kinds = [type(layer).__name__ for layer in block.block]
     shortcut = type(block.shortcut).__name__
@@ -330,8 +340,9 @@ def _linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: run(x, packed, bias, "none", [], "")
 
 
-def _convolution(conv: Any, precision: Precision, elu: bool) -> Kernel:
+def _convolution(conv: nn.Conv1d, precision: Precision, elu: bool) -> Kernel:
     """`conv` without padding, after an ELU if `elu`."""
+    assert conv.bias is not None
     weight, bias = conv.weight.detach(), conv.bias.detach().clone()
     steps = conv.stride[0], conv.dilation[0]
     if _in_whole_numbers(weight, precision, steps):

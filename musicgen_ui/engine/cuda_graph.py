@@ -82,7 +82,7 @@ class CudaGraphStepper:
         self._jobs: dict[Variation, JobState] = {}
         self._eager = EagerStepper(decoder)  # its jobs are those that mix prompts
         self._stepped: list[int] = []  # slots that are marked ready
-        self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
+        self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
         self._pool: Any = None  # the memory of all graphs
         self._launched: deque[torch.cuda.Event] = deque()  # an event for each unfinished step
         with torch.inference_mode():
@@ -234,7 +234,7 @@ class CudaGraphStepper:
         event.record(torch.cuda.current_stream(self.decoder.device))
         self._launched.append(event)
 
-    def _graph(self, size: int, length: int) -> Callable[[], Any]:
+    def _graph(self, size: int, length: int) -> Callable[[], object]:
         """The step of the first `size` slots; `length` is 0 for Triton's."""
         if length:
             step = functools.partial(self._torch_step, size, length)
@@ -248,7 +248,7 @@ class CudaGraphStepper:
             self._graphs[key] = self._captured(step)
         return self._graphs[key]
 
-    def _captured(self, step: Callable[[], None]) -> Callable[[], Any]:
+    def _captured(self, step: Callable[[], None]) -> Callable[[], object]:
         """Runs the step once on another stream, as capture requires, then captures it.
 
         The graphs share their memory, since they run one after the other and leave their results

@@ -22,14 +22,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from musicgen_ui.coercion import float_of
 from musicgen_ui.engine.faults import EXITS
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from transformers import MusicgenDecoderConfig, MusicgenMelodyDecoderConfig
+
+    DecoderConfig = MusicgenDecoderConfig | MusicgenMelodyDecoderConfig
 
 NO_LAYER = -1  # the layer of heads, embeddings and projections
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -171,7 +177,7 @@ class LoraStore:
     def __init__(
         self,
         checkpoint: str,
-        config: Any,
+        config: DecoderConfig,
         dtype: torch.dtype,
         device: torch.device,
         cross_attention: bool,
@@ -232,7 +238,7 @@ class LoraStore:
             return adapter
 
 
-def targets(config: Any, cross_attention: bool) -> dict[str, Target]:
+def targets(config: DecoderConfig, cross_attention: bool) -> dict[str, Target]:
     """Every matrix of a decoder that an adapter may change, by its name in transformers' model.
 
     Args:
@@ -266,14 +272,14 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in states)
 
 
-def read_config(name: str, folder: Path) -> dict[str, Any]:
+def read_config(name: str, folder: Path) -> dict[str, object]:
     """The adapter's settings.
 
     Raises:
         RequestError: they cannot be read, or are not of plain LoRA.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config: dict[str, object] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"has no readable {CONFIG_FILE}: name a folder that peft saved"
@@ -358,17 +364,20 @@ def _pairs(
     return {module: (keys["A"], keys["B"], paths[module]) for module, keys in sides.items()}
 
 
-def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
+def _scale(name: str, config: Mapping[str, object], path: str, rank: int) -> float:
     """peft's scaling: alpha over the rank, or over its root (rsLoRA)."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise TypeError(f"alpha_pattern {patterns}")
+    for pattern, value in patterns.items():
         plain = pattern.removeprefix("^")
         if not re.fullmatch(r"[\w.]+", plain):
             raise _refusal(name, f"has a pattern in its settings ({pattern[:40]}): {_MERGE}")
         if path == plain or (not pattern.startswith("^") and path.endswith("." + plain)):
             alpha = value
             break
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = float_of(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scale):
         raise ValueError(f"scale {scale}")
     return scale

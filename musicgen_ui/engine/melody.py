@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -48,9 +47,20 @@ class ChromaExtractor:
     chords: bool = False  # the checkpoint was trained on chords, where silence is no class at all
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ChromaExtractor:
+    def of(cls, config: Mapping[str, object]) -> ChromaExtractor:
         """Takes over the configuration of a checkpoint's feature extractor."""
-        return cls(**{name: config[name] for name in cls.__annotations__ if name in config})
+
+        def whole(name: str, default: int) -> int:
+            value = config.get(name, default)
+            return value if isinstance(value, int) else default
+
+        return cls(
+            whole("sampling_rate", cls.sampling_rate),
+            whole("n_fft", cls.n_fft),
+            whole("hop_length", cls.hop_length),
+            whole("num_chroma", cls.num_chroma),
+            config.get("chords") is True,
+        )
 
     @property
     def column_s(self) -> float:

@@ -21,9 +21,9 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from musicgen_ui.engine import faults, live
 from musicgen_ui.engine.audio_prompt import AudioPrompt
@@ -38,7 +38,7 @@ from musicgen_ui.engine.live import LiveVariation
 from musicgen_ui.engine.lora import LoraStore
 from musicgen_ui.engine.protocol import Chunk, Event, Failed
 from musicgen_ui.engine.stepper import EagerStepper
-from musicgen_ui.engine.transformer import Decoder
+from musicgen_ui.engine.transformer import Decoder, Model
 from musicgen_ui.engine.variation import (
     CHUNK_FRAMES,
     FIRST_CHUNK_FRAMES,
@@ -77,8 +77,8 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         checkpoint: str,
         device: torch.device | str = "cpu",
@@ -86,7 +86,7 @@ class Scheduler:
         codec_device: torch.device | str | None = None,
         max_jobs: int = 8,
         graphs: bool | None = None,
-        extractor: Mapping[str, Any] | None = None,
+        extractor: Mapping[str, object] | None = None,
         window_s: float = WINDOW_S,
     ) -> None:
         self.checkpoint = checkpoint

@@ -30,7 +30,23 @@ from musicgen_ui.engine.linear import Linear, computing_dtype
 from musicgen_ui.engine.lora import NO_ADAPTERS, NO_LAYER, AppliedAdapter, RowAdapters
 
 if TYPE_CHECKING:
+    from transformers import (
+        MusicgenForCausalLM,
+        MusicgenForConditionalGeneration,
+        MusicgenMelodyForCausalLM,
+        MusicgenMelodyForConditionalGeneration,
+    )
+    from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
+    from transformers.models.musicgen_melody.modeling_musicgen_melody import (
+        MusicgenMelodyDecoderLayer,
+    )
+
     from musicgen_ui.engine.cpu.int8 import Int8Cache, Layers, SequenceCaches
+
+# transformers' classes.
+Model: TypeAlias = "MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneration"
+LanguageModel: TypeAlias = "MusicgenForCausalLM | MusicgenMelodyForCausalLM"
+DecoderLayer: TypeAlias = "MusicgenDecoderLayer | MusicgenMelodyDecoderLayer"
 
 Attend: TypeAlias = Callable[[int, Tensor], Tensor]
 TextKV: TypeAlias = "list[tuple[Tensor, Tensor]]"  # a layer: [1, heads, tokens, head_dim] each
@@ -112,9 +128,10 @@ class Layer:
     text: CrossAttention | None  # None in a melody checkpoint
 
     @classmethod
-    def of(cls, layer: Any, precision: str, device: torch.device) -> Layer:
+    def of(cls, layer: DecoderLayer, precision: str, device: torch.device) -> Layer:
         """Packs a layer of transformers' decoder, whose weights may be released afterwards."""
         attention, cross = layer.self_attn, getattr(layer, "encoder_attn", None)
+        cross_norm = getattr(layer, "encoder_attn_layer_norm", None)
 
         def packed(*linears: nn.Linear) -> Linear:
             return Linear(torch.cat([each.weight for each in linears]), precision, device)
@@ -131,12 +148,12 @@ class Layer:
             up=packed(layer.fc1),
             down=packed(layer.fc2),
             text=CrossAttention(
-                norm=norm(layer.encoder_attn_layer_norm),
+                norm=norm(cross_norm),
                 q=packed(cross.q_proj),
                 kv=packed(cross.k_proj, cross.v_proj),
                 out=packed(cross.out_proj),
             )
-            if cross
+            if cross and cross_norm
             else None,
         )
 
@@ -187,7 +204,7 @@ class Decoder:
         RequestError: a weight is NaN, infinite or too large for the precision.
     """
 
-    def __init__(self, lm: Any, device: torch.device, precision: str) -> None:
+    def __init__(self, lm: LanguageModel, device: torch.device, precision: str) -> None:
         config = lm.config
         self.device = device
         self.precision = precision
@@ -196,6 +213,7 @@ class Decoder:
         self.head_dim: int = config.hidden_size // config.num_attention_heads
         self.codebooks: int = config.num_codebooks
         self.codebook_size: int = config.vocab_size
+        assert config.pad_token_id is not None
         self.start_token: int = config.pad_token_id
         self.inner: int = config.ffn_dim
         self.activation = ACT2FN[config.activation_function]
@@ -214,7 +232,7 @@ class Decoder:
                 require_finite(layer, f"decoder.model.decoder.layers.{index}", self.dtype)
                 self.layers.append(Layer.of(layer, precision, device))
             self.norm = copy.deepcopy(inner.layer_norm).to(device, self.dtype)
-            heads = torch.cat([head.weight for head in lm.lm_heads])
+            heads = torch.cat([head.get_parameter("weight") for head in lm.lm_heads])
             self.lm_heads = Linear(heads, precision, device)
         self.prefixed = self.layers[0].text is None  # the states are a prefix of the columns
         self.compiled: Layers | None = None

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +104,7 @@ class Adapter:
             OSError: the folder cannot be written to, or the disk is full.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
+        config: dict[str, object] = {
             "peft_type": "LORA",
             "base_model_name_or_path": card.base,
             "r": self.rank,

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from musicgen_ui import files
 from musicgen_ui.audio import load
@@ -103,7 +102,7 @@ def require_short(caption: str, name: str) -> None:
         )
 
 
-def _of_json(values: Any) -> str:
+def _of_json(values: object) -> str:
     if not isinstance(values, dict):
         raise ValueError("not an object")
     for key in _CAPTION_KEYS:

@@ -63,7 +63,8 @@ def measure(trainer: Trainer) -> Memory:
     layers, width = config.num_hidden_layers, config.hidden_size
     positions = frames + config.num_codebooks
     positions += max(len(states) for states in longest.states) if trainer.examples.prefix else 0
-    between = layers * positions * width * trainer.decoder.lm_heads[0].weight.element_size()
+    weight = trainer.decoder.lm_heads[0].get_parameter("weight")
+    between = layers * positions * width * weight.element_size()
     logits = 3 * 4 * config.num_codebooks * positions * config.vocab_size  # float32, with gradients
     row += logits
     checkpointed = between + (row - logits) // max(1, layers) + logits

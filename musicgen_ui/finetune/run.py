@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.protocol import Failed, Finished
+from musicgen_ui.engine.transformer import LanguageModel
 from musicgen_ui.errors import RequestError
 from musicgen_ui.finetune import dataset, estimate
 from musicgen_ui.finetune.adapter import Card
@@ -129,7 +129,7 @@ class _Run:
                 "checkpoint",
             )
 
-    def _prepared(self, paths: list[Path]) -> tuple[Any, Examples]:
+    def _prepared(self, paths: list[Path]) -> tuple[LanguageModel, Examples]:
         """The decoder on its device, and the examples."""
         options = self.options
 
@@ -139,15 +139,16 @@ class _Run:
         say(f"loading {self.source.name}")
         registry.fetch(self.source, say)
         loaded = registry.load(self.source, torch.float32, say)
-        model: Any = loaded.model
-        decoder = model.decoder
+        decoder = loaded.model.decoder
         encoder = Encoder(loaded, self.device, options.folder / "cache", self.place.codec_device)
         piece_s = min(options.preset.piece_s, loaded.window_s)
         examples = encoder.examples(
             paths, options.activation_word, piece_s, self.report, self.pause
         )
         half = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-        return decoder.to(self.device, torch.bfloat16 if half else torch.float32), examples
+        module: torch.nn.Module = decoder
+        module.to(self.device, torch.bfloat16 if half else torch.float32)
+        return decoder, examples
 
     def _plan(self, trainer: Trainer) -> Plan:
         """Fits a step to the memory and says what the run will take."""
@@ -243,7 +244,7 @@ def sample(source: Source, adapter: Path, prompt: str, options: Options, name: s
     folder = options.folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     values = {"prompt": prompt, "checkpoint": source.name, "adapter": str(adapter)}
-    settings: dict[str, Any] = {**values, "duration_s": SAMPLE_S, "seed": options.seed}
+    settings: dict[str, object] = {**values, "duration_s": SAMPLE_S, "seed": options.seed}
     with contextlib.closing(LocalBackend(device=options.device)) as backend:
         filled = completed(settings, lambda *names: backend.describe(*names).defaults)
         job = backend.submit(GenerationRequest.parse(filled))

@@ -11,13 +11,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from musicgen_ui.engine.delay_pattern import delayed
+from musicgen_ui.engine.transformer import LanguageModel
 from musicgen_ui.errors import RequestError
 from musicgen_ui.finetune.adapter import Adapter
 from musicgen_ui.finetune.examples import Example, Examples
@@ -61,7 +62,9 @@ class Trainer:
         rank: of the adapter.
     """
 
-    def __init__(self, decoder: Any, examples: Examples, schedule: Schedule, rank: int) -> None:
+    def __init__(
+        self, decoder: LanguageModel, examples: Examples, schedule: Schedule, rank: int
+    ) -> None:
         self.decoder, self.examples, self.schedule = decoder, examples, schedule
         self.device = torch.device(decoder.device)
         self.adapter = Adapter(decoder, rank, schedule.seed)
@@ -74,7 +77,8 @@ class Trainer:
 
     def use_checkpointing(self) -> None:
         """Computes activations a second time instead of keeping them."""
-        self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder: PreTrainedModel = self.decoder
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def update(self) -> float:
         """Makes one step and returns its loss, in nats.
@@ -128,6 +132,7 @@ class Trainer:
         """The sum over all codes of the cross-entropy in nats."""
         config = self.decoder.config
         start_token, channels = config.pad_token_id, config.audio_channels
+        assert start_token is not None
         columns = [delayed(e.codes.long(), e.codes.shape[1], channels, start_token) for e in batch]
         longest = max(each.shape[1] for each in columns)
         padded = [F.pad(each, (0, longest - each.shape[1]), value=start_token) for each in columns]
@@ -150,7 +155,7 @@ class Trainer:
         if not self.examples.prefix:  # where zeros count as positions
             lengths = torch.tensor([len(each) for each in states], device=self.device)
             mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
-        weight = self.decoder.lm_heads[0].weight
+        weight = self.decoder.lm_heads[0].get_parameter("weight")
         result = self.decoder(
             input_ids=columns.flatten(0, 1),
             encoder_hidden_states=torch.stack(padded).to(self.device, weight.dtype),
