@@ -38,6 +38,11 @@ NEW_AT_LEAST_S = 0.01  # a take with less new music than half a frame is none
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of the request, then those of the command itself."""
+    _add_settings(parser)
+    _add_own_flags(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     for name, spec in FIELDS.items():
         what, named = _help(spec), flag(name)
         if name == "prompt":
@@ -48,6 +53,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         else:
             unit = _metavar(spec)
             parser.add_argument(named, metavar=unit, help=what, default=None, dest=name)
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",

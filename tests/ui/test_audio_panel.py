@@ -61,24 +61,24 @@ def test_a_melody_is_heard_from_its_beginning(tmp_path):
 
 
 def test_the_choice_takes_the_clip_along(scale):
-    told = audio_panel.use(FOLLOW, scale, None, None, *WINDOW, *EXCERPT)
+    told = audio_panel.use(FOLLOW, scale, None, None, *WINDOW, {}, *EXCERPT)
     assert told["melody"] == scale and told["audio_prompt"] is None
     assert told["melody_column"]["visible"] and not told["continue_column"]["visible"]
     assert "4.0 s" in told["melody_line"] and told["tune"]["clip_s"] == 4
-    back = audio_panel.use(CONTINUE, None, scale, None, *WINDOW, *EXCERPT)
+    back = audio_panel.use(CONTINUE, None, scale, None, *WINDOW, {}, *EXCERPT)
     assert "4.0 s" in back["clip_line"] and back["clip"]["clip_s"] == 4
     assert back["audio_prompt"] == scale and back["melody"] is None
     assert back["continue_column"]["visible"] and not back["melody_column"]["visible"]
 
 
 def test_the_choice_takes_a_style_clip_along(scale):
-    shown = audio_panel.use(TAKE_STYLE, scale, None, None, *WINDOW, *EXCERPT)
+    shown = audio_panel.use(TAKE_STYLE, scale, None, None, *WINDOW, {}, *EXCERPT)
     assert shown["style"] == scale and shown["audio_prompt"] is None and shown["melody"] is None
     assert shown["style_column"]["visible"] and not shown["continue_column"]["visible"]
     assert "From 1 to 4 s of 4.0 s" in shown["style_line"]
-    back = audio_panel.use(CONTINUE, None, None, scale, *WINDOW, *EXCERPT)
+    back = audio_panel.use(CONTINUE, None, None, scale, *WINDOW, {}, *EXCERPT)
     assert back["audio_prompt"] == scale and back["style"] is None
-    dropped = audio_panel.dropped(scale, TAKE_STYLE, *WINDOW, *EXCERPT)
+    dropped = audio_panel.dropped(scale, TAKE_STYLE, *WINDOW, {}, *EXCERPT)
     assert dropped["style"] == scale and "From 1 to 4 s" in dropped["style_line"]
 
 
