@@ -146,7 +146,11 @@ export class View {
       const url = take.wav?.url ?? '';
       if ((of_stream && take.as_streamed) || this.compare?.holds(take.id)) this.source = '';
       else if (of_stream && this.sound.playing && url) this.sound.hand_over({ url }, take.prompt_s);
-      else this.put(url);
+      else { // another take than was heard where that was unusable: it plays from its beginning
+        const goes_on = this.streaming && this.streaming === this.state?.job && this.state.last && this.sound.playing;
+        this.put(url);
+        if (goes_on) this.toggle();
+      }
     }
     if (!known && !(of_stream && take.as_streamed)) this.left = this.streaming;
     if (!known) this.streaming = '';

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from typing import Any
 
@@ -15,50 +14,14 @@ from musicgen_ui.audio import spectrogram
 from musicgen_ui.audio.clip import Clip
 from tests.helpers.browser import Open, finished, generate, unfold
 from tests.helpers.fakes import FakeBackend, tone
+from tests.helpers.played import PLAYED, RECORD, samples
 
-# Put behind the audio thread's module: what it plays, from the source's own samples.
-RECORDER = """
-const consumed = [];
-const render = Track.prototype.render;
-Track.prototype.render = function (out, level, channel, first, at, count) {
-  const ratio = this.rate / sampleRate;
-  for (let i = Math.ceil(first * ratio); channel === 0 && i < (first + count) * ratio; i++) {
-    const block = this.blocks.get(Math.floor(i / BLOCK));
-    if (i < this.received) consumed.push(block[(i % BLOCK) * this.channels]);
-  }
-  return render.call(this, out, level, channel, first, at, count);
-};
-const receive = Player.prototype.receive;
-Player.prototype.receive = function (message) {
-  if (message.op === 'consumed') this.port.postMessage({ consumed });
-  else receive.call(this, message);
-};
-"""
-CONSUMED = """async () => {
-  const { port } = musicgenPlayer.sound.node;
-  const answer = new Promise((done) => {
-    setTimeout(() => done([]), 10_000);
-    port.addEventListener('message', ({ data }) => data.consumed && done(data.consumed));
-  });
-  port.postMessage({ op: 'consumed' });
-  return answer;
-}"""
 POSITION = "musicgenPlayer.sound.position_s"
 
 
 def record(page: Page) -> None:
     """From the next load on, the page keeps the samples that it plays."""
-    page.add_init_script(
-        """{
-          const add = AudioWorklet.prototype.addModule;
-          AudioWorklet.prototype.addModule = async function (url) {
-            const text = await (await fetch(url)).text();
-            const module = text.replace('registerProcessor(', RECORDER + 'registerProcessor(');
-            const blob = new Blob([module], { type: 'text/javascript' });
-            return add.call(this, URL.createObjectURL(blob));
-          };
-        }""".replace("RECORDER", json.dumps(RECORDER))
-    )
+    page.add_init_script(RECORD)
     page.reload()
     page.wait_for_function("() => window.musicgenPlayer")
 
@@ -71,7 +34,7 @@ def sent(engine: FakeBackend) -> np.ndarray:
 
 
 def played(page: Page) -> np.ndarray:
-    return np.array(page.evaluate(CONSUMED))
+    return samples(page.evaluate(PLAYED))
 
 
 def ended(page: Page, timeout_s: float = 20) -> None:
@@ -154,6 +117,21 @@ def test_player_holds_the_take_and_goes_on_after_its_clip(
     expect(page.get_by_role("slider", name="Position")).to_have_attribute(
         "aria-valuetext", "0:15 of 0:15"
     )
+
+
+def test_player_goes_on_with_the_take_that_replaces_the_heard_one(
+    open_page: Open, engine: FakeBackend
+) -> None:
+    page = open_page()
+    page.evaluate("""{
+      const show = musicgenPlayer.show_take; // an unusable take is drawn again: see `ranking`
+      musicgenPlayer.show_take = (take) => show.call(musicgenPlayer, { ...take, job: '' });
+    }""")
+    generate(page, length_s=20)
+    page.wait_for_function(f"() => {POSITION} > 0.5 && musicgenPlayer.streaming")
+    page.wait_for_function("() => musicgenPlayer.take && !musicgenPlayer.streaming")
+    page.wait_for_function(f"() => musicgenPlayer.sound.moving && {POSITION} > 0.1")
+    assert not page.evaluate("musicgenPlayer.sound.track.source.live")
 
 
 def test_player_stop_is_silent_at_once_and_keeps_the_take(
