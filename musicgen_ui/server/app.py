@@ -32,7 +32,7 @@ from starlette.routing import BaseRoute
 from musicgen_ui import environment, files, library
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
-from musicgen_ui.server import cleanup, logs
+from musicgen_ui.server import cleanup, gradio_import, logs
 from musicgen_ui.server.backend import of_settings
 from musicgen_ui.server.folders import (
     check_folder,
@@ -128,6 +128,7 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
     cache = temporary / "shown"  # under names that nobody can guess, unlike the takes'
     cache.mkdir()
     _set_environment(chosen, cache)  # before gradio is imported
+    gradio_import.skip_stubs()
     background = of_settings(chosen)
     backend = backend or background
 

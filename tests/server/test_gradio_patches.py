@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
-from gradio import blocks, route_utils, routes, state_holder
+from gradio import blocks, component_meta, route_utils, routes, state_holder
 from starlette.datastructures import Headers
 
 from musicgen_ui.server import gradio_patches
@@ -21,6 +23,7 @@ from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
+from tests.helpers.requirements import ROOT
 
 GRADIO = Path(gr.__file__).parent
 
@@ -34,6 +37,20 @@ def demo() -> Iterator[Any]:
 
 def source(module: Any) -> str:
     return Path(inspect.getfile(module)).read_text(encoding="utf-8")
+
+
+def test_no_stubs_are_written_at_import() -> None:
+    code = "\n".join(
+        [
+            "from musicgen_ui.server import gradio_import",
+            "gradio_import.skip_stubs()",
+            "import gradio, gradio.component_meta as meta",
+            "print(meta.create_or_modify_pyi.__module__, gradio.Textbox.change.__name__)",
+        ]
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert printed.split()[0] == "musicgen_ui.server.gradio_import"
+    assert "        create_or_modify_pyi(component_class, name, events)" in source(component_meta)
 
 
 def test_cors_middleware_is_replaced(demo: Any) -> None:
