@@ -33,11 +33,11 @@ from musicgen_ui.finetune import dataset, pieces
 from musicgen_ui.finetune.dataset import Song
 from musicgen_ui.finetune.pieces import Measures
 from musicgen_ui.finetune.progress import Event, Kind, Report
-from musicgen_ui.request import GenerationRequest
+from musicgen_ui.request import FIELDS, GenerationRequest
 
 MARGIN_FRAMES = 8  # are encoded beyond a piece's end and dropped: they hear the cut
 FEWEST_FRAMES = 16  # of an example
-STYLE_S = 3.0  # of a piece are the style of a style checkpoint's example
+STYLE_S = tuple(FIELDS["style_length_s"].metadata[key] for key in ("min", "max"))
 _VERSION = "2"  # of what is cached
 
 
@@ -172,7 +172,7 @@ class Encoder:
             if self._conditioner.melody:
                 chroma = self._conditioner.melody.extractor(used)
                 tensors[f"{count}.chroma"] = chroma.to(torch.uint8).cpu()
-            if self._conditioner.style and used.duration_s >= STYLE_S:
+            if self._conditioner.style and used.duration_s >= STYLE_S[0]:
                 tensors[f"{count}.style"] = self._style(used, count)
             count += 1
         if not count:
@@ -215,9 +215,10 @@ class Encoder:
         """The style tokens of an excerpt from anywhere in a piece, as audiocraft trains."""
         style = self._conditioner.style
         assert style
-        samples = round(STYLE_S * piece.sampling_rate)
-        latest = piece.samples.shape[1] - samples
-        begin = int(np.random.default_rng(seed).integers(latest + 1))
+        draws = np.random.default_rng(seed)
+        length_s = draws.uniform(STYLE_S[0], min(STYLE_S[1], piece.duration_s))
+        samples = round(length_s * piece.sampling_rate)
+        begin = int(draws.integers(piece.samples.shape[1] - samples + 1))
         excerpt = Clip(piece.samples[:, begin : begin + samples], piece.sampling_rate)
         codebooks = min(GenerationRequest.style_codebooks, style.encoder.codebooks)
         return style.encode(excerpt, codebooks).cpu().clone()

@@ -70,10 +70,12 @@ def examples(base: Path, music: Path, folder: Path) -> tuple[object, Examples]:
     return loaded.model.decoder, made
 
 
-@pytest.mark.parametrize("kind", ["mono", "stereo", "melody"])
+@pytest.mark.parametrize("kind", ["mono", "stereo", "melody", "style"])
 def test_loss_falls_on_every_kind_of_checkpoint(request, music, tmp_path, kind):
     base = request.getfixturevalue(f"tiny_{kind}")
     decoder, made = examples(base, music, tmp_path)
+    ways = 2 if kind in ("melody", "style") else 1  # with the piece's own, and without
+    assert all(len(piece.states) == ways for piece in made.pieces)
     trainer = Trainer(decoder, made, Schedule(12, len(made.pieces), 2e-2), 8)
     losses = [trainer.update() for _ in range(12)]
     assert losses[-1] < losses[0] - 0.3, losses
