@@ -60,7 +60,9 @@ def shown(handlers: Handlers, **changes: Any) -> dict[str, Any]:
 
     async def run() -> dict[str, Any]:
         state: dict[str, Any] = {}
-        async for update in handlers.compose([], {}, TAB, **values(**changes)):
+        async for update in handlers.compose({}, TAB, **values(**changes)):
+            state |= update
+        async for update in handlers.land(state["landed"], [], [0, 0], False, TAB):
             state |= update
         job = handlers.sessions.job(state["live"]["job"], TAB.session_hash)
         assert job is not None
@@ -104,7 +106,7 @@ def test_a_take_that_cannot_be_saved_is_heard_and_its_seed_is_told(
     assert said in end["take_notes"]["value"]
     assert "seed</dt><dd>41<" in end["take_facts"]
     assert end["take_audio"]["wav"] is None and not end["wav"]["interactive"]
-    assert end["generate"]["visible"] and len(handlers.backend) == 0
+    assert not end["stop"]["visible"] and len(handlers.backend) == 0
     assert request_form.same_seed(end["history"], end["chosen"])["seed"] == 41
     assert audio_panel.continue_take(end["history"], end["chosen"], 10.0, 0.0, 12.0) == {}
     assert list(tmp_path.iterdir()) == []

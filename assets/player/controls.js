@@ -1,5 +1,5 @@
 // @ts-check
-// Keys, and the pointer on the player's picture: seek, loop a region, zoom, what lies under it.
+// Buttons, keys, and the pointer on the player's picture: seek, loop a region, zoom, what lies under it.
 
 import { RULER_PX } from './picture.js';
 
@@ -8,7 +8,32 @@ import { RULER_PX } from './picture.js';
 const EDGE_PX = 10; // a loop's edge is caught from so far
 const SHORTEST_S = 0.05; // of a loop
 const TYPING = 'input, textarea, select, [contenteditable=true], [role=listbox], [role=option], '
-  + '[role=tab], [role=radio], [role=combobox], .trim [role=slider]'; // these have keys of their own
+  + '[role=tab], [role=radio], [role=combobox], .pad-field,'
+  + ' .trim [role=slider]'; // these have keys of their own
+
+/** @param {View} view */
+export function listen_to_buttons(view) {
+  const { sound } = view;
+  /** @type {[string, () => void][]} */
+  const clicks = [
+    ['play', () => view.toggle()], ['stop', () => view.stop()], ['loop', () => view.toggle_loop()],
+    ['closer', () => view.zoom(2)], ['wider', () => view.zoom(0.5)],
+    ['mute', () => { sound.set_volume(sound.level, !sound.muted); view.refresh(); }],
+  ];
+  for (const [name, act] of clicks) view.find(name).addEventListener('click', act);
+  const volume = /** @type {HTMLInputElement} */ (view.find('volume'));
+  volume.value = String(sound.level);
+  volume.addEventListener('input', () => {
+    sound.set_volume(Number(volume.value), false);
+    view.refresh();
+  });
+  // The click on Generate lets the clock run before the first sound comes.
+  document.addEventListener('click', ({ target }) => {
+    if (!(target instanceof Element)) return;
+    if (target.closest('#generate')) sound.wake();
+    if (target.closest('#stop')) sound.stop();
+  }, true);
+}
 
 /** @param {View} view */
 export function listen_to_pointer(view) {
@@ -44,7 +69,7 @@ export function listen_to_pointer(view) {
       view.region = anchor_s < at_s ? [anchor_s, at_s] : [at_s, anchor_s];
       view.place();
     }
-    view.point(x, y);
+    point(view, x, y);
   });
   const end = () => {
     const { region, dragging } = view;
@@ -64,7 +89,7 @@ export function listen_to_pointer(view) {
     view.region = null;
     view.refresh();
   });
-  slider.addEventListener('pointerleave', () => view.point(-1, -1));
+  slider.addEventListener('pointerleave', () => point(view, -1, -1));
   slider.addEventListener('wheel', (event) => {
     const { from_s, to_s } = picture.span;
     if (event.ctrlKey) view.zoom(2 ** (-event.deltaY / 200), time(place(event).x));
@@ -74,6 +99,21 @@ export function listen_to_pointer(view) {
     } else return;
     event.preventDefault();
   }, { passive: false });
+}
+
+/**
+ * Says what lies under the pointer.
+ * @param {View} view
+ * @param {number} x outside: nothing
+ * @param {number} y
+ */
+function point(view, x, y) {
+  const { picture } = view, label = view.find('pointer');
+  label.hidden = x < 0 || !view.duration_s;
+  if (label.hidden) return;
+  label.textContent = picture.at(view.shown, x, y);
+  const left = x + 14 + label.offsetWidth < picture.width ? x + 12 : x - 12 - label.offsetWidth;
+  label.style.transform = `translate(${left}px, ${Math.min(y + 14, picture.height - 24)}px)`;
 }
 
 /** @param {View} view */

@@ -9,7 +9,8 @@
  * @typedef {{ classes: Uint8Array, column_s: number }} Melody
  * @typedef {[start_s: number, end_s: number, name: string, classes: number[]]} Chord
  * @typedef {{ duration_s: number, prompt_s: number, context_s: number,
- *   chords: Chord[], sections: [number, string][], peaks: Peaks, image: HTMLImageElement | null,
+ *   chords: Chord[], sections: [number, string][], peaks: Peaks,
+ *   image: HTMLImageElement | HTMLCanvasElement | null,
  *   edges: Edges | null, melody: Melody | null }} Shown
  * @typedef {{ from_s: number, to_s: number }} Span what is in view
  */
@@ -303,6 +304,11 @@ export class Picture {
 const LIVE_COLUMN_S = 0.01;
 export const no_peaks = () => ({
   low: new Int8Array(0), high: new Int8Array(0), columns: 0, column_s: LIVE_COLUMN_S,
+});
+/** A take of which nothing is here yet. */
+export const nothing = (duration_s = 0) => ({
+  duration_s, prompt_s: 0, context_s: 0, chords: [], sections: [], peaks: no_peaks(), image: null,
+  edges: null, melody: null,
 });
 /** @param {string} text base64 */
 export const bytes_of = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

@@ -116,7 +116,9 @@ export class Sound extends EventTarget {
   /** @param {any} data */
   take_report(data) {
     if (data.ended) {
-      if (this.track?.complete) this.halt();
+      if (!this.track?.complete) return;
+      this.halt();
+      this.dispatchEvent(new Event('ended'));
       return;
     }
     const moved = data.moving !== this.report.moving;

@@ -2,15 +2,16 @@
 // The player as it is seen and touched: what the server says of a job, the take on show, the
 // picture with its playhead, buttons, keys. The markup is that of `ui/player.py`.
 
-import { Picture, add_peaks, bytes_of, clock, no_peaks, read_peaks } from './picture.js';
-import { listen_to_keys, listen_to_pointer } from './controls.js';
+import { Picture, add_peaks, bytes_of, clock, no_peaks, nothing, read_peaks } from './picture.js';
+import { listen_to_buttons, listen_to_keys, listen_to_pointer } from './controls.js';
 import { Sound } from './sound.js';
+import { Spectrogram } from './spectrum.js';
 
 /**
  * @typedef {import('./picture.js').Shown} Shown
  * @typedef {import('./track.js').Track} Track
  * @typedef {{ job: string, session: string, stage: string, text: string, done_s: number,
- *   total_s: number, speed: number, last: boolean }} State of a job, from the server
+ *   total_s: number, speed: number, endless: boolean, last: boolean }} State of a job, from the server
  * @typedef {{ url: string } | null} File
  * @typedef {{ id: string, job: string, as_streamed: boolean, title: string, wav: File,
  *   duration_s: number, prompt_s: number, context_s: number, sections: [number, string][],
@@ -21,6 +22,7 @@ import { Sound } from './sound.js';
  */
 
 const CLOSEST_S = 0.5; // the shortest time that fills the width
+const ENDLESS_S = 20; // of an endless piece in view
 const BLOCKED = 'The browser holds the sound back. Press Play; if it stays silent, check that a '
   + 'loudspeaker is connected.';
 const FAILED = 'The sound could not be loaded. Load the page again.';
@@ -56,6 +58,7 @@ export class View {
     this.said = ''; // to screen readers
     this.left = ''; // the job from whose sound the page went on
     this.next = ''; // the take that is played once it is here
+    this.told = ''; // the take that the server has told of last
     /** @type {import('./compare.js').Compare | null} */
     this.compare = null;
     this.ticking = false;
@@ -65,15 +68,16 @@ export class View {
     /** @type {[number, number] | null} */
     this.region = null; // while it is dragged
     /** @type {Shown} */
-    this.shown = { duration_s: 0, prompt_s: 0, context_s: 0, chords: [], sections: [], peaks: no_peaks(),
-      image: null, edges: null, melody: null };
+    this.shown = nothing();
+    /** @type {Spectrogram | null} */
+    this.arriving = null; // the picture of what comes while it is being made
     sound.addEventListener('change', () => this.refresh());
     sound.addEventListener('samples', (event) => {
       const { track, pcm } = /** @type {CustomEvent} */ (event).detail;
-      if (this.streaming && track === sound.track) this.add_peaks(track, pcm);
+      if ((this.streaming || this.arriving) && track === sound.track) this.add(track, pcm);
     });
     new ResizeObserver(() => this.draw()).observe(this.slider);
-    this.listen();
+    for (const listen of [listen_to_buttons, listen_to_pointer, listen_to_keys]) listen(this);
     this.refresh();
   }
 
@@ -118,6 +122,11 @@ export class View {
     return this.take?.job === job || this.left === job;
   }
 
+  /** Whether something else plays, to which the page went on from the job that it followed. */
+  get is_elsewhere() {
+    return this.sound.playing && Boolean(this.left) && this.left === this.state?.job;
+  }
+
   /**
    * Plays a job's music while it is being made.
    * @param {State} state
@@ -129,8 +138,8 @@ export class View {
     this.left = '';
     this.take = null;
     this.source = '';
-    this.show({ duration_s: total_s, prompt_s: 0, context_s: 0, chords: [], sections: [], peaks: no_peaks(),
-      image: null, edges: null, melody: null });
+    this.arriving = null;
+    this.show(nothing(total_s));
     this.sound.open(this.sound.selected, { url: `jobs/${job}/audio`, session, live: true });
     this.sound.play();
   }
@@ -139,6 +148,10 @@ export class View {
   show_take(take) {
     if (!take?.id || this.compare?.is_overtaken(take.id)) return;
     const known = take.id === this.take?.id;
+    // More of a take, such as its picture, from which the page has gone on to a job.
+    const late = !known && take.id === this.told && this.next !== take.id;
+    this.told = take.id;
+    if (late) return;
     const of_stream = Boolean(take.job) && take.job === this.streaming;
     this.take = take;
     if (!known) {
@@ -154,12 +167,13 @@ export class View {
     }
     if (!known && !(of_stream && take.as_streamed)) this.left = this.streaming;
     if (!known) this.streaming = '';
-    const { low, high, columns, column_s } = known || !take.peaks ? this.shown.peaks : no_peaks();
-    const peaks = take.peaks ? read_peaks(take) : { low, high, columns, column_s };
+    const same = known || (of_stream && take.as_streamed);
+    if (!same) this.arriving = null;
+    const peaks = take.peaks ? read_peaks(take) : known || of_stream ? this.shown.peaks : no_peaks();
     const melody = take.melody
       ? { classes: bytes_of(take.melody), column_s: take.melody_s } : null;
     this.show({ duration_s: take.duration_s, prompt_s: take.prompt_s, context_s: take.context_s,
-      chords: take.chords, sections: take.sections, peaks, image: null, edges: take.edges, melody }, known);
+      chords: take.chords, sections: take.sections, peaks, image: null, edges: null, melody }, same);
     this.find('alt').textContent = take.alt;
     if (take.picture) this.load_picture(take);
     if (this.next === take.id && !this.sound.playing) this.toggle();
@@ -192,7 +206,8 @@ export class View {
     const image = new Image();
     image.onload = () => {
       if (this.take?.id !== take.id) return;
-      this.shown.image = image;
+      Object.assign(this.shown, { image, edges: take.edges });
+      this.arriving = null;
       this.draw();
     };
     image.src = /** @type {{ url: string }} */ (take.picture).url;
@@ -203,19 +218,23 @@ export class View {
    * @param {boolean} same whether it is more of the same take
    */
   show(shown, same = false) {
-    this.shown = { ...shown, image: same ? this.shown.image : null };
-    if (!same) this.set_span(0, shown.duration_s);
+    const { image, edges } = same ? this.shown : shown; // until the other picture is here
+    this.shown = { ...shown, image, edges };
+    if (!same) this.set_span(0, this.endless ? ENDLESS_S : shown.duration_s);
     this.refresh();
     this.draw();
   }
 
   /**
-   * The waveform of what comes while it is being made.
+   * Waveform and spectrogram of what comes while it is being made.
    * @param {Track} track
    * @param {Int16Array} pcm
    */
-  add_peaks({ rate, channels, received }, pcm) {
-    add_peaks(this.shown.peaks, pcm, received, channels, Math.round(this.shown.peaks.column_s * rate));
+  add({ rate, channels, received }, pcm) {
+    const { shown } = this;
+    add_peaks(shown.peaks, pcm, received, channels, Math.round(shown.peaks.column_s * rate));
+    this.arriving ??= new Spectrogram(rate, channels, this.endless ? Infinity : shown.duration_s);
+    this.arriving.add(pcm);
     this.draw();
   }
 
@@ -225,10 +244,19 @@ export class View {
     return Math.max(this.shown.duration_s, this.sound.track?.received_s ?? 0);
   }
 
+  /** Whether the piece that is being made has no end. */
+  get endless() {
+    return Boolean(this.streaming && this.state?.endless);
+  }
+
   draw() {
     if (this.drawing) return;
     this.drawing = requestAnimationFrame(() => {
       this.drawing = 0;
+      if (this.arriving) {
+        if (this.arriving.work()) this.draw();
+        Object.assign(this.shown, { image: this.arriving.canvas, edges: this.arriving.edges });
+      }
       this.picture.draw(this.shown);
       this.place();
     });
@@ -239,7 +267,7 @@ export class View {
    * @param {number} to_s
    */
   set_span(from_s, to_s) {
-    const all = Math.max(this.duration_s, 0.1);
+    const all = Math.max(this.duration_s, this.endless ? ENDLESS_S : 0.1);
     const length = Math.min(all, Math.max(CLOSEST_S, to_s - from_s));
     const start = Math.max(0, Math.min(from_s, all - length));
     this.picture.span = { from_s: start, to_s: start + length };
@@ -316,20 +344,6 @@ export class View {
     if (this.find('clock').textContent !== time) this.find('clock').textContent = time;
   }
 
-  /**
-   * Says what lies under the pointer.
-   * @param {number} x outside: nothing
-   * @param {number} y
-   */
-  point(x, y) {
-    const label = this.find('pointer');
-    label.hidden = x < 0 || !this.duration_s;
-    if (label.hidden) return;
-    label.textContent = this.picture.at(this.shown, x, y);
-    const left = x + 14 + label.offsetWidth < this.picture.width ? x + 12 : x - 12 - label.offsetWidth;
-    label.style.transform = `translate(${left}px, ${Math.min(y + 14, this.picture.height - 24)}px)`;
-  }
-
   // What is done
 
   /** The take's file is loaded when it is first needed. */
@@ -371,30 +385,5 @@ export class View {
     const end_s = prompt_s + (60 * beats_a_bar * bars) / tempo_bpm;
     if (!bars) this.sound.set_loop(null);
     else if (tempo_bpm && end_s <= this.duration_s) this.sound.set_loop([prompt_s, end_s]);
-  }
-
-  listen() {
-    const { sound } = this;
-    /** @type {[string, () => void][]} */
-    const clicks = [
-      ['play', () => this.toggle()], ['stop', () => this.stop()], ['loop', () => this.toggle_loop()],
-      ['closer', () => this.zoom(2)], ['wider', () => this.zoom(0.5)],
-      ['mute', () => { sound.set_volume(sound.level, !sound.muted); this.refresh(); }],
-    ];
-    for (const [name, act] of clicks) this.find(name).addEventListener('click', act);
-    const volume = /** @type {HTMLInputElement} */ (this.find('volume'));
-    volume.value = String(sound.level);
-    volume.addEventListener('input', () => {
-      sound.set_volume(Number(volume.value), false);
-      this.refresh();
-    });
-    listen_to_pointer(this);
-    listen_to_keys(this);
-    // The click on Generate lets the clock run before the first sound comes.
-    document.addEventListener('click', ({ target }) => {
-      if (!(target instanceof Element)) return;
-      if (target.closest('#generate')) sound.wake();
-      if (target.closest('#stop')) sound.stop();
-    }, true);
   }
 }

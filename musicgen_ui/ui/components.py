@@ -134,6 +134,9 @@ class Updates(TypedDict, total=False):
     offered: object
     tune: object
     live: object
+    jobs: object
+    landed: object
+    elsewhere: object
     take_title: object
     take_variation: object
     compare: object
@@ -190,11 +193,7 @@ class Updates(TypedDict, total=False):
     live_prompt_3: object
     live_prompt_4: object
     live_fader: object
-    live_weights: object
-    live_weight_1: object
-    live_weight_2: object
-    live_weight_3: object
-    live_weight_4: object
+    live_pad: object
     live_guidance: object
     live_temperature: object
     live_top_k: object
@@ -309,6 +308,9 @@ class TakePanel:
     """The player, the take on show and the earlier ones."""
 
     live: gr.HTML
+    jobs: gr.HTML  # a row for each take under way, see `page_jobs`
+    landed: gr.Textbox  # changes when jobs have ended
+    elsewhere: gr.Checkbox  # whether the player plays something else, when an event asks
     take_title: gr.HTML
     take_variation: gr.Radio  # out of sight: the strips mark it
     compare: gr.HTML
@@ -389,11 +391,7 @@ class LivePanel:
     live_prompt_3: gr.Textbox
     live_prompt_4: gr.Textbox
     live_fader: gr.Slider  # from the first prompt to the second, where there are no others
-    live_weights: gr.Row  # of the four sliders that take its place
-    live_weight_1: gr.Slider
-    live_weight_2: gr.Slider
-    live_weight_3: gr.Slider
-    live_weight_4: gr.Slider
+    live_pad: gr.HTML  # takes its place; the weights of all four prompts
     live_guidance: gr.Slider
     live_temperature: gr.Slider
     live_top_k: gr.Slider

@@ -15,7 +15,7 @@ from gradio.events import Dependency
 from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS
 from musicgen_ui.ui import audio_panel, request_form, sessions, take_panel
-from musicgen_ui.ui.components import PRIVATE, QUIET, Changing, Components, Endpoint, Updates
+from musicgen_ui.ui.components import QUIET, Changing, Components, Updates
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.library_panel import LibraryView
 from musicgen_ui.ui.pages import Pages, back
@@ -32,8 +32,6 @@ COUNT_CHARACTERS = "(text) => text ? `${text.length.toLocaleString('en')} of MOS
 MARK_LENGTH = "(length_s) => CHOICES.includes(length_s) ? length_s : null"
 MARK_SEED = "(seed) => seed !== null && seed >= 0"
 
-PLAYHEAD = """(history, chosen, variation) =>
-  [history, chosen, variation, window.musicgenPlayer.sound.position_s]"""
 # The file's link is there a moment after its value.
 SAVE_FILE = """async () => {
   const link = () => document.querySelector('#exported a, a#exported, a:has(> #exported)');
@@ -61,6 +59,8 @@ class Events:
             *(take.compare, take.keep_take),
             *(take.take_facts, take.take_notes, take.take_variation, take.take_history),
         ]
+        # How the page's jobs stand.
+        self.jobs: list[Block] = [take.live, take.jobs, take.landed, c.form.generate, c.form.stop]
         # What decides how much of a clip the model hears, and what a clip's answers change.
         self.window: list[Block] = [request.duration_s, request.context_s, request.overlap_s]
         self.window.append(c.form.checkpoint_facts)
@@ -126,64 +126,32 @@ def connect(
     c: Components,
     handlers: Handlers,
     page: gr.Blocks,
-    endpoint: Endpoint,
     adapters: bool,
-    library: Library | None = None,
-    played: Sequence[Dependency] = (),
+    library: Library | None,
+    made: Sequence[Dependency],
 ) -> None:
-    """Connects everything on the page.
+    """Connects everything on the page but jobs and live mode.
 
     Args:
         c: its components.
         handlers: of the page and the API.
         page: all of it.
-        endpoint: the API's.
         adapters: whether it shows the adapter.
         library: of the takes that are kept.
-        played: events of live mode, after which there may be new takes.
+        made: events after which there may be new takes.
     """
     events = Events(c)
     facts = CheckpointFacts(handlers.backend, handlers.max_duration_s)
     restoring = Restoring(handlers.max_duration_s, adapters)
-    done = jobs(events, handlers, endpoint)
     typing(c)
     checkpoint(events, facts, page)
     audio(events)
     kept = take(events, restoring, handlers, library)
-    made = [done, kept, *remaking(events, handlers), *played]
     if library:
         spare = handlers.backend.spare or library.folder
-        keeping(events, LibraryView(library, restoring, spare), page, made)
-    status(events, facts, page, done)
+        keeping(events, LibraryView(library, restoring, spare), page, [kept, *made])
+    status(events, facts, page, made)
     pages(events, handlers, restoring, page)
-
-
-def jobs(events: Events, handlers: Handlers, endpoint: Endpoint) -> Dependency:
-    """Generate, Stop and the API. The engine itself queues; Gradio's queue only carries.
-
-    Returns the event of Generate.
-    """
-    c = events.c
-    done: Dependency = gr.on(
-        [c.form.generate.click],
-        events.named(handlers.compose),
-        inputs=[c.take.history, c.form.checkpoint_defaults],
-        inputs_kwargs={name: events.by_name[name] for name in FIELDS},
-        outputs=[c.take.live, c.form.generate, c.form.stop, *events.shown_take],
-        validator=handlers.validate,
-        concurrency_limit=None,
-        api_name="compose",
-        **PRIVATE,
-    )
-    events.on(c.form.stop.click, handlers.stop, [], [c.form.generate, c.form.stop], "stop")
-    endpoint.trigger.click(
-        handlers.generate,
-        inputs_kwargs=endpoint.parameters,
-        outputs=[endpoint.files, endpoint.settings],
-        concurrency_limit=None,
-        api_name="generate",
-    )
-    return done
 
 
 def typing(c: Components) -> None:
@@ -299,31 +267,6 @@ def audio(events: Events) -> None:
     events.on(changed, audio_panel.read_style, read, [tune, *events.style], "style")
 
 
-def remaking(events: Events, handlers: Handlers) -> list[Dependency]:
-    """Takes that are made of the one on show; the events."""
-    c, panel = events.c, events.c.take
-    of_take: list[Block] = [panel.history, panel.chosen, panel.take_variation]
-    shown = [panel.live, c.form.generate, c.form.stop, *events.shown_take]
-    retaken = panel.retake.click(
-        events.named(handlers.retake_from),
-        [*of_take, panel.playhead_s],
-        shown,
-        js=PLAYHEAD,
-        api_name="retake",
-        concurrency_limit=None,
-        **PRIVATE,
-    )
-    extended = panel.extend.click(
-        events.named(handlers.extend),
-        of_take,
-        shown,
-        api_name="extend",
-        concurrency_limit=None,
-        **PRIVATE,
-    )
-    return [retaken, extended]
-
-
 def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[Dependency]) -> None:
     """The library: its cards, filters, and what is new in it."""
     c, panel = events.c, events.c.library
@@ -436,13 +379,15 @@ def deciding(
     return decided
 
 
-def status(events: Events, facts: CheckpointFacts, page: gr.Blocks, done: Dependency) -> None:
+def status(
+    events: Events, facts: CheckpointFacts, page: gr.Blocks, made: Sequence[Dependency]
+) -> None:
     """The line that says what is loaded."""
     head = events.c.head
     tick, shown = events.named(facts.tick), [head.status_line, head.timer]
     gr.on([page.load, head.timer.tick], tick, None, shown, api_name="status", **QUIET)
-    # The job may have loaded another checkpoint.
-    done.then(tick, None, shown, api_name="status_then", **QUIET)
+    for number, event in enumerate(made):  # the job may have loaded another checkpoint
+        event.then(tick, None, shown, api_name=f"status_{number}", **QUIET)
     head.unload.click(facts.unload, None, head.status_line, api_name="unload", **QUIET)
 
 
@@ -452,7 +397,7 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     page.unload(handlers.closed)
     opened = Pages(handlers.sessions, restoring)
     typed: list[Block] = [c.form.checkpoint_defaults, *events.settings]
-    shown = [c.take.live, c.form.generate, c.form.stop, c.take.job_id, *events.shown_take]
+    shown = [c.take.live, c.take.job_id, *events.shown_take]
     entered = page.load(
         events.named(opened.enter),
         c.take.tab_key,
@@ -466,11 +411,3 @@ def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blo
     entered.then(None, kept, kept, js=back()).then(None, None, None, js=sessions.ENTERED)
     changes = [each.change for each in typed if isinstance(each, Changing)]
     gr.on(changes, None, typed, None, js=sessions.KEEP)
-    c.take.job_id.change(
-        events.named(handlers.follow),
-        c.take.job_id,
-        [c.take.live, c.form.generate, c.form.stop, *events.shown_take],
-        concurrency_limit=None,
-        api_name="follow",
-        **PRIVATE,
-    )

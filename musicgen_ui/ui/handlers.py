@@ -1,9 +1,11 @@
 """Between the page or the API and the backend: values become a job, its events become answers.
 
 `compose` serves the page and yields named updates, `generate` serves the API and yields (files,
-JSON); both read the events of a job. A page that comes back after a lost connection reads the
-same events again: `follow`. This is the only module that raises `gr.Error`: a `RequestError` shows
-its sentence, anything else an apology, with the traceback in the log.
+JSON); both read the events of a job. While a page has jobs under way, one call of `compose` shows
+all of them (`page_jobs`); a page that comes back after a lost connection reads the same events
+again: `follow`. What has ended is landed by an event of its own, with the history as it is then.
+This is the only module that raises `gr.Error`: a `RequestError` shows its sentence, anything else
+an apology, with the traceback in the log.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import html
 import inspect
 import os
 import tempfile
-import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from pathlib import Path
@@ -23,21 +25,15 @@ from anyio import to_thread
 
 from musicgen_ui import retake, takes
 from musicgen_ui.backends.admission import Admission, AdmittedJob, Client, Saved
-from musicgen_ui.engine.protocol import Event, Failed, Progress, Stage
+from musicgen_ui.engine.protocol import Failed, Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates, notice
-from musicgen_ui.ui.player import JobMessage, JobState
+from musicgen_ui.ui.page_jobs import PageJobs
 from musicgen_ui.ui.request_builder import RequestBuilder, without_unchanged
-from musicgen_ui.ui.sessions import Sessions, Tab
-from musicgen_ui.ui.wording import ending, error_text, progress_text
-
-UNDER_WAY = "Your take is still being made."
-DONE = "Finished while the page was away: here is your take."
-BROKEN = "Your take could not be finished: press Generate to try again."
-STATUS_EVERY_S = 0.15  # progress is shown this often at most; chunks go out as they come
-
+from musicgen_ui.ui.sessions import TABS, Sessions, Tab
+from musicgen_ui.ui.wording import error_text, progress_text
 
 _Handler = TypeVar("_Handler", bound=Callable[..., object])
 
@@ -77,13 +73,12 @@ class Handlers:
         folders = [folder for folder in (backend.folder, backend.spare) if folder]
         self.builder = RequestBuilder(backend, max_duration_s, folders)
         self.max_duration_s = max_duration_s
+        self._pages: OrderedDict[str, PageJobs] = OrderedDict()  # by session
 
     @names_every_setting
-    def validate(
-        self, history: object = None, own: object = None, **values: object
-    ) -> list[dict[str, object]]:
+    def validate(self, own: object = None, **values: object) -> list[dict[str, object]]:
         """What is wrong with the form, said at the field; before anything is queued."""
-        at = {name: gr.validate(True, "") for name in ("history", "own", *FIELDS)}
+        at = {name: gr.validate(True, "") for name in ("own", *FIELDS)}
         try:
             self.builder.check(values)
         except RequestError as error:
@@ -92,26 +87,19 @@ class Handlers:
 
     @names_every_setting
     async def compose(
-        self,
-        history: list[take_panel.Group],
-        own: dict[str, object],
-        request: gr.Request,
-        **values: object,
+        self, own: dict[str, object], request: gr.Request, **values: object
     ) -> AsyncGenerator[Updates, None]:
-        """The page's Generate: status and live music first, then the takes.
+        """The page's Generate: how its jobs stand, until none is under way.
 
         A setting that still is as the page had it from a checkpoint (`own`) is left to the chosen
         checkpoint, which the page may not know yet.
         """
         client = Client.of(request)
-        live = JobState(session=client.session)
-        yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
         try:
             job = self._submit(without_unchanged(values, own), client)
         except RequestError as error:
-            yield self._failed(live, error)
             raise self._shown(error) from None
-        async for update in self._followed(job, live, history, values.get("seed")):
+        async for update in self._begun(job, client.session, values.get("seed")):
             yield update
 
     async def retake_from(
@@ -148,8 +136,6 @@ class Handlers:
         request: gr.Request,
     ) -> AsyncGenerator[Updates, None]:
         client = Client.of(request)
-        live = JobState(session=client.session)
-        yield busy(True) | {"live": live.message("waiting", "Getting ready …")}
         try:
             take = take_panel.chosen_take(history, chosen, variation)
             if take.wav is None:
@@ -162,37 +148,115 @@ class Handlers:
                 )
         except RequestError as error:
             self.backend.refuse(error)
-            yield self._failed(live, error)
             raise self._shown(error) from None
         job = self.backend.submit(derived.request, client, origin=derived.origin)
-        async for update in self._followed(job, live, history, -1):
+        async for update in self._begun(job, client.session, -1):
             yield update
 
-    async def _followed(
-        self, job: AdmittedJob, live: JobState, history: list[take_panel.Group], seed: object
+    async def _begun(
+        self, job: AdmittedJob, session: str, seed: object
     ) -> AsyncGenerator[Updates, None]:
-        """What the page shows of a job of its own; `seed` is the form's."""
-        live.job = job.id
-        tab = self.sessions.begin(live.session, job, seed)
+        """What the page shows with another job of its own; `seed` is the form's.
+
+        Where an earlier click still shows how the page's jobs stand, it shows this one's too.
+        """
+        page = self._page(session)
+        page.tab.begin(job, seed)
+        page.add(job)
+        if page.is_shown:
+            return
         try:
-            async with aclosing(self._updates(job, live, history, tab)) as updates:
+            async with aclosing(page.updates()) as updates:
                 async for update in updates:
                     yield update
         finally:
-            if not tab:  # nobody can come back to it
-                job.leave()
+            if not page.tab.sessions:  # nobody can come back to them
+                for row in page.under_way:
+                    row.job.leave()
+        if error := page.failure:
+            raise self._shown(error) from None
+
+    def _page(self, session: str) -> PageJobs:
+        """The jobs of a page."""
+        tab, page = self.sessions.of(session), self._pages.get(session)
+        if page is None:
+            page = self._pages[session] = PageJobs(session, tab or Tab())
+        elif tab and page.tab is not tab:  # it has said since then which tab it is in
+            tab.take_over(page.tab)
+            page.tab = tab
+        self._pages.move_to_end(session)
+        while len(self._pages) > TABS:
+            self._pages.popitem(last=False)
+        return page
 
     async def follow(self, key: str, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        """A page that comes back reads the events of its tab's job from the first one on."""
+        """A page that comes back reads the events of its tab's jobs from the first one on."""
         session = Client.of(request).session
         tab = self.sessions.of(session)
-        if not (tab and key and (job := tab.job)):
+        if not (tab and key and tab.jobs):
             return
-        live = JobState(session=session, job=job.id)
-        updates = self._updates(job, live, list(tab.history), tab, returned=True)
-        async with aclosing(updates):
+        page = self._page(session)
+        for job in tab.jobs:
+            page.add(job, returned=True)
+        if page.is_shown:
+            return
+        async with aclosing(page.updates()) as updates:
             async for update in updates:
                 yield update
+
+    async def act_on_job(
+        self,
+        history: list[take_panel.Group],
+        request: gr.Request,
+        event: gr.EventData,
+    ) -> Updates:
+        """A button of a job's row; see `assets/player/jobs.js`."""
+        asked = event._data if isinstance(event._data, dict) else {}
+        page, job = self._page(Client.of(request).session), str(asked.get("job", ""))
+        shown: Updates = {}
+        if asked.get("act") == "stop":
+            page.stop(job)
+        elif asked.get("act") == "dismiss":
+            page.dismiss(job)
+        elif asked.get("act") == "show":
+            page.follow(job)
+            row = page.rows.get(job)
+            if row and row.group:
+                shown = take_panel.show(history, take_panel.place_of(history, row.group), 0)
+        return page.now() | shown
+
+    async def land(
+        self,
+        landed: str,
+        history: list[take_panel.Group],
+        chosen: list[int],
+        elsewhere: bool,
+        request: gr.Request,
+    ) -> AsyncGenerator[Updates, None]:
+        """Jobs have ended: their takes join the history, and the player where it follows the job.
+
+        Args:
+            landed: which; changes with each.
+            history: of the page.
+            chosen: the take on show.
+            elsewhere: the player plays something else meanwhile, which goes on.
+        """
+        page = self._page(Client.of(request).session)
+        on_show = in_player = take_panel.group_on_show(history, chosen)
+        rows = page.land(elsewhere)
+        for row in rows:
+            history = page.tab.end(row.job, row.group, history)
+            in_player = row.group if row.group and row.job.id == page.followed else in_player
+        which = take_panel.place_of(history, in_player)
+        lists = take_panel.listed(history, which, chosen[1])
+        shown = lists if in_player is on_show else take_panel.show(history, which, 0)
+        state: Updates = {"jobs": page.state()}
+        yield state | shown
+        for row in rows:
+            for first in row.group[:1]:
+                await to_thread.run_sync(take_panel.draw, first)
+        if in_player is not on_show:
+            yield take_panel.picture(in_player[0])
 
     @names_every_setting
     async def generate(
@@ -251,14 +315,23 @@ class Handlers:
         return {"exported": gr.update(value=str(path))}
 
     def stop(self, request: gr.Request) -> Updates:
-        """Stops this tab's jobs; what was made so far comes as a take."""
-        if self.sessions.stop(Client.of(request).session):
+        """Stops the job that the player follows; what was made so far comes as a take."""
+        session = Client.of(request).session
+        page = self._pages.get(session)
+        if (page and page.stop()) or self.sessions.stop(session):
             return {"stop": gr.update(value="Stopping …", interactive=False)}
-        return busy(False)
+        return {"stop": gr.update(visible=False)}
+
+    def unfollow(self, session: str) -> None:
+        """The player of a page is for something else now: its jobs go on as rows."""
+        if page := self._pages.get(session):
+            page.follow("")
 
     def closed(self, request: gr.Request) -> None:
         """The page is gone: its jobs end, and only its own, unless its tab comes back."""
-        self.sessions.lost(Client.of(request).session)
+        session = Client.of(request).session
+        self.sessions.lost(session)
+        self._pages.pop(session, None)
 
     def _submit(self, values: dict[str, object], client: Client) -> AdmittedJob:
         """Submits what is asked for.
@@ -273,107 +346,10 @@ class Handlers:
             raise
         return self.backend.submit(request, client, lambda: self.builder.complete(request, values))
 
-    async def _updates(
-        self,
-        job: AdmittedJob,
-        live: JobState,
-        history: list[take_panel.Group],
-        tab: Tab | None,
-        returned: bool = False,
-    ) -> AsyncGenerator[Updates, None]:
-        """What the page shows of a job; one that `returned` is told that it was not forgotten."""
-        reader = JobReader(live, returned)
-        async with aclosing(job.events()) as events:
-            async for event in events:
-                if isinstance(event, Failed):
-                    if tab:
-                        tab.end(job)
-                    yield self._failed(live, event.error, returned)
-                    if returned:
-                        return
-                    raise self._shown(event.error) from None
-                live.total_s = job.request.duration_s
-                if message := reader.message(event):
-                    yield {"live": message}
-        group = take_panel.group(reader.takes, job.id)
-        if tab:
-            history = tab.end(job, group, history)
-        elif group:
-            history = [*history, group]
-        end: Updates = {"live": reader.end()}
-        if not group:
-            yield busy(False) | end
-            return
-        yield take_panel.show(history, -1, 0) | end
-        await to_thread.run_sync(take_panel.draw, group[0])
-        # Generate only now: while this event lasts, the page ignores a click on it.
-        yield take_panel.picture(group[0]) | busy(False)
-
-    def _failed(self, live: JobState, error: Exception, returned: bool = False) -> Updates:
-        text = BROKEN if returned else error_text(error)
-        end = busy(False)
-        end["live"] = live.message("failed", text)
-        return end
-
     def _shown(self, error: Exception) -> gr.Error:
         # Gradio shows it as HTML, and it may quote what somebody typed.
         text = html.escape(error_text(error), quote=False)
         return gr.Error(text, print_exception=False)
-
-
-class JobReader:
-    """Turns the events of a job into messages to the live player, and collects the takes."""
-
-    def __init__(self, live: JobState, returned: bool = False) -> None:
-        self.takes: list[Saved] = []
-        self._live = live
-        self._returned = returned
-        self._latest = Progress(Stage.WAITING)
-        self._progress: dict[int, Progress] = {}  # by variation
-        self._shown_s = 0.0
-
-    def read(self, events: Iterable[Event]) -> None:
-        """Collects the takes of events without a message for each."""
-        self.takes += [event for event in events if isinstance(event, Saved)]
-
-    def message(self, event: Event) -> JobMessage | None:
-        """What the player should show now; None where nothing is new."""
-        if isinstance(event, Saved):
-            self.takes.append(event)
-        elif isinstance(event, Progress):
-            before, self._progress[event.variation] = self._latest, event
-            self._latest = min(self._progress.values(), key=lambda p: p.done_s)
-            changed = (event.stage, event.note) != (before.stage, before.note)
-            if changed or time.monotonic() - self._shown_s > STATUS_EVERY_S:
-                self._shown_s = time.monotonic()
-                return self._now()
-        return None
-
-    def _now(self) -> JobMessage:
-        text = progress_text(self._latest)
-        if self._returned:
-            text = f"{UNDER_WAY} {text}"
-        now = self._latest
-        return self._live.message(now.stage, text, now.done_s, now.speed)
-
-    def end(self) -> JobMessage:
-        """The last message."""
-        saved = next((take.take for take in self.takes if take.take), None)
-        if saved:  # a stopped take is as long as what was made
-            self._live.total_s = saved.settings["made_s"]
-        stage, text = ending(self.takes)
-        kept = saved or any(take.error for take in self.takes)
-        if self._returned:
-            stage, text = ("finished", DONE) if kept else ("failed", BROKEN)
-        return self._live.message(stage, text, done_s=self._live.total_s if kept else 0.0)
-
-
-def busy(on: bool) -> Updates:
-    """Generate and Stop take turns."""
-    return {
-        "generate": gr.update(visible=not on),
-        "stop": gr.update(visible=on, interactive=on, value="Stop"),
-    }
 
 
 def summary(saved: list[Saved]) -> dict[str, object]:

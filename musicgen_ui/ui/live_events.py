@@ -23,7 +23,7 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Dependency:
     events.on(panel.live_mode.input, mode.switch, [panel.live_mode, *form], shown, "live_mode")
     more = [panel.live_prompt_3, panel.live_prompt_4]
     for prompt in more:
-        weights: list[Block] = [panel.live_fader, panel.live_weights]
+        weights: list[Block] = [panel.live_fader, panel.live_pad]
         events.on(prompt.change, mode.weights, more, weights, "live_weights")
     controls = {name: events.by_name[name] for name in live_panel.CONTROLS}
     buttons = [events.by_name[name] for name in live_panel.playing(True)]
@@ -43,7 +43,7 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Dependency:
     )
     gr.on(
         [
-            *(each.input for each in controls.values() if isinstance(each, gr.Slider)),
+            *(each.input for each in controls.values() if isinstance(each, (gr.Slider, gr.HTML))),
             *(each.submit for each in controls.values() if isinstance(each, gr.Textbox)),
             *(each.blur for each in controls.values() if isinstance(each, gr.Textbox)),
         ],

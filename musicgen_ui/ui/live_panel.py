@@ -29,9 +29,10 @@ from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 from musicgen_ui.request import FIELDS, GenerationRequest, steering
 from musicgen_ui.steering import MEMORY_SLOTS, Steering
-from musicgen_ui.ui import take_panel
+from musicgen_ui.ui import live_pad, take_panel
 from musicgen_ui.ui.components import LivePanel, Updates, notice
-from musicgen_ui.ui.handlers import STATUS_EVERY_S, Handlers, name_parameters
+from musicgen_ui.ui.handlers import Handlers, name_parameters
+from musicgen_ui.ui.page_jobs import STATUS_EVERY_S
 from musicgen_ui.ui.player import JobState
 from musicgen_ui.ui.request_builder import without_unchanged
 from musicgen_ui.ui.wording import error_text, progress_text
@@ -39,8 +40,7 @@ from musicgen_ui.ui.wording import error_text, progress_text
 MEASURED_S = 2.0  # of music, until the speed is believed
 CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
-    *("live_weight_1", "live_weight_2", "live_weight_3", "live_weight_4"),
-    *("live_guidance", "live_temperature", "live_top_k"),
+    *("live_pad", "live_guidance", "live_temperature", "live_top_k"),
 )
 BODY_BYTES = 200  # of a report
 
@@ -61,10 +61,6 @@ def _slider(
     return gr.Slider(
         low, high, value, step=step, label=label, elem_id=name, min_width=120, render=False
     )
-
-
-def _weight(n: int) -> gr.Slider:
-    return _slider(f"live_weight_{n}", f"Weight {n}", 0, 1, float(n == 1))
 
 
 def _store(slot: int) -> gr.Button:
@@ -97,7 +93,7 @@ def panel() -> LivePanel:
         ),
         live_column=gr.Column(visible=False, elem_id="live_column", render=False),
         live_fader=_slider("live_fader", "From the first prompt to the second", 0, 1, 0),
-        live_weights=gr.Row(visible=False, elem_id="live_weights", render=False),
+        live_pad=live_pad.pad(),
         live_guidance=_slider("live_guidance", "Guidance", 1, 10, 3, 0.1),
         live_temperature=_slider("live_temperature", "Temperature", 0.1, 2, 1),
         live_top_k=_slider("live_top_k", "Top-k", 1, 500, 250, 1),
@@ -119,10 +115,6 @@ def panel() -> LivePanel:
         live_prompt_2=_prompt(2),
         live_prompt_3=_prompt(3),
         live_prompt_4=_prompt(4),
-        live_weight_1=_weight(1),
-        live_weight_2=_weight(2),
-        live_weight_3=_weight(3),
-        live_weight_4=_weight(4),
         live_store_1=_store(1),
         live_store_2=_store(2),
         live_store_3=_store(3),
@@ -142,10 +134,7 @@ def lay_out(live: LivePanel, place: Callable[..., None]) -> None:
         place(live.live_prompt_1, live.live_prompt_2, live.live_fader)
         with gr.Accordion("More prompts", open=False, elem_id="live_more"):
             place(live.live_prompt_3, live.live_prompt_4)
-        place(live.live_weights)
-        with live.live_weights:
-            for n in range(1, 5):
-                place(getattr(live, f"live_weight_{n}"))
+        place(live.live_pad)
         with gr.Row():
             place(live.live_guidance, live.live_temperature, live.live_top_k)
         with gr.Row():
@@ -163,7 +152,7 @@ def steering_of(values: Mapping[str, object], words: str) -> Steering:
         RequestError: a value is wrong.
     """
     texts = [str(values[f"live_prompt_{n}"] or "").strip() for n in range(1, 5)]
-    weights = [values[f"live_weight_{n}"] for n in range(1, 5)]
+    weights = live_pad.weights_of(values["live_pad"])
     if not any(texts[2:]):
         fader = float_of(values["live_fader"] or 0)
         weights = [1 - fader, fader]
@@ -254,9 +243,9 @@ class LiveMode:
         }
 
     def weights(self, third: str, fourth: str) -> Updates:
-        """Four sliders in place of the fader where there are more than two prompts."""
-        more = bool(third or fourth)
-        return {"live_fader": gr.update(visible=not more), "live_weights": gr.update(visible=more)}
+        """A pad in place of the fader where there are more than two prompts."""
+        more = bool(third.strip() or fourth.strip())
+        return {"live_fader": gr.update(visible=not more), "live_pad": gr.update(visible=more)}
 
     async def start(
         self,
@@ -267,7 +256,7 @@ class LiveMode:
     ) -> AsyncGenerator[Updates, None]:
         """Plays a piece until Stop."""
         client = Client.of(request)
-        state = JobState(session=client.session)
+        state = JobState(session=client.session, endless=True)
         if client.session in self._pieces:
             return
         try:
@@ -281,6 +270,7 @@ class LiveMode:
             yield {"notice": notice(str(error), wrong=True)}
             return
         piece = self._pieces[client.session] = Piece(job, words, controls)
+        self._handlers.unfollow(client.session)
         state.job = job.id
         yield playing(True) | {
             "live": state.message("waiting", "Getting ready …"),

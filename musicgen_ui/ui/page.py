@@ -26,6 +26,7 @@ from musicgen_ui.ui import (
     finetune_panel,
     form_events,
     get_model,
+    job_events,
     library_panel,
     live_events,
     live_panel,
@@ -98,8 +99,8 @@ def build(backend: Admission, settings: PageOptions, library: Library | None = N
     with page:
         c = create(settings)
         lay_out(c, settings, library is not None)
-        played = [live_events.connect(c, handlers, page)]
-        connect(c, handlers, page, api(), settings.any_checkpoint, library, played)
+        made = [job_events.connect(c, handlers, api()), live_events.connect(c, handlers, page)]
+        connect(c, handlers, page, settings.any_checkpoint, library, made)
         form_events.connect(c, handlers, page, settings.any_checkpoint, settings.offers_download)
         page.finetuning = finetuning(c, settings, page)
     page.sessions, page.backend = handlers.sessions, backend
@@ -273,7 +274,7 @@ def lay_out_audio(c: Components) -> None:
 
 def lay_out_take(take: TakePanel, session_alone: bool) -> None:
     """What was made; the earlier takes of the session where there is no library."""
-    place(take.live, take.compare, take.keep_take, take.take_title, take.take_variation)
+    place(take.live, take.jobs, take.compare, take.keep_take, take.take_title, take.take_variation)
     place(take.take_audio)
     with gr.Row(elem_id="take_actions"):
         place(take.retake, take.extend, take.continue_take, take.use_settings, take.same_seed)
@@ -287,7 +288,7 @@ def lay_out_take(take: TakePanel, session_alone: bool) -> None:
     with gr.Column(visible=session_alone):
         place(take.take_history)
         gr.HTML(f'<p class="clip-line">{take_panel.TEMPORARY}</p>', apply_default_css=False)
-    place(take.history, take.chosen, take.tab_key, take.job_id)
+    place(take.history, take.chosen, take.tab_key, take.job_id, take.landed, take.elsewhere)
 
 
 def request_fields(settings: PageOptions) -> RequestFields:

@@ -1,4 +1,4 @@
-"""What a page shows when it is opened again: the takes of its tab, and a job that is under way."""
+"""What a page shows when it is opened again: the takes of its tab, and jobs that are under way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import gradio as gr
 from musicgen_ui.backends.admission import Client
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
-from musicgen_ui.ui.handlers import BROKEN, UNDER_WAY, JobReader, busy
+from musicgen_ui.ui.page_jobs import BROKEN, UNDER_WAY, JobReader
 from musicgen_ui.ui.player import JobMessage, JobState
 from musicgen_ui.ui.request_form import Restoring
 from musicgen_ui.ui.sessions import BACK, Sessions
@@ -31,7 +31,8 @@ class Pages:
     def enter(self, key: str, request: gr.Request) -> Updates:
         """A page was opened: shows again what its tab had before.
 
-        Where a job is under way, "job_id" gets its id: `Handlers.follow` reads its events then.
+        Where jobs are under way, "job_id" gets the id of one: `Handlers.follow` reads their events
+        then.
         """
         client = Client.of(request)
         tab = self.sessions.enter(client.session, key, client.address)
@@ -53,5 +54,5 @@ class Pages:
             shown["live"] = message
         if tab.job:
             message = JobState().message("waiting", UNDER_WAY)
-            shown |= busy(True) | {"live": message, "job_id": tab.job.id}
+            shown |= {"live": message, "job_id": tab.job.id}
         return shown

@@ -73,6 +73,22 @@ Promise.all([import({VIEW}), import(script)]).then(([{{ mounted }}, {{ Compare }
   }}));
 """
 
+JOBS_ON_LOAD = f"""
+const script = {VIEW}.replace('view.js', 'jobs.js');
+Promise.all([import({VIEW}), import(script)]).then(([{{ mounted }}, {{ JobList }}]) =>
+  mounted.then((view) => {{
+    const act = (act, job) => trigger('click', {{ act, job }});
+    const list = new JobList(view, element.querySelector('.jobs'), act);
+    const show = () => list.show(props.value);
+    watch('value', show);
+    show();
+  }}));
+"""
+JOBS = """
+<section class="jobs" aria-label="Takes under way" hidden><ol class="job-list"></ol>
+  <span class="sr-only job-said" role="status"></span></section>
+"""
+
 
 def _icon(name: str, shape: str) -> str:
     return f'<svg class="{name}" viewBox="0 0 24 24" aria-hidden="true">{shape}</svg>'
@@ -140,7 +156,27 @@ class JobMessage(TypedDict):
     done_s: float
     total_s: float
     speed: float
+    endless: bool
     last: bool
+
+
+class RowState(TypedDict):
+    """A job as a row of the page."""
+
+    job: str
+    take: str  # the id of what was made, once it is in the history
+    title: str
+    text: str
+    share: float  # of its length, 0 to 1
+    stage: str
+    under_way: bool
+
+
+class JobsState(TypedDict):
+    """The jobs of a page."""
+
+    followed: str  # the job that the player shows
+    rows: list[RowState]
 
 
 class FileState(TypedDict):
@@ -199,6 +235,7 @@ class JobState:
     total_s: float = 1.0  # seconds of new music that will come
     session: str = ""  # Gradio's name of the page
     job: str = ""  # whose sound the player fetches; "" is none
+    endless: bool = False  # a live piece
 
     def message(self, stage: str, text: str, done_s: float = 0.0, speed: float = 0.0) -> JobMessage:
         """What the player should show now. A stage that is none of a job under way ends it."""
@@ -210,6 +247,7 @@ class JobState:
             "done_s": round(done_s, 2),
             "total_s": self.total_s,
             "speed": round(speed, 3),
+            "endless": self.endless,
             "last": stage not in list(Stage),
         }
 
@@ -246,6 +284,18 @@ def compared() -> gr.HTML:
         js_on_load=COMPARE_ON_LOAD,
         apply_default_css=False,
         elem_id="compare",
+        render=False,
+    )
+
+
+def jobs() -> gr.HTML:
+    """A row for each job of the page, see `page_jobs.PageJobs.state`. None shows nothing."""
+    return gr.HTML(
+        value=None,
+        html_template=JOBS,
+        js_on_load=JOBS_ON_LOAD,
+        apply_default_css=False,
+        elem_id="jobs",
         render=False,
     )
 

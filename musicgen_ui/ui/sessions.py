@@ -131,6 +131,18 @@ class Tab:
             self.cancel()
         return self.history
 
+    def begin(self, job: AdmittedJob, seed: object) -> None:
+        """A page of it has a new job; `seed` is as the form has it, not as it was drawn."""
+        self.seed = int(seed) if isinstance(seed, (int, float)) else -1
+        self.note(job)
+        self.jobs.append(job)
+
+    def take_over(self, other: Tab) -> None:
+        """The jobs and takes of a page that had not said yet which tab it is in."""
+        self.jobs += other.jobs
+        self.history = [*self.history, *other.history][-KEPT_GROUPS:]
+        self.settings, self.seed = other.settings, other.seed
+
     def note(self, job: AdmittedJob) -> None:
         """Keeps the settings of a job, with the seed as the form has it and not as it was drawn."""
         self.settings = job.request.settings() | {"seed": self.seed}
@@ -198,21 +210,6 @@ class Sessions:
     def of(self, session: str) -> Tab | None:
         """The tab that shows, or showed, a page."""
         return self._tabs.get(self._keys.get(session, ""))
-
-    def begin(self, session: str, job: AdmittedJob, seed: object) -> Tab | None:
-        """A page has a new job; its tab, where it has one.
-
-        Args:
-            session: Gradio's name of the page.
-            job: of it.
-            seed: as the form has it, not as it was drawn.
-        """
-        tab = self.of(session)
-        if tab:
-            tab.seed = int(seed) if isinstance(seed, (int, float)) else -1
-            tab.note(job)
-            tab.jobs.append(job)
-        return tab
 
     def job(self, id: str, session: str) -> AdmittedJob | None:
         """A job by its id, for a page of the tab that asked for it."""

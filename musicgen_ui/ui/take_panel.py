@@ -38,6 +38,7 @@ INTRO = (
 EXAMPLE = ASSETS / "example.flac"  # beside it the same as WAV, its picture and `Drawn` as JSON
 EXAMPLE_SHOWN = [EXAMPLE.with_suffix(ending) for ending in (".wav", ".png")]
 KEPT_GROUPS = 20
+THE_EXAMPLE = -1  # in place of a number in the history
 EXTEND_S = 10.0
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "Ogg Vorbis", ".opus": "Opus"}
 TEMPORARY = "Takes are kept here for a day at most: download what you want to keep."
@@ -69,6 +70,10 @@ def panel() -> TakePanel:
     small: SmallButton = {"size": "sm", "min_width": 60, "render": False}
     return TakePanel(
         live=player.player(),
+        jobs=player.jobs(),
+        # Mounted, so that their changes are told and their values are what an event's script says.
+        landed=gr.Textbox(visible="hidden", render=False),
+        elsewhere=gr.Checkbox(visible="hidden", render=False),
         take_title=gr.HTML(intro, elem_id="take_title", render=False),
         take_variation=gr.Radio(
             label="Variations",
@@ -149,12 +154,16 @@ class ShownTake:
     @property
     def title(self) -> str:
         """What it is called in lists."""
-        prompt = self.edited_title or " ".join(self.settings["prompt"].split())
-        prompt = prompt or "Without words"
-        return prompt if len(prompt) <= 60 else prompt[:59].rstrip() + "…"
+        return short_title(self.edited_title or self.settings["prompt"])
 
 
 Group = list[ShownTake]
+
+
+def short_title(text: str) -> str:
+    """A prompt or a title in one line of at most 60 characters."""
+    text = " ".join(text.split()) or "Without words"
+    return text if len(text) <= 60 else text[:59].rstrip() + "…"
 
 
 def shown(take: takes.Take, job: str = "") -> ShownTake:
@@ -221,10 +230,8 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
     group = history[which]
     take = group[variation]
     chips = [(f"{i + 1} · seed {t.settings['seed']}", i) for i, t in enumerate(group)]
-    earlier = history_choices(history)
     return {
-        "history": history,
-        "chosen": [which, variation],
+        **listed(history, which, variation),
         "take_title": gr.update(value=title_html(take)),
         "compare": compared(group, variation),
         "keep_take": gr.update(visible=len(group) > 1),
@@ -232,9 +239,31 @@ def show(history: list[Group], which: int, variation: int) -> Updates:
         "flac": gr.update(value=take.flac and str(take.flac), interactive=take.flac is not None),
         "take_facts": facts_line(take),
         "take_variation": gr.update(choices=chips, value=variation),
-        "take_history": gr.update(choices=earlier, value=which, visible=len(history) > 1),
         **picture(take),
     }
+
+
+def listed(history: list[Group], which: int, variation: int) -> Updates:
+    """The updates that list the history, around the take that is on show."""
+    value = None if which == THE_EXAMPLE else which
+    several = len(history) > (value is not None)
+    return {
+        "history": history,
+        "chosen": [which, variation],
+        "take_history": gr.update(choices=history_choices(history), value=value, visible=several),
+    }
+
+
+def group_on_show(history: list[Group], chosen: list[int]) -> Group:
+    """The takes around the one on show; none for the example."""
+    return history[chosen[0]] if history and chosen[0] != THE_EXAMPLE else []
+
+
+def place_of(history: list[Group], group: Group) -> int:
+    """Which one of the history a group is; `THE_EXAMPLE` where it is not in it."""
+    paths = [take.wav for take in group]
+    places = (i for i, each in enumerate(history) if [take.wav for take in each] == paths)
+    return next(places, THE_EXAMPLE)
 
 
 def compared(group: Group, variation: int) -> Compared | None:
@@ -404,9 +433,9 @@ def chosen_take(history: list[Group], chosen: list[int], variation: int | None =
         variation: the one that is marked on the page, where the answer that shows it may still be
             on its way.
     """
-    if not history:
+    group = group_on_show(history, chosen)
+    if not group:
         return example()
-    group = history[chosen[0]]
     if variation is None or variation >= len(group):
         variation = chosen[1]
     return group[variation]

@@ -41,7 +41,7 @@ def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **chang
     values = {name: spec.default for name, spec in FIELDS.items()} | {"duration_s": 1.0} | changes
 
     async def run() -> None:
-        updates = handlers.compose([], {}, TAB, **values)
+        updates = handlers.compose({}, TAB, **values)
         async for update in updates:
             if update.get("live", {}).get("done_s"):
                 if leave:

@@ -53,8 +53,9 @@ def unfold(page: Page, name: str) -> None:
 
 
 def finished(page: Page, stage: str = "finished") -> None:
+    """The followed job has ended, and what it made is in the player."""
     expect(page.locator(f".player[data-stage={stage}]")).to_be_visible()
-    expect(page.locator("#generate")).to_be_visible()
+    expect(page.locator("#stop")).to_be_hidden()
 
 
 def download(page: Page, name: str, folder: Path) -> Path:

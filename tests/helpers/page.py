@@ -39,11 +39,29 @@ def clip(tmp_path: Path) -> str:
 def compose(
     handlers: Handlers, history: Any = (), own: Any = None, **changes: Any
 ) -> list[dict[str, Any]]:
+    """What a click on Generate shows, until its takes have landed in the history."""
+
     async def run() -> list[dict[str, Any]]:
-        updates = handlers.compose(list(history), own or {}, TAB, **values(**changes))
-        return [update async for update in updates]
+        click = handlers.compose(own or {}, TAB, **values(**changes))
+        updates = [update async for update in click]
+        return updates + await land(handlers, updates, history)
 
     return asyncio.run(run())
+
+
+async def land(
+    handlers: Handlers,
+    updates: list[dict[str, Any]],
+    history: Any = (),
+    page: Any = TAB,
+    elsewhere: bool = False,
+) -> list[dict[str, Any]]:
+    """What the page shows of the jobs that have ended."""
+    landed = state(updates).get("landed")
+    if not landed:
+        return []
+    event = handlers.land(landed, list(history), [0, 0], elsewhere, page)
+    return [update async for update in event]
 
 
 def state(updates: list[dict[str, Any]]) -> dict[str, Any]:

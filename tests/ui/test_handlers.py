@@ -28,7 +28,7 @@ from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.wording import SORRY, progress_text
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
-from tests.helpers.page import TAB, compose, state, values
+from tests.helpers.page import TAB, compose, land, state, values
 from tests.helpers.takes import finished, with_codes
 
 OTHER_TAB = SimpleNamespace(session_hash="b")
@@ -55,10 +55,10 @@ def test_the_stream_and_the_file_hold_the_same_samples(handlers: Handlers) -> No
 def test_the_page_says_what_is_going_on_from_the_first_moment(handlers: Handlers) -> None:
     updates = compose(handlers)
     assert updates[0]["live"]["stage"] == "waiting"
-    assert updates[0]["stop"]["visible"] and not updates[0]["generate"]["visible"]
+    assert updates[0]["stop"]["visible"] and updates[0]["generate"]["value"] == "Queue another"
     end = state(updates)
     assert end["live"]["stage"] == "finished" and end["live"]["last"]
-    assert end["generate"]["visible"] and not end["stop"]["visible"]
+    assert end["generate"]["value"] == "Generate" and not end["stop"]["visible"]
     assert "seed</dt><dd>7<" in end["take_facts"]
     shown = end["take_audio"]
     assert Path(shown["picture"]["path"]).stat().st_size > 1000
@@ -99,25 +99,18 @@ def test_a_title_that_runs_from_right_to_left_leaves_its_line_in_order(handlers:
     assert 'dir="auto"' in first["take_title"]["value"]
 
 
-def test_generate_comes_back_with_the_last_answer(handlers: Handlers) -> None:
-    """Until then the page passes a click on it over."""
-    updates = compose(handlers)
-    given_back = [i for i, u in enumerate(updates) if u.get("generate", {}).get("visible")]
-    assert given_back == [len(updates) - 1]
-
-
 def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
     handlers = Handlers(Admission(FakeBackend(speed=5.0, chunk_s=0.1), tmp_path, queue_length=3))
 
     async def run() -> list[dict[str, Any]]:
         updates, told = [], None
-        async for update in handlers.compose([], {}, TAB, **values(duration_s=20)):
+        async for update in handlers.compose({}, TAB, **values(duration_s=20)):
             updates.append(update)
             if update.get("live", {}).get("done_s") and not told:
                 handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
                 told = handlers.stop(TAB)["stop"] if len(updates) > 5 else None
                 assert told is None or told["value"] == "Stopping …"
-        return updates
+        return updates + await land(handlers, updates)
 
     end = state(asyncio.run(run()))
     made_s = soundfile.info(wav(end)).duration
@@ -132,15 +125,15 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
 
     async def run() -> list[dict[str, Any]]:
         updates = []
-        async for update in handlers.compose([], {}, TAB, **values()):
+        async for update in handlers.compose({}, TAB, **values()):
             handlers.stop(TAB)
             updates.append(update)
-        return updates
+        return updates + await land(handlers, updates)
 
     end = state(asyncio.run(run()))
     assert end["live"]["stage"] == "stopped" and "take_audio" not in end
     assert end["live"]["done_s"] == 0
-    assert end["generate"]["visible"]
+    assert not end["stop"]["visible"] and end["jobs"]["rows"] == []
 
 
 def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
@@ -148,12 +141,10 @@ def test_a_closed_tab_ends_its_own_jobs_alone(tmp_path: Path) -> None:
     handlers = Handlers(Admission(engine, tmp_path, queue_length=3))
 
     async def job(tab: Any, duration_s: float) -> float:
-        async for update in handlers.compose([], {}, tab, **values(duration_s=duration_s)):
+        async for update in handlers.compose({}, tab, **values(duration_s=duration_s)):
             if tab is TAB and update.get("live", {}).get("done_s"):
                 handlers.closed(TAB)
-            if "take_audio" in update:
-                return soundfile.info(wav(update)).duration
-        return 0.0
+        return float(update["live"]["done_s"])
 
     async def both() -> list[float]:
         return await asyncio.gather(job(TAB, 5.0), job(OTHER_TAB, 1.0))
@@ -168,7 +159,7 @@ def test_closing_the_generator_frees_the_engine(tmp_path: Path) -> None:
     handlers = Handlers(Admission(engine, tmp_path, queue_length=3))
 
     async def run() -> None:
-        updates = handlers.compose([], {}, TAB, **values())
+        updates = handlers.compose({}, TAB, **values())
         async for update in updates:
             if update.get("live", {}).get("done_s"):
                 break
@@ -193,13 +184,13 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
     seen: list[dict[str, Any]] = []
 
     async def run() -> None:
-        async for update in handlers.compose([], {}, TAB, **values()):
+        async for update in handlers.compose({}, TAB, **values()):
             seen.append(update)
 
     with caplog.at_level(logging.ERROR), pytest.raises(gr.Error, match=said) as raised:
         asyncio.run(run())
     assert "secret" not in raised.value.message
-    assert state(seen)["generate"]["visible"] and state(seen)["live"]["stage"] == "failed"
+    assert not state(seen)["stop"]["visible"] and state(seen)["live"]["stage"] == "failed"
     assert ("secret detail" in caplog.text) == isinstance(failure, ZeroDivisionError)
     engine.failure = None
     assert state(compose(handlers))["live"]["stage"] == "finished"
@@ -219,14 +210,9 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
 def test_a_wrong_value_is_said_at_its_field(
     handlers: Handlers, changes: dict[str, Any], field: str
 ) -> None:
-    answers = handlers.validate([], {}, **values(**changes))
-    wrong = [
-        name
-        for name, a in zip(["history", "own", *FIELDS], answers, strict=True)
-        if not a["is_valid"]
-    ]
-    assert wrong == [field]
-    assert answers[["history", "own", *FIELDS].index(field)]["message"].endswith(".")
+    answers = dict(zip(["own", *FIELDS], handlers.validate({}, **values(**changes)), strict=True))
+    assert [name for name, answer in answers.items() if not answer["is_valid"]] == [field]
+    assert answers[field]["message"].endswith(".")
 
 
 def test_a_servers_own_limit_is_said_too(tmp_path: Path) -> None:
@@ -278,7 +264,7 @@ def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip:
 
 def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
     for handler, own in (
-        (handlers.compose, ["history", "own", "request"]),
+        (handlers.compose, ["own", "request"]),
         (handlers.generate, ["request"]),
     ):
         assert list(inspect.signature(handler).parameters) == [*own, *FIELDS]

@@ -18,9 +18,8 @@ from musicgen_ui.ui import live_panel
 
 def controls(**values: Any) -> dict[str, Any]:
     prompts = {f"live_prompt_{n}": "" for n in range(1, 5)}
-    weights = {f"live_weight_{n}": 0.0 for n in range(1, 5)}
     rest = {"live_fader": 0.25, "live_guidance": 3, "live_temperature": 1, "live_top_k": 250}
-    return {**prompts, **weights, **rest, **values}
+    return {**prompts, "live_pad": [0.0, 0.0, 0.0, 0.0], **rest, **values}
 
 
 @pytest.mark.parametrize(
@@ -31,9 +30,8 @@ def controls(**values: Any) -> dict[str, Any]:
         ({"live_prompt_1": "a", "live_prompt_2": "b"}, (("a", 0.75), ("b", 0.25))),
         ({"live_prompt_1": "a", "live_prompt_2": "b", "live_fader": 1}, (("b", 1.0),)),
         (
-            {"live_prompt_1": "a", "live_prompt_3": "c", "live_weight_1": 1, "live_weight_3": 3}
-            | {"live_weight_3": 1},
-            (("a", 0.5), ("c", 0.5)),
+            {"live_prompt_1": "a", "live_prompt_3": "c", "live_pad": [0.75, 0, 0.25, 0]},
+            (("a", 0.75), ("c", 0.25)),
         ),
     ],
 )

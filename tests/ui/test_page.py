@@ -61,7 +61,7 @@ def test_every_component_is_placed_on_the_page(tmp_path: Path) -> None:
 
 def test_generate_reads_every_setting(built: gr.Blocks) -> None:
     read = [component.elem_id for component in event(built, "compose").inputs]
-    assert read == [None, None, *FIELDS]  # the takes and the checkpoint's defaults come first
+    assert read == [None, *FIELDS]  # the checkpoint's defaults come first
 
 
 @pytest.mark.parametrize("api_name", ["use_settings", "restore", "enter"])

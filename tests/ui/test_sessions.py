@@ -14,14 +14,17 @@ import pytest
 from musicgen_ui.backends.admission import Admission, Client
 from musicgen_ui.request import FIELDS, GenerationRequest
 from musicgen_ui.ui import sessions
-from musicgen_ui.ui.handlers import BROKEN, DONE, UNDER_WAY, Handlers
+from musicgen_ui.ui.handlers import Handlers
+from musicgen_ui.ui.page_jobs import BROKEN, DONE, UNDER_WAY
 from musicgen_ui.ui.pages import Pages
 from musicgen_ui.ui.sessions import Sessions
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
+from tests.helpers.page import land, state
 
 KEY, OTHER = "a" * 32, "b" * 32
 BEFORE, AFTER = SimpleNamespace(session_hash="before"), SimpleNamespace(session_hash="after")
+COPY = SimpleNamespace(session_hash="copy")
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -89,7 +92,8 @@ def test_a_lent_gpu_makes_nothing_for_a_page_that_is_gone(
     tabs = Handlers(backend).sessions
     tabs.enter("page", KEY)
     job = backend.submit(GenerationRequest(duration_s=20), Client("page"))
-    tab = tabs.begin("page", job, 1)
+    tab = tabs.of("page")
+    tab.begin(job, 1)
     tabs.lost("page") if way == "lost" else tabs.left(KEY)
     assert job.stopping.wait(5 if lent else 0.2) == lent
     tab.cancel()
@@ -180,7 +184,7 @@ def test_stop_ends_the_jobs_of_its_own_page(
 
 async def begun(handlers: Handlers, **changes: Any) -> None:
     """A job whose page loses the connection after the first audio."""
-    job = handlers.compose([], {}, BEFORE, **values(**changes))
+    job = handlers.compose({}, BEFORE, **values(**changes))
     async for update in job:
         if update.get("live", {}).get("stage") == "composing":
             break
@@ -190,7 +194,8 @@ async def begun(handlers: Handlers, **changes: Any) -> None:
 
 async def followed(handlers: Handlers, page: Any = AFTER) -> list[dict[str, Any]]:
     key = handlers.sessions.of(page.session_hash).job.id
-    return [update async for update in handlers.follow(key, page)]
+    updates = [update async for update in handlers.follow(key, page)]
+    return updates + await land(handlers, updates, page=page)
 
 
 def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(
@@ -205,16 +210,17 @@ def test_a_job_goes_on_when_its_page_is_gone_and_the_next_page_shows_its_take(
         await begun(handlers, prompt="mine")
         assert page.enter(OTHER, SimpleNamespace(session_hash="other")) == {}
         found = page.enter(KEY, AFTER)
-        assert found["live"]["text"] == UNDER_WAY and not found["generate"]["visible"]
+        assert found["live"]["text"] == UNDER_WAY
         assert found["job_id"] == handlers.sessions.of("after").job.id
-        return await asyncio.gather(followed(handlers), followed(handlers))
+        page.enter(KEY, COPY)
+        return await asyncio.gather(followed(handlers), followed(handlers, COPY))
 
     first, second = asyncio.run(run())
     assert any(UNDER_WAY in update.get("live", {}).get("text", "") for update in first)
     for updates in (first, second):  # two pages of a tab show the same
         end = {name: value for update in updates for name, value in update.items()}
         assert end["history"][0][0].settings["prompt"] == "mine" and len(end["history"]) == 1
-        assert end["live"]["text"] == DONE and end["generate"]["visible"]
+        assert end["live"]["text"] == DONE and not end["stop"]["visible"]
         assert end["live"]["done_s"] == end["live"]["total_s"]
         assert end["history"][0][0].settings["made_s"] == 1.0
     assert engine.running == 0 and len(handlers.backend) == 0
@@ -246,5 +252,5 @@ def test_a_job_that_fails_while_its_page_is_gone_says_so(tmp_path: Path) -> None
         engine.failure = ValueError("a bug")
         return await followed(handlers)
 
-    *_, last = asyncio.run(run())
-    assert last["live"]["text"] == BROKEN and last["generate"]["visible"]
+    end = state(asyncio.run(run()))
+    assert end["live"]["text"] == BROKEN and not end["stop"]["visible"]
