@@ -49,7 +49,8 @@ def test_rows_of_sections_reach_the_take_and_come_back(
     finished(page)
     assert engine.requests[-1].sections == ((0.0, "piano"), (1.5, "drums"))
     expect(page.locator("#take_facts")).to_contain_text("from 1.5 s")
-    assert page.evaluate("musicgenPlayer.shown.sections") == [[0, "piano"], [1.5, "drums"]]
+    drawn = '[[0,"piano"],[1.5,"drums"]]'
+    page.wait_for_function(f"JSON.stringify(musicgenPlayer.shown.sections) === '{drawn}'")
     file = download(page, "wav", tmp_path)
     again = open_page("phone")
     unfold(again, "Advanced")
