@@ -87,12 +87,14 @@ def _start(replicas: int) -> Callable[[], None]:
     import ray
     from ray import serve
 
+    ended = threading.Event()
     folder = files.private_folder(files.SHORT)  # a socket's path has 107 characters
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):  # its processes end in any case
             serve.shutdown()
         ray.shutdown()
+        ended.set()
         files.delete(folder)
 
     def init() -> None:
@@ -109,7 +111,7 @@ def _start(replicas: int) -> Callable[[], None]:
 
     for left in reversed(range(STARTS)):
         try:
-            _call_in_lasting_thread(init)
+            _call_in_lasting_thread(init, ended)
             break
         except Exception as error:  # Ray raises the bare class
             ray.shutdown()
@@ -121,8 +123,8 @@ def _start(replicas: int) -> Callable[[], None]:
     return shut_down
 
 
-def _call_in_lasting_thread(work: Callable[[], None]) -> None:
-    """Calls `work` in a thread that stays until this process ends, and waits for it.
+def _call_in_lasting_thread(work: Callable[[], None], ended: threading.Event) -> None:
+    """Calls `work` in a thread that stays until `ended` is set, and waits for the call.
 
     Linux ends the processes of a cluster with the *thread* that started them, as Ray asks it to;
     the thread that builds a server's backend ends when it is built.
@@ -136,7 +138,7 @@ def _call_in_lasting_thread(work: Callable[[], None]) -> None:
             done.set_exception(error)
             return
         done.set_result(None)
-        threading.Event().wait()
+        ended.wait()
 
     threading.Thread(target=run, name="ray-cluster", daemon=True).start()
     done.result()
