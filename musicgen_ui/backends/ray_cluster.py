@@ -11,7 +11,9 @@ import contextlib
 import ipaddress
 import logging
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -85,37 +87,61 @@ def _start(replicas: int) -> Callable[[], None]:
     import ray
     from ray import serve
 
+    ended = threading.Event()
     folder = files.private_folder(files.SHORT)  # a socket's path has 107 characters
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):  # its processes end in any case
             serve.shutdown()
         ray.shutdown()
+        ended.set()
         files.delete(folder)
+
+    def init() -> None:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, replicas),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            configure_logging=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+            _temp_dir=str(folder),
+        )
 
     for left in reversed(range(STARTS)):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, replicas),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                configure_logging=False,
-                log_to_driver=False,
-                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-                _temp_dir=str(folder),
-            )
-            _check_loopback(shut_down)
-            return shut_down
-        except RequestError:
-            raise
+            _call_in_lasting_thread(init, ended)
+            break
         except Exception as error:  # Ray raises the bare class
             ray.shutdown()
             if not left:
                 files.delete(folder)
                 raise RequestError(f"The Ray cluster did not start: {error}") from error
             log.warning("The Ray cluster did not start and is tried again", exc_info=error)
-    raise AssertionError
+    _check_loopback(shut_down)
+    return shut_down
+
+
+def _call_in_lasting_thread(work: Callable[[], None], ended: threading.Event) -> None:
+    """Calls `work` in a thread that stays until `ended` is set, and waits for the call.
+
+    Linux ends the processes of a cluster with the *thread* that started them, as Ray asks it to;
+    the thread that builds a server's backend ends when it is built.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+            return
+        done.set_result(None)
+        ended.wait()
+
+    threading.Thread(target=run, name="ray-cluster", daemon=True).start()
+    done.result()
 
 
 def _check_loopback(shut_down: Callable[[], None]) -> None:

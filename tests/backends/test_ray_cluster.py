@@ -385,7 +385,7 @@ def test_server_that_ends_leaves_no_process_and_no_file(number, when):
     def is_ready() -> bool:
         assert front.poll() is None, log.read_text()
         if when == "starting":
-            return any(folder.glob("mg-ray-*/session_latest"))
+            return len(psutil.Process(front.pid).children(recursive=True)) > 1
         with contextlib.suppress(httpx.HTTPError):
             health = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60)
             return health.status_code == 200 and "bundled" in health.json()["engine"]
@@ -406,5 +406,7 @@ def test_server_that_ends_leaves_no_process_and_no_file(number, when):
             subprocess.run([sys.executable, "-c", leftovers], cwd=ROOT, env=environment, check=True)
         assert not list(folder.iterdir())
     finally:
+        front.kill()
+        front.wait()
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink()
