@@ -2,8 +2,8 @@
 
 The limits were set by 48 takes of 10 s of the bundled checkpoint on four prompts, with its own
 settings. Six, all of one prompt, held a chord for 2.1 to 6.3 s. Of the others, 16 takes of ambient
-pads among them, none stayed below `STUCK_DB` for more than 1.5 s, and all but two for 0.2 s at most.
-Of lively rhythms up to 13 % were silent; peaks beyond full scale lasted for a few samples.
+pads among them, none stayed below `STUCK_DB` for more than 1.5 s, and all but two for 0.2 s at
+most. Of lively rhythms up to 13 % were silent; peaks beyond full scale lasted for a few samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder with thousands of takes, as they are after years: each with settings, codes and waveform.
+"""A folder with thousands of takes, as after years: each with settings, codes and waveform.
 
 `python -m tests.helpers.many_takes FOLDER [COUNT]` writes them.
 """
