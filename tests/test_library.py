@@ -21,6 +21,9 @@ from musicgen_ui import retake, sidecar, takes
 from musicgen_ui.audio import waveform
 from musicgen_ui.errors import RequestError
 from musicgen_ui.library import TRASH, Library
+from musicgen_ui.ui.library_panel import NO_STATE, PAGE, LibraryView
+from musicgen_ui.ui.request_form import Restoring
+from tests.helpers import many_takes
 from tests.helpers.takes import finished, with_codes
 
 ROOT = Path(__file__).parents[1]
@@ -332,25 +335,26 @@ def test_a_killed_server_loses_no_finished_take(folder, tmp_path):
     library.close()
 
 
+@pytest.mark.long
 def test_thousands_of_takes_stay_quick(folder, tmp_path):
-    name = save(folder, seconds=10.0, prompt="piece 0000 " + "warm keys with drums " * 5)
-    data, sound = sidecar.read(folder / f"{name}.safetensors"), folder / f"{name}.wav"
-    contents = [
-        dataclasses.replace(data, made_at=1.0, starred=starred).content() for starred in (0, 1)
-    ]
-    for number in range(5000):
-        (folder / f"t{number}.wav").hardlink_to(sound)
-        content = contents[number % 9 == 0].replace(b"piece 0000", b"piece %04d" % number)
-        (folder / f"t{number}.safetensors").write_bytes(content)
-    library = Library(folder, tmp_path / "index")
-    library.page()
-    library.close()
-    assert least_s(lambda: Library(folder, tmp_path / "index").page(), 2) < 1
-    library = Library(folder, tmp_path / "index")
-    library.page()
-    asked = [{}, {"words": "piece 1234"}, {"starred": True}, {"model": "bundled"}, {"start": 4900}]
+    """Beside the index, the page itself: its first cards, filters, and what is new after a take."""
+    many_takes.write(folder, 5000)
+
+    def opened():
+        library = Library(folder, tmp_path / "index")
+        view = LibraryView(library, Restoring(), tmp_path)
+        shown = view.load("", False, "")["library_cards"]
+        assert shown.count('class="card"') == PAGE and "of 5,000" in shown
+        return library, view
+
+    assert least_s(opened, 1) < 3  # once, until it is indexed
+    assert least_s(opened, 3) < 1
+    library, view = opened()
+    asked = [("piece 1234", False, ""), ("", True, ""), ("", False, "bundled")]
     for filters in asked:
-        assert least_s(lambda f=filters: library.page(**f), 10) < 0.02, filters
+        assert least_s(lambda f=filters: view.filter(*f), 5) < 0.1, filters
+    assert least_s(lambda: view.show("", False, "", NO_STATE | {"start": 4900}), 5) < 0.1
+    assert least_s(lambda: view.look_again("", False, "", NO_STATE), 3) < 1
     library.close()
 
 

@@ -29,6 +29,30 @@ def hum(seconds: float) -> np.ndarray:
     return (chord + np.random.default_rng(0).normal(0, 1e-5, t.shape)).astype(np.float32)
 
 
+def held_chord(seconds: float) -> np.ndarray:
+    """A chord that goes on and on, as the bundled model plays it: it trembles a little."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    chord = sum(0.1 * np.sin(2 * np.pi * hz * t) for hz in (110, 220, 277, 330, 660, 1_320))
+    tremolo = 1 + 0.12 * np.sin(2 * np.pi * 5 * t)
+    noise = np.random.default_rng(0).normal(0, 1.5e-3, t.shape)
+    return (chord * tremolo + noise).astype(np.float32)
+
+
+def pad(seconds: float) -> np.ndarray:
+    """A pad that was asked for: detuned voices that beat, and breath."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    draw = np.random.default_rng(0)
+    voices = np.zeros_like(t)
+    for hz in (110, 138.6, 165, 220):
+        for detune in (-0.006, 0, 0.007):
+            for partial in range(1, 9):
+                phase = draw.uniform(0, 2 * np.pi)
+                turns = 2 * np.pi * hz * (1 + detune) * partial * t
+                voices += np.sin(turns + phase) / partial
+    noise = draw.normal(0, 0.02, t.shape)
+    return (0.03 * voices + noise).astype(np.float32)
+
+
 def found(*parts: np.ndarray) -> Defects:
     return measure(Clip(np.concatenate(parts)[None], RATE))
 
@@ -53,6 +77,12 @@ def test_stuck_is_a_sound_that_does_not_move():
     assert found(hum(4)).stuck > 0.9 and found(hum(4)).unusable
     held = [part for _ in range(4) for part in (melody(0.5), hum(1.0))]
     assert found(*held).stuck == 0  # a note may be held for a second
+
+
+def test_held_chord_is_stuck_and_a_pad_that_moves_is_not():
+    assert found(melody(3), held_chord(7)).stuck == pytest.approx(0.7, abs=0.05)
+    assert found(melody(3), held_chord(7)).unusable
+    assert found(pad(8)).stuck == 0
 
 
 def test_clipping_is_a_run_at_full_scale():

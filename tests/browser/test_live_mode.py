@@ -12,8 +12,9 @@ from playwright.sync_api import expect
 
 from musicgen_ui.engine.protocol import NO_LIVE_MODE
 from musicgen_ui.steering import Steering
-from tests.helpers.browser import Open, download, serving
+from tests.helpers.browser import Open, download, serving, unfold
 from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 
 PLAYED = "() => musicgenPlayer.sound.position_s > {}"
 
@@ -51,6 +52,15 @@ def test_play_steer_record_and_stop(open_page: Open, engine: FakeBackend, tmp_pa
     expect(page.locator("#live_line")).to_contain_text("s are kept as a take")
     assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
     assert page.evaluate("musicgenPlayer.sound.report.underruns") <= 1
+    unfold(page, "More prompts")
+    page.locator("#live_prompt_3 textarea").fill("strings")
+    pad = page.get_by_role("slider", name="Mix of the prompts")
+    expect(pad).to_have_attribute("aria-valuetext", "calm 34 %, loud drums 33 %, strings 33 %")
+    pad.press("3")
+    expect(pad).to_have_attribute("aria-valuetext", "calm 0 %, loud drums 0 %, strings 100 %")
+    pad.press("Shift+ArrowUp")
+    expect(pad).to_have_attribute("aria-valuetext", "calm 1 %, loud drums 0 %, strings 99 %")
+    wait_for(lambda: engine.changes[-1][1].prompts == (("calm", 0.01), ("strings", 0.99)))
     page.locator("#live_stop").click()
     expect(page.locator(".player-text")).to_have_text(
         "The live piece has ended; the recording is a take"

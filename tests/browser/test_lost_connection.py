@@ -32,7 +32,7 @@ def page(chromium: Browser, engine: FakeBackend, line: Proxy) -> Iterator[Page]:
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.goto(f"http://127.0.0.1:{line.port}/")
-    page.locator("#generate").wait_for()
+    page.wait_for_function("() => window.musicgenPlayer")
     page.wait_for_timeout(500)  # until the page has said which tab it is in
     yield page
     context.close()
