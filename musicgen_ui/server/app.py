@@ -346,6 +346,17 @@ def stop_signals(act: Callable[[int], object]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+def _set_handlers_again() -> None:
+    """Sets the handlers that Python has: Ray takes SIGTERM away when its cluster is joined, which
+    happens in another thread and ends the process without a word to its jobs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in STOPS:
+        if (handler := signal.getsignal(number)) is not None:
+            signal.signal(number, handler)
+
+
 def leave_at_once(number: int) -> NoReturn:
     """Ends a process that has not served anything yet, by a signal."""
     files.delete_private()
@@ -399,6 +410,7 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
 def wait_for_end(demo: Page, asked: queue.SimpleQueue[int], check_every_s: float = 0.5) -> int:
     """Until a signal comes, or the server cannot go on; the exit code."""
     while demo.server.thread.is_alive():
+        _set_handlers_again()
         with contextlib.suppress(queue.Empty):
             return 128 + asked.get(timeout=check_every_s)
         if refusal := getattr(demo.backend.backend, "refusal", None):

@@ -344,6 +344,24 @@ def test_a_signal_is_heeded_wherever_it_comes() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_handler_that_a_library_replaced_is_set_again() -> None:
+    """As Ray does, below Python."""
+    code = (
+        "import ctypes, queue, signal, threading, types\n"
+        "from musicgen_ui.server import app\n"
+        "made = types.SimpleNamespace\n"
+        "backend = made(backend=None, health=lambda: made(trouble=None))\n"
+        "demo = made(server=made(thread=made(is_alive=lambda: True)), backend=backend)\n"
+        "asked = queue.SimpleQueue()\n"
+        "with app.stop_signals(asked.put):\n"
+        "    ctypes.CDLL(None).signal(signal.SIGTERM, 0)  # the default: it kills\n"
+        "    threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()\n"
+        "    print(app.wait_for_end(demo, asked, 0.05))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"{128 + signal.SIGTERM}\n", done
+
+
 def test_a_signal_that_the_process_was_told_to_ignore_is_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a job in the background
     try:
