@@ -42,7 +42,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import transformers
 
@@ -50,6 +50,7 @@ from musicgen_ui.benchmark import machine, quantization_error, report, runners, 
 from musicgen_ui.benchmark.report import Row
 from musicgen_ui.benchmark.runners import RandomWeights, request_of
 from musicgen_ui.checkpoints import registry
+from musicgen_ui.checkpoints.config_types import Configuration, DecoderValues
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
@@ -379,11 +380,11 @@ def _figures(
     }
 
 
-def _config(source: Source | RandomWeights) -> dict[str, Any]:
+def _config(source: Source | RandomWeights) -> Configuration:
     return source.config if isinstance(source, RandomWeights) else registry.config_of(source)
 
 
-def _bytes_read(config: dict[str, Any], jobs: int, at_s: float, precision: str) -> float:
+def _bytes_read(config: Configuration, jobs: int, at_s: float, precision: str) -> float:
     """What a step at `at_s` of guided takes must read: weights once, keys and values of each."""
     decoder = config["decoder"]
     columns = 2 * jobs * _steps(config, at_s)  # with guidance
@@ -392,7 +393,7 @@ def _bytes_read(config: dict[str, Any], jobs: int, at_s: float, precision: str) 
     return read
 
 
-def _steps(config: dict[str, Any], duration_s: float) -> int:
+def _steps(config: Configuration, duration_s: float) -> int:
     """Decoder steps for one take: its frames, and the delay of the last codebook."""
     codec, decoder = config["audio_encoder"], config["decoder"]
     frames: float = duration_s * codec["sampling_rate"] / math.prod(codec["upsampling_ratios"])
@@ -400,7 +401,7 @@ def _steps(config: dict[str, Any], duration_s: float) -> int:
     return round(frames) + delay
 
 
-def _weights_read(decoder: dict[str, Any]) -> int:
+def _weights_read(decoder: DecoderValues) -> int:
     """The weights that a step reads: all matrices but those of the prompt's keys and values."""
     hidden: int = decoder["hidden_size"]
     layer: int = 6 * hidden**2 + 2 * hidden * decoder["ffn_dim"]

@@ -26,6 +26,8 @@ from transformers.models.musicgen.modeling_musicgen import MusicgenDecoderLayer
 from musicgen_ui.backends.local import load_scheduler
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import registry
+from musicgen_ui.checkpoints.config_types import Configuration
+from musicgen_ui.checkpoints.file_checks import JsonObject
 from musicgen_ui.checkpoints.registry import Source
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.codec import CodecStream
@@ -74,14 +76,15 @@ class TransformersRunner:
     """transformers' own `generate`."""
 
     def __init__(self, source: Source | RandomWeights, place: Place) -> None:
-        loaded: Any = (
+        loaded = (
             source.loaded(place.device, torch.float32)
             if isinstance(source, RandomWeights)
             else registry.load(source, torch.float32, lambda note: None)
         )
         self.model = loaded.model
         self.device, self.dtype = place.device, getattr(torch, place.precision)
-        self.model.to(self.device, self.dtype)
+        module: torch.nn.Module = self.model
+        module.to(self.device, self.dtype)
         if place.device == "cpu":
             # torch 2.13 computes some bfloat16 convolutions wrongly on CPUs with AMX.
             self.model.audio_encoder.float()
@@ -118,7 +121,8 @@ class TransformersRunner:
     @torch.inference_mode()
     def codec_s(self) -> float:
         """Seconds to decode one second of music, in one piece."""
-        codec, decoder = self.model.audio_encoder, self.model.decoder.config
+        codec: Any = self.model.audio_encoder  # transformers' types are narrower than what it takes
+        decoder = self.model.decoder.config
         # [pieces, rows, codebooks, frames]
         shape = (1, decoder.audio_channels, decoder.num_codebooks // decoder.audio_channels)
         frames = round(CODEC_S * codec.config.frame_rate)
@@ -220,14 +224,15 @@ def _repeated_s(work: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _timed(owner: Any, name: str) -> Iterator[list[float]]:
+def _timed(owner: object, name: str) -> Iterator[list[float]]:
     """Within it, a method of `owner` adds the seconds that this thread spends in it to the list."""
     method, spent, thread = getattr(owner, name), [0.0], threading.get_ident()
 
-    def timed(*args: Any, **options: Any) -> Any:
+    def timed(*args: object, **options: object) -> object:
         started_s = time.perf_counter()
         try:
-            return method(*args, **options)
+            result: object = method(*args, **options)
+            return result
         finally:
             if threading.get_ident() == thread:
                 spent[0] += time.perf_counter() - started_s
@@ -285,7 +290,7 @@ class RandomWeights:
         return f"random:{self.size}"
 
     @property
-    def config(self) -> configuration.Configuration:
+    def config(self) -> Configuration:
         """As a checkpoint's file would have it."""
         return _parts(self.size)
 
@@ -323,7 +328,9 @@ class RandomWeights:
 class RandomLayers(torch.nn.Module):
     """A decoder's layers with random weights, each made when its turn comes."""
 
-    def __init__(self, config: Any, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: transformers.MusicgenDecoderConfig, device: str, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self._of = config, device, dtype
 
@@ -346,9 +353,10 @@ def write_random(folder: Path, size: str) -> None:
     _write_tokenizer(folder)
 
 
-def _random_model(config: Any) -> Any:
-    model: Any = transformers.MusicgenForConditionalGeneration(config)
-    for layer in model.audio_encoder.quantizer.layers:
+def _random_model(config: Any) -> transformers.MusicgenForConditionalGeneration:
+    model = transformers.MusicgenForConditionalGeneration(config)
+    codec: Any = model.audio_encoder  # torch's stubs know nothing of a module's parts
+    for layer in codec.quantizer.layers:
         layer.codebook.embed.normal_()
     start = config.decoder.pad_token_id
     model.generation_config = transformers.GenerationConfig(
@@ -357,7 +365,7 @@ def _random_model(config: Any) -> Any:
     return model
 
 
-def _parts(size: str) -> configuration.Configuration:
+def _parts(size: str) -> Configuration:
     parts = configuration.meta("small" if size == "tiny" else size, stereo=False)
     if size == "tiny":
         _shrink(parts)
@@ -368,29 +376,42 @@ def random_config(size: str) -> Any:
     """transformers' configuration of "small", "medium", "large" or "tiny"."""
     parts = _parts(size)
     start = parts["decoder"]["vocab_size"]  # one past the codes
-    whole: dict[str, Any] = {"normalize": False, "chunk_length_s": None, "use_causal_conv": False}
+    text: JsonObject = {**parts["text_encoder"]}
+    codec: JsonObject = {**parts["audio_encoder"]}
     return transformers.MusicgenConfig(
-        text_encoder=transformers.T5Config(**parts["text_encoder"]),
-        audio_encoder=transformers.EncodecConfig(**parts["audio_encoder"], **whole),
+        text_encoder=transformers.T5Config(**text),
+        audio_encoder=transformers.EncodecConfig(
+            **codec, normalize=False, chunk_length_s=None, use_causal_conv=False
+        ),
         decoder=transformers.MusicgenDecoderConfig(
             **parts["decoder"], pad_token_id=start, bos_token_id=start
         ),
     )
 
 
-def _shrink(parts: configuration.Configuration) -> None:
-    text = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    decoder = {"num_hidden_layers": 2, "hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2}
-    parts["text_encoder"] |= text
+def _shrink(parts: Configuration) -> None:
+    parts["text_encoder"] |= {
+        "vocab_size": 64,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+    }
     parts["audio_encoder"] |= {"num_filters": 2, "hidden_size": 16}
-    parts["decoder"] |= decoder
+    parts["decoder"] |= {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_attention_heads": 2,
+    }
 
 
 def _write_tokenizer(folder: Path) -> None:
     """One of two words: all others are one unknown token each, which costs what any other does."""
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = {word: index for index, word in enumerate([*names.values(), "drums", "bass"])}
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

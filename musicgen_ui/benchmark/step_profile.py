@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
@@ -45,7 +44,7 @@ def measure(batch: Scheduler, request: GenerationRequest, jobs: int, reading_s: 
     return _text(batch, request, jobs, reading_s * 1e6, wall_us, kernels, calls)
 
 
-def _recorded(batch: Scheduler, request: GenerationRequest, jobs: int) -> tuple[float, Any]:
+def _recorded(batch: Scheduler, request: GenerationRequest, jobs: int) -> tuple[float, profile]:
     """A step's time in µs and what the profiler saw of some of them; the takes end after it."""
     submitted = [batch.submit(request) for _ in range(jobs)]
     middle_s = request.duration_s / 2
@@ -87,7 +86,7 @@ def _step_until_chunk(batch: Scheduler, job: LoggedJob, at_least_s: float) -> No
         seen = len(events)
 
 
-def _totals(recorded: Any, on_device: bool) -> tuple[list[Total], list[Total]]:
+def _totals(recorded: profile, on_device: bool) -> tuple[list[Total], list[Total]]:
     """Of the device's kernels, and of the host's calls that launch them or wait for them."""
     kernels, calls = [], []
     for row in recorded.key_averages():

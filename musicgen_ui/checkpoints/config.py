@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from musicgen_ui.checkpoints import file_checks
-from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
+from musicgen_ui.checkpoints.config_types import AudioEncoder, Configuration
+from musicgen_ui.checkpoints.file_checks import JsonObject, UnusableError, check_files
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, WINDOW_S, coerce
-
-# Keys: "text_encoder", "audio_encoder", "decoder", "melody" (empty where the checkpoint follows no
-# melodies), "style" (empty where it is not conditioned on a clip's style) and "training": the
-# window in seconds, and whether it was trained on sound effects.
-Configuration = dict[str, dict[str, Any]]
+from musicgen_ui.request import CHECKPOINT_FIELDS, WINDOW_S, GenerationRequest, coerce
 
 # Meta's sizes: layers, hidden size, heads, feed-forward size of the decoder. The rest is the same.
 META_SIZES = {
@@ -38,7 +34,7 @@ META_WORDS = {size: (size, False) for size in META_SIZES} | {
 MELODY = {"num_chroma": 12, "chroma_length": 235}  # pitch classes, and columns of them in 30 s
 # What is between a clip and the decoder of MusicGen-Style: MERT (HuBERT's base size), a transformer
 # and a residual quantizer, of which every 15th token is kept.
-STYLE: dict[str, Any] = {
+STYLE: JsonObject = {
     "hidden_size": 512,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
@@ -46,7 +42,7 @@ STYLE: dict[str, Any] = {
     "codebook_size": 1024,
     "downsampling": 15,
 }
-MERT: dict[str, Any] = {
+MERT: JsonObject = {
     "sampling_rate": 24_000,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -70,7 +66,7 @@ AUDIOCRAFT_ALONE = ("style", "audiogen")
 GENERATION_FILE = "generation_config.json"
 _WINDOWS_S = (1.0, WINDOW_S)  # the shortest and the longest window that a configuration may state
 # The values of what a configuration leaves out: Meta's.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, JsonObject] = {
     "text_encoder": {
         "model_type": "t5",
         "vocab_size": 32128,
@@ -132,7 +128,7 @@ _MOST_OVERLAP = 16  # analysis windows that a sample of a melody is in; publishe
 _LARGEST_TABLE = 2**27  # entries of a table that is computed, not stored: half a GB
 
 
-def decoder_defaults(keys: Iterable[str]) -> dict[str, Any]:
+def decoder_defaults(keys: Iterable[str]) -> dict[str, object]:
     """The values of what a decoder's configuration leaves out."""
     return {key: _DEFAULTS["decoder"][key] for key in keys}
 
@@ -198,7 +194,7 @@ def read(name: str, file: Path) -> Configuration:
     return parse(name, config)
 
 
-def parse(name: str, config: Any) -> Configuration:
+def parse(name: str, config: JsonObject) -> Configuration:
     """The values of a `config.json`, those that the app needs filled in.
 
     Raises:
@@ -230,10 +226,12 @@ def _unreadable(name: str) -> RequestError:
     )
 
 
-def _filled(config: dict[str, Any], melody: bool) -> Configuration:
-    filled = {part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}
+def _filled(config: JsonObject, melody: bool) -> Configuration:
+    filled: dict[str, JsonObject] = {
+        part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()
+    }
     filled["melody"] = {key: config.get(key, value) for key, value in MELODY.items() if melody}
-    for part, values in (_DEFAULTS | {"melody": MELODY if melody else {}}).items():
+    for part, values in {**_DEFAULTS, "melody": MELODY if melody else {}}.items():
         for key, default in values.items():
             _require_kind(part, key, filled[part][key], default)
     filled["style"] = _style(config["style"]) if "style" in config else {}
@@ -242,14 +240,15 @@ def _filled(config: dict[str, Any], melody: bool) -> Configuration:
         raise _ValueOutOfBoundsError("num_chroma is not style.hidden_size")
     sound_effects = config.get("sound_effects") is True
     filled["training"] = {"window_s": _window_s(config), "sound_effects": sound_effects}
-    _require_bounded(config, filled)
-    return filled
+    checked = cast(Configuration, filled)
+    _require_bounded(config, checked)
+    return checked
 
 
-def _style(stated: dict[str, Any]) -> dict[str, Any]:
+def _style(stated: JsonObject) -> JsonObject:
     """The style's own configuration, MERT's within it, with every value filled in."""
-    mert = {key: stated.get("mert", {}).get(key, value) for key, value in MERT.items()}
-    filled = {key: stated.get(key, value) for key, value in STYLE.items()}
+    mert: JsonObject = {key: stated.get("mert", {}).get(key, value) for key, value in MERT.items()}
+    filled: JsonObject = {key: stated.get(key, value) for key, value in STYLE.items()}
     for part, values, defaults in (("style", filled, STYLE), ("style.mert", mert, MERT)):
         for key, default in defaults.items():
             _require_kind(part, key, values[key], default)
@@ -267,7 +266,7 @@ def prefixed(config: Configuration) -> bool:
     return bool(config["melody"] or config["style"])
 
 
-def _window_s(config: dict[str, Any]) -> float:
+def _window_s(config: JsonObject) -> float:
     """The seconds of a training example, a key that our converter adds to transformers' format."""
     shortest_s, longest_s = _WINDOWS_S
     window_s = config.get("window_s", longest_s)
@@ -282,10 +281,14 @@ class _ValueOutOfBoundsError(ValueError):
     """A configuration has a value that no model has."""
 
 
-def _require_kind(part: str, key: str, value: Any, default: Any) -> None:
+def _require_kind(part: str, key: str, value: object, default: object) -> None:
     """Raises ValueError unless `value` is of its default's kind; numbers must be positive and
     within `_LARGEST`, before anything is computed with them."""
-    numbers = value if isinstance(default, list) else [value] if type(default) is int else []
+    numbers: list[float] = []
+    if isinstance(default, list) and isinstance(value, list):
+        numbers = value
+    elif type(default) is int and isinstance(value, int):
+        numbers = [value]
     most = _LARGEST.get(key, _LARGEST_COUNT)
     if (
         not isinstance(value, type(default))
@@ -298,7 +301,7 @@ def _require_kind(part: str, key: str, value: Any, default: Any) -> None:
         )
 
 
-def _require_bounded(config: dict[str, Any], filled: Configuration) -> None:
+def _require_bounded(config: JsonObject, filled: Configuration) -> None:
     """Raises ValueError for what would make transformers allocate or download more than weights."""
     codec, decoder = filled["audio_encoder"], filled["decoder"]
     if math.prod(codec["upsampling_ratios"]) > _LARGEST_COUNT:
@@ -359,7 +362,7 @@ def check(name: str, config: Configuration, folder: Path | None = None) -> None:
         _check_processor(name, config, folder)
 
 
-def extractors(folder: Path) -> Iterator[dict[str, Any]]:
+def extractors(folder: Path) -> Iterator[dict[str, object]]:
     """The feature extractor's configuration, from each of the files that may hold it.
 
     Read as it is: the class of a melody checkpoint's cannot be had without torchaudio.
@@ -393,14 +396,16 @@ def _check_processor(name: str, config: Configuration, folder: Path) -> None:
             raise _misfit(name, f"its processor expects {stated} Hz and its codec {codec_rate} Hz")
 
 
-def _check_melody(name: str, config: Configuration, extractor: dict[str, Any]) -> None:
+def _check_melody(name: str, config: Configuration, extractor: Mapping[str, object]) -> None:
     """A melody's feature extractor has a rate of its own, and pitch classes for channels."""
+    numbers: dict[str, int] = {}
     for key in ("sampling_rate", "n_fft", "hop_length", "num_chroma"):
         value = extractor.get(key, 1)
         if type(value) is not int or not 0 < value <= 2**20:
             stated = reprlib.repr(value)
             raise _misfit(name, f"its feature extractor has a {key} of {stated}")
-    window, hop = extractor.get("n_fft", 1), extractor.get("hop_length", 1)
+        numbers[key] = value
+    window, hop = numbers["n_fft"], numbers["hop_length"]
     if window > 2**16 or window > _MOST_OVERLAP * hop:
         raise _misfit(name, f"its feature extractor has windows of {window} samples every {hop}")
     classes, needed = extractor.get("num_chroma", 12), config["melody"]["num_chroma"]
@@ -414,14 +419,14 @@ def _misfit(name: str, why: str) -> RequestError:
     )
 
 
-def _codebooks(codec: dict[str, Any]) -> int:
+def _codebooks(codec: AudioEncoder) -> int:
     """Codebooks a channel: how many the codec's largest bandwidth (kbit/s) pays for."""
     frame_rate = math.ceil(codec["sampling_rate"] / math.prod(codec["upsampling_ratios"]))
     bits = math.ceil(math.log2(codec["codebook_size"]))
     return int(1000 * codec["target_bandwidths"][-1] // (frame_rate * bits))
 
 
-def read_generation(folder: Path) -> dict[str, Any]:
+def read_generation(folder: Path) -> dict[str, object]:
     """What `folder`'s `generation_config.json` holds; empty where there is no readable one."""
     try:
         return file_checks.read_object(folder / GENERATION_FILE)
@@ -429,7 +434,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def own_defaults(generation: dict[str, Any], config: Configuration) -> dict[str, Any]:
+def own_defaults(generation: Mapping[str, object], config: Configuration) -> dict[str, object]:
     """The settings that `generation` states, by the request's names.
 
     Only what the file states counts: transformers would fill the rest with values of its own (a
@@ -441,30 +446,32 @@ def own_defaults(generation: dict[str, Any], config: Configuration) -> dict[str,
         generation: what `generation_config.json` holds; it is not trusted.
         config: the checkpoint's configuration, which says how long a step is.
     """
-    values = {name: generation.get(name) for name in CHECKPOINT_FIELDS}
+    values: dict[str, object] = {name: generation.get(name) for name in CHECKPOINT_FIELDS}
     values["duration_s"] = _length_s(generation, config)
-    if isinstance(values["top_p"], (int, float)) and values["top_p"] >= 1:
+    top_p = values["top_p"]
+    if isinstance(top_p, (int, float)) and top_p >= 1:
         values["top_p"] = 0.0  # transformers' word for off
     return {
         name: valid for name, value in values.items() if (valid := _valid(name, value)) is not None
     }
 
 
-def _valid(name: str, value: Any) -> Any:
+def _valid(name: str, value: object) -> object:
     """The value as a request has it; None where it is not valid."""
     if value is None:
         return None
     try:
-        return coerce(name, value)
+        valid: object = coerce(name, value)
+        return valid
     except RequestError:
         return None
 
 
-def _length_s(generation: dict[str, Any], config: Configuration) -> float | None:
+def _length_s(generation: Mapping[str, object], config: Configuration) -> float | None:
     codec, decoder = config["audio_encoder"], config["decoder"]
     steps = generation.get("max_new_tokens") or generation.get("max_length")
     if type(steps) is not int:
         return None
     frames = steps - (decoder["num_codebooks"] // decoder["audio_channels"] - 1)
     length_s = frames * math.prod(codec["upsampling_ratios"]) / codec["sampling_rate"]
-    return length_s if length_s < FIELDS["duration_s"].default else None
+    return length_s if length_s < GenerationRequest.duration_s else None

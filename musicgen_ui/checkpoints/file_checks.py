@@ -19,11 +19,14 @@ import re
 import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import yaml
 
 TEXT_BYTES = 300_000  # a configuration; published ones have 10 kB, of a tokenizer 60 kB
+# As transformers takes and gives configurations; whoever uses a value checks it before.
+JsonObject: TypeAlias = dict[str, Any]
+
 DEPTH = 32  # of lists and objects in each other
 LARGEST = 2**53  # number
 SCALAR_CHARACTERS = 10_000  # of a value in YAML
@@ -101,7 +104,13 @@ class ForeignPickleError(pickle.UnpicklingError):
     """A pickle holds more than weights and plain values."""
 
 
-def read_object(file: Path, largest: float = LARGEST) -> dict[str, Any]:
+class _Serialized(Protocol):
+    """A part of a tokenizer of the library `tokenizers`, which has no types for it."""
+
+    def __getstate__(self) -> bytes: ...
+
+
+def read_object(file: Path, largest: float = LARGEST) -> JsonObject:
     """The JSON object in a file of a checkpoint.
 
     Raises:
@@ -119,7 +128,7 @@ def read_object(file: Path, largest: float = LARGEST) -> dict[str, Any]:
     return held
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> object:
     """The value of a YAML text, without aliases, which can stand for billions of values.
 
     Raises:
@@ -128,7 +137,7 @@ def read_yaml(text: str) -> Any:
     if text.count("[") + text.count("{") > BRACKETS:
         raise ValueError("it has too many brackets")
     try:
-        held = yaml.load(text, Loader=_AliasFreeLoader)
+        held: object = yaml.load(text, Loader=_AliasFreeLoader)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError("it is not plain YAML") from error
     require_plain(held)
@@ -136,20 +145,20 @@ def read_yaml(text: str) -> Any:
 
 
 class _AliasFreeLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases")
         return super().compose_node(parent, index)
 
-    def construct_scalar(self, node: Any) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         if len(node.value) > SCALAR_CHARACTERS:
             raise yaml.YAMLError("it has a very long value")
         return super().construct_scalar(node)
 
 
-def require_plain(held: Any, largest: float = LARGEST) -> None:
+def require_plain(held: object, largest: float = LARGEST) -> None:
     """Raises ValueError for a value nested too deeply and for a number that is too large or NaN."""
-    below = [(held, 1)]
+    below: list[tuple[object, int]] = [(held, 1)]
     while below:
         value, depth = below.pop()
         if depth > DEPTH:
@@ -220,9 +229,9 @@ def _require_old_pickle(opened: BinaryIO, also: Collection[str]) -> None:
         _require_plain_pickle(head, also)
 
 
-def _require_plain_pickle(opened: io.BytesIO, also: Collection[str]) -> list[Any]:
+def _require_plain_pickle(opened: io.BytesIO, also: Collection[str]) -> list[object]:
     """Checks a pickle's opcodes without running them; gives the long integers in it."""
-    numbers = []
+    numbers: list[object] = []
     try:
         for step, (code, argument, _) in enumerate(pickletools.genops(opened)):
             if step > PICKLE_STEPS:
@@ -253,7 +262,7 @@ def require_small_tokenizer(folder: Path) -> None:
             raise ValueError(f"{file.name} asks for more than {EXTRA_IDS} extra_ids")
 
 
-def require_bounded_tokenizer(tokenizer: Any) -> None:
+def require_bounded_tokenizer(tokenizer: object) -> None:
     """Requires that a tokenizer does not turn a short text into a very long one.
 
     Args:
@@ -273,12 +282,12 @@ def require_bounded_tokenizer(tokenizer: Any) -> None:
         raise ValueError("its tokenizer adds too much to each text")
 
 
-def _state(part: Any) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(bytes(part.__getstate__()))
+def _state(part: _Serialized) -> JsonObject:
+    state: JsonObject = json.loads(bytes(part.__getstate__()))
     return state
 
 
-def _growth(normalizer: dict[str, Any]) -> float:
+def _growth(normalizer: JsonObject) -> float:
     """How many times longer a text can become."""
     kind = normalizer["type"]
     if kind == "Sequence":

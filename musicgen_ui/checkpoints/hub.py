@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
@@ -360,7 +360,13 @@ def _explained(repo_id: str, field: str = "checkpoint", what: str = "") -> Itera
         raise explained(error, repo_id, field, what) from error
 
 
-def _limit_waiting(request: Any) -> None:
+class _Request(Protocol):
+    """httpx's."""
+
+    extensions: dict[str, dict[str, float]]
+
+
+def _limit_waiting(request: _Request) -> None:
     """Gives a request of the client the time limits that it lacks (a hook of httpx)."""
     limits = request.extensions.get("timeout") or {}
     phases = ("connect", "read", "write", "pool")

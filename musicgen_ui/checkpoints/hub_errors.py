@@ -7,8 +7,8 @@ import json
 import re
 import socket
 import ssl
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Protocol, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -22,6 +22,23 @@ from huggingface_hub.errors import (
 )
 
 from musicgen_ui.errors import RequestError
+
+E = TypeVar("E", bound=BaseException)
+
+
+class _Request(Protocol):
+    """httpx's."""
+
+    headers: Mapping[str, str]
+
+
+class _Response(Protocol):
+    """httpx's."""
+
+    status_code: int
+    headers: Mapping[str, str]
+    request: _Request
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (
@@ -75,7 +92,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first(chain: list[BaseException], kind: Any) -> Any:
+def _first(chain: list[BaseException], kind: type[E] | tuple[type[E], ...]) -> E | None:
     return next((error for error in chain if isinstance(error, kind)), None)
 
 
@@ -97,7 +114,7 @@ def _by_mode(chain: list[BaseException], name: str) -> Explanation | None:
 
 def _by_status(chain: list[BaseException], name: str, field: str) -> Explanation | None:
     failed = next((e for e in chain if getattr(e, "response", None) is not None), None)
-    response: Any = getattr(failed, "response", None)
+    response: _Response | None = getattr(failed, "response", None)
     if response is None:
         return None
     if isinstance(failed, GatedRepoError):
@@ -125,7 +142,7 @@ def _by_status(chain: list[BaseException], name: str, field: str) -> Explanation
     return _by_number(response, status, signed, name)
 
 
-def _by_number(response: Any, status: int, signed: bool, name: str) -> Explanation:
+def _by_number(response: _Response, status: int, signed: bool, name: str) -> Explanation:
     if status == 403:
         who = "Your access token may not read" if signed else "The Hub refuses access to"
         return (
@@ -180,9 +197,9 @@ def _by_connection(chain: list[BaseException], name: str) -> Explanation | None:
             "where a company's proxy or a virus scanner reads along, set SSL_CERT_FILE to a file "
             "with its certificate; else check the computer's clock",
         )
-    if _first(chain, ssl.SSLError):
+    if broken := _first(chain, ssl.SSLError):
         return (
-            f"No secure connection to the Hub can be made ({_detail(_first(chain, ssl.SSLError))})",
+            f"No secure connection to the Hub can be made ({_detail(broken)})",
             "check HF_ENDPOINT and the proxy settings",
         )
     # An ImportError: for SOCKS the client needs one more package.
@@ -193,7 +210,7 @@ def _by_connection(chain: list[BaseException], name: str) -> Explanation | None:
             f"The proxy to the network cannot be used ({_detail(proxy)})",
             "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY in the environment",
         )
-    reasons: list[tuple[Any, str]] = [
+    reasons: list[tuple[type[BaseException], str]] = [
         (socket.gaierror, "its name cannot be looked up"),
         (ConnectionRefusedError, "the connection is refused"),
         (TimeoutError, "there is no answer"),

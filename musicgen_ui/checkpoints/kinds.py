@@ -13,15 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from musicgen_ui import files
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.checkpoints.audiocraft import weights as exported
-from musicgen_ui.checkpoints.config import Configuration
-from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
+from musicgen_ui.checkpoints.config_types import Configuration
+from musicgen_ui.checkpoints.file_checks import JsonObject, UnusableError, check_files
 from musicgen_ui.checkpoints.hub import Report
 from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.engine.faults import out_of_memory
@@ -30,11 +30,9 @@ from musicgen_ui.request import WINDOW_S
 
 if TYPE_CHECKING:
     import torch
-    from transformers import (
-        MusicgenForConditionalGeneration,
-        MusicgenMelodyForConditionalGeneration,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedTokenizerBase
+
+    from musicgen_ui.engine.transformer import Model
 
 # A decoder's model type, and that of the whole model.
 _WHOLE = {"musicgen_decoder": "musicgen", "musicgen_melody_decoder": "musicgen_melody"}
@@ -61,12 +59,12 @@ class Source:
 class Loaded:
     """A checkpoint in memory: transformers' model on the CPU and its own tokenizer."""
 
-    model: MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneration
+    model: Model
     tokenizer: PreTrainedTokenizerBase
     name: str
     sampling_rate: int  # Hz
     channels: int
-    extractor: dict[str, Any]  # the feature extractor's configuration
+    extractor: dict[str, object]  # the feature extractor's configuration
     window_s: float = WINDOW_S  # the length of the decoder's training examples
 
 
@@ -84,7 +82,7 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, object]:
         """transformers' generation settings, as far as they are on this computer; not trusted."""
         ...
 
@@ -133,7 +131,7 @@ class Pretrained:
             self._config = configuration.read(self.source.name, config_file(self.source))
         return self._config
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, object]:
         """See `Checkpoint.generation`."""
         return _generation(self.source)
 
@@ -195,13 +193,13 @@ class DecoderAlone:
                 "config.json.",
                 "checkpoint",
             )
-        completed = {**base, **base["melody"], **base["training"]}
+        completed: JsonObject = {**base, **base["melody"], **base["training"]}
         if not base["style"]:
             del completed["style"]
         completed |= {"decoder": own, "model_type": kind}
         return configuration.parse(self.source.name, completed)
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, object]:
         """See `Checkpoint.generation`."""
         return _generation(self.source)
 
@@ -241,7 +239,7 @@ class Audiocraft:
             return configuration.parse(name, convert.config_on_the_hub(name))
         return configuration.parse(name, convert.config_of(folder, self._settings_in(folder)))
 
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, object]:
         """See `Checkpoint.generation`."""
         folder = self._folder()
         return convert.generation_of(self._settings_in(folder)) if folder else {}
@@ -319,19 +317,19 @@ def has_decoder_of(file: Path, config: Configuration) -> bool:
     own, prefixed = _decoder_config(file), configuration.prefixed(config)
     kind = "musicgen_melody_decoder" if prefixed else "musicgen_decoder"
     return own["model_type"] == kind and all(
-        own.get(key, default) == config["decoder"][key]
+        own.get(key, default) == config["decoder"].get(key)
         for key, default in configuration.decoder_defaults(_SHAPE).items()
     )
 
 
-def _decoder_config(file: Path) -> dict[str, Any]:
+def _decoder_config(file: Path) -> JsonObject:
     try:
         return file_checks.read_object(file)
     except (OSError, ValueError):
         return {}
 
 
-def _card(file: Path) -> dict[str, Any]:
+def _card(file: Path) -> dict[str, object]:
     """The YAML between the two lines of three dashes at the top of a model card."""
     try:
         with file.open(encoding="utf-8") as opened:
@@ -342,7 +340,7 @@ def _card(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _generation(source: Source) -> dict[str, Any]:
+def _generation(source: Source) -> dict[str, object]:
     folder = source.folder or hub.cached_with(source.name, configuration.GENERATION_FILE)
     return configuration.read_generation(folder) if folder else {}
 
@@ -379,7 +377,11 @@ def _load(
 
 
 def _loaded(
-    source: Source, config: Configuration, model: Any, tokenizer: Any, extractor: dict[str, Any]
+    source: Source,
+    config: Configuration,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    extractor: dict[str, object],
 ) -> Loaded:
     rate, channels = config["audio_encoder"]["sampling_rate"], config["decoder"]["audio_channels"]
     window_s = config["training"]["window_s"]

@@ -15,20 +15,26 @@ import itertools
 import logging
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.config import GENERATION_FILE, PUBLISHED
-from musicgen_ui.checkpoints.file_checks import AGAIN, UnusableError, check_files
+from musicgen_ui.checkpoints.file_checks import AGAIN, JsonObject, UnusableError, check_files
 from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from musicgen_ui.engine.lora import DecoderConfig
+    from musicgen_ui.engine.transformer import Model
 
 LAYERS = "decoder.model.decoder.layers."
 STYLE = "style."  # what transformers' model has no place for
@@ -212,7 +218,9 @@ class Layers:
         UnusableError: one is missing or of another shape.
     """
 
-    def __init__(self, kind: Any, config: Any, stored: Stored | InMemory) -> None:
+    def __init__(
+        self, kind: Callable[..., nn.Module], config: DecoderConfig, stored: Stored | InMemory
+    ) -> None:
         self._kind, self._config, self._stored = kind, config, stored
         names = {name: tuple(w.shape) for name, w in self._empty().state_dict().items()}
         self._names = list(names)
@@ -226,8 +234,7 @@ class Layers:
 
     def _empty(self) -> nn.Module:
         with torch.device("meta"):
-            layer: nn.Module = self._kind(self._config)
-        return layer
+            return self._kind(self._config)
 
     def __len__(self) -> int:
         return int(self._config.num_hidden_layers)
@@ -251,7 +258,7 @@ def _misshapen(name: str, found: tuple[int, ...], described: tuple[int, ...]) ->
     )
 
 
-def read(folder: Path, rest: Path, dtype: torch.dtype, prefixed: bool, streamed: bool) -> Any:
+def read(folder: Path, rest: Path, dtype: torch.dtype, prefixed: bool, streamed: bool) -> Model:
     """The model whose decoder is in `folder` and whose other parts are in `rest`, usually the same
     folder.
 
@@ -278,8 +285,12 @@ def read(folder: Path, rest: Path, dtype: torch.dtype, prefixed: bool, streamed:
 
 
 def model(
-    prefixed: bool, config: Any, stored: Stored | InMemory, dtype: torch.dtype, streamed: bool
-) -> Any:
+    prefixed: bool,
+    config: Any,
+    stored: Stored | InMemory,
+    dtype: torch.dtype,
+    streamed: bool,
+) -> Model:
     """transformers' model with the weights in `stored`, as `dtype`.
 
     That of a style checkpoint has a `StyleEncoder` besides, as its attribute `style`.
@@ -301,7 +312,7 @@ def model(
     )
 
     name = f"Musicgen{'Melody' if prefixed else ''}ForConditionalGeneration"
-    kind: Any = getattr(transformers, name)
+    kind: Any = getattr(transformers, name)  # whose `from_pretrained` gives a pair here
     layer = MusicgenMelodyDecoderLayer if prefixed else MusicgenDecoderLayer
     if isinstance(config, dict):  # a copy: transformers 5.17 takes the parts' kinds out of it
         config = kind.config_class.from_dict(deepcopy(config))
@@ -331,10 +342,11 @@ def model(
         made.decoder.model.decoder.layers = Layers(layer, made.decoder.config, stored)
     if style := getattr(config, "style", None):
         made.style = _style(style, stored, dtype)
-    return made.eval()
+    whole: Model = made.eval()
+    return whole
 
 
-def _style(config: dict[str, Any], stored: Stored | InMemory, dtype: torch.dtype) -> nn.Module:
+def _style(config: JsonObject, stored: Stored | InMemory, dtype: torch.dtype) -> nn.Module:
     """The style encoder with its weights in `stored`.
 
     Raises:
@@ -410,7 +422,7 @@ def with_tokenizer(folder: Path, repo_id: str | None, vocabulary: int, report: h
     return found
 
 
-def tokenizer(folder: Path, vocabulary: int) -> Any:
+def tokenizer(folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer in `folder`, for a text encoder whose vocabulary has this size.
 
     Raises:

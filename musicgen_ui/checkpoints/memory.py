@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from musicgen_ui.checkpoints.config import Configuration, prefixed
+from musicgen_ui.checkpoints.config import prefixed
+from musicgen_ui.checkpoints.config_types import (
+    AudioEncoder,
+    Configuration,
+    Mert,
+    Style,
+    TextEncoder,
+)
 from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
@@ -93,7 +100,7 @@ def count_parameters(config: Configuration) -> int:
     d, hidden = text["d_model"], decoder["hidden_size"]
     projection = 0 if d == hidden else d * hidden + hidden
     style = config["style"]
-    audio: int = {"num_chroma": style.get("hidden_size", hidden), **config["melody"]}["num_chroma"]
+    audio = config["melody"].get("num_chroma", style.get("hidden_size", hidden))
     return (
         projection
         + (0 if audio == hidden else (audio + 1) * hidden)
@@ -104,7 +111,7 @@ def count_parameters(config: Configuration) -> int:
     )
 
 
-def _count_text(text: dict[str, Any]) -> int:
+def _count_text(text: TextEncoder) -> int:
     d: int = text["d_model"]
     inner: int = text["num_heads"] * text["d_kv"]
     feed_forward = (3 if text["feed_forward_proj"].startswith("gated") else 2) * d * text["d_ff"]
@@ -126,7 +133,7 @@ def count_decoder(config: Configuration) -> int:
     return layers + heads_and_embeddings + 2 * hidden
 
 
-def _count_style(style: dict[str, Any]) -> int:
+def _count_style(style: Style) -> int:
     hidden: int = style["hidden_size"]
     layers: int = style["num_hidden_layers"] * (12 * hidden**2 + 4 * hidden)
     codes: int = style["num_quantizers"] * style["codebook_size"] * hidden
@@ -134,7 +141,7 @@ def _count_style(style: dict[str, Any]) -> int:
     return (features + 1) * hidden + layers + 2 * hidden + codes
 
 
-def _count_mert(mert: dict[str, Any]) -> int:
+def _count_mert(mert: Mert) -> int:
     hidden: int = mert["hidden_size"]
     inner: int = mert["intermediate_size"]
     widths: list[int] = mert["conv_dim"]
@@ -155,7 +162,7 @@ def _count_mert(mert: dict[str, Any]) -> int:
     return convolutions + 2 * widths[0] + projection + positions + hidden + 2 * hidden + layers
 
 
-def _count_codec(codec: dict[str, Any]) -> int:
+def _count_codec(codec: AudioEncoder) -> int:
     def conv(inputs: int, outputs: int, kernel: int) -> int:
         return inputs * outputs * kernel + 2 * outputs  # a bias and a norm a channel
 

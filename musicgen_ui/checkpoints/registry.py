@@ -18,7 +18,8 @@ from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import hub, kinds, memory
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.checkpoints.audiocraft import weights as exported
-from musicgen_ui.checkpoints.config import PUBLISHED, Configuration
+from musicgen_ui.checkpoints.config import PUBLISHED
+from musicgen_ui.checkpoints.config_types import Configuration
 from musicgen_ui.checkpoints.hub import Report
 from musicgen_ui.checkpoints.kinds import (
     Audiocraft,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from musicgen_ui.checkpoints import memory, registry
-from musicgen_ui.checkpoints.config import Configuration
+from musicgen_ui.checkpoints.config_types import Configuration
 from musicgen_ui.checkpoints.memory import size_in_words
 from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import BYTES_A_WEIGHT

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from musicgen_ui.checkpoints import config as configuration
 from musicgen_ui.checkpoints import file_checks
+from musicgen_ui.checkpoints.file_checks import JsonObject
 from musicgen_ui.errors import RequestError
 
 # Of a melody checkpoint: the window of its spectrogram.
@@ -37,7 +37,7 @@ _MOST_LAYERS = 4096  # or codebooks
 _MOST_RATIOS = 16  # of the codec's layers
 
 # Settings that change what is computed, where transformers has one way.
-_LANGUAGE_MODEL: dict[str, Any] = {
+_LANGUAGE_MODEL: dict[str, object] = {
     "lm_model": "transformer_lm",
     "codebooks_pattern.modeling": "delay",
     "transformer_lm.activation": "gelu",
@@ -47,7 +47,7 @@ _LANGUAGE_MODEL: dict[str, Any] = {
     "transformer_lm.positional_embedding": "sin",
     "conditioners.description.model": "t5",
 }
-_LANGUAGE_MODEL_OPTIONAL: dict[str, Any] = {
+_LANGUAGE_MODEL_OPTIONAL: dict[str, object] = {
     "transformer_lm.past_context": None,
     "transformer_lm.layer_scale": None,
     "transformer_lm.xpos": False,
@@ -63,11 +63,11 @@ _LANGUAGE_MODEL_OPTIONAL: dict[str, Any] = {
     "conditioners.description.t5.normalize_text": False,
 }
 # Of a style checkpoint, under conditioners.self_wav.style.
-_STYLE: dict[str, Any] = {"model_name": "mert", "batch_norm": True}
+_STYLE: dict[str, object] = {"model_name": "mert", "batch_norm": True}
 # Its transformer by name: width, heads, layers.
 _STYLE_SCALES = {"xsmall": (256, 8, 4), "default": (512, 8, 8), "large": (1024, 16, 24)}
 # Of MERT's config.json: what its own code adds to HuBERT, and what HuBERT is here.
-_MERT: dict[str, Any] = {
+_MERT: dict[str, object] = {
     "feature_extractor_cqt": False,
     "deepnorm": False,
     "do_stable_layer_norm": False,
@@ -78,14 +78,14 @@ _MERT: dict[str, Any] = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
-_CODEC: dict[str, Any] = {
+_CODEC: dict[str, object] = {
     "compression_model": "encodec",
     "encodec.autoencoder": "seanet",
     "encodec.quantizer": "rvq",
     "seanet.activation": "ELU",
     "seanet.norm": "weight_norm",
 }
-_CODEC_OPTIONAL: dict[str, Any] = {
+_CODEC_OPTIONAL: dict[str, object] = {
     "encodec.causal": False,
     "encodec.renormalize": False,
     "seanet.causal": False,
@@ -111,9 +111,10 @@ class Settings:
                 return
             if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
                 raise ValueError("no text, or far too much")
-            self.values = file_checks.read_yaml(text)
-            if not isinstance(self.values, dict):
+            held = file_checks.read_yaml(text)
+            if not isinstance(held, dict):
                 raise ValueError("no settings")
+            self.values = held
         except ValueError as error:
             raise RequestError(
                 f"{file} has no readable settings under xp.cfg: export the checkpoint with "
@@ -121,10 +122,10 @@ class Settings:
                 "checkpoint",
             ) from error
 
-    def get(self, path: str, default: Any = None) -> Any:
+    def get(self, path: str, default: object = None) -> object:
         """The value at "a.b.c", else `default`. "${a.b}" stands for the value at a.b."""
         for _ in range(8):  # pointers to pointers; more would be a loop
-            value = self.values
+            value: object = self.values
             for key in path.split("."):
                 if not isinstance(value, dict) or key not in value:
                     return default
@@ -142,7 +143,7 @@ class Settings:
             raise self.refusal(path, value)
         return value
 
-    def require(self, stated: dict[str, Any], optional: dict[str, Any]) -> None:
+    def require(self, stated: Mapping[str, object], optional: Mapping[str, object]) -> None:
         """Requires that settings have these values; the optional ones may be missing."""
         for path, value in stated.items():
             if self.get(path) != value:
@@ -151,7 +152,7 @@ class Settings:
             if self.get(path, value) != value:
                 raise self.refusal(path, self.get(path))
 
-    def refusal(self, path: str, value: Any) -> RequestError:
+    def refusal(self, path: str, value: object) -> RequestError:
         """The sentence for a value that transformers' MusicGen cannot be."""
         return RequestError(
             f"{self.file} cannot be converted: its setting {path} is {reprlib.repr(value)}, which "
@@ -160,7 +161,7 @@ class Settings:
         )
 
 
-def decoder(settings: Settings) -> dict[str, Any]:
+def decoder(settings: Settings) -> JsonObject:
     """transformers' configuration of the language model."""
     settings.require(_LANGUAGE_MODEL, _LANGUAGE_MODEL_OPTIONAL)
     stereo = settings.get("interleave_stereo_codebooks.use", False) is True
@@ -234,7 +235,7 @@ def melody(settings: Settings) -> dict[str, int]:
     }
 
 
-def style(settings: Settings) -> dict[str, Any]:
+def style(settings: Settings) -> JsonObject:
     """The configuration of a style checkpoint's encoder, MERT aside; else empty.
 
     See `checkpoints.config.STYLE` for the names.
@@ -244,7 +245,7 @@ def style(settings: Settings) -> dict[str, Any]:
     at = "conditioners.self_wav.style."
     settings.require({at + name: value for name, value in _STYLE.items()}, {})
     scale = settings.get(at + "transformer_scale", "default")
-    if scale not in _STYLE_SCALES:
+    if not isinstance(scale, str) or scale not in _STYLE_SCALES:
         raise settings.refusal(at + "transformer_scale", scale)
     hidden, heads, layers = _STYLE_SCALES[scale]
     return {
@@ -257,7 +258,7 @@ def style(settings: Settings) -> dict[str, Any]:
     }
 
 
-def mert(name: str, stated: dict[str, Any]) -> dict[str, Any]:
+def mert(name: str, stated: JsonObject) -> JsonObject:
     """The same of MERT, whose `config.json` is `stated`.
 
     Raises:
@@ -287,7 +288,7 @@ def window_s(settings: Settings) -> int:
     return settings.number("dataset.segment_duration", default=30)
 
 
-def generation(settings: Settings, codec: dict[str, Any]) -> dict[str, Any]:
+def generation(settings: Settings, codec: JsonObject) -> JsonObject:
     """transformers' generation settings: how audiocraft samples, and one window's length."""
     codes, books = settings.number("transformer_lm.card"), settings.number("transformer_lm.n_q")
     channels = 2 if settings.get("interleave_stereo_codebooks.use", False) is True else 1
@@ -308,7 +309,7 @@ def generation(settings: Settings, codec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def codec(settings: Settings) -> dict[str, Any]:
+def codec(settings: Settings) -> JsonObject:
     """transformers' configuration of the codec."""
     settings.require(_CODEC, _CODEC_OPTIONAL)
     ratios = settings.get("seanet.ratios")
@@ -381,7 +382,7 @@ _TO_AUDIOCRAFT = [
 ]
 
 
-def name_of(key: str, codec: dict[str, Any]) -> tuple[str, int | None]:
+def name_of(key: str, codec: JsonObject) -> tuple[str, int | None]:
     """audiocraft's name for transformers' `key`, and which third of that weight it is, if one.
 
     audiocraft keeps queries, keys and values in one weight, in this order.

@@ -28,7 +28,7 @@ from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.audiocraft import config as audiocraft
 from musicgen_ui.checkpoints.audiocraft import weights as exported
 from musicgen_ui.checkpoints.audiocraft.weights import CODEC, LANGUAGE_MODEL, ExportedFile
-from musicgen_ui.checkpoints.file_checks import UnusableError
+from musicgen_ui.checkpoints.file_checks import JsonObject, UnusableError
 from musicgen_ui.checkpoints.hub import Report
 from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.errors import RequestError
@@ -37,6 +37,11 @@ from musicgen_ui.request import WINDOW_S
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from musicgen_ui.engine.transformer import Model
+
+    Read = tuple[Model, PreTrainedTokenizerBase, JsonObject]
 
 TEXT_ENCODER, MERT = "text_encoder", "mert"  # subfolders that may hold them
 MERT_ID = "m-a-p/MERT-v1-95M"  # which audiocraft takes by that name
@@ -52,7 +57,7 @@ _NOT_IN_LANGUAGE_MODEL = ("text_encoder.", "audio_encoder.", "style.mert.")  # i
 _TEXT_PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 _MERT_PROJECTION = "condition_provider.conditioners.self_wav.embed.weight"
 
-Config = dict[str, Any]
+Config = JsonObject
 Files = tuple[ExportedFile, ExportedFile]  # the language model and the codec
 
 
@@ -64,7 +69,7 @@ class Converted:
     generation: Config
     extractor: Config  # of the processor
     weights: dict[str, Tensor]  # by transformers' names
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +222,7 @@ def fetch(folder: Path, files: Files, report: Report) -> None:
         _fetched(_mert(folder, None), _MERT_ADVICE, report)
 
 
-def load(folder: Path, files: Files, dtype: torch.dtype, streamed: bool) -> tuple[Any, Any, Config]:
+def load(folder: Path, files: Files, dtype: torch.dtype, streamed: bool) -> Read:
     """transformers' model with the weights in `folder` as `dtype`, its tokenizer, and the
     configuration of its feature extractor. `streamed` is as for `loading.model`.
 
@@ -281,7 +286,9 @@ def _tokenizer_folder(text: Path, where: Path | str, config: Config, report: Rep
     return loading.with_tokenizer(text, repo_id, vocabulary, report)
 
 
-def _tokenizer(text: Path, where: Path | str, config: Config, report: Report) -> Any:
+def _tokenizer(
+    text: Path, where: Path | str, config: Config, report: Report
+) -> PreTrainedTokenizerBase:
     from musicgen_ui.checkpoints import loading
 
     encoder = config["text_encoder"]
@@ -440,7 +447,7 @@ def _named(name: str) -> Path | str:
     return folder if (folder / "config.json").is_file() or not _is_id(name) else name
 
 
-def _read_config(where: Path | str, advice: str) -> dict[str, Any]:
+def _read_config(where: Path | str, advice: str) -> Config:
     """The `config.json` of a folder or of an id on the Hub.
 
     Raises:

@@ -16,18 +16,19 @@ import pickletools
 import reprlib
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
 from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.audiocraft import config
-from musicgen_ui.checkpoints.file_checks import UnusableError, check_files
+from musicgen_ui.checkpoints.file_checks import JsonObject, UnusableError, check_files
 from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 LANGUAGE_MODEL, CODEC = hub.AUDIOCRAFT
 TRAINED = "checkpoint.th"  # by dora, in place of the first
@@ -83,7 +84,7 @@ def named_codec(folder: Path, model: ExportedFile) -> ExportedFile | None:
     return _pointer(folder / CODEC, name.partition(_PRETRAINED)[2])
 
 
-def _pointer(file: Path, name: Any) -> ExportedFile:
+def _pointer(file: Path, name: object) -> ExportedFile:
     if not isinstance(name, str) or not hub.ID.fullmatch(name):
         raise RequestError(
             f"{file} only names another codec, {reprlib.repr(name)}, which is no Hub id: "
@@ -108,7 +109,7 @@ def read(file: Path) -> ExportedFile:
     weights = _weights(package)
     if isinstance(weights, dict):
         weights = {k: w for k, w in weights.items() if not _of_training(k)}
-    if not isinstance(weights, dict) or not _plain(weights, file.stat().st_size):
+    if not _plain(weights, file.stat().st_size):
         raise RequestError(
             f"{file} holds no plain weights under best_state: export the checkpoint with "
             "audiocraft's own export functions.",
@@ -132,7 +133,7 @@ def _of_training(name: object) -> bool:
     return config.STYLE_TRAINING.search(plain) is not None
 
 
-def _weights(package: dict[Any, Any]) -> Any:
+def _weights(package: Mapping[object, object]) -> object:
     """The weights of an exported file, or of a training's state: the best ones, else the last."""
     for state in ("fsdp_best_state", "best_state"):
         held = package.get(state)
@@ -160,7 +161,7 @@ _OMEGA_GLOBALS = {
 }
 
 
-def _plain_settings(value: Any) -> Any:
+def _plain_settings(value: object) -> object:
     """A training's settings as plain values; whatever else as it is."""
     if isinstance(value, _OmegaConf):
         held = vars(value)
@@ -175,12 +176,14 @@ def _with_stand_ins() -> Iterator[None]:
     """Lets torch's restricted reader make `_OmegaConf` objects in place of OmegaConf's own."""
     import torch
 
-    omega: list[Any] = [(_OmegaConf, name) for name in (*_OMEGA, "typing.Any")]
+    omega: list[tuple[Callable[..., object], str]] = [
+        (_OmegaConf, name) for name in (*_OMEGA, "typing.Any")
+    ]
     with torch.serialization.safe_globals([*omega, dict, list, int, float, bool, str, defaultdict]):
         yield
 
 
-def _unpickled(file: Path) -> dict[Any, Any]:
+def _unpickled(file: Path) -> dict[object, object]:
     import torch
 
     try:
@@ -243,10 +246,12 @@ def outline(name: str, file: IO[bytes]) -> ExportedFile:
     return ExportedFile(config.Settings(name, values.get("xp.cfg")), {})
 
 
-def _plain(weights: dict[Any, Any], size: int) -> bool:
+def _plain(weights: object, size: int) -> TypeGuard[dict[str, Tensor]]:
     """Whether all are plain tensors that the file of `size` bytes has room for."""
     import torch
 
+    if not isinstance(weights, dict):
+        return False
     return (
         all(
             isinstance(name, str)
@@ -280,7 +285,7 @@ def without_chroma(weights: dict[str, Tensor], melody: dict[str, int]) -> dict[s
 
 
 def renamed(
-    file: Path, weights: dict[str, Tensor], shapes: Shapes, codec: dict[str, Any]
+    file: Path, weights: dict[str, Tensor], shapes: Shapes, codec: JsonObject
 ) -> dict[str, Tensor]:
     """A file's weights under transformers' names, which `shapes` has with what they must be.
 
@@ -336,7 +341,7 @@ def codec_weights(folder: Path) -> dict[str, Tensor]:
     return _weights_of("audio_encoder", EncodecModel, folder)
 
 
-def mert_weights(folder: Path, style: dict[str, Any]) -> dict[str, Tensor]:
+def mert_weights(folder: Path, style: JsonObject) -> dict[str, Tensor]:
     """MERT's weights in `folder`, by their names in a `StyleEncoder` of a model.
 
     Raises:
@@ -364,21 +369,27 @@ def text_encoder_weights(folder: Path) -> dict[str, Tensor]:
     return _weights_of("text_encoder", T5EncoderModel, folder)
 
 
-def _weights_of(part: str, kind: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
+def _weights_of(
+    part: str, kind: Any, folder: Path, config: PreTrainedConfig | None = None
+) -> dict[str, Tensor]:
     """The weights of a model in transformers' format, by their names in MusicGen.
 
     Args:
         part: of MusicGen.
-        kind: transformers' class.
+        kind: transformers' class, whose `from_pretrained` gives a pair here.
         folder: where they are.
-        options: of `from_pretrained` besides.
+        config: the model's, where it is not that of the folder.
     """
     try:
         check_files(hub.weights_in(folder))
         for file in hub.weights_in(folder):
             file_checks.require_weights(file)
         model, found = kind.from_pretrained(
-            folder, local_files_only=True, weights_only=True, output_loading_info=True, **options
+            folder,
+            local_files_only=True,
+            weights_only=True,
+            output_loading_info=True,
+            config=config,
         )
         if found["missing_keys"]:
             raise ValueError(f"weights are missing: {sorted(found['missing_keys'])[:5]}")

@@ -1,0 +1,106 @@
+"""What `config.parse` makes of a `config.json`: the values that the app uses, all filled in."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class TextEncoder(TypedDict):
+    """T5."""
+
+    model_type: str
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    feed_forward_proj: str
+
+
+class AudioEncoder(TypedDict):
+    """EnCodec."""
+
+    model_type: str
+    sampling_rate: int  # Hz
+    audio_channels: int
+    num_filters: int
+    num_residual_layers: int
+    upsampling_ratios: list[int]
+    hidden_size: int
+    kernel_size: int
+    last_kernel_size: int
+    residual_kernel_size: int
+    compress: int
+    num_lstm_layers: int
+    use_conv_shortcut: bool
+    dilation_growth_rate: int
+    codebook_size: int
+    target_bandwidths: list[float]  # kbit/s
+
+
+class DecoderValues(TypedDict):
+    """The language model."""
+
+    vocab_size: int
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_dim: int
+    num_codebooks: int
+    audio_channels: int
+    max_position_embeddings: int
+
+
+class Melody(TypedDict, total=False):
+    """Of a checkpoint that follows melodies; else empty."""
+
+    num_chroma: int  # pitch classes
+    chroma_length: int  # columns of them in 30 s
+
+
+class Mert(TypedDict):
+    """HuBERT's architecture with MERT's weights."""
+
+    sampling_rate: int  # Hz
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    conv_dim: list[int]
+    conv_stride: list[int]
+    conv_kernel: list[int]
+    conv_bias: bool
+    num_conv_pos_embeddings: int
+    num_conv_pos_embedding_groups: int
+
+
+class Style(TypedDict, total=False):
+    """Of a checkpoint that is conditioned on a clip's style; else empty."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_quantizers: int
+    codebook_size: int
+    downsampling: int  # features a token
+    mert: Mert
+
+
+class Training(TypedDict):
+    """The training examples."""
+
+    window_s: float
+    sound_effects: bool
+
+
+class Configuration(TypedDict):
+    """Of a whole checkpoint."""
+
+    text_encoder: TextEncoder
+    audio_encoder: AudioEncoder
+    decoder: DecoderValues
+    melody: Melody
+    style: Style
+    training: Training
