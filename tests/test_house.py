@@ -45,6 +45,8 @@ TOP = {
     "training",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines
+KERNELS = ("engine.cpu", "engine.gpu")  # neither numba nor Triton has types
+MOST_ANY = 30  # in all other modules, where a library has no types
 
 
 def module_of(file: Path) -> str:
@@ -142,6 +144,18 @@ def test_files_and_functions_are_short_and_finished(file):
             if "triton.jit" in map(ast.unparse, node.decorator_list):
                 continue  # a kernel's arguments, a line each, are half of it
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+
+
+def test_any_stands_only_where_a_library_has_no_types():
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in PACKAGE
+        if not short(file).startswith(KERNELS)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Name) and node.id == "Any")
+        or (isinstance(node, ast.Attribute) and node.attr == "Any")
+    ]
+    assert len(found) <= MOST_ANY, found
 
 
 def test_the_top_holds_what_the_house_says():

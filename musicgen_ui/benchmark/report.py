@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
-Row = dict[str, Any]
+from musicgen_ui.checkpoints.file_checks import JsonObject
+
+Row = JsonObject
 SETTING = ("checkpoint", "jobs", "duration_s")  # what rows must have in common
 COLUMNS = {  # of the table: heading, format
     "name": ("", "{}"),

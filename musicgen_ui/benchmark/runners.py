@@ -353,12 +353,14 @@ def write_random(folder: Path, size: str) -> None:
     _write_tokenizer(folder)
 
 
-def _random_model(config: Any) -> transformers.MusicgenForConditionalGeneration:
+def _random_model(
+    config: transformers.MusicgenConfig,
+) -> transformers.MusicgenForConditionalGeneration:
     model = transformers.MusicgenForConditionalGeneration(config)
     codec: Any = model.audio_encoder  # torch's stubs know nothing of a module's parts
     for layer in codec.quantizer.layers:
         layer.codebook.embed.normal_()
-    start = config.decoder.pad_token_id
+    start = model.decoder.config.pad_token_id
     model.generation_config = transformers.GenerationConfig(
         pad_token_id=start, bos_token_id=start, decoder_start_token_id=start
     )

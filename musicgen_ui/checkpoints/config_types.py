@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:  # torch
+    from musicgen_ui.engine.style import Style
 
 
 class TextEncoder(TypedDict):
@@ -58,34 +61,6 @@ class Melody(TypedDict, total=False):
 
     num_chroma: int  # pitch classes
     chroma_length: int  # columns of them in 30 s
-
-
-class Mert(TypedDict):
-    """HuBERT's architecture with MERT's weights."""
-
-    sampling_rate: int  # Hz
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    conv_dim: list[int]
-    conv_stride: list[int]
-    conv_kernel: list[int]
-    conv_bias: bool
-    num_conv_pos_embeddings: int
-    num_conv_pos_embedding_groups: int
-
-
-class Style(TypedDict, total=False):
-    """Of a checkpoint that is conditioned on a clip's style; else empty."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_quantizers: int
-    codebook_size: int
-    downsampling: int  # features a token
-    mert: Mert
 
 
 class Training(TypedDict):

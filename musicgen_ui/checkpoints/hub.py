@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
@@ -405,7 +405,7 @@ def _progress_bars(action: str, report: Report) -> type[tqdm]:
     most = before = 0.0
 
     class Words(tqdm):  # type: ignore[misc] # tqdm has no types
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": True})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from musicgen_ui.checkpoints import file_checks, hub
 from musicgen_ui.checkpoints.config import GENERATION_FILE, PUBLISHED
-from musicgen_ui.checkpoints.file_checks import AGAIN, JsonObject, UnusableError, check_files
+from musicgen_ui.checkpoints.file_checks import AGAIN, UnusableError, check_files
 from musicgen_ui.checkpoints.hub_errors import HubError
 from musicgen_ui.engine.faults import out_of_memory
 from musicgen_ui.errors import RequestError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from musicgen_ui.engine.lora import DecoderConfig
+    from musicgen_ui.engine.style import Style
     from musicgen_ui.engine.transformer import Model
 
 LAYERS = "decoder.model.decoder.layers."
@@ -346,7 +347,7 @@ def model(
     return whole
 
 
-def _style(config: JsonObject, stored: Stored | InMemory, dtype: torch.dtype) -> nn.Module:
+def _style(config: Style, stored: Stored | InMemory, dtype: torch.dtype) -> nn.Module:
     """The style encoder with its weights in `stored`.
 
     Raises:

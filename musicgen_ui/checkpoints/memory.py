@@ -13,14 +13,13 @@ from musicgen_ui.checkpoints.config import prefixed
 from musicgen_ui.checkpoints.config_types import (
     AudioEncoder,
     Configuration,
-    Mert,
-    Style,
     TextEncoder,
 )
 from musicgen_ui.errors import RequestError
 
 if TYPE_CHECKING:
     from musicgen_ui.engine.device import Place
+    from musicgen_ui.engine.style import Mert, Style
 
 # The precisions to suggest for each device, the most exact first.
 PRECISIONS = {"cuda": ("float32", "bfloat16"), "mps": ("float32",), "cpu": ("float32", "int8")}

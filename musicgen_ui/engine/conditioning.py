@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,11 @@ from musicgen_ui.engine.melody import ChromaExtractor, MelodyEncoder
 from musicgen_ui.engine.style import StyleConditioner, double_guided
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from musicgen_ui.engine.transformer import Model
 
 MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
 
@@ -80,15 +85,16 @@ class Conditioner:
 
     def __init__(
         self,
-        text_encoder: nn.Module,
-        projection: nn.Module | None,
-        tokenizer: Any,
+        text_encoder: PreTrainedModel,
+        projection: nn.Linear | None,
+        tokenizer: PreTrainedTokenizerBase,
         melody: MelodyEncoder | None = None,
         style: StyleConditioner | None = None,
     ) -> None:
         self.text_encoder = text_encoder
-        encoder: Any = text_encoder
-        self._vocabulary: int = encoder.get_input_embeddings().num_embeddings  # tokens
+        embeddings = text_encoder.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        self._vocabulary = embeddings.num_embeddings  # tokens
         self.projection = projection  # None where the widths agree already
         self.tokenizer = tokenizer
         self.melody = melody  # None where the checkpoint cannot follow one
@@ -98,7 +104,11 @@ class Conditioner:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, device: torch.device, extractor: Mapping[str, Any] | None
+        cls,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        extractor: Mapping[str, object] | None,
     ) -> Conditioner:
         """Takes over the modules that a model has before its decoder.
 
@@ -112,7 +122,7 @@ class Conditioner:
             RequestError: a weight is NaN or infinite.
         """
 
-        def moved(name: str) -> Any:
+        def moved(name: str) -> Any:  # torch's stubs know nothing of a module's parts
             module = getattr(model, name, None)  # a projection is only there where widths differ
             require_finite(module, name)
             copy_weights(module)
@@ -233,8 +243,8 @@ class Conditioner:
         tokens = self._tokens(prompt)
         if not tokens:
             return None
-        device: Any = self.text_encoder.device
-        states: Tensor = self.text_encoder(input_ids=torch.tensor([tokens], device=device))[0][0]
+        ids = torch.tensor([tokens], device=self.text_encoder.device)
+        states: Tensor = self.text_encoder(input_ids=ids)[0][0]
         if self.projection is None:
             return states
         adapters = RowAdapters.of([(adapter, len(states))])
@@ -249,7 +259,8 @@ class Conditioner:
         if len(self._tokens(prompt, truncate=False)) <= MAX_TOKENS:
             return None
         with _tokenizer_errors():
-            words = self.tokenizer.decode(self._tokens(prompt), skip_special_tokens=True).split()
+            used = self.tokenizer.decode(self._tokens(prompt), skip_special_tokens=True)
+            words = str(used).split()
         return " ".join(words[-3:])
 
     def _tokens(self, prompt: str, truncate: bool = True) -> list[int]:

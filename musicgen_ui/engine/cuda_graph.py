@@ -83,7 +83,7 @@ class CudaGraphStepper:
         self._eager = EagerStepper(decoder)  # its jobs are those that mix prompts
         self._stepped: list[int] = []  # slots that are marked ready
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
-        self._pool: Any = None  # the memory of all graphs
+        self._pool: Any = None  # the memory of all graphs; its class is private to torch
         self._launched: deque[torch.cuda.Event] = deque()  # an event for each unfinished step
         with torch.inference_mode():
             self.slots = Slots.of(decoder, slots, positions, self.positions)

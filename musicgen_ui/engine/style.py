@@ -14,7 +14,7 @@ without normalisation, as in audiocraft. All of it is float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,8 +27,39 @@ from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, RowAdapters
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 
+if TYPE_CHECKING:
+    from transformers import HubertConfig
+
 _NORM_EPS = 1e-5  # of the batch norm
 _LONGEST_PERIOD = 10_000.0  # of the sinusoids of positions
+
+
+class Mert(TypedDict):
+    """The configuration of MERT."""
+
+    sampling_rate: int  # Hz
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    conv_dim: list[int]
+    conv_stride: list[int]
+    conv_kernel: list[int]
+    conv_bias: bool
+    num_conv_pos_embeddings: int
+    num_conv_pos_embedding_groups: int
+
+
+class Style(TypedDict, total=False):
+    """The "style" of a checkpoint's configuration; empty in others."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_quantizers: int
+    codebook_size: int
+    downsampling: int  # features a token
+    mert: Mert
 
 
 class StyleEncoder(nn.Module):
@@ -38,7 +69,7 @@ class StyleEncoder(nn.Module):
         config: the "style" of a checkpoint's `config.json`; see `checkpoints.config.STYLE`.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Style) -> None:
         from transformers import HubertModel
 
         super().__init__()
@@ -87,7 +118,7 @@ class StyleEncoder(nn.Module):
         return total
 
 
-def hubert_config(mert: Mapping[str, Any], masked: float = 0.0) -> Any:
+def hubert_config(mert: Mapping[str, Any], masked: float = 0.0) -> HubertConfig:
     """transformers' configuration of MERT.
 
     Args:

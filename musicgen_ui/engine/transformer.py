@@ -18,7 +18,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +74,9 @@ class FloatCache:
         view.keys, view.values = self.keys[rows], self.values[rows]
         return view
 
-    def copy_rows(self, other: FloatCache, sources: list[int], filled: int) -> None:
+    def copy_rows(self, other: object, sources: list[int], filled: int) -> None:
         """Copies the filled positions of `other`'s row `sources[i]` to row i."""
+        assert isinstance(other, FloatCache)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             mine[:, :, :filled] = theirs[:, :, :filled][sources]
 
@@ -303,9 +304,8 @@ class Decoder:
         """
         if caches or sources != list(range(sequence.rows)):
             caches = caches or self._new_caches(len(sources), sequence.positions)
-            pairs: Any = zip(caches, sequence.caches, strict=True)  # both of one class
-            for new, old in pairs:
-                new.copy_rows(old, sources, sequence.filled)
+            for layer in range(len(caches)):
+                caches[layer].copy_rows(sequence.caches[layer], sources, sequence.filled)
             sequence.caches = caches
             sequence.prefix = sequence.prefix[sources]
         sequence.text = [self.text_kv(states, sequence.adapter) for states in conditions]

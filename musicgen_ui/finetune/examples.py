@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ class Encoder:
     def __init__(
         self, loaded: Loaded, device: torch.device, cache: Path, codec_device: str = ""
     ) -> None:
-        model: Any = loaded.model
+        model = loaded.model
         self._codec = Codec(
             model.audio_encoder, loaded.channels, codec_device or device, "float32", release=True
         )
@@ -250,15 +249,15 @@ class Encoder:
         return torch.zeros(1, self._hidden)
 
     @property
-    def _device(self) -> Any:
-        encoder: Any = self._conditioner.text_encoder
-        return encoder.device
+    def _device(self) -> torch.device:
+        return self._conditioner.text_encoder.device
 
     @property
     def _hidden(self) -> int:
-        projection: Any = self._conditioner.projection
-        encoder: Any = self._conditioner.text_encoder
-        return int(projection.out_features if projection else encoder.config.d_model)
+        projection = self._conditioner.projection
+        if projection is not None:
+            return projection.out_features
+        return int(self._conditioner.text_encoder.config.d_model)
 
 
 def _digest(text: str) -> str:

@@ -333,8 +333,9 @@ class Int8Cache:
                 pairs = codes.reshape(rows, heads, self.capacity // BLOCK, BLOCK, -1, 2)
                 self.keys[:] = pairs.swapaxes(3, 4)[:, :, :, : self.keys.shape[3]]
 
-    def copy_rows(self, other: Int8Cache, sources: list[int], filled: int) -> None:
+    def copy_rows(self, other: object, sources: list[int], filled: int) -> None:
         """Copies row `sources[i]` of `other`, which has as much room, to row i."""
+        assert isinstance(other, Int8Cache)
         self.keys[:] = other.keys[sources]
         self.values[:] = other.values[sources]
         self.scales[:] = other.scales[:, sources]
