@@ -21,7 +21,7 @@ from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings, settings
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.jobs import takes
-from tests.helpers.local import wait_for
+from tests.helpers.local import free_port, wait_for
 
 ANNA = Client("anna", "192.0.2.1")
 
@@ -273,7 +273,7 @@ def test_shares_are_off_at_home_and_on_in_public(monkeypatch: pytest.MonkeyPatch
 @contextmanager
 def server(**changes: Any) -> Iterator[tuple[str, FakeBackend]]:
     engine = FakeBackend()
-    demo, temporary = launch(Settings(port=7989, **changes), engine)
+    demo, temporary = launch(Settings(port=free_port(), **changes), engine)
     try:
         yield demo.local_url, engine
     finally:

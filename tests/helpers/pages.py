@@ -29,11 +29,12 @@ class Page:
     def make(self) -> None:
         try:
             with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as http:
-                self.call(http, "compose")
-                query = {"session_hash": self.session}
-                with http.stream("GET", "/queue/data", params=query) as stream:
-                    for line in stream.iter_lines():
-                        self.told += line
+                for name in ("compose", "land"):  # the take is made, then shown
+                    self.call(http, name)
+                    query = {"session_hash": self.session}
+                    with http.stream("GET", "/queue/data", params=query) as stream:
+                        for line in stream.iter_lines():
+                            self.told += line
         except httpx.HTTPError as error:
             self.lost = repr(error)
 

@@ -287,7 +287,7 @@ def test_what_the_page_asks_for_is_answered_with_addresses_relative_to_it(
     url, _ = proxied
     config = httpx.get(url + "/config").json()
     event = next(e for e in config["dependencies"] if e["api_name"] == "continue")
-    given: dict[str, Any] = {"data": [None, None, 10, 0, 12, None], "fn_index": event["id"]}
+    given: dict[str, Any] = {"data": [None, None, 10, 0, 12, {}, None], "fn_index": event["id"]}
     answer = httpx.post(
         url + "/gradio_api/run/predict",
         json=given | {"session_hash": "proxied"},
