@@ -16,7 +16,7 @@ import yaml
 
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.checkpoints import memory, registry
+from musicgen_ui.checkpoints import hub, memory, registry
 from musicgen_ui.checkpoints.audiocraft import convert
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.protocol import Chunk
@@ -140,6 +140,27 @@ def test_style_converted_and_as_it_is_are_the_same(batch, converted, reference):
     config = registry.config_of(registry.resolve(str(converted)))
     model = registry.load(registry.resolve(str(converted)), torch.float32, lambda _: None).model
     assert memory.count_parameters(config) == sum(w.numel() for w in model.parameters())
+
+
+def test_mert_comes_from_the_hub_or_where_one_says(batch, folder, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    elsewhere = (copy / "mert").rename(tmp_path / "elsewhere")
+    convert.convert(copy, tmp_path / "out", None, lambda _: None, str(elsewhere))
+    asked = []
+
+    def download(name: str, _: object) -> Path:
+        asked.append(name)
+        return elsewhere
+
+    with pytest.raises(RequestError, match=r"needs m-a-p/MERT-v1-95M, and .* by --mert"):
+        registry.fetch(registry.resolve(str(copy)), lambda _: None)
+    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "config_file", lambda name: elsewhere / "config.json")
+    registry.fetch(registry.resolve(str(copy)), lambda _: None)
+    assert asked == ["m-a-p/MERT-v1-95M"]
+    expected = batch.conditioner.style.states(BOTH)
+    for found in (copy, tmp_path / "out"):
+        assert torch.equal(scheduler(found).conditioner.style.states(BOTH), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"graphs": True}, {"precision": "int8"}], ids=str)
