@@ -26,7 +26,7 @@ PATH = (
     (0.92, 0.9),
     (0.95, 0.12),
     (0.78, 0.3),
-)  # of the pad, a step every few seconds
+)  # of the pad, one by one
 STEP_S = 4
 COLOURS = 160  # of the file: half its size, no difference to the eye
 
