@@ -20,6 +20,7 @@ SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "heig
 # and when a server ends before its page does.
 REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUNKED_ENCODING")
 REFUSED += ("ERR_CONNECTION_RESET",)  # a connection that a test breaks
+REFUSED += ("AbortError", "errored out")  # streams that end with a page that is loaded anew
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Takes that are queued from one page: rows with their own buttons, there after a reload."""
+"""Takes that are queued from one page: rows with buttons, found again after a reload."""
 
 from __future__ import annotations
 
