@@ -14,7 +14,7 @@ from tests.helpers.webdriver import Tab
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "/browsers/" in str(item.path):
+        if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browsers)
 
 
