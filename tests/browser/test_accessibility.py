@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from musicgen_ui.ui.take_panel import EXAMPLE
 from tests.helpers.browser import Open, finished, generate, serving, set_number, unfold
 from tests.helpers.fakes import FakeBackend
 
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
-FOLDS = ("Start from audio", "Change over time", "Sampling", "Advanced", "Export")
+FOLDS = ("Presets and recent prompts", "Start from audio", "Change over time")
+FOLDS += ("Sampling", "Advanced", "Export")
 
 
 @cache
@@ -66,6 +68,9 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
     page.locator(".card-more summary").last.click()
     for fold in FOLDS:
         unfold(page, fold)
+    page.locator("#audio_prompt input[type=file]").set_input_files(EXAMPLE)
+    expect(page.locator("#clip_line")).to_contain_text("of 8.0 s")
+    unfold(page, "Trim the clip")
     assert serious(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.goto("about:blank")
