@@ -79,8 +79,10 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
 @pytest.mark.timeout(60)
 def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
     page = open_page(url=studio)
+    known = page.locator(".card").count()
     generate(page, "calm", 1)
     finished(page)
+    expect(page.locator(".card")).to_have_count(known + 1)  # it stands before the others
     star = page.locator(".card-star").first
     star.press("Enter")
     expect(star).to_have_attribute("aria-pressed", "true")

@@ -221,8 +221,7 @@ def test_no_page_has_an_address_fetched_after_its_components_were_made_anew(url:
     event = next(e for e in config["dependencies"] if e["api_name"] == "clip")
     address = {"path": "http://127.0.0.1:9/a.wav", "meta": {"_type": "gradio.FileData"}}
     for clip in (None, address):  # the first answer leaves the clip out, which makes it anew
-        data = [clip, 10, 0, 12, {}, None]
-        given = {"data": data, "fn_index": event["id"], "session_hash": "anew"}
+        given = {
             "data": [clip, 10, 0, 12, {}, None],
             "fn_index": event["id"],
             "session_hash": "anew",
