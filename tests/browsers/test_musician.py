@@ -52,7 +52,9 @@ def test_a_take_is_heard_whole_while_it_is_made(tab: Tab, music: Path) -> None:
     assert tab.js("musicgenPlayer.take.as_streamed")
     assert tab.js("musicgenPlayer.sound.track.lost") == 0
     made, rate = soundfile.read(newest(music), dtype="int16")
-    assert len(made) == 30 * rate and newest(music).stem.endswith("-7")  # not drawn again
+    settings = takes.read_settings(newest(music))
+    assert settings and settings["seed"] == 7  # not drawn again
+    assert len(made) == 30 * rate
     assert np.array_equal(samples(tab.js(f"({PLAYED})()")), made)
 
 
@@ -170,7 +172,7 @@ def test_a_live_piece_is_steered_and_recorded(tab: Tab, music: Path) -> None:
     tab.wait("document.querySelector('#live_record').textContent.trim() === 'End recording'")
     tab.fill("#live_fader input[type=number]", "1")
     at_s = tab.js(POSITION)
-    tab.wait(f"{POSITION} > {at_s} + 4", 30)
+    tab.wait(f"{POSITION} > {at_s} + 4", 90)  # with pauses on a busy machine
     tab.click("#live_record")
     tab.wait("document.querySelector('#live_line').textContent.includes('kept as a take')")
     assert tab.js("musicgenPlayer.sound.track.lost") == 0
