@@ -22,6 +22,7 @@ FEW_SINCE = "few_since_s"
 class RoutingStats(TypedDict, total=False):
     """What a replica says of itself to those who hand out jobs."""
 
+    rows: int  # variations that it steps together
     models: dict[str, int]  # bytes held, by checkpoint
     budget_bytes: int  # for all of them
 
