@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # torch; Ray need not be installed
 APPLICATION = "musicgen"
 OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
 DRAIN_S = 600.0  # that a replica has to finish its takes when another takes its place
+CONTROLS = 8  # calls beside a replica's jobs: without room for them no beat comes through
 STARTS = 4  # Ray gives its processes 30 s, which a busy computer may need more than once
 # What Ray reads when it is imported. Its name speaks of other systems: without clusters Ray uses
 # the loopback address for everything, on Linux too.
@@ -233,7 +234,7 @@ def build(arguments: Arguments) -> Application:
     deployment = serve.deployment(
         name="Replica",
         **number,
-        max_ongoing_requests=rows,
+        max_ongoing_requests=rows + CONTROLS,
         # One replica a GPU, which steps its rows together: a fraction of a GPU is only a number.
         ray_actor_options={
             "num_cpus": 1,

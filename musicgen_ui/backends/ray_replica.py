@@ -223,8 +223,9 @@ class Replica:
         await asyncio.to_thread(self._backend.unload)
 
     def record_routing_stats(self) -> RoutingStats:
-        """For `ray_router`, by way of Serve: bytes of the models here, and for all of them."""
+        """For `ray_router`, by way of Serve: its rows, bytes of the models here and for all."""
         return {
+            "rows": self._rows,
             "models": self._backend.health().models,
             "budget_bytes": self._backend.budget_bytes,
         }

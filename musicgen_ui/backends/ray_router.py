@@ -28,4 +28,7 @@ class BytesRouter(RequestRouter):  # type: ignore[misc] # Ray has no types
         name, nbytes = arguments[MODEL] if len(arguments) > MODEL else ("", 0)
         stats = {each.replica_id.unique_id: each.routing_stats for each in candidate_replicas}
         by_id = {each.replica_id.unique_id: each for each in candidate_replicas}
-        return [[by_id[id] for id in rank] for rank in ranked(stats, name, nbytes)]
+        jobs = {
+            id: self.replica_queue_len_cache.get(each.replica_id) or 0 for id, each in by_id.items()
+        }
+        return [[by_id[id] for id in rank] for rank in ranked(stats, name, nbytes, jobs)]

@@ -22,6 +22,7 @@ FEW_SINCE = "few_since_s"
 class RoutingStats(TypedDict, total=False):
     """What a replica says of itself to those who hand out jobs."""
 
+    rows: int  # variations that it steps together
     models: dict[str, int]  # bytes held, by checkpoint
     budget_bytes: int  # for all of them
 
@@ -76,7 +77,9 @@ def policy(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
     return there - 1, {}
 
 
-def ranked(replicas: Mapping[str, RoutingStats], name: str, nbytes: int) -> list[list[str]]:
+def ranked(
+    replicas: Mapping[str, RoutingStats], name: str, nbytes: int, jobs: Mapping[str, int]
+) -> list[list[str]]:
     """Replicas in the order in which they should take a job; those of a rank are alike.
 
     First those where its checkpoint is loaded; a busy one sends further jobs on, so that a
@@ -87,9 +90,13 @@ def ranked(replicas: Mapping[str, RoutingStats], name: str, nbytes: int) -> list
         replicas: what `Replica.record_routing_stats` gave, by replica.
         name: of the checkpoint.
         nbytes: that it needs; 0 is not known.
+        jobs: of each replica; one without a free row comes last.
     """
+    full = [id for id, stats in replicas.items() if jobs.get(id, 0) >= stats.get("rows", math.inf)]
     ranks: list[list[str]] = [[], [], [], []]
     for replica, stats in replicas.items():
+        if replica in full:
+            continue
         models, budget = stats.get("models", {}), stats.get("budget_bytes", 0)
         if name in models:
             ranks[0].append(replica)
@@ -99,4 +106,4 @@ def ranked(replicas: Mapping[str, RoutingStats], name: str, nbytes: int) -> list
             ranks[2 if nbytes <= budget else 3].append(replica)
     # Where it never fits it is refused, so that is no place while there is another.
     found = [rank for rank in ranks[:3] if rank]
-    return found or ranks[3:]
+    return [rank for rank in (*(found or ranks[3:]), full) if rank]

@@ -60,7 +60,7 @@ def test_policy_keeps_the_number_before_anything_is_recorded():
 
 def test_checkpoint_goes_where_it_is_loaded_or_fits():
     def stats(budget_bytes: int, **models: int) -> dict:
-        return {"models": models, "budget_bytes": budget_bytes}
+        return {"models": models, "budget_bytes": budget_bytes, "rows": 4}
 
     replicas = {
         "loaded": stats(10, large=6),
@@ -70,8 +70,9 @@ def test_checkpoint_goes_where_it_is_loaded_or_fits():
         "never": stats(4),
         "starting": {},  # nothing is recorded yet
     }
-    loaded, fits, evicts = ranked(replicas, "large", 6)
+    loaded, fits, evicts = ranked(replicas, "large", 6, {"loaded": 3})
     assert (loaded, evicts) == (["loaded"], ["instead"])
     assert fits == ["empty", "beside", "starting"]
-    assert ranked(replicas, "unknown", 0) == [list(replicas)]
-    assert ranked({"never": stats(4)}, "large", 6) == [["never"]]  # which says why not
+    assert ranked(replicas, "unknown", 0, {}) == [list(replicas)]
+    assert ranked({"never": stats(4)}, "large", 6, {}) == [["never"]]  # which says why not
+    assert ranked(replicas, "large", 6, {"loaded": 4}) == [fits, evicts, ["loaded"]]  # no free row
