@@ -106,19 +106,18 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Browser tests last: Playwright leaves an event loop running in the main thread.
 
     With several processes (`-n 2 --dist loadgroup`) they come first, all in one process: they wait
     for sound in real time, while the others need the processor. Other files are not split.
     """
-    config = items[0].config if items else None
-    several = config is not None and config.getoption("dist", "no") != "no"
-
-    def is_browsers(item: pytest.Item) -> bool:
-        return item.get_closest_marker("browser") is not None
-
-    items.sort(key=is_browsers, reverse=several)
+    several = bool(items) and getattr(items[0].config.option, "loadgroup", False)
+    browser = [item for item in items if item.path.parent.name == "browser"]
+    for item in browser:
+        item.add_marker(pytest.mark.browser)
+    items.sort(key=browser.__contains__, reverse=several)
     for item in items if several else ():
-        group = "browser" if is_browsers(item) else str(item.path)
+        group = "browser" if item in browser else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -19,14 +19,9 @@ SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "heig
 # What the browser logs when the page refuses a form (422), a file that is no audio or too large,
 # and when a server ends before its page does.
 REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUNKED_ENCODING")
-REFUSED += ("ERR_CONNECTION_RESET",)  # a connection that a test breaks
+# A connection that a test breaks, and what a page asks a server that has ended.
+REFUSED += ("ERR_CONNECTION_RESET", "ERR_CONNECTION_REFUSED")
 REFUSED += ("AbortError", "errored out")  # streams that end with a page that is loaded anew
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "/browser/" in str(item.path):
-            item.add_marker(pytest.mark.browser)
 
 
 @pytest.fixture(scope="package")

@@ -32,6 +32,7 @@ def test_rows_of_sections_reach_the_take_and_come_back(
         page.keyboard.press("Enter")  # on, and at the end a new row
     page.keyboard.type("0")
     page.keyboard.press("Tab")
+    expect(page.locator(".section-at").first).to_have_value("0")  # in order of time
     page.keyboard.type("piano")
     assert rows(page) == [["0", "piano"], ["0:09", "drums"]]
     expect(page.get_by_label("Words of section 1")).to_be_focused()
