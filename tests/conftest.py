@@ -15,6 +15,8 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import MusicgenForConditionalGeneration
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
     from musicgen_ui.engine.scheduler import Scheduler
 
@@ -106,18 +108,30 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Browser tests last: Playwright leaves an event loop running in the main thread.
 
-    With several processes (`-n 2 --dist loadgroup`) they come first, all in one process: they wait
-    for sound in real time, while the others need the processor. Other files are not split.
+    With several processes they come first: see `pytest_xdist_make_scheduler`.
     """
-    several = bool(items) and getattr(items[0].config.option, "loadgroup", False)
-    browser = [item for item in items if item.path.parent.name == "browser"]
-    for item in browser:
-        item.add_marker(pytest.mark.browser)
-    items.sort(key=browser.__contains__, reverse=several)
-    for item in items if several else ():
-        group = "browser" if item in browser else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    for item in items:
+        if item.path.parent.name == "browser":
+            item.add_marker(pytest.mark.browser)
+    items.sort(
+        key=lambda item: item.get_closest_marker("browser") is not None,
+        reverse=hasattr(config, "workerinput"),
+    )
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """All browser tests in one process (`-n 2`), the other files whole in whichever is free.
+
+    They wait for sound in real time while the others need the processor, and begin first.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "browser" if "/browser/" in nodeid else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
