@@ -174,11 +174,13 @@ class Index:
         with self._lock:
             try:
                 return work()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:
+            except sqlite3.DatabaseError as error:
+                # Another server put a new file in its place, whose tables came a moment later.
+                is_new = "no such table" in str(error)
+                if isinstance(error, sqlite3.OperationalError) and not is_new:
+                    raise
                 self._connection.close()
-                if self._file:
+                if self._file and not is_new:
                     self._file.unlink(missing_ok=True)
                 self._connection = self._opened()
                 self._compare(_files_of_takes(self.folder))

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -269,6 +270,19 @@ def test_takes_that_were_made_from_each_other_are_a_tree(folder, library):
     library.delete([trimmed[0]])
     assert [b.card.name for b in library.tree(trimmed[3])] == [trimmed[2], trimmed[3]]
     assert [b.card.name for b in library.tree(root)] == [root, trimmed[1]]
+
+
+def test_an_index_that_another_server_made_anew_is_read(folder, library, tmp_path):
+    save(folder)
+    library.refresh()
+    assert library.page().total == 1
+    with sqlite3.connect(tmp_path / "index.sqlite3") as other:  # as if the new file had no tables yet
+        for table in ("takes", "details"):
+            other.execute(f"DROP TABLE {table}")
+        other.execute("PRAGMA user_version = 0")
+    save(folder, seed=2)
+    library.refresh()
+    assert library.page().total == 2
 
 
 def test_two_servers_on_one_folder_lose_nothing(folder, tmp_path):
