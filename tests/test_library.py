@@ -276,7 +276,9 @@ def test_an_index_that_another_server_made_anew_is_read(folder, library, tmp_pat
     save(folder)
     library.refresh()
     assert library.page().total == 1
-    with sqlite3.connect(tmp_path / "index.sqlite3") as other:  # as if the new file had no tables yet
+    with sqlite3.connect(
+        tmp_path / "index.sqlite3"
+    ) as other:  # as if the new file had no tables yet
         for table in ("takes", "details"):
             other.execute(f"DROP TABLE {table}")
         other.execute("PRAGMA user_version = 0")
