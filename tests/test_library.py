@@ -276,12 +276,11 @@ def test_an_index_that_another_server_made_anew_is_read(folder, library, tmp_pat
     save(folder)
     library.refresh()
     assert library.page().total == 1
-    with sqlite3.connect(
-        tmp_path / "index.sqlite3"
-    ) as other:  # as if the new file had no tables yet
-        for table in ("takes", "details"):
-            other.execute(f"DROP TABLE {table}")
-        other.execute("PRAGMA user_version = 0")
+    other = sqlite3.connect(tmp_path / "index.sqlite3", isolation_level=None)
+    for table in ("takes", "details"):  # as if the new file had no tables yet
+        other.execute(f"DROP TABLE {table}")
+    other.execute("PRAGMA user_version = 0")
+    other.close()
     save(folder, seed=2)
     library.refresh()
     assert library.page().total == 2
