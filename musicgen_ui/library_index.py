@@ -115,11 +115,13 @@ class Index:
         self._lock = threading.RLock()
         self._looking = threading.Lock()
         self._seen_ns = 0  # when the folder had changed, as of the last look at all of its files
+        self._closed = False
         self._connection = self._opened()
 
     def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
+        """Closes the file, after a look at the folder that is under way."""
+        with self._looking, self._lock:
+            self._closed = True
             self._connection.close()
 
     def _opened(self) -> sqlite3.Connection:
@@ -189,6 +191,8 @@ class Index:
     def refresh(self) -> None:
         """Brings the index up to date with the files."""
         with self._looking:
+            if self._closed:
+                return
             changed_ns = self.folder.stat().st_mtime_ns
             settled = time.time_ns() - changed_ns > SETTLED_NS
             there = _files_of_takes(self.folder)
