@@ -116,9 +116,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.parent.name == "browser":
             item.add_marker(pytest.mark.browser)
-            # They work in real time with a browser beside other tests: what fails once for want of
-            # the processor is run again, and the report counts it.
-            item.add_marker(pytest.mark.flaky(reruns=2))
     items.sort(
         key=lambda item: item.get_closest_marker("browser") is not None,
         reverse=hasattr(config, "workerinput"),
