@@ -189,7 +189,7 @@ class PageJobs:
                 self._begin(row)
             while True:
                 yield self.now()
-                if not self.under_way:
+                if not self.under_way and not self._changed.is_set():  # all of it was said
                     return
                 await self._changed.wait()
                 await asyncio.sleep(0)  # whoever acts on each update leaves the readers their turn

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import pytest
 
-from musicgen_ui.backends.admission import Admission
+from musicgen_ui.backends.admission import Admission, Client
+from musicgen_ui.errors import RequestError
+from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.handlers import Handlers
-from musicgen_ui.ui.page_jobs import UNDER_WAY
+from musicgen_ui.ui.page_jobs import UNDER_WAY, PageJobs
 from musicgen_ui.ui.pages import Pages
+from musicgen_ui.ui.sessions import Tab
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.page import TAB, land, state, values
 
@@ -85,6 +89,28 @@ def test_takes_are_queued_beside_each_other_and_all_land(tmp_path: Path) -> None
 
     asyncio.run(run())
     assert not page.engine.running
+
+
+@pytest.mark.parametrize("failure", [None, RequestError("broken")])
+def test_what_ends_while_an_update_is_sent_is_shown(
+    tmp_path: Path, failure: Exception | None
+) -> None:
+    """A slow connection takes an update only after the job has ended."""
+    page = Page(tmp_path, speed=0.0, failure=failure)
+    job = page.handlers.backend.submit(page.handlers.builder.check(values()), Client("page"))
+    jobs = PageJobs("page", Tab())
+    jobs.add(job)
+
+    async def run() -> list[Updates]:
+        updates = jobs.updates()
+        shown = [await anext(updates)]
+        while jobs.under_way:
+            await asyncio.sleep(0.01)
+        return shown + [update async for update in updates]
+
+    *_, last = asyncio.run(run())
+    assert last["live"]["stage"] == ("failed" if failure else "finished")
+    assert last["landed"] == job.id
 
 
 def test_the_player_follows_the_take_that_is_picked(tmp_path: Path) -> None:
