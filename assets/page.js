@@ -29,7 +29,10 @@ back.addEventListener('click', () => {
 const fills = '#offer, #use_settings, #preset_use, [data-act=settings]';
 const note_form = () => (window.musicgenBefore = window.musicgenNow);
 document.addEventListener('click', ({ target }) => {
-  if (target.closest('#generate')) close();
+  if (target.closest('#generate')) {
+    refused = null;
+    close();
+  }
   if (target.closest(fills)) note_form();
 }, true);
 document.addEventListener('change', ({ target }) => {
@@ -55,8 +58,9 @@ document.addEventListener('blur', (event) => {
   if (rangeOverflow || rangeUnderflow) event.stopImmediatePropagation();
 }, true);
 
-// A refused form says so at the field: bring that into view, out of its fold too.
-let wrong = null;
+// A refused form says so at the field: bring that into view, out of its fold too. Gradio takes the
+// sentence away with the answer to any event that reads the field: then the notice says it.
+let wrong = null, refused = null;
 const bring_into_view = (found) => {
   if (found !== wrong || !found.isConnected) return;
   if (!found.offsetParent) return requestAnimationFrame(() => bring_into_view(found)); // it opens
@@ -67,7 +71,13 @@ const show_wrong = () => {
   const found = document.querySelector('#compose .validation-error');
   if (found === wrong) return;
   wrong = found;
-  if (!found) return;
+  if (!found) {
+    if (refused && refused.field.value === refused.value) say(refused.text, { wrong: true });
+    refused = null;
+    return;
+  }
+  const field = found.closest('.block').querySelector('textarea, input');
+  refused = field && { field, value: field.value, text: found.textContent.trim() };
   if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
   bring_into_view(found);
 };
