@@ -62,6 +62,7 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
     set_number(page, "variations", 2)
     generate(page, "calm", 2)
     finished(page)
+    expect(page.locator(".card.is-current")).to_have_count(1)  # the new takes are in the list
     page.locator(".card-check input").first.check()
     page.locator(".card-more summary").last.click()
     assert serious(page) == []

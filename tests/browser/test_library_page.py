@@ -1,0 +1,40 @@
+"""The library's cards in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from tests.helpers.browser import Open, finished, generate, serving
+from tests.helpers.fakes import FakeBackend
+
+
+def test_what_is_done_with_a_card_follows_its_take(open_page: Open, tmp_path: Path) -> None:
+    """The list changes while a title is typed: every element stands for another take then."""
+    with serving(FakeBackend(speed=2.0), output_folder=str(tmp_path)) as url:
+        page = open_page(url=url)
+        generate(page, "calm", 1)
+        finished(page)
+        expect(page.locator(".card")).to_have_count(1)
+        name = page.locator(".card").get_attribute("data-name")
+        first = page.locator(f".card[data-name='{name}']")
+        other = page.locator(f".card:not([data-name='{name}'])")
+        generate(page, "calm", 6)
+        first.locator(".card-check input").check()
+        first.locator(".card-title").press("End")
+        first.locator(".card-title").press_sequentially(" sea")
+        first.locator(".card-title").press("ArrowLeft")
+        expect(page.locator(".card")).to_have_count(2)
+        expect(other).to_have_count(1)
+        assert first.locator(".card-check input").is_checked()
+        assert not other.locator(".card-check input").is_checked()
+        expect(page.locator(".library-count")).to_have_text("1 selected")
+        expect(other.locator(".card-title")).to_have_value("calm")
+        expect(first.locator(".card-title")).to_have_value("calm sea")
+        expect(first.locator(".card-title")).to_be_focused()
+        page.keyboard.type("t")  # where the caret was
+        page.keyboard.press("Enter")
+        title = "[...document.querySelectorAll('.card-title')].map((input) => input.defaultValue)"
+        page.wait_for_function(f"() => {title}.join() === 'calm,calm seta'")
+        page.close()
