@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.helpers.browser import Open, serving
+from tests.helpers.browser import Open, serving, settled
 from tests.helpers.fakes import FakeBackend
 
 ARGUMENTS = [
@@ -66,8 +66,7 @@ def open_page(
         page.on("console", lambda m: odd.append(m.text) if m.type == "error" else None)
         page.on("request", lambda r: odd.append(r.url) if outside(r.url, url) else None)
         page.goto(url)
-        page.locator("#generate").wait_for()
-        page.wait_for_function("() => window.musicgenPlayer")
+        settled(page)
         return page
 
     yield open_one

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.helpers.browser import Open, finished, generate, set_number, unfold
+from tests.helpers.browser import Open, finished, generate, set_number, settled, unfold
 from tests.helpers.fakes import FakeBackend
 
 
@@ -34,7 +34,7 @@ def test_presets_and_prompts_stay_in_the_browser_with_undo(open_page: Open) -> N
     page.locator("#preset_save").click()
     expect(said).to_contain_text("“evening” is saved")
     page.reload()
-    page.locator("#generate").wait_for()
+    settled(page)
     unfold(page, "Presets and recent prompts")
     unfold(page, "Sampling")
     set_number(page, "temperature", 1.3)

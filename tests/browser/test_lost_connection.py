@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from musicgen_ui.ui import sessions
-from tests.helpers.browser import finished, generate, set_number, unfold
+from tests.helpers.browser import finished, generate, set_number, settled, unfold
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.flaky_proxy import Proxy
 from tests.helpers.local import wait_for
@@ -32,8 +32,7 @@ def page(chromium: Browser, engine: FakeBackend, line: Proxy) -> Iterator[Page]:
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.goto(f"http://127.0.0.1:{line.port}/")
-    page.wait_for_function("() => window.musicgenPlayer")
-    page.wait_for_timeout(500)  # until the page has said which tab it is in
+    settled(page)
     yield page
     context.close()
 
@@ -105,6 +104,5 @@ def test_a_page_that_is_loaded_anew_keeps_takes_and_settings_and_another_tab_has
     page.locator("#same_seed").click()
     other = page.context.new_page()
     other.goto(f"http://127.0.0.1:{line.port}/")
-    other.locator("#generate").wait_for()
-    other.wait_for_timeout(500)
+    settled(other)
     expect(other.locator("#take_title")).not_to_have_text(re.compile("mine"))

@@ -14,7 +14,6 @@ def test_takes_are_queued_from_one_page(open_page: Open) -> None:
     engine = FakeBackend(speed=1.0, max_jobs=1)
     with serving(engine) as url:
         page = open_page(url=url)
-        page.wait_for_timeout(500)  # until the page has said which tab it is in
         generate(page, "one", 30)
         # The spectrogram is drawn while the music arrives, where the finished one will be.
         page.wait_for_function("() => musicgenPlayer.arriving?.analyser.columns > 20")

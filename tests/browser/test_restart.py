@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, expect
 from musicgen_ui.server import gradio_patches
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
-from tests.helpers.browser import generate, set_number, unfold
+from tests.helpers.browser import generate, set_number, settled, unfold
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
@@ -24,8 +24,7 @@ def test_what_was_typed_outlives_the_server(
     page.set_default_timeout(20_000)
     try:
         page.goto(f"http://127.0.0.1:{settings.port}/")
-        page.locator("#generate").wait_for()
-        page.wait_for_timeout(500)  # until the page has said which tab it is in
+        settled(page)
         unfold(page, "Advanced")
         page.get_by_label("Negative prompt").fill("vocals")
         set_number(page, "variations", 2)

@@ -35,6 +35,11 @@ def serving(engine: FakeBackend | None = None, **settings: Any) -> Iterator[str]
             close(demo, temporary)
 
 
+def settled(page: Page) -> None:
+    """The page is there, and has been given what its tab had before."""
+    page.wait_for_function("() => window.musicgenPlayer && window.musicgenForm")
+
+
 def generate(page: Page, prompt: str = "calm", length_s: float = 3.0) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
     set_number(page, "duration_s", length_s)
