@@ -65,14 +65,15 @@ def test_enter_takes_the_checkpoint_that_was_typed(open_page: Open, engine: Fake
     page = open_page()
     field, line = page.get_by_label("Checkpoint", exact=True), page.locator("#checkpoint_line")
     expect(field).to_have_value("auto · auto · mono or stereo")  # entries have more than the name
-    for typed, said in (
-        ("mono", "Tones"),  # a name that other entries contain
-        ("someone/mono", "someone/mono"),  # no entry
-        ("wid", "sets temperature 0.7"),  # one entry alone
+    for typed, entries, said in (
+        ("mono", 2, "Tones"),  # a name that other entries contain
+        ("someone/mono", 0, "someone/mono"),  # no entry
+        ("wid", 1, "sets temperature 0.7"),  # one entry alone
     ):
         field.click()
         page.keyboard.press("Control+A")
         page.keyboard.type(typed)
+        expect(page.locator("#checkpoint [role=option]")).to_have_count(entries)
         page.keyboard.press("Enter")
         expect(line).to_contain_text(said)
     field.fill("mono")
