@@ -223,7 +223,8 @@ class Handlers:
             row = page.rows.get(job)
             if row and row.group:
                 shown = take_panel.show(history, take_panel.place_of(history, row.group), 0)
-        return page.now() | shown
+        # Else `updates` says it, and an answer that comes after its last one would undo that.
+        return shown if page.is_shown else page.now() | shown
 
     async def land(
         self,

@@ -80,6 +80,7 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
 @pytest.mark.timeout(60)
 def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
     page = open_page(url=studio)
+    expect(page.locator("#library_cards")).to_contain_text("Takes are kept in")
     known = page.locator(".card").count()
     generate(page, "calm", 1)
     finished(page)

