@@ -88,7 +88,9 @@ class Events:
         """The handler with its `Updates` keyed by component, as Gradio takes them."""
 
         def placed(updates: Updates) -> object:
-            return {self.by_name[name]: value for name, value in updates.items()} or gr.skip()
+            # Gradio takes `value` out of the dict of an update that it has sent.
+            copied = {n: dict(v) if isinstance(v, dict) else v for n, v in updates.items()}
+            return {self.by_name[name]: value for name, value in copied.items()} or gr.skip()
 
         async def many(*args: object, **values: object) -> AsyncGenerator[object, None]:
             # The browser merges two answers that reach it in one frame, and what only the first
