@@ -25,7 +25,7 @@ from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 
 GRACE_S = 60.0  # that a job goes on whose page lost its connection
-LEFT_S = 3.0  # and one whose page was closed: loading it anew takes less
+LEFT_S = 10.0  # and one whose page was closed: loading it anew takes a slow computer some seconds
 TABS = 1000  # remembered: the one longest unseen goes first
 KEY = re.compile("([0-9a-f]{32})([0-9a-f]{32})?")  # a tab's, and one of the page in it
 SESSIONS_KEPT = 8  # pages of a tab, open or not
