@@ -6,9 +6,7 @@ import argparse
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,26 +106,42 @@ def test_largest_preset_that_fits_is_chosen():
     assert [preset_for(round(gb * 1e9)) for gb in sizes] == ["8", "8", "12", "16", "24", "24"]
 
 
+@pytest.fixture
+def sigterm_after_two_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Signals this process after every other step; the numbers of the steps."""
+    steps: list[int] = []
+    show = commands.Display.show
+
+    def showing(display: commands.Display, event: Event) -> None:
+        show(display, event)
+        if event.kind is Kind.STEP:
+            steps.append(event.step)
+            if len(steps) % 2 == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+    def unheeded(*_: object) -> None:
+        raise AssertionError("the command has no handler")
+
+    monkeypatch.setattr(commands.Display, "show", showing)
+    before = signal.signal(signal.SIGTERM, unheeded)
+    yield steps
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
-def test_sigterm_pauses_and_the_same_command_goes_on(tiny_mono, tmp_path):
+def test_sigterm_pauses_and_the_same_command_goes_on(
+    sigterm_after_two_steps, tiny_mono, tmp_path, capsys
+):
     folder = songs.write(tmp_path / "music", 2)
-    flags = "--steps 2000 --piece 2 --batch 2 --rank 2 --sample-every 0 --quiet --device cpu"
-    command = [sys.executable, "-m", "musicgen_ui", "finetune", str(folder), *flags.split()]
+    flags = "--steps 50 --piece 2 --batch 2 --rank 2 --sample-every 0 --quiet --device cpu"
+    command = ["finetune", str(folder), *flags.split()]
     command += ["-o", str(tmp_path / "run"), "--checkpoint", str(tiny_mono)]
-    offset = 0
     for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        steps = 0
-        while process.poll() is None and steps < 2:
-            events, offset = progress.read(tmp_path / "run", offset)
-            steps += sum(event.kind is Kind.STEP for event in events)
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 130 and "the same command goes on" in error
-        _, offset = progress.read(tmp_path / "run", offset)  # what came after the last look
+        assert cli.main(command) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+    assert sigterm_after_two_steps == [1, 2, 3, 4]
     events, _ = progress.read(tmp_path / "run")
-    assert any("Going on from step" in event.sentence for event in events)
+    assert any("Going on from step 2" in event.sentence for event in events)
     assert read_object(tmp_path / "run" / "adapter" / "adapter_config.json")["r"] == 2
 
 

@@ -630,7 +630,7 @@ def test_a_checkpoints_own_code_is_never_run(hostile, tmp_path):
     from musicgen_ui.errors import RequestError
     from musicgen_ui.request import GenerationRequest
 
-    manager = LocalBackend(device="cpu")
+    manager = LocalBackend(device="cpu", precision="float32")
     try:
         with contextlib.suppress(RequestError):
             request = GenerationRequest(checkpoint=str(hostile), duration_s=0.5)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import numpy as np
@@ -23,6 +22,7 @@ import soundfile
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from musicgen_ui import __main__ as cli
 from musicgen_ui import takes
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine.protocol import Finished
@@ -125,25 +125,30 @@ def test_mcp_tool_gives_the_take(served):
     assert told["wrong"][0] and told["wrong"][1].startswith("Length must be between")
 
 
-def test_command_line_gives_the_take(served, whole, tiny_mono, tmp_path):
-    out, flags = tmp_path / "out.wav", ["--device", "cpu", "--precision", "float32"]
-    if served.kind == "front":
-        pytest.skip("replicas in this process have no address")
-    if served.kind == "ray":
-        import ray
+def run_command(kind: str, arguments: list[str]) -> None:
+    """Runs the command line: here, or beside a cluster in a process of its own."""
+    if kind != "ray":
+        assert cli.main(arguments) == 0
+        return
+    import ray
 
-        flags = ["--ray-address", ray.get_runtime_context().gcs_address]
-    flags += ["--duration", "0.5", "--seed", "7", "--checkpoint", str(tiny_mono), "-o", str(out)]
-    command: list[Any] = [sys.executable, "-m", "musicgen_ui", "generate", "rock", *flags]
+    address = ["--ray-address", ray.get_runtime_context().gcs_address]
+    command = [sys.executable, "-m", "musicgen_ui", *arguments, *address]
     began_s = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     print(f"the command took {time.monotonic() - began_s:.1f} s")
+
+
+def test_command_line_gives_the_take(served, whole, tiny_mono, tmp_path):
+    if served.kind == "front":
+        pytest.skip("replicas in this process have no address")
+    flags = ["--duration", "0.5", "--seed", "7", "--checkpoint", str(tiny_mono)]
+    if served.kind == "local":
+        flags += ["--device", "cpu", "--precision", "float32"]
+    out, rows, folder = tmp_path / "out.wav", tmp_path / "rows.txt", tmp_path / "batch"
+    run_command(served.kind, ["generate", "rock", *flags, "-o", str(out)])
     assert equals(out, whole)
-    rows = tmp_path / "rows.txt"
     rows.write_text("rock\npiano\n")
-    command[4:5] = ["--batch", str(rows)]
-    command[-1] = str(tmp_path / "batch")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "batch").glob("*.wav"))) == 2
+    run_command(served.kind, ["generate", "--batch", str(rows), *flags, "-o", str(folder)])
+    assert len(list(folder.glob("*.wav"))) == 2

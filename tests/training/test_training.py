@@ -20,7 +20,7 @@ from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
 from musicgen_ui.engine.delay_pattern import delayed
 from training import codec as codecs
-from training import fast, pack
+from training import evaluated, fast, pack, pictures
 from training.__main__ import main
 from training.assemble import build
 from training.captions import caption, misspelt
@@ -460,7 +460,10 @@ def test_training_goes_on_where_it_was_left(made: Path, tmp_path: Path):
     assert (folder / "codec" / "codec_state.pt").exists()
 
 
-def test_evaluate_prints_its_table(made: Path, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_prints_its_table(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(evaluated, "SECONDS", 2.0)
     main([
         "evaluate", "--out", str(made), "--preset", "tiny", "--parts", "codec",
         "--soundfont", "sines", "--judge-clips", "2",
@@ -470,7 +473,8 @@ def test_evaluate_prints_its_table(made: Path, capsys: pytest.CaptureFixture[str
     assert "log-mel distance, dB" in capsys.readouterr().out
 
 
-def test_pictures_are_sheets_of_a_take_a_style(made: Path):
+def test_pictures_are_sheets_of_a_take_a_style(made: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pictures, "SECONDS", 1.0)
     main(["pictures", "--out", str(made), "--preset", "tiny", "--parts", "drums,flute,jazz"])
     with Image.open(made / "takes.png") as sheet:
         drawn = np.asarray(sheet.convert("L"))
