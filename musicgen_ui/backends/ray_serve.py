@@ -392,19 +392,18 @@ class RayBackend:
                     raise LostError(f"item {item.sequence} came instead of {expected}")
                 upcoming = asyncio.ensure_future(anext(response))
                 expected, heard_s, made.at_replica = expected + 1, time.monotonic(), True
-                self._append(specification, made, item.event, frames)
-                if isinstance(item.event, Chunk) and item.event.clip.codes is not None:
-                    frames += item.event.clip.codes.shape[1]
-                if isinstance(item.event, (Finished, Failed)):
-                    made.lost = 0
-                    return
+                for event in item.events:
+                    self._append(specification, made, event, frames)
+                    if isinstance(event, Chunk) and event.clip.codes is not None:
+                        frames += event.clip.codes.shape[1]
+                    if isinstance(event, (Finished, Failed)):
+                        made.lost = 0
+                        return
         finally:
             upcoming.cancel()
             response.cancel()
 
-    def _append(
-        self, specification: Specification, made: Made, event: Event | None, frames: int
-    ) -> None:
+    def _append(self, specification: Specification, made: Made, event: Event, frames: int) -> None:
         """Appends an event of a replica, with what it leaves out, to the job's log."""
         job, index = specification.job, specification.index
         if isinstance(event, Progress):

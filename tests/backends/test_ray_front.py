@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import ray_replica, ray_serve
 from musicgen_ui.backends.ray_serve import RayBackend, RayJob
 from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished, Progress, Stage, Trouble
@@ -218,3 +220,32 @@ def test_closed_front_takes_no_jobs_and_leaves_no_thread(cluster, tiny_mono):
     assert time.monotonic() - began_s < ray_serve.CLOSE_S and not front._thread.is_alive()
     assert takes(read(job))[0].stopped
     assert isinstance(list(front.submit(ask(tiny_mono)).follow())[-1], Failed)
+
+
+def test_events_after_audio_go_together(cluster, tiny_mono, monkeypatch):
+    """The first audio goes at once; nothing waits longer than until the job ends."""
+
+    def hold_s(events: Sequence[Event]) -> float:
+        return 1000.0 if any(isinstance(event, Chunk) for event in events) else 0.0
+
+    monkeypatch.setattr(ray_replica, "_hold_s", hold_s)
+
+    async def streamed() -> list[ray_replica.Item]:
+        request = ask(tiny_mono, duration_s=3)
+        return [item async for item in cluster.replicas[0].compose("front", "job", request, "")]
+
+    items = [item for item in asyncio.run(streamed()) if item.events]
+    chunks = [sum(isinstance(event, Chunk) for event in item.events) for item in items]
+    first = next(number for number, count in enumerate(chunks) if count)
+    assert first == len(items) - 2 and chunks[-1] > 1
+    assert [item.sequence for item in items] == sorted({item.sequence for item in items})
+    assert isinstance(items[-1].events[-1], Finished)
+
+
+def test_gathering_never_takes_longer_than_the_audio_plays():
+    def chunk(duration_s: float) -> Chunk:
+        return Chunk(0, Clip(np.zeros((1, round(duration_s * 32_000)), np.float32), 32_000), 0)
+
+    assert ray_replica._hold_s([Progress(Stage.COMPOSING)]) == 0
+    assert ray_replica._hold_s([Progress(Stage.COMPOSING), chunk(0.2)]) == 0.1
+    assert ray_replica._hold_s([chunk(0.5), chunk(30)]) == ray_replica.GATHER_S
