@@ -65,6 +65,7 @@ class Report:
     replica: str  # its name in the cluster
     pid: int
     rows: int  # variations that it steps together
+    most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
     jobs: tuple[str, ...]  # ids of those that are under way
     music_s: float  # made since it started
     status: Status
@@ -79,6 +80,7 @@ class Replica:
         checkpoint: loaded before the replica takes jobs.
         name: in reports; None is what Serve calls it.
         loopback: whether the replica may listen on the loopback address alone.
+        most_bytes: of a checkpoint that should come here while others can take it; 0 is any.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Replica:
         checkpoint: str = "auto",
         name: str | None = None,
         loopback: bool = False,
+        most_bytes: int = 0,
     ) -> None:
         if loopback:
             _listen_on_loopback()
@@ -94,6 +97,7 @@ class Replica:
 
         self._backend = LocalBackend(**options)
         self._rows = int(options.get("max_jobs", 8))
+        self._most_bytes = most_bytes
         self._name = name or _replica_name()
         self._jobs: dict[str, LoggedJob] = {}
         self._fronts: dict[str, str] = {}  # of each job
@@ -183,6 +187,7 @@ class Replica:
             self._name,
             os.getpid(),
             self._rows,
+            self._most_bytes,
             tuple(self._jobs),
             self._made_s,
             self._backend.status(),
