@@ -2,7 +2,8 @@
 
 A cluster of its own listens on the loopback address alone and ends with the front. In a cluster
 that exists the application "musicgen" is deployed once and stays when a front ends; other fronts
-take it as it is.
+take it as it is. Replicas on CPUs beside those on GPUs are an application of their own,
+"musicgen-cpu".
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # torch; Ray need not be installed
     from musicgen_ui.backends.local import EngineOptions
 
 APPLICATION = "musicgen"
+CPU_APPLICATION = "musicgen-cpu"
+SMALL_BYTES = 3_000_000_000  # of checkpoints for CPUs while there are GPUs: up to musicgen-small
+CPU_ROWS = 4  # at most, of a replica on CPUs beside those on GPUs
 OBJECT_STORE_BYTES = 200_000_000  # a chunk is 64 kB, and goes from process to process
 DRAIN_S = 600.0  # that a replica has to finish its takes when another takes its place
 CONTROLS = 8  # calls beside a replica's jobs: without room for them no beat comes through
@@ -49,7 +53,8 @@ class Cluster:
     address: str = ""  # "auto" or host:port of one that exists; "" starts one
     replicas: int = 0  # 0 is one for each GPU, or one without any
     most_replicas: int = 0  # with more than `replicas`, the number goes by the music that waits
-    front_only: bool = False  # the application was deployed by another front
+    front_only: bool = False  # the applications were deployed by another front
+    cpu_replicas: int = 0  # beside those on GPUs, for small checkpoints
 
 
 class Arguments(TypedDict, total=False):
@@ -59,6 +64,7 @@ class Arguments(TypedDict, total=False):
     checkpoint: str  # loaded before a replica takes jobs
     replicas: int  # 0 is one for each GPU, or one without any
     max_replicas: int  # with more than `replicas`, the number goes by the music that waits
+    most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
     loopback: bool  # a replica listens on the loopback address alone
 
 
@@ -74,9 +80,13 @@ def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") 
         RequestError: there is no such cluster, or its application was not deployed.
     """
     os.environ |= NO_STATISTICS
-    shut_down = _join(cluster.address) if cluster.address else _start(cluster.replicas)
+    shut_down = (
+        _join(cluster.address)
+        if cluster.address
+        else _start(cluster.replicas + cluster.cpu_replicas)
+    )
     try:
-        return RayBackend(_handle(cluster, options, checkpoint), shut_down)
+        return RayBackend(_handles(cluster, options, checkpoint), shut_down)
     except BaseException:
         shut_down()
         raise
@@ -186,29 +196,48 @@ def _has_token() -> bool:
     return bool(named) or (files.expanded("~") / ".ray" / "auth_token").exists()
 
 
-def _handle(cluster: Cluster, options: EngineOptions, checkpoint: str) -> DeploymentHandle:
+def _handles(cluster: Cluster, options: EngineOptions, checkpoint: str) -> list[DeploymentHandle]:
+    """Of the application and, where there is one, of that on CPUs; deploys them if asked to."""
     from ray import serve
 
     if cluster.front_only:
-        try:
-            return serve.get_app_handle(APPLICATION)
-        except Exception as error:
+        found = serve.status().applications
+        if APPLICATION not in found:
             raise RequestError(
                 f"The cluster has no application “{APPLICATION}”: start one front without "
                 "--front-only, or deploy it with “serve deploy”."
-            ) from error
+            )
+        return [
+            serve.get_app_handle(name) for name in (APPLICATION, CPU_APPLICATION) if name in found
+        ]
     # No proxies: visitors reach the front alone.
     serve.start(proxy_location="Disabled")
-    application = build(
-        {
-            "options": options,
-            "checkpoint": checkpoint,
-            "replicas": cluster.replicas,
-            "max_replicas": cluster.most_replicas,
-            "loopback": not cluster.address,
+    loopback = not cluster.address
+    arguments: Arguments = {
+        "options": options,
+        "checkpoint": checkpoint,
+        "replicas": cluster.replicas,
+        "max_replicas": cluster.most_replicas,
+        "loopback": loopback,
+    }
+    handles = [serve.run(build(arguments), name=APPLICATION, route_prefix=None)]
+    if cluster.cpu_replicas:
+        on_cpu: EngineOptions = {
+            **options,
+            "device": "cpu",
+            "precision": "auto",
+            "budget_bytes": None,
+            "max_jobs": min(CPU_ROWS, options.get("max_jobs", CPU_ROWS)),
         }
-    )
-    return serve.run(application, name=APPLICATION, route_prefix=None)
+        arguments = {
+            "options": on_cpu,
+            "checkpoint": "bundled",  # always there: others are loaded when they are asked for
+            "replicas": cluster.cpu_replicas,
+            "most_bytes": SMALL_BYTES,
+            "loopback": loopback,
+        }
+        handles.append(serve.run(build(arguments), name=CPU_APPLICATION, route_prefix=None))
+    return handles
 
 
 def build(arguments: Arguments) -> Application:
@@ -249,11 +278,13 @@ def build(arguments: Arguments) -> Application:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=1,
+        logging_config={"enable_access_log": False},  # a line for each beat of each front
     )
     return deployment(Replica).bind(
         options,
         arguments.get("checkpoint", "auto"),
         loopback=bool(arguments.get("loopback", False)),
+        most_bytes=int(arguments.get("most_bytes", 0)),
     )
 
 

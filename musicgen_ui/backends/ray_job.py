@@ -12,6 +12,7 @@ import numpy as np
 
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.ray_pool import Pool
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.variation import Specification
@@ -59,6 +60,7 @@ class Made:
     codes: list[np.ndarray] = field(default_factory=list)  # int16 [codebooks, frames] each
     frames: int = 0  # in them; may be ahead of the audio
     lost: int = 0  # replicas, since there was new music
+    pool: Pool | None = None  # whose replica makes it
     at_replica: bool = False  # which one has begun
     played: tuple[int, int] = (0, 0)  # what the replica of a live piece knows of its listener
     controlling: bool = False  # it is being told more

@@ -1,11 +1,13 @@
 """A replica of a Ray cluster: a `LocalBackend` in a process of its own, behind a Serve deployment.
 
 One call of `compose` makes one variation and streams `Item`s: the events, their codes with them,
-and a heartbeat each second. Fronts call `beat` on every replica each second: it renews the lease of
-a front's jobs and brings back a `Report`. A replica drops the jobs of a front that is silent for
-`LEASE_S`: a front that is still there has them made elsewhere. Serve asks a replica that is to be
-replaced nothing any more, so that is how its jobs move. The engine steps in a thread of its own, so
-neither a long load nor a step holds up the event loop that Serve asks for the replica's health.
+and a heartbeat each second. A message costs some milliseconds of a core, whatever is in it, so
+events that come soon after audio go together. Fronts call `beat` on every replica each second: it
+renews the lease of a front's jobs and brings back a `Report`. A replica drops the jobs of a front
+that is silent for `LEASE_S`: a front that is still there has them made elsewhere. Serve asks a
+replica that is to be replaced nothing any more, so that is how its jobs move. The engine steps in a
+thread of its own, so neither a long load nor a step holds up the event loop that Serve asks for the
+replica's health.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # torch
     from musicgen_ui.backends.ray_scaling import RoutingStats
 
 HEARTBEAT_S = 1.0
+GATHER_S = 0.25  # after audio, for what goes with the next message; at most half of what plays
 LEASE_S = 10.0  # a front that is silent for so long has gone
 FATAL = (Trouble.STUCK, Trouble.THREAD_ENDED, Trouble.DEVICE_LOST)  # a new process helps
 
@@ -52,7 +55,7 @@ class Item(NamedTuple):
     """What a replica streams."""
 
     sequence: int  # 0, 1, 2 …
-    event: Event | None  # None is a heartbeat
+    events: tuple[Event, ...]  # none is a heartbeat
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Report:
     replica: str  # its name in the cluster
     pid: int
     rows: int  # variations that it steps together
+    most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
     jobs: tuple[str, ...]  # ids of those that are under way
     music_s: float  # made since it started
     status: Status
@@ -76,6 +80,7 @@ class Replica:
         checkpoint: loaded before the replica takes jobs.
         name: in reports; None is what Serve calls it.
         loopback: whether the replica may listen on the loopback address alone.
+        most_bytes: of a checkpoint that should come here while others can take it; 0 is any.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Replica:
         checkpoint: str = "auto",
         name: str | None = None,
         loopback: bool = False,
+        most_bytes: int = 0,
     ) -> None:
         if loopback:
             _listen_on_loopback()
@@ -91,6 +97,7 @@ class Replica:
 
         self._backend = LocalBackend(**options)
         self._rows = int(options.get("max_jobs", 8))
+        self._most_bytes = most_bytes
         self._name = name or _replica_name()
         self._jobs: dict[str, LoggedJob] = {}
         self._fronts: dict[str, str] = {}  # of each job
@@ -122,27 +129,38 @@ class Replica:
         self._seen_s[front] = time.monotonic()
         job = self._backend.submit(request, client, {} if made is None else {0: made})
         self._jobs[job_id], self._fronts[job_id] = job, front
-        events, sequence = job.events(), 0
-        upcoming = asyncio.ensure_future(anext(events, None))
+        pending, changed, sequence = list[Event](), asyncio.Event(), 0
+        reading = asyncio.ensure_future(self._collect(job, pending, changed))
         try:
             while True:
-                await asyncio.wait({upcoming}, timeout=HEARTBEAT_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), HEARTBEAT_S)
                 if job_id not in self._jobs:  # its lease has ended
                     return
-                event = None
-                if upcoming.done():
-                    event = upcoming.result()
-                    if event is None:
-                        return
-                    upcoming = asyncio.ensure_future(anext(events, None))
-                    event = self._packed(event)
-                yield Item(sequence, event)
+                changed.clear()
+                events = tuple(pending)
+                pending.clear()
+                if reading.done() and not events:
+                    reading.result()  # raises what it raised
+                    return
+                yield Item(sequence, events)
                 sequence += 1
+                if (hold_s := _hold_s(events)) and not request.live:
+                    await asyncio.wait({reading}, timeout=hold_s)
         finally:
             job.stop()
-            upcoming.cancel()
+            reading.cancel()
             self._jobs.pop(job_id, None)
             self._fronts.pop(job_id, None)
+
+    async def _collect(self, job: LoggedJob, pending: list[Event], changed: asyncio.Event) -> None:
+        """Moves the job's events to `pending` until it ends."""
+        try:
+            async for event in job.events():
+                pending.append(self._packed(event))
+                changed.set()
+        finally:
+            changed.set()
 
     def _packed(self, event: Event) -> Event:
         """The event without what the front has: clips of the request, new audio in chunks."""
@@ -169,6 +187,7 @@ class Replica:
             self._name,
             os.getpid(),
             self._rows,
+            self._most_bytes,
             tuple(self._jobs),
             self._made_s,
             self._backend.status(),
@@ -263,6 +282,11 @@ class Replica:
                 if now - seen_s > LEASE_S and front not in self._fronts.values():
                     self._seen_s.pop(front, None)
                     self._waiting_s.pop(front, None)
+
+
+def _hold_s(events: Sequence[Event]) -> float:
+    """How long to wait for what goes with the next message: not at all before any audio."""
+    return min(GATHER_S, sum(e.clip.duration_s for e in events if isinstance(e, Chunk)) / 2)
 
 
 def _without_clips(request: GenerationRequest) -> GenerationRequest:

@@ -1,7 +1,8 @@
 """A backend of many machines: replicas in a Ray cluster behind one front.
 
 The front is an ordinary process with the page. It keeps the queue and hands a variation to the
-cluster only while a replica has a free row, so that a new replica helps at once. Everything here
+cluster only while a replica that may make it has a free row, so that a new replica helps at once.
+Replicas that are alike are a `Pool`, such as those on GPUs and those on CPUs. Everything here
 runs in the event loop of one thread: the dispatcher, a task for each variation that is being made,
 and a beat each second that asks all replicas how they are and renews the lease of this front's
 jobs.
@@ -23,11 +24,12 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.ray_job import Made, RayJob, take_so_far, with_clips
+from musicgen_ui.backends.ray_pool import Pool, pool_for
 from musicgen_ui.backends.ray_replica import HEARTBEAT_S, Report
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.job_queue import JobQueue
@@ -51,9 +53,7 @@ from musicgen_ui.request import GenerationRequest
 if TYPE_CHECKING:  # Ray need not be installed
     from ray.serve.handle import DeploymentHandle
 
-BEAT_TIMEOUT_S = 2.0  # for a replica to answer a beat
 SILENT_S = 8.0  # a stream without a heartbeat for so long is lost
-ILL_S = 60.0  # a replica that is silent is reported for so long
 MOST_LOST = 2  # replicas that a variation loses in a row without any new music
 CONTROL_S = 30.0  # for an answer to what a page asks
 CLOSE_S = 10.0
@@ -72,20 +72,20 @@ class RayBackend:
     """`protocol.Backend` over the replicas of a cluster. Methods may be called from any thread.
 
     Args:
-        handle: Serve's handle of the deployment of `Replica`.
+        handles: Serve's, of the deployments of `Replica`; what all of them know is asked of the
+            first one, which takes every checkpoint.
         shut_down: ends what was started for it.
     """
 
     def __init__(
-        self, handle: DeploymentHandle, shut_down: Callable[[], object] = lambda: None
+        self, handles: Sequence[DeploymentHandle], shut_down: Callable[[], object] = lambda: None
     ) -> None:
-        self._handle, self._streaming = handle, handle.options(stream=True)
+        self._pools = [Pool(handle) for handle in handles]
         self._shut_down = shut_down
         self._front = secrets.token_hex(8)
         self._queue = JobQueue()
         self._rows: dict[Specification, asyncio.Task[None]] = {}  # handed to the cluster
         self._made: dict[Specification, Made] = {}
-        self._reports: dict[str, tuple[Report, float]] = {}  # and when, by replica
         self._stops_s: dict[str, float] = {}  # when a replica was last asked to stop, by id
         self._models: dict[tuple[str, bool], tuple[str, int]] = {}  # by checkpoint and stereo
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,28 +132,30 @@ class RayBackend:
 
     def unload(self) -> None:
         """See `Backend.unload`; every replica's."""
-        self._ask("unload")
+        for pool in self._pools:
+            with contextlib.suppress(Exception):  # none is there
+                pool.ask(CONTROL_S, "unload")
 
     def _ask(self, method: str, *arguments: object) -> Any:
-        """What a replica answers. All are asked, beside their jobs, so that none waits for a row.
+        """What a replica answers, of the first pool that does.
 
         Raises:
             RequestError: none answers.
         """
-        try:
-            response = self._handle.broadcast(method, *arguments)
-            answers = response.results(timeout_s=CONTROL_S, return_exceptions=True)
-        except Exception as error:
-            raise RequestError("No machine of this server answers: try again soon.") from error
-        for answer in answers:
-            if not isinstance(answer, Exception) or isinstance(answer, RequestError):
-                return answer
+        for pool in self._pools:
+            try:
+                answers = pool.ask(CONTROL_S, method, *arguments)
+            except Exception as error:
+                log.debug("No replica answers", exc_info=error)
+                continue
+            for answer in answers:
+                if not isinstance(answer, Exception) or isinstance(answer, RequestError):
+                    return answer
         raise RequestError("No machine of this server answers: try again soon.")
 
     def _fresh(self) -> list[Report]:
         """The reports of replicas that answer."""
-        oldest_s = time.monotonic() - BEAT_TIMEOUT_S - 2 * HEARTBEAT_S
-        return [report for report, seen_s in list(self._reports.values()) if seen_s >= oldest_s]
+        return [report for pool in self._pools for report in pool.fresh()]
 
     def status(self) -> Status:
         """See `Backend.status`; of all replicas together."""
@@ -174,25 +176,15 @@ class RayBackend:
 
     def health(self) -> Health:
         """See `Backend.health`; a replica that is ill is named in the warnings."""
-        now, fresh = time.monotonic(), self._fresh()
-        replicas, warnings, models = {}, [], dict[str, int]()
-        for name, (report, seen_s) in sorted(self._reports.items()):
-            health, answers = report.health, report in fresh
-            if not answers:
-                warnings.append(f"Replica {name} has not answered for {now - seen_s:.0f} s.")
-            elif health.trouble:
-                warnings.append(f"Replica {name} cannot make music: {health.trouble}.")
-            warnings += [f"Replica {name}: {text}" for text in health.warnings if answers]
-            for checkpoint, nbytes in health.models.items() if answers else ():
+        replicas, warnings, models = dict[str, ReplicaHealth](), list[str](), dict[str, int]()
+        for pool in self._pools:
+            found, ill = pool.health()
+            replicas |= found
+            warnings += ill
+        fresh = self._fresh()
+        for report in fresh:
+            for checkpoint, nbytes in report.health.models.items():
                 models[checkpoint] = models.get(checkpoint, 0) + nbytes
-            replicas[name] = ReplicaHealth(
-                up=answers and not health.trouble,
-                rows=report.rows,
-                jobs=health.jobs if answers else 0,
-                waiting=health.waiting if answers else 0,
-                models=len(health.models) if answers else 0,
-                music_s=report.music_s,
-            )
         well = [report for report in fresh if not report.health.trouble]
         return Health(
             None if well else Trouble.NO_REPLICA,
@@ -234,7 +226,7 @@ class RayBackend:
         for specification in (*self._queue.pop_all(), *self._rows):
             specification.job.stopping.set()
             self._end(specification)
-        tasks = [*self._tasks, *self._rows.values()]
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -256,10 +248,7 @@ class RayBackend:
                 self._stop(made.id)
             if job.request.live:
                 self._pass_on(job, made)
-        free = self._free_rows()
-        while free > 0 and (upcoming := self._queue.pop()):
-            free -= 1
-            self._made.setdefault(upcoming, Made())
+        while upcoming := self._next():
             if upcoming.job.begin():
                 self._rows[upcoming] = self._loop.create_task(self._compose(upcoming))
         jobs = {specification.job for specification in self._rows}
@@ -270,7 +259,8 @@ class RayBackend:
         now = time.monotonic()
         if now - self._stops_s.get(id, -math.inf) >= HEARTBEAT_S:
             self._stops_s[id] = now
-            self._start(self._tell("stop", id))
+            for pool in self._pools:
+                self._start(pool.tell("stop", id))
 
     def _pass_on(self, job: LoggedJob, made: Made) -> None:
         """Tells the replica of a live piece what its listener did; one message at a time."""
@@ -286,51 +276,44 @@ class RayBackend:
         made.played, made.controlling = played, True
 
         async def tell() -> None:
-            await self._tell("control", made.id, changes, stretches, played)
+            if made.pool:
+                await made.pool.tell("control", made.id, changes, stretches, played)
             made.controlling = False
             self._wake.set()
 
         self._start(tell())
 
-    def _free_rows(self) -> int:
-        """Rows of the replicas that answer, without those in use by this front and others."""
-        own = {self._made[specification].id for specification in self._rows}
-        well = [report for report in self._fresh() if not report.health.trouble]
-        others = sum(len(set(report.jobs) - own) for report in well)
-        return sum(report.rows for report in well) - others - len(own)
+    def _next(self) -> Specification | None:
+        """Takes the next variation for which a replica has a free row from the queue."""
+        ids: dict[Pool | None, set[str]] = {}
+        for made in map(self._made.__getitem__, self._rows):
+            ids.setdefault(made.pool, set()).add(made.id)
+        free = [pool for pool in self._pools if pool.free_rows(ids.get(pool, set())) > 0]
 
-    def _waiting_s(self) -> float:
-        """Seconds of music in the queue."""
-        return sum(each.request.duration_s for each in self._queue.waiting())
+        def place(specification: Specification) -> Pool | None:
+            return pool_for(self._pools, free, *self._model(specification.request))
+
+        upcoming = self._queue.pop(lambda each: place(each) is not None) if free else None
+        if upcoming:
+            self._made.setdefault(upcoming, Made()).pool = place(upcoming)
+        return upcoming
+
+    def _model(self, request: GenerationRequest) -> tuple[str, int]:
+        """Name and bytes of a request's checkpoint, as far as they are known."""
+        return self._models.get((request.checkpoint, request.stereo), (request.checkpoint, 0))
+
+    def _waiting_s(self, pool: Pool) -> float:
+        """Seconds of music in the queue that a pool may make."""
+        requests = [each.request for each in self._queue.waiting()]
+        return sum(r.duration_s for r in requests if pool.suits(self._model(r)[1]))
 
     async def _beat_until_closed(self) -> None:
         while not self._closed:
             began_s = time.monotonic()
-            try:
-                response = self._handle.broadcast("beat", self._front, self._waiting_s())
-                answers = await asyncio.to_thread(
-                    response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
-                )
-            except Exception as error:  # no replica, as while the first one starts
-                log.debug("No replica answers", exc_info=error)
-                answers = []
-            now = time.monotonic()
-            for answer in answers:
-                if isinstance(answer, Report):
-                    self._reports[answer.replica] = (answer, now)
-            for name, (_, seen_s) in list(self._reports.items()):
-                if now - seen_s > ILL_S:
-                    del self._reports[name]
+            beats = [pool.beat(self._front, self._waiting_s(pool)) for pool in self._pools]
+            await asyncio.gather(*beats)
             self._wake.set()
-            await asyncio.sleep(max(0.1, HEARTBEAT_S - (now - began_s)))
-
-    async def _tell(self, method: str, *arguments: object) -> None:
-        """Calls a method of all replicas: which of them has a job is not known here."""
-        with contextlib.suppress(Exception):  # the stream of a replica that died says so
-            response = self._handle.broadcast(method, *arguments)
-            await asyncio.to_thread(
-                response.results, timeout_s=BEAT_TIMEOUT_S, return_exceptions=True
-            )
+            await asyncio.sleep(max(0.1, HEARTBEAT_S - (time.monotonic() - began_s)))
 
     async def _compose(self, specification: Specification) -> None:
         """Has a variation made on a replica; puts it back where the replica is lost."""
@@ -364,14 +347,12 @@ class RayBackend:
             Exception: whatever Ray raises.
         """
         job, request = specification.job, specification.request
-        key = request.checkpoint, request.stereo
-        response = self._streaming.compose.remote(
-            self._front,
-            made.id,
-            request,
-            job.client,
-            made.known(),
-            self._models.get(key, (request.checkpoint, 0)),
+        name, nbytes = self._model(request)
+        if nbytes and len(self._pools) > 1:  # "auto" is what the first pool calls so
+            request = dataclasses.replace(request, checkpoint=name)
+        pool = made.pool or self._pools[0]
+        response = pool.compose(
+            self._front, made.id, request, job.client, made.known(), (name, nbytes)
         )
         frames, expected, heard_s, made.at_replica = 0, 0, time.monotonic(), False
         upcoming = asyncio.ensure_future(anext(response))
@@ -392,19 +373,18 @@ class RayBackend:
                     raise LostError(f"item {item.sequence} came instead of {expected}")
                 upcoming = asyncio.ensure_future(anext(response))
                 expected, heard_s, made.at_replica = expected + 1, time.monotonic(), True
-                self._append(specification, made, item.event, frames)
-                if isinstance(item.event, Chunk) and item.event.clip.codes is not None:
-                    frames += item.event.clip.codes.shape[1]
-                if isinstance(item.event, (Finished, Failed)):
-                    made.lost = 0
-                    return
+                for event in item.events:
+                    self._append(specification, made, event, frames)
+                    if isinstance(event, Chunk) and event.clip.codes is not None:
+                        frames += event.clip.codes.shape[1]
+                    if isinstance(event, (Finished, Failed)):
+                        made.lost = 0
+                        return
         finally:
             upcoming.cancel()
             response.cancel()
 
-    def _append(
-        self, specification: Specification, made: Made, event: Event | None, frames: int
-    ) -> None:
+    def _append(self, specification: Specification, made: Made, event: Event, frames: int) -> None:
         """Appends an event of a replica, with what it leaves out, to the job's log."""
         job, index = specification.job, specification.index
         if isinstance(event, Progress):
@@ -430,8 +410,7 @@ class RayBackend:
     def _learn(self, request: GenerationRequest, name: str) -> None:
         """Keeps which model a request meant, and its size, for the next ones."""
         sizes = [report.health.models.get(name, 0) for report in self._fresh()]
-        known = self._models.get((request.checkpoint, request.stereo), ("", 0))[1]
-        size = max(sizes, default=0) or known
+        size = max(sizes, default=0) or self._model(request)[1]
         self._models[request.checkpoint, request.stereo] = name, size
 
     def _end(self, specification: Specification) -> None:

@@ -91,11 +91,15 @@ class JobQueue:
         turns = zip_longest(*self._ring.values())
         return [variation for turn in turns for variation in turn if variation]
 
-    def pop(self) -> Specification | None:
-        """Takes out the variation whose turn it is."""
-        if not self._ring:
+    def pop(self, fits: Callable[[Specification], bool] = lambda _: True) -> Specification | None:
+        """Takes out the variation whose turn it is, of those that have a place now.
+
+        A client whose next one has none keeps its turn.
+        """
+        client = next((each for each, waiting in self._ring.items() if fits(waiting[0])), None)
+        if client is None:
             return None
-        client, variations = next(iter(self._ring.items()))
+        variations = self._ring[client]
         variation = variations.popleft()
         self._ring.move_to_end(client)
         if not variations:

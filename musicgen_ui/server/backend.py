@@ -52,6 +52,10 @@ def _ray_backend(chosen: Settings) -> Backend:
     from musicgen_ui.backends import ray_cluster
 
     cluster = ray_cluster.Cluster(
-        chosen.ray_address, chosen.replicas, chosen.max_replicas, chosen.front_only
+        chosen.ray_address,
+        chosen.replicas,
+        chosen.max_replicas,
+        chosen.front_only,
+        chosen.cpu_replicas,
     )
     return ray_cluster.connect(cluster, _engine_options(chosen), chosen.checkpoint)

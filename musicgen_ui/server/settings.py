@@ -165,6 +165,12 @@ class Settings(BaseSettings):
     max_replicas: int = Field(
         0, ge=0, le=LARGE, description="ray: replicas while music waits; 0 keeps their number"
     )
+    cpu_replicas: int = Field(
+        0,
+        ge=0,
+        le=LARGE,
+        description="ray: replicas on CPUs beside those on GPUs, for small checkpoints",
+    )
     ray_address: str = Field(
         "",
         description="ray: a cluster that exists, auto or host:port; empty starts one on this "

@@ -318,13 +318,13 @@ class Front:
             for n in range(20)
         ]
         for page in pages:
-            wait_for(lambda page=page: SOME_MUSIC.search(page.told) or page.lost, 120)
+            wait_for(lambda page=page: SOME_MUSIC.search(page.told) or page.lost, START_S)
             assert not page.lost, page.lost
         return pages
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(120)
+        return self.process.wait(2 * START_S)
 
 
 def lengths_s(folder: Path) -> list[float]:
@@ -332,36 +332,37 @@ def lengths_s(folder: Path) -> list[float]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)  # four fronts start, one after the other
 def test_front_ends_and_begins_anew_while_pages_stream(head, tmp_path):
     """By SIGTERM its jobs end as whole takes, by SIGTERM without time as the takes so far; by
     SIGKILL its replicas stop them. Pages are told, and the next front serves.
     """
     device = ("--device", "cpu", "--replicas", "1", "--jobs", "20")
-    front = Front(head, tmp_path, *device, "--drain-s", "100")
-    pages = front.streaming(20.0)
+    front = Front(head, tmp_path, *device, "--drain-s", "1000")
+    pages = front.streaming(10.0)
     assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM, front.log
-    assert lengths_s(tmp_path) == [20.0] * 20
+    assert lengths_s(tmp_path) == [10.0] * 20
     for page in pages:
-        page.thread.join(30)
+        page.thread.join(START_S)
         assert not page.thread.is_alive() and "process_completed" in page.told
 
     front = Front(head, tmp_path, "--front-only", "--drain-s", "0")
     pages = front.streaming(280.0)
     assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM, front.log
-    stopped = [length for length in lengths_s(tmp_path) if length != 20.0]
+    stopped = [length for length in lengths_s(tmp_path) if length != 10.0]
     assert len(stopped) == 20 and all(0 < length < 280 for length in stopped)
 
     front = Front(head, tmp_path, "--front-only")
     pages += front.streaming(280.0)
     front.end(signal.SIGKILL)
     for page in pages:
-        page.thread.join(30)
+        page.thread.join(START_S)
         assert not page.thread.is_alive()
 
     front = Front(head, tmp_path, "--front-only")
-    wait_for(lambda: not httpx.get(f"{front.url}/healthz").json()["jobs"], 60)
+    wait_for(lambda: not httpx.get(f"{front.url}/healthz").json()["jobs"], START_S)
     for page in front.streaming(2.0):
-        page.thread.join(60)
+        page.thread.join(START_S)
         assert '"finished"' in page.told
     assert len(lengths_s(tmp_path)) == 60
     assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import ray_replica, ray_serve
+from musicgen_ui.backends.ray_pool import Pool, pool_for
 from musicgen_ui.backends.ray_serve import RayBackend, RayJob
-from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished, Progress, Stage, Trouble
+from musicgen_ui.engine.protocol import (
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Health,
+    Progress,
+    Stage,
+    Status,
+    Trouble,
+)
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
 from tests.helpers.ray_cluster import Answers, FakeCluster
+
+LONG_S = 200.0  # what a busy computer does in less than that
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +43,13 @@ def whole(tiny_mono) -> Iterator[Callable[[GenerationRequest], Finished]]:
     backend = LocalBackend(device="cpu", precision="float32")
     yield lambda request: takes(read(backend.submit(request)))[0]
     backend.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch) -> None:
+    """On a busy computer neither a front nor a replica is taken for lost that is just slow."""
+    monkeypatch.setattr(ray_replica, "LEASE_S", 1000.0)
+    monkeypatch.setattr(ray_serve, "SILENT_S", 1000.0)
 
 
 @pytest.fixture
@@ -136,7 +160,7 @@ def test_stop_reaches_the_replica_and_keeps_the_music(front, cluster, tiny_mono,
     job.stop()
     (take,) = takes(read(job))
     assert take.stopped and 0 < take.clip.duration_s < 300 and take.codes is not None and lost
-    wait_for(lambda: not any(replica._jobs for replica in cluster.replicas))
+    wait_for(lambda: not any(replica._jobs for replica in cluster.replicas), LONG_S)
 
 
 def test_jobs_wait_at_the_front_until_a_row_is_free(tiny_mono):
@@ -157,31 +181,28 @@ def test_jobs_wait_at_the_front_until_a_row_is_free(tiny_mono):
     cluster.close()
 
 
-def test_front_that_is_silent_loses_its_jobs(cluster, tiny_mono, monkeypatch):
-    monkeypatch.setattr(ray_replica, "LEASE_S", 1.0)
-    front = cluster.front()
-    job = front.submit(ask(tiny_mono, duration_s=300))
-    until_audio(job)
-    monkeypatch.setattr(cluster, "broadcast", raiser)
-    wait_for(lambda: not any(replica._jobs for replica in cluster.replicas), 30)
+def test_front_that_is_silent_loses_its_jobs(front, cluster, tiny_mono):
+    front.submit(ask(tiny_mono, duration_s=300))
+    wait_for(lambda: any(replica._jobs for replica in cluster.replicas), LONG_S)
+    for replica in list(cluster.replicas):
+        cluster.drain(replica)
+    wait_for(cluster.forget_fronts, LONG_S)
     front.close()
 
 
 def test_replaced_replica_hands_its_jobs_on(front, cluster, tiny_mono, monkeypatch):
     """In a rolling update: the music goes on where it was."""
-    monkeypatch.setattr(ray_replica, "LEASE_S", 1.0)
-    for module in (ray_replica, ray_serve):
-        monkeypatch.setattr(module, "HEARTBEAT_S", 0.2)
-    job = front.submit(ask(tiny_mono, duration_s=120))
+    monkeypatch.setattr(ray_replica, "HEARTBEAT_S", 0.05)
+    job = front.submit(ask(tiny_mono, duration_s=60))
     until_audio(job)
     for replica in list(cluster.replicas):
         cluster.drain(replica)
+    wait_for(cluster.forget_fronts, LONG_S)
     cluster.add()
     events = read(job)
     (take,) = takes(events)
-    assert len(cluster.calls) > 1 and not take.stopped and not take.fault
-    assert np.array_equal(audio(events), take.clip.samples) and take.clip.duration_s == 120
-    assert not any(replica._jobs for replica in cluster.draining)
+    assert len(cluster.calls) == 2 and not take.stopped and not take.fault
+    assert np.array_equal(audio(events), take.clip.samples) and take.clip.duration_s == 60
 
 
 def test_live_piece_ends_with_its_replica(front, cluster, tiny_mono):
@@ -198,15 +219,15 @@ def raiser(*_: object) -> None:
 
 
 def test_health_names_the_replica_that_is_ill(front, cluster):
-    wait_for(lambda: len(front.health().replicas) == 2)
+    wait_for(lambda: len(front.health().replicas) == 2, LONG_S)
     assert front.health().trouble is None
     gone = cluster.replicas[0]
     cluster.kill(gone)
-    wait_for(lambda: not front.health().replicas[gone._name].up)
+    wait_for(lambda: not front.health().replicas[gone._name].up, LONG_S)
     health = front.health()
     assert health.trouble is None and any(gone._name in text for text in health.warnings)
     cluster.kill(cluster.replicas[0])
-    wait_for(lambda: front.health().trouble is Trouble.NO_REPLICA)
+    wait_for(lambda: front.health().trouble is Trouble.NO_REPLICA, LONG_S)
 
 
 def test_closed_front_takes_no_jobs_and_leaves_no_thread(cluster, tiny_mono):
@@ -218,3 +239,72 @@ def test_closed_front_takes_no_jobs_and_leaves_no_thread(cluster, tiny_mono):
     assert time.monotonic() - began_s < ray_serve.CLOSE_S and not front._thread.is_alive()
     assert takes(read(job))[0].stopped
     assert isinstance(list(front.submit(ask(tiny_mono)).follow())[-1], Failed)
+
+
+def test_events_after_audio_go_together(cluster, tiny_mono, monkeypatch):
+    """The first audio goes at once; nothing waits longer than until the job ends."""
+
+    def hold_s(events: Sequence[Event]) -> float:
+        return 1000.0 if any(isinstance(event, Chunk) for event in events) else 0.0
+
+    monkeypatch.setattr(ray_replica, "_hold_s", hold_s)
+
+    async def streamed() -> list[ray_replica.Item]:
+        request = ask(tiny_mono, duration_s=3)
+        return [item async for item in cluster.replicas[0].compose("front", "job", request, "")]
+
+    items = [item for item in asyncio.run(streamed()) if item.events]
+    chunks = [sum(isinstance(event, Chunk) for event in item.events) for item in items]
+    first = next(number for number, count in enumerate(chunks) if count)
+    assert first == len(items) - 2 and chunks[-1] > 1
+    assert [item.sequence for item in items] == sorted({item.sequence for item in items})
+    assert isinstance(items[-1].events[-1], Finished)
+
+
+def test_gathering_never_takes_longer_than_the_audio_plays():
+    def chunk(duration_s: float) -> Chunk:
+        return Chunk(0, Clip(np.zeros((1, round(duration_s * 32_000)), np.float32), 32_000), 0)
+
+    assert ray_replica._hold_s([Progress(Stage.COMPOSING)]) == 0
+    assert ray_replica._hold_s([Progress(Stage.COMPOSING), chunk(0.2)]) == 0.1
+    assert ray_replica._hold_s([chunk(0.5), chunk(30)]) == ray_replica.GATHER_S
+
+
+def test_small_checkpoints_go_to_the_replicas_for_them(tiny_mono):
+    """And to the others while those are full, or while its size is not known."""
+    gpus, cpus = FakeCluster(tiny_mono, 1, 1), FakeCluster(tiny_mono, 1, 1, most_bytes=10**9)
+    front = RayBackend([gpus, cpus])
+    wait_for(lambda: len(front.health().replicas) == 2, LONG_S)
+    read(front.submit(ask(tiny_mono)))
+    assert (len(gpus.calls), len(cpus.calls)) == (1, 0)
+    first = front.submit(ask(tiny_mono, duration_s=300))
+    until_audio(first)
+    assert (len(gpus.calls), len(cpus.calls)) == (1, 1)
+    read(front.submit(ask(tiny_mono)))
+    assert (len(gpus.calls), len(cpus.calls)) == (2, 1)
+    first.stop()
+    assert takes(read(first))[0].stopped
+    front.close()
+    for cluster in (gpus, cpus):
+        cluster.close()
+
+
+def pool_of(*models: str, most_bytes: int = 0, up: bool = True) -> Pool:
+    pool = Pool(SimpleNamespace(options=lambda stream: None))
+    health = Health(None, dict.fromkeys(models, 1))
+    report = ray_replica.Report("", 0, 4, most_bytes, (), 0.0, Status(), health)
+    pool._there_s = time.monotonic() if up else -math.inf
+    pool._reports = {"": (report, pool._there_s)}
+    return pool
+
+
+def test_pool_of_a_job_goes_by_bytes_and_by_what_is_loaded():
+    gpus, cpus = both = [pool_of("large"), pool_of("bundled", most_bytes=10)]
+    assert pool_for(both, both, "large", 100) is gpus is pool_for(both, both, "?", 0)
+    assert pool_for(both, both, "small", 8) is cpus is pool_for(both, both, "bundled", 1)
+    assert pool_for(both, [gpus], "small", 8) is gpus
+    assert pool_for(both, [cpus], "large", 100) is None
+    with_small = [pool_of("large", "small"), cpus]
+    assert pool_for(with_small, with_small, "small", 8) is with_small[0]
+    without = [pool_of("large", up=False), cpus]
+    assert pool_for(without, [cpus], "large", 100) is cpus

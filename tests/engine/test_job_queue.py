@@ -48,6 +48,13 @@ def test_clients_take_turns_in_the_order_of_arrival():
     assert drained(queue) == ["a", "b", "c", "a", "c", "a", "a", "a"]
 
 
+def test_client_whose_next_one_has_no_place_keeps_its_turn():
+    queue = joined(specified("a", steps=100), specified("b"), specified("c"))
+    assert queue.pop(lambda each: each.steps < 100).job.client == "b"
+    assert queue.pop(lambda each: each.steps > 100) is None
+    assert drained(queue) == ["a", "c"]
+
+
 def test_jobs_of_a_client_keep_their_order():
     first, second = specified("a", 2), specified("a")
     queue = joined(first, specified("b"), second)

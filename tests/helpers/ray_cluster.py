@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ class Stream:
         self._cluster, self._arguments = cluster, arguments
         self._replica: Replica | None = None
         self._items: Any = None
-        self.cancelled = False
 
     async def __anext__(self) -> Item:
         while self._replica is None:  # the router waits for one with a free row
@@ -49,31 +49,27 @@ class Stream:
                 await asyncio.wait({upcoming}, timeout=0.01)
                 self._check()
             self._check()
-            item = upcoming.result()
-            self._cluster.items += 1
-            return item
+            return upcoming.result()
         finally:
             upcoming.cancel()
 
     def _check(self) -> None:
-        if self._replica in self._cluster.silent:
-            raise asyncio.CancelledError
         if self._replica not in (*self._cluster.replicas, *self._cluster.draining):
             raise KilledError("The replica died")
 
     def cancel(self) -> None:
-        self.cancelled = True
+        """The replica's generator is closed by asyncio."""
 
 
 class FakeCluster:
     """Replicas of a checkpoint that can be killed; `handle` methods as of Serve's handle."""
 
-    def __init__(self, checkpoint: Path, replicas: int = 2, rows: int = 2) -> None:
-        self._checkpoint, self._rows = checkpoint, rows
+    def __init__(
+        self, checkpoint: Path, replicas: int = 2, rows: int = 2, most_bytes: int = 0
+    ) -> None:
+        self._checkpoint, self._rows, self._most_bytes = checkpoint, rows, most_bytes
         self.replicas: list[Replica] = []
-        self.silent: list[Replica] = []
         self.draining: list[Replica] = []
-        self.items = 0
         self.calls: list[tuple[Any, ...]] = []
         for _ in range(replicas):
             self.add()
@@ -81,8 +77,9 @@ class FakeCluster:
 
     def add(self) -> Replica:
         options = {"device": "cpu", "precision": "float32", "max_jobs": self._rows}
-        name = f"replica-{len(self.calls)}-{len(self.replicas)}"
-        replica = Replica(options, str(self._checkpoint), name)
+        name = f"replica-{self._most_bytes}-{len(self.calls)}-{len(self.replicas)}"
+        checkpoint, most = str(self._checkpoint), self._most_bytes
+        replica = Replica(options, checkpoint, name, most_bytes=most)
         self.replicas.append(replica)
         return replica
 
@@ -93,6 +90,12 @@ class FakeCluster:
         """Gives it no more calls, as Serve does with one that is replaced; its streams go on."""
         self.replicas.remove(replica)
         self.draining.append(replica)
+
+    def forget_fronts(self) -> bool:
+        """Ends the leases of all jobs on replicas that no front asks any more; none is left."""
+        for replica in self.draining:
+            replica._seen_s = dict.fromkeys(replica._seen_s, -math.inf)
+        return not any(replica._jobs for replica in self.draining)
 
     def options(self, stream: bool) -> FakeCluster:
         assert stream
@@ -110,7 +113,7 @@ class FakeCluster:
         return Answers(lambda: [call(replica) for replica in self.replicas])
 
     def front(self) -> RayBackend:
-        return RayBackend(self)
+        return RayBackend([self])
 
     def close(self) -> None:
         for replica in (*self.replicas, *self.draining):
