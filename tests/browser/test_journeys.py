@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,10 @@ import pytest
 import soundfile
 from playwright.sync_api import Page, expect
 
+from musicgen_ui.ui import sessions
 from tests.helpers.browser import Open, download, finished, generate, set_number, unfold
 from tests.helpers.fakes import FakeBackend
+from tests.helpers.local import wait_for
 
 HEARD = "() => musicgenPlayer.sound.position_s"
 
@@ -84,17 +85,16 @@ def test_two_tabs_do_not_stop_each_other(open_page: Open, engine: FakeBackend) -
     expect(two.locator("#take_facts")).to_contain_text("5.0 s")
 
 
-def test_a_closed_tab_stops_its_job(open_page: Open, engine: FakeBackend) -> None:
+def test_a_closed_tab_stops_its_job(
+    open_page: Open, engine: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LEFT_S", 0.5)
     engine.speed = 1.0
     page = open_page()
     generate(page, length_s=30)
     page.wait_for_function("() => musicgenPlayer.sound.track?.received > 0")
     page.close()
-    for _ in range(100):
-        if engine.running == 0:
-            break
-        time.sleep(0.05)
-    assert engine.running == 0
+    wait_for(lambda: engine.running == 0, 20)
 
 
 def test_an_upload_is_continued_and_a_take_too(
