@@ -109,18 +109,12 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Browser tests last: Playwright leaves an event loop running in the main thread.
-
-    With several processes they come first: see `pytest_xdist_make_scheduler`.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Browser tests first: see `pytest_xdist_make_scheduler`."""
     for item in items:
         if item.path.parent.name == "browser":
             item.add_marker(pytest.mark.browser)
-    items.sort(
-        key=lambda item: item.get_closest_marker("browser") is not None,
-        reverse=hasattr(config, "workerinput"),
-    )
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
 
 
 def pytest_collection_finish() -> None:
