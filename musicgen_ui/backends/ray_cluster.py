@@ -41,6 +41,15 @@ STARTS = 4  # Ray gives its processes 30 s, which a busy computer may need more 
 # What Ray reads when it is imported. Its name speaks of other systems: without clusters Ray uses
 # the loopback address for everything, on Linux too.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_agent_register_timeout_ms": "120000"}
+# Ray's processes look ten times a second whether anything has changed, which takes a share of the
+# cores from the replicas beside them; and what is larger than 100 kB takes a way that costs more.
+FRUGAL = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "REPORTER_UPDATE_INTERVAL_MS": "10000",
+    "RAY_max_direct_call_object_size": "1000000",  # bytes
+}
 NO_STATISTICS = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 log = logging.getLogger(__name__)
@@ -94,7 +103,7 @@ def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") 
 
 def _start(replicas: int) -> Callable[[], None]:
     """Starts a cluster on this computer alone; returns what ends it."""
-    os.environ |= LOOPBACK
+    os.environ |= LOOPBACK | {name: os.environ.get(name, value) for name, value in FRUGAL.items()}
     import ray
     from ray import serve
 

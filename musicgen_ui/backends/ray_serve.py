@@ -382,6 +382,8 @@ class RayBackend:
                         return
         finally:
             upcoming.cancel()
+            # Ray makes an error of it, which asyncio would log if nobody looked at it.
+            upcoming.add_done_callback(lambda end: end.cancelled() or end.exception())
             response.cancel()
 
     def _append(self, specification: Specification, made: Made, event: Event, frames: int) -> None:

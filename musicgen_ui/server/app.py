@@ -61,7 +61,9 @@ if TYPE_CHECKING:  # gradio and torch
 FAILED, WRONG = 1, 2  # exit codes
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 JOBS_END_S = 5.0  # that stopped jobs have to save what they made
-DELIVERY_S = 0.3  # until their pages have the last updates, as far as the connection allows
+DELIVERY_S = 2.0  # that their pages have to get the last updates
+DRAINED_DELIVERY_S = 10.0  # the same where the server may take its time
+FLUSH_S = 0.3  # until what was written is sent, and a page has asked for what it shows in the end
 SESSIONS = 800  # pages whose state Gradio remembers, 9 kB each
 GRADIO_VARIABLES = ("GRADIO_SHARE_SERVER_ADDRESS",)  # that are left to Gradio
 
@@ -256,7 +258,7 @@ def close(demo: Page, temporary: Path) -> None:
     while len(demo.backend) and time.monotonic() < end_s:
         time.sleep(0.02)
     if jobs:
-        time.sleep(DELIVERY_S)
+        deliver(demo, DELIVERY_S)
 
     gradio_patches.hang_up(demo.server)
     demo.close(verbose=False)
@@ -267,6 +269,18 @@ def close(demo: Page, temporary: Path) -> None:
         demo.finetuning.close()
     if not files.delete(temporary):
         log.warning("Could not delete %s", temporary)
+
+
+def deliver(demo: Page, within_s: float) -> None:
+    """Waits until the pages have the last updates of their jobs: so long, as some may be gone."""
+    from musicgen_ui.server import gradio_patches
+
+    end_s, flushed = time.monotonic() + within_s, False
+    while not flushed and time.monotonic() < end_s:
+        while gradio_patches.undelivered(demo) and time.monotonic() < end_s:
+            time.sleep(0.02)
+        time.sleep(FLUSH_S)
+        flushed = not gradio_patches.undelivered(demo)
 
 
 def check_checkpoints(chosen: Settings) -> None:
@@ -427,11 +441,13 @@ def wait_for_end(demo: Page, asked: queue.SimpleQueue[int], check_every_s: float
 def drain(demo: Page, asked: queue.SimpleQueue[int], seconds: float) -> None:
     """Refuses new jobs and waits until those under way have ended: so long, or until a signal."""
     demo.backend.refuse_all()
-    end_s = time.monotonic() + seconds
+    end_s, jobs = time.monotonic() + seconds, len(demo.backend)
     while len(demo.backend) and time.monotonic() < end_s:
         with contextlib.suppress(queue.Empty):
             asked.get(timeout=0.1)
             return
+    if jobs and not len(demo.backend):
+        deliver(demo, DRAINED_DELIVERY_S)
 
 
 def run(chosen: Settings) -> int:

@@ -175,6 +175,11 @@ def hang_up(server: Server, within_s: float = 5.0) -> None:
         server.thread.join(0.05)
 
 
+def undelivered(demo: gr.Blocks) -> int:
+    """Calls of pages whose end was not written to their connections yet."""
+    return sum(map(len, demo._queue.pending_event_ids_session.values()))
+
+
 def leave_limits_to_the_request() -> None:
     """Has sliders hand over what they hold.
 

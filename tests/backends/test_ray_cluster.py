@@ -30,6 +30,7 @@ import yaml
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.backends.ray_cluster import (
     APPLICATION,
+    FRUGAL,
     LOOPBACK,
     NO_STATISTICS,
     Cluster,
@@ -140,6 +141,18 @@ def test_kubernetes_sample_fits_rays_schema():
     inspect.signature(LocalBackend).bind(**application.args["options"])
     groups = sample["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert sum(group["replicas"] for group in groups) == application.args["replicas"]
+
+
+def test_settings_for_rays_processes_are_still_rays():
+    import ray
+
+    folder = Path(ray.__file__).parent
+    modules = ("_private/ray_constants", "serve/_private/constants")
+    modules += ("dashboard/modules/reporter/reporter_consts",)
+    files = [*folder.glob("_raylet.*"), *(folder / f"{module}.py" for module in modules)]
+    text = b"".join(path.read_bytes() for path in files)
+    missing = [n for n in FRUGAL | LOOPBACK if n.removeprefix("RAY_").encode() not in text]
+    assert not missing
 
 
 def music_s(front: RayBackend, jobs: int, duration_s: float) -> float:

@@ -159,6 +159,17 @@ def test_mcp_server_calls_the_api_with_a_client_of_ours() -> None:
     assert "self.mcp_server_obj" in source(blocks)
 
 
+def test_calls_count_until_their_end_is_delivered(demo: Any) -> None:
+    (event,) = [each for each in demo.config["dependencies"] if each["api_name"] == "stop"]
+    body = {"fn_index": event["id"], "session_hash": "s", "data": [None] * len(event["inputs"])}
+    assert not gradio_patches.undelivered(demo)
+    with httpx.Client(base_url=f"{demo.local_url}gradio_api", timeout=60, trust_env=False) as http:
+        http.post("/queue/join", json=body).raise_for_status()
+        assert gradio_patches.undelivered(demo) == 1
+        assert "process_completed" in http.get("/queue/data", params={"session_hash": "s"}).text
+    assert not gradio_patches.undelivered(demo)
+
+
 def test_hang_up_breaks_connections_off() -> None:
     demo, temporary = launch(Settings(port=free_port()), FakeBackend())
     with socket.create_connection(("127.0.0.1", demo.server_port), timeout=10) as connection:
