@@ -320,17 +320,7 @@ class LiveVariation(Variation):
         prompts: tuple[tuple[str, float], ...] | None,
         guidance_scale: float | None,
     ) -> Conditions:
-        """Its rows for a mix and guidance.
-
-        Raises:
-            RequestError: a style checkpoint would be left with neither words nor a style clip.
-        """
-        if conditioner.style and not self.request.style and prompts and not any(dict(prompts)):
-            raise RequestError(
-                "Without a style clip this checkpoint needs words: the piece goes on with those "
-                "before. Describe the music in one of the prompts.",
-                "prompt",
-            )
+        """Its rows for a mix and guidance."""
         return conditioner.conditions(
             self.request, self.start_s, self.at_s, prompts=prompts, guidance_scale=guidance_scale
         )
