@@ -74,7 +74,8 @@ class Download:
     def _run(self, backend: Preloads, checkpoint: str) -> None:
         try:
             backend.preload(checkpoint, self._report)
-            self.stage = Stage.DONE
+            # Cancelled after its last report: it is here, but is not chosen.
+            self.stage = Stage.NONE if self.stage is Stage.STOPPING else Stage.DONE
         except Cancelled:
             self.stage = Stage.NONE
         except Exception as error:
