@@ -48,7 +48,7 @@ def play_example(page: Page) -> None:
 
 @pytest.mark.parametrize(
     ("slower", "length_s"),
-    [(8, 6), *(pytest.param(n, 30, marks=pytest.mark.long) for n in (1, 4, 8))],
+    [(8, 3), *(pytest.param(n, 30, marks=pytest.mark.long) for n in (1, 4, 8))],
 )
 def test_player_loses_nothing_on_a_slow_computer(
     open_page: Open, engine: FakeBackend, slower: int, length_s: int
