@@ -292,6 +292,7 @@ export class View {
     const play = this.find('play');
     for (const name of ['aria-label', 'title']) play.setAttribute(name, playing ? 'Pause' : 'Play');
     this.root.classList.toggle('is-playing', playing);
+    this.root.classList.toggle('is-live', this.endless);
     const silent = !sound.track && !this.source;
     /** @type {HTMLButtonElement} */ (play).disabled = silent;
     this.find('loop').setAttribute('aria-pressed', String(Boolean(sound.loop)));
