@@ -117,6 +117,7 @@ class Updates(TypedDict, total=False):
     stop: object
     checkpoint_facts: object
     checkpoint_defaults: object
+    following: object
     audio_panel: object
     clip_use: object
     continue_column: object
@@ -279,6 +280,7 @@ class Form:
     stop: gr.Button
     checkpoint_facts: gr.State  # of the chosen checkpoint
     checkpoint_defaults: gr.JSON  # as the form was last given them; kept in the browser with it
+    following: gr.JSON  # what it sets in the form, see `request_form.following`
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, request.automation, request.skip_s, form.restore)
-    place(form.checkpoint_facts, form.checkpoint_defaults, form.undo_settings)
+    place(form.checkpoint_facts, form.checkpoint_defaults, form.following, form.undo_settings)
     live_panel.lay_out(c.live, place)
     with gr.Row(elem_id="go"):
         place(form.generate, form.stop)
@@ -427,4 +427,5 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             visible=False,
             render=False,
         ),
+        following=gr.JSON({}, visible=False, render=False),
     )
