@@ -120,6 +120,7 @@ class Updates(TypedDict, total=False):
     following: object
     audio_panel: object
     clip_use: object
+    clip_needs: object
     continue_column: object
     clip_line: object
     offer: object
@@ -289,6 +290,7 @@ class AudioPanel:
 
     audio_panel: gr.Accordion
     clip_use: gr.Radio
+    clip_needs: gr.HTML  # what following a melody needs, where the checkpoint cannot
     continue_column: gr.Column
     clip_line: gr.HTML
     offer: gr.Button  # of the settings that a take's file holds

@@ -214,7 +214,7 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
         after,
         audio_panel.clip_uses,
         [c.form.checkpoint_facts, c.audio.clip_use],
-        [c.audio.clip_use],
+        [c.audio.clip_use, c.audio.clip_needs],
         "clip_uses",
     )
     after(

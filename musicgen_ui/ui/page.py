@@ -249,7 +249,7 @@ def lay_out_audio(c: Components) -> None:
     """Start from audio: each use of a clip has a field of its own, and one of them is on show."""
     place(c.audio.audio_panel)
     with c.audio.audio_panel:
-        place(c.audio.clip_use)
+        place(c.audio.clip_use, c.audio.clip_needs)
         # On show where the browser says so, see `assets/page.js`.
         text = f'<p class="clip-line">{audio_panel.UNRECORDED}</p>'
         gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
