@@ -66,7 +66,7 @@ def _slider(
     name: str, label: str, low: float, high: float, value: float, step: float = 0.01
 ) -> gr.Slider:
     return gr.Slider(
-        low, high, value, step=step, label=label, elem_id=name, min_width=120, render=False
+        low, high, value, step=step, label=label, elem_id=name, min_width=155, render=False
     )
 
 

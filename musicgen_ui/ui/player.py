@@ -140,6 +140,7 @@ SKELETON = f"""
       <input type="range" class="player-volume" min="0" max="1" step="0.01" value="0.9"
         aria-label="Volume"></span>
   </div>
+  {_button("float", "Play", PLAY)}
   <p class="player-hint" role="alert" hidden></p>
   <span class="sr-only player-said" role="status" aria-live="polite"></span>
 </section>
