@@ -293,7 +293,8 @@ export class View {
     for (const name of ['aria-label', 'title'])
       for (const button of [play, this.find('float')]) button.setAttribute(name, playing ? 'Pause' : 'Play');
     this.root.classList.toggle('is-playing', playing);
-    this.root.classList.toggle('is-begun', playing || sound.position_s > 0);
+    const left_s = this.duration_s - sound.position_s;
+    this.root.classList.toggle('is-begun', playing || (sound.position_s > 0 && left_s > 0.05));
     this.root.classList.toggle('is-live', this.endless);
     const silent = !sound.track && !this.source;
     /** @type {HTMLButtonElement} */ (play).disabled = silent;
