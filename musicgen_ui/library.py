@@ -98,6 +98,10 @@ class Library:
         """Brings the index up to date with files that others changed, before it is asked again."""
         self._index.refresh()
 
+    def refresh_beside(self) -> None:
+        """Does so on a thread of its own, so that the first page need not wait for it."""
+        self._index.refresh_beside()
+
     def page(
         self,
         words: str = "",

@@ -217,7 +217,11 @@ class Index:
         if not self._seen_ns:
             self.refresh()
         elif self.folder.stat().st_mtime_ns != self._seen_ns and not self._looking.locked():
-            threading.Thread(target=self.refresh, daemon=True).start()
+            self.refresh_beside()
+
+    def refresh_beside(self) -> None:
+        """Does so on a thread of its own; `close` waits for it."""
+        threading.Thread(target=self.refresh, daemon=True).start()
 
     def read_again(self, names: Iterable[str]) -> None:
         """Brings the rows of these takes up to date, without a look at the others' files."""
@@ -311,6 +315,7 @@ class Index:
     def models(self) -> list[str]:
         """The checkpoints that takes were made with, by name."""
         ask = f"SELECT DISTINCT model FROM takes WHERE {A_TAKE} ORDER BY model"
+        self._follow()
         return self._whole(lambda: [row[0] for row in self._connection.execute(ask)])
 
     def find(self, column: str, value: str) -> list[Card]:

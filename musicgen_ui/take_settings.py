@@ -15,6 +15,7 @@ class Results(TypedDict, total=False):
     prompt_s: float
     melody_s: float
     style_s: float
+    context_used_s: float  # of the audio prompt, that the model heard
     sampling_rate: int  # Hz
     channels: int
     speed_x: float

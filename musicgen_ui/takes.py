@@ -95,6 +95,7 @@ RESULTS: dict[str, Callable[[object], bool]] = {
     "prompt_s": _is_amount,
     "melody_s": _is_amount,
     "style_s": _is_amount,
+    "context_used_s": _is_amount,
     "sampling_rate": _is_amount,
     "channels": _is_amount,
     "speed_x": _is_amount,
@@ -387,6 +388,9 @@ def _master(finished: Finished, shape: Shape, origin: Origin | None) -> _Mastere
         "stopped": finished.stopped,
         "gain_db": round(gain_db, 4),
     }
+    if finished.prompt_s and finished.frame_samples:
+        context = finished.context_frames * finished.frame_samples
+        settings["context_used_s"] = round(context / clip.sampling_rate, 3)
     if finished.score is not None:
         settings["score"] = finished.score
     if origin is None and (went_on := request.audio_prompt):
@@ -409,13 +413,8 @@ def _measures(clip: Clip, prompt_s: float) -> Results:
 
 def _codes(finished: Finished) -> Codes | None:
     """The codes of a take; those of its audio prompt that it goes on from come before them."""
-    codes, context = finished.codes, finished.context_frames
-    if codes is None:
-        return None
-    before = round(finished.prompt_s * finished.clip.sampling_rate)  # samples
-    new_frames = codes.shape[1] - context
-    frame_samples, rest = divmod(finished.clip.samples.shape[1] - before, max(new_frames, 1))
-    if rest or new_frames < 1:
+    codes, context, frame_samples = finished.codes, finished.context_frames, finished.frame_samples
+    if codes is None or not frame_samples:
         return None
     prompt = finished.request.audio_prompt
     if prompt and prompt.codes is not None and prompt.codes.shape[1] > context:

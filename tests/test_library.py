@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,6 +26,7 @@ from musicgen_ui.library import TRASH, Library
 from musicgen_ui.ui.library_panel import NO_STATE, PAGE, LibraryView
 from musicgen_ui.ui.request_form import Restoring
 from tests.helpers import many_takes
+from tests.helpers.local import wait_for
 from tests.helpers.takes import finished, with_codes
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +185,19 @@ def test_files_that_have_not_changed_are_not_read_again(folder, library, tmp_pat
     again = Library(folder, tmp_path / "index.sqlite3")
     assert again.page().total == 3
     again.close()
+
+
+def test_the_folder_is_read_beside_the_start(folder, library, tmp_path, monkeypatch):
+    name = save(folder)
+    library.refresh_beside()
+
+    def indexed():
+        with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite3")) as index:
+            return index.execute("SELECT name FROM takes").fetchall()
+
+    wait_for(lambda: indexed() == [(name,)])
+    monkeypatch.setattr(sidecar, "read", None)  # the first page reads no file again
+    assert names(library.page()) == [name] and library.models() == ["bundled"]
 
 
 def test_deleted_takes_come_back_whole(folder, library):
@@ -358,7 +373,8 @@ def test_thousands_of_takes_stay_quick(folder, tmp_path):
     def opened():
         library = Library(folder, tmp_path / "index")
         view = LibraryView(library, Restoring(), tmp_path)
-        shown = view.load("", False, "")["library_cards"]
+        assert len(view.models()["library_model"]["choices"]) > 1
+        shown = view.filter("", False, "")["library_cards"]
         assert shown.count('class="card"') == PAGE and "of 5,000" in shown
         return library, view
 

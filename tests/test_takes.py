@@ -363,6 +363,7 @@ def test_a_take_that_goes_on_keeps_the_codes_of_what_it_goes_on_from(tmp_path):
     assert np.array_equal(both.clip.codes[:, :50], kept.clip.codes)
     assert both.settings["parent"] == kept.settings["id"]
     assert both.settings["operation"] == "continue" and both.settings["parent_at_s"] == 1.0
+    assert both.settings["context_used_s"] == 0.4  # 20 frames of 50 a second
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ export function listen_to_buttons(view) {
   const { sound } = view;
   /** @type {[string, () => void][]} */
   const clicks = [
-    ['play', () => view.toggle()], ['stop', () => view.stop()], ['loop', () => view.toggle_loop()],
+    ['play', () => view.toggle()], ['float', () => view.toggle()], ['stop', () => view.stop()], ['loop', () => view.toggle_loop()],
     ['closer', () => view.zoom(2)], ['wider', () => view.zoom(0.5)],
     ['mute', () => { sound.set_volume(sound.level, !sound.muted); view.refresh(); }],
   ];
@@ -27,6 +27,9 @@ export function listen_to_buttons(view) {
     sound.set_volume(Number(volume.value), false);
     view.refresh();
   });
+  // Where the player is out of view, as on a phone, Play and Pause stay within reach.
+  new IntersectionObserver(([{ isIntersecting }]) =>
+    view.root.classList.toggle('is-out', !isIntersecting)).observe(view.find('foot'));
   // The click on Generate lets the clock run before the first sound comes.
   document.addEventListener('click', ({ target }) => {
     if (!(target instanceof Element)) return;

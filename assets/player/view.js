@@ -290,8 +290,12 @@ export class View {
   refresh() {
     const { sound } = this, playing = sound.playing && !sound.blocked;
     const play = this.find('play');
-    for (const name of ['aria-label', 'title']) play.setAttribute(name, playing ? 'Pause' : 'Play');
+    for (const name of ['aria-label', 'title'])
+      for (const button of [play, this.find('float')]) button.setAttribute(name, playing ? 'Pause' : 'Play');
     this.root.classList.toggle('is-playing', playing);
+    const left_s = this.duration_s - sound.position_s;
+    this.root.classList.toggle('is-begun', playing || (sound.position_s > 0 && left_s > 0.05));
+    this.root.classList.toggle('is-live', this.endless);
     const silent = !sound.track && !this.source;
     /** @type {HTMLButtonElement} */ (play).disabled = silent;
     this.find('loop').setAttribute('aria-pressed', String(Boolean(sound.loop)));

@@ -95,6 +95,16 @@ class Finished:
     codes: np.ndarray | None = None
     context_frames: int = 0  # frames of `codes` that are the audio prompt's
 
+    @property
+    def frame_samples(self) -> int:
+        """Samples a frame of the codes; 0 without codes that end where `clip` does."""
+        if self.codes is None:
+            return 0
+        before = round(self.prompt_s * self.clip.sampling_rate)  # samples
+        new_frames = self.codes.shape[1] - self.context_frames
+        samples, rest = divmod(self.clip.samples.shape[1] - before, max(new_frames, 1))
+        return 0 if rest or new_frames < 1 else samples
+
 
 @dataclass(frozen=True, eq=False)
 class Recorded:

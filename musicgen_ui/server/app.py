@@ -175,6 +175,8 @@ def launch(chosen: Settings, backend: Backend | None = None) -> tuple[Page, Path
         gradio_patches.sign_in_mcp(demo, *chosen.credentials)
     if backend is background:  # not before: importing torch beside it would delay the page
         background.start()
+    if kept_takes:
+        kept_takes.refresh_beside()
     work = (lambda: demo.is_running, temporary, chosen.temporary_gb * 1e9)
     threading.Thread(target=cleanup.clean_while, args=work, daemon=True).start()
     return demo, temporary

@@ -45,7 +45,10 @@ UNRECORDED = (
     "clip can be uploaded."
 )
 
-
+NEEDS = (
+    "To follow a clip's melody, or to take on its style, choose a model that does: the list of "
+    "models says which."
+)
 TRIM_S = 300.0  # of a clip's end, on show to be trimmed
 TRIM_COLUMNS = 600
 TRIM = """
@@ -103,6 +106,7 @@ def panel() -> AudioPanel:
             elem_id="clip_use",
             render=False,
         ),
+        clip_needs=gr.HTML(_line(NEEDS), visible=False, elem_id="clip_needs", render=False),
         continue_column=gr.Column(elem_id="continued", render=False),
         clip_line=gr.HTML(clip_line({}, 10, 0, 12), elem_id="clip_line", render=False),
         offer=gr.Button("", visible=False, size="sm", elem_id="offer", render=False),
@@ -130,13 +134,17 @@ def panel() -> AudioPanel:
 
 
 def clip_uses(facts: PageFacts, choice: str) -> Updates:
-    """Offers the choice where the chosen checkpoint can follow a melody or take on a style."""
+    """Offers the choice where the chosen checkpoint can follow a melody or take on a style; says
+    what that needs where it cannot.
+    """
     other = FOLLOW if facts.get("melody") else TAKE_STYLE if facts.get("style") else CONTINUE
     choices = [CONTINUE, other]
     changed = {} if choice in choices else {"value": CONTINUE}
     if other == CONTINUE:
-        return {"clip_use": gr.update(visible=False, **changed)}
-    return {"clip_use": gr.update(visible=True, choices=choices, **changed)}
+        use = gr.update(visible=False, **changed)
+    else:
+        use = gr.update(visible=True, choices=choices, **changed)
+    return {"clip_use": use, "clip_needs": gr.update(visible=other == CONTINUE)}
 
 
 def offer_chords(facts: PageFacts, chords: str) -> Updates:

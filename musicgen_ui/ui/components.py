@@ -117,8 +117,10 @@ class Updates(TypedDict, total=False):
     stop: object
     checkpoint_facts: object
     checkpoint_defaults: object
+    following: object
     audio_panel: object
     clip_use: object
+    clip_needs: object
     continue_column: object
     clip_line: object
     offer: object
@@ -279,6 +281,7 @@ class Form:
     stop: gr.Button
     checkpoint_facts: gr.State  # of the chosen checkpoint
     checkpoint_defaults: gr.JSON  # as the form was last given them; kept in the browser with it
+    following: gr.JSON  # what it sets in the form, see `request_form.following`
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,7 @@ class AudioPanel:
 
     audio_panel: gr.Accordion
     clip_use: gr.Radio
+    clip_needs: gr.HTML  # what following a melody needs, where the checkpoint cannot
     continue_column: gr.Column
     clip_line: gr.HTML
     offer: gr.Button  # of the settings that a take's file holds

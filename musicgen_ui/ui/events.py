@@ -29,6 +29,11 @@ TOGGLE_IDEA = """(index, prompt) => {
   return typed.replace(words, '').replace(/,\\s*,/g, ',').replace(/^[,\\s]+|[,\\s]+$/g, '');
 }"""
 COUNT_CHARACTERS = "(text) => text ? `${text.length.toLocaleString('en')} of MOST` : ''"
+# What the user changed since the server was asked stays.
+FOLLOW = """(following, ...values) => values.map((value, index) => {
+  const [before, after] = following?.[NAMES[index]] ?? [];
+  return value === before ? after : undefined;
+})"""
 MARK_LENGTH = "(length_s) => CHOICES.includes(length_s) ? length_s : null"
 MARK_SEED = "(seed) => seed !== null && seed >= 0"
 
@@ -145,6 +150,7 @@ def connect(
     events = Events(c)
     facts = CheckpointFacts(handlers.backend, handlers.max_duration_s)
     restoring = Restoring(handlers.max_duration_s, adapters)
+    kept_form(events, page)
     typing(c)
     checkpoint(events, facts, page)
     audio(events)
@@ -153,7 +159,15 @@ def connect(
         spare = handlers.backend.spare or library.folder
         keeping(events, LibraryView(library, restoring, spare), page, [kept, *made])
     status(events, facts, page, made)
-    pages(events, handlers, restoring, page)
+    pages(events, handlers, page)
+
+
+def kept_form(events: Events, page: gr.Blocks) -> None:
+    """The form as the browser keeps it: first of all, so that nothing is typed before."""
+    typed: list[Block] = [events.c.form.checkpoint_defaults, *events.settings]
+    page.load(None, typed, typed, js=sessions.RESTORE)
+    changes = [each.change for each in typed if isinstance(each, Changing)]
+    gr.on(changes, None, typed, None, js=sessions.KEEP)
 
 
 def typing(c: Components) -> None:
@@ -174,40 +188,44 @@ def checkpoint(events: Events, facts: CheckpointFacts, page: gr.Blocks) -> None:
     """The chosen checkpoint, and what follows once its facts are known.
 
     Events of their own: while facts are asked for, the user goes on changing the form. Not those
-    of the State, which only tells of changes that came by Gradio's queue.
+    of the State, which only tells of changes that came by Gradio's queue. The first answer and
+    later ones are of one event, one after the other, so that the last is that of the choice.
     """
     c = events.c
     chosen, line = c.request.checkpoint, c.form.checkpoint_line
     known = [line, c.request.stereo, c.form.checkpoint_facts]
-    changed = events.on(chosen.change, facts.choose, [chosen], known, "checkpoint")
-    loaded = events.on(page.load, facts.load, [], [chosen, *known], "load")
+    either = functools.partial(gr.on, [page.load, chosen.change], trigger_mode="always_last")
+    changed = events.on(either, facts.choose, [chosen], known, "checkpoint")
+    loaded = events.on(page.load, facts.names, [], [chosen], "load")
     events.on(loaded.then, facts.label, [], [chosen], "checkpoint_labels")
+    after = functools.partial(changed.then, trigger_mode="always_last")
     values = [events.by_name[name] for name in CHECKPOINT_FIELDS]
-    defaults = c.form.checkpoint_defaults
-    for event, at in ((changed, ""), (loaded, "_at_load")):
-        events.on(
-            event.then,
-            request_form.follow_checkpoint,
-            [c.form.checkpoint_facts, defaults, *values],
-            [defaults, line, *values],
-            f"follow{at}",
-        )
-        events.on(
-            event.then,
-            audio_panel.clip_uses,
-            [c.form.checkpoint_facts, c.audio.clip_use],
-            [c.audio.clip_use],
-            f"clip_uses{at}",
-        )
-        event.then(
-            audio_panel.clip_line,
-            [c.audio.clip, *events.window],
-            c.audio.clip_line,
-            api_name=f"window{at}",
-            **QUIET,
-        )
+    defaults, following = c.form.checkpoint_defaults, c.form.following
+    follow = events.on(
+        after,
+        request_form.following,
+        [c.form.checkpoint_facts, defaults, *values],
+        [defaults, line, following],
+        "follow",
+    )
+    names = json.dumps(CHECKPOINT_FIELDS)
+    follow.then(None, [following, *values], values, js=FOLLOW.replace("NAMES", names))
+    events.on(
+        after,
+        audio_panel.clip_uses,
+        [c.form.checkpoint_facts, c.audio.clip_use],
+        [c.audio.clip_use, c.audio.clip_needs],
+        "clip_uses",
+    )
+    after(
+        audio_panel.clip_line,
+        [c.audio.clip, *events.window],
+        c.audio.clip_line,
+        api_name="window",
+        **QUIET,
+    )
     chords = c.request.chords
-    for trigger, at in ((changed.then, ""), (loaded.then, "_at_load"), (chords.change, "_typed")):
+    for trigger, at in ((after, ""), (chords.change, "_typed")):
         events.on(
             trigger,
             audio_panel.offer_chords,
@@ -275,8 +293,14 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[D
     asked: list[Block] = [panel.library_words, panel.library_starred, panel.library_model]
     shown: list[Block] = [panel.library_cards, panel.library_state]
     with_state = [*asked, panel.library_state]
-    events.on(page.load, view.load, asked, [*shown, panel.library_model], "library")
-    filters = [panel.library_words.change, panel.library_starred.change, panel.library_model.change]
+    events.on(page.load, view.models, [], [panel.library_model], "library_models")
+    # The first answer and later ones are of one event, so that the last is that of the filter.
+    filters = [
+        page.load,
+        panel.library_words.change,
+        panel.library_starred.change,
+        panel.library_model.change,
+    ]
     gr.on(
         filters,
         events.named(view.filter),
@@ -292,7 +316,7 @@ def keeping(events: Events, view: LibraryView, page: gr.Blocks, made: Sequence[D
     acted = events.on(
         panel.library_cards.click,
         view.act,
-        [*with_state, c.take.history, *events.window],
+        [*with_state, c.take.history, *events.window, *events.settings],
         [
             *(*shown, *events.shown_take, *events.settings, c.form.checkpoint_defaults),
             *(*events.clip, *events.trim, c.audio.audio_panel, c.head.notice),
@@ -393,23 +417,19 @@ def status(
     head.unload.click(facts.unload, None, head.status_line, api_name="unload", **QUIET)
 
 
-def pages(events: Events, handlers: Handlers, restoring: Restoring, page: gr.Blocks) -> None:
+def pages(events: Events, handlers: Handlers, page: gr.Blocks) -> None:
     """A page that is opened, opened again, or left."""
     c = events.c
     page.unload(handlers.closed)
-    opened = Pages(handlers.sessions, restoring)
-    typed: list[Block] = [c.form.checkpoint_defaults, *events.settings]
+    opened = Pages(handlers.sessions)
     shown = [c.take.live, c.take.job_id, *events.shown_take]
     entered = page.load(
         events.named(opened.enter),
         c.take.tab_key,
-        [*typed, *shown],
+        shown,
         js=sessions.ENTER,
         api_name="enter",
         **QUIET,
     )
-    # The browser keeps the form, and fills it in again once the page has entered.
-    kept = [c.take.live, *typed]
-    entered.then(None, kept, kept, js=back()).then(None, None, None, js=sessions.ENTERED)
-    changes = [each.change for each in typed if isinstance(each, Changing)]
-    gr.on(changes, None, typed, None, js=sessions.KEEP)
+    live = c.take.live
+    entered.then(None, live, live, js=back()).then(None, None, None, js=sessions.ENTERED)

@@ -99,7 +99,7 @@ class Handlers:
             job = self._submit(without_unchanged(values, own), client)
         except RequestError as error:
             raise self._shown(error) from None
-        async for update in self._begun(job, client.session, values.get("seed")):
+        async for update in self._begun(job, client.session):
             yield update
 
     async def retake_from(
@@ -150,18 +150,16 @@ class Handlers:
             self.backend.refuse(error)
             raise self._shown(error) from None
         job = self.backend.submit(derived.request, client, origin=derived.origin)
-        async for update in self._begun(job, client.session, -1):
+        async for update in self._begun(job, client.session):
             yield update
 
-    async def _begun(
-        self, job: AdmittedJob, session: str, seed: object
-    ) -> AsyncGenerator[Updates, None]:
-        """What the page shows with another job of its own; `seed` is the form's.
+    async def _begun(self, job: AdmittedJob, session: str) -> AsyncGenerator[Updates, None]:
+        """What the page shows with another job of its own.
 
         Where an earlier click still shows how the page's jobs stand, it shows this one's too.
         """
         page = self._page(session)
-        page.tab.begin(job, seed)
+        page.tab.begin(job)
         page.add(job)
         if page.is_shown:
             return

@@ -108,14 +108,13 @@ class LibraryView:
     def __init__(self, library: Library, restoring: Restoring, spare: Path) -> None:
         self._library, self._restoring, self._spare = library, restoring, spare
 
-    def load(self, words: str, starred: bool, model: str) -> Updates:
-        """A page was opened: the models to choose from, and the first cards."""
+    def models(self) -> Updates:
+        """A page was opened: the models to choose from."""
         models = [("every model", ""), *((name, name) for name in self._library.models())]
-        offered: Updates = {"library_model": gr.update(choices=models)}
-        return offered | self.filter(words, starred, model)
+        return {"library_model": gr.update(choices=models)}
 
     def filter(self, words: str, starred: bool, model: str) -> Updates:
-        """Another filter: the newest takes that fit it."""
+        """A page was opened, or another filter chosen: the newest takes that fit it."""
         first: Updates = {"library_state": NO_STATE}
         return first | self.show(words, starred, model, NO_STATE)
 
@@ -148,6 +147,7 @@ class LibraryView:
 
     def act(
         self,
+        event: gr.EventData,
         words: str,
         starred: bool,
         model: str,
@@ -157,9 +157,12 @@ class LibraryView:
         context_s: float,
         overlap_s: float,
         facts: PageFacts,
-        event: gr.EventData,
+        *before: object,
     ) -> Updates:
-        """A button of a card, or of those that are selected."""
+        """A button of a card, or of those that are selected.
+
+        `before` are the form's values, of `SETTINGS`, to say what taking over a take's changes.
+        """
         asked = event._data if isinstance(event._data, dict) else {}
         names = [name for name in asked.get("names", []) if isinstance(name, str)]
         act, value = str(asked.get("act", "")), asked.get("value")
@@ -175,7 +178,7 @@ class LibraryView:
             "open": lambda: self._open(history, names[:1]),
             "compare": lambda: self._open(history, names[:COMPARED]),
             "continue": lambda: self._continue(names, duration_s, context_s, overlap_s, facts),
-            "settings": lambda: self._settings(names),
+            "settings": lambda: self._settings(names, before),
         }
         try:
             if answer := answering.get(act):
@@ -247,10 +250,10 @@ class LibraryView:
         take = self.shown_take(names[0])
         return audio_panel.with_clip(str(take.wav), duration_s, context_s, overlap_s, facts)
 
-    def _settings(self, names: Sequence[str]) -> Updates:
+    def _settings(self, names: Sequence[str], before: Sequence[object]) -> Updates:
         if not names:
             return {}
-        return self._restoring.take(self._library.card(names[0]).settings)
+        return self._restoring.take(self._library.card(names[0]).settings, *before)
 
 
 def waveform_svg(overview: np.ndarray) -> str:

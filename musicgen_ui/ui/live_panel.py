@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import gradio as gr
+import numpy as np
 from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import AdmittedJob, Client, Saved
 from musicgen_ui.coercion import PROMPT_CHARACTERS, float_of
 from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Progress, Recorded, Stage
@@ -38,6 +40,11 @@ from musicgen_ui.ui.request_builder import without_unchanged
 from musicgen_ui.ui.wording import error_text, progress_text
 
 MEASURED_S = 2.0  # of music, until the speed is believed
+QUIET, QUIET_S = (
+    10 ** (-50 / 20),
+    3.0,
+)  # level of what is nearly silent, and how long until it is said
+NEARLY_SILENT = "The music is nearly silent: give one prompt more weight, or raise the temperature."
 CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
     *("live_pad", "live_guidance", "live_temperature", "live_top_k"),
@@ -59,7 +66,7 @@ def _slider(
     name: str, label: str, low: float, high: float, value: float, step: float = 0.01
 ) -> gr.Slider:
     return gr.Slider(
-        low, high, value, step=step, label=label, elem_id=name, min_width=120, render=False
+        low, high, value, step=step, label=label, elem_id=name, min_width=155, render=False
     )
 
 
@@ -190,6 +197,18 @@ class Piece:
     recordings: list[take_panel.Group] = field(default_factory=list)
     stored: set[int] = field(default_factory=set)  # memory slots that hold something
     said: str = ""  # of the last recording
+    quiet_s: float = 0.0  # that the music has been nearly silent
+
+    @property
+    def remark(self) -> str:
+        """What there is to say of it."""
+        return NEARLY_SILENT if self.quiet_s >= QUIET_S else self.said
+
+    def measure(self, clip: Clip) -> None:
+        """Its next music."""
+        self.sampling_rate = clip.sampling_rate
+        level = float(np.sqrt(np.square(clip.samples).mean())) if clip.samples.size else 0.0
+        self.quiet_s = self.quiet_s + clip.duration_s if level < QUIET else 0.0
 
     @property
     def heard_s(self) -> float:
@@ -312,7 +331,7 @@ class LiveMode:
                 elif isinstance(event, Saved) and event.fault:
                     error = event.fault
                 elif isinstance(event, Chunk):
-                    piece.sampling_rate = event.clip.sampling_rate
+                    piece.measure(event.clip)
                 elif isinstance(event, Recorded):
                     self._keep(piece, event)
                 elif isinstance(event, Progress):
@@ -341,7 +360,7 @@ class LiveMode:
         state.total_s = max(progress.done_s, 1.0)
         # The engine keeps ahead by itself: the player need not wait until it could play to the end.
         message = state.message(progress.stage, "Playing live", progress.done_s, speed=1.0)
-        return {"live": message, "live_line": line(progress, piece.said)}
+        return {"live": message, "live_line": line(progress, piece.remark)}
 
     def _keep(self, piece: Piece, event: Recorded) -> None:
         assert isinstance(event.take, Saved)

@@ -239,7 +239,7 @@ def lay_out_form(c: Components, settings: PageOptions) -> None:
         with gr.Row(visible=settings.any_checkpoint):
             place(request.adapter, request.adapter_strength)
         place(request.normalize, request.automation, request.skip_s, form.restore)
-    place(form.checkpoint_facts, form.checkpoint_defaults, form.undo_settings)
+    place(form.checkpoint_facts, form.checkpoint_defaults, form.following, form.undo_settings)
     live_panel.lay_out(c.live, place)
     with gr.Row(elem_id="go"):
         place(form.generate, form.stop)
@@ -249,7 +249,7 @@ def lay_out_audio(c: Components) -> None:
     """Start from audio: each use of a clip has a field of its own, and one of them is on show."""
     place(c.audio.audio_panel)
     with c.audio.audio_panel:
-        place(c.audio.clip_use)
+        place(c.audio.clip_use, c.audio.clip_needs)
         # On show where the browser says so, see `assets/page.js`.
         text = f'<p class="clip-line">{audio_panel.UNRECORDED}</p>'
         gr.HTML(text, apply_default_css=False, elem_id="unrecorded")
@@ -427,4 +427,5 @@ def form(request: RequestFields, settings: PageOptions) -> Form:
             visible=False,
             render=False,
         ),
+        following=gr.JSON({}, visible=False, render=False),
     )

@@ -140,6 +140,7 @@ SKELETON = f"""
       <input type="range" class="player-volume" min="0" max="1" step="0.01" value="0.9"
         aria-label="Volume"></span>
   </div>
+  {_button("float", "Play", PLAY)}
   <p class="player-hint" role="alert" hidden></p>
   <span class="sr-only player-said" role="status" aria-live="polite"></span>
 </section>
@@ -379,6 +380,8 @@ def take_state(
     """
     prompt_s, made_s = settings["prompt_s"], settings["made_s"]
     window = (settings["context_s"], settings["duration_s"], settings["overlap_s"])
+    # Older files do not say it: then the window is taken to be MusicGen's.
+    used_s = settings.get("context_used_s", context_used_s(prompt_s, *window))
     return {
         "id": wav.stem if wav else streamed_as,
         "job": streamed_as,
@@ -388,7 +391,7 @@ def take_state(
         "wav": file(wav),
         "duration_s": prompt_s + made_s,
         "prompt_s": prompt_s,
-        "context_s": context_used_s(prompt_s, *window) if prompt_s else 0.0,
+        "context_s": min(used_s, prompt_s),
         "chords": [
             [prompt_s + each.start_s, prompt_s + each.end_s, each.chord.name, each.chord.classes]
             for each in (melody.chords if melody else ())

@@ -14,7 +14,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import gradio as gr
 from anyio import to_thread
@@ -149,6 +149,16 @@ def follow_checkpoint(facts: PageFacts, defaults: dict[str, object], *values: ob
     return updates
 
 
+def following(facts: PageFacts, defaults: dict[str, object], *values: object) -> Updates:
+    """See `follow_checkpoint`, with the values as pairs: as they were asked about, as they are to
+    be. The browser sets those that are still as they were.
+    """
+    updates = dict(follow_checkpoint(facts, defaults, *values))
+    shown = zip(CHECKPOINT_FIELDS, values, strict=True)
+    pairs = {name: [value, updates.pop(name)] for name, value in shown if name in updates}
+    return cast(Updates, updates | {"following": pairs})
+
+
 class CheckpointFacts:
     """What the page says about a checkpoint; asking may take a while, so it is done in a thread."""
 
@@ -204,11 +214,10 @@ class CheckpointFacts:
             f"{size}about {memory} of memory"
         )
 
-    async def load(self) -> Updates:
-        """What only the engine knows when the page opens: the checkpoints, facts of the first."""
+    async def names(self) -> Updates:
+        """The checkpoints, which only the engine knows."""
         names = await to_thread.run_sync(self.backend.checkpoints)
-        offered: Updates = {"checkpoint": gr.update(choices=names)}
-        return offered | await self.choose(names[0])
+        return {"checkpoint": gr.update(choices=names)}
 
     async def label(self) -> Updates:
         """The checkpoints with their sizes and what they need; names were on offer before."""

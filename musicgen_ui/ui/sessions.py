@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from musicgen_ui.backends.admission import Admission, AdmittedJob
-from musicgen_ui.take_settings import TakeSettings
 from musicgen_ui.ui.take_panel import KEPT_GROUPS, Group
 
 GRACE_S = 60.0  # that a job goes on whose page lost its connection
@@ -30,12 +29,10 @@ TABS = 1000  # remembered: the one longest unseen goes first
 KEY = re.compile("([0-9a-f]{32})([0-9a-f]{32})?")  # a tab's, and one of the page in it
 SESSIONS_KEPT = 8  # pages of a tab, open or not
 
-# What a page is given when it opens may come late. It must replace neither what was typed meanwhile
-# nor a take that the page made: what is typed comes back, and a click that makes a take waits.
+# What a page is given when it opens may come late. It must not replace a take that the page made
+# meanwhile: a click that makes a take waits.
 ENTER = """() => {
   let waiting = null;
-  const typed = new Map();
-  const note = ({ target }) => typed.set(target, target.value);
   const hold = (event) => {
     const button = event.target.closest?.('#generate, #retake, #extend, #live_start');
     if (!button) return;
@@ -43,16 +40,9 @@ ENTER = """() => {
     event.stopImmediatePropagation();
     waiting = button;
   };
-  addEventListener('input', note, true);
   addEventListener('click', hold, true);
   window.musicgenEntered = () => {
-    removeEventListener('input', note, true);
     removeEventListener('click', hold, true);
-    for (const [field, value] of typed) {
-      if (field.value === value) continue;
-      field.value = value;
-      field.dispatchEvent(new Event('input', { bubbles: true }));
-    }
     waiting?.click();
   };
   const random = () => Array.from(
@@ -63,24 +53,29 @@ ENTER = """() => {
   return [name];
 }"""
 
-# The form lies in the browser, too: a server that begins anew knows nothing of it. Nothing is kept
-# before what was kept is read, since the page fills its fields in while it opens.
+# The form lies in the browser alone: it is there at once when the page opens, so that no late
+# answer replaces what the user did meanwhile, and after the server was started anew. Nothing is
+# kept before what was kept is read, since the page fills its fields in while it opens.
+RESTORE = """(...form) => {
+  const kept = JSON.parse(sessionStorage.musicgenForm || '[]');
+  const fits = kept.length === form.length;
+  window.musicgenForm = true;
+  window.musicgenNow = fits ? kept : form;
+  return fits ? kept : [];
+}"""
 KEEP = """(...form) => {
   window.musicgenNow = form;
   if (window.musicgenForm) sessionStorage.musicgenForm = JSON.stringify(form);
   return [];
 }"""
 ENTERED = "() => { window.musicgenEntered(); return []; }"
-BACK = """(live, ...form) => {
-  const kept = JSON.parse(sessionStorage.musicgenForm || '[]');
+BACK = """(live) => {
   const cut_off = sessionStorage.musicgenBusy && !live;
-  window.musicgenForm = true;
   addEventListener('pagehide', () => {
     const message = window.musicgenPlayer?.state;
     sessionStorage.musicgenBusy = message && !message.last ? 'yes' : '';
   });
-  window.musicgenNow = kept.length === form.length ? kept : form;
-  return [cut_off ? CUT_OFF : live, ...window.musicgenNow];
+  return [cut_off ? CUT_OFF : live];
 }"""
 
 
@@ -92,15 +87,13 @@ class Tab:
     sessions: list[str] = field(default_factory=list)  # Gradio's names of its pages, in order
     open: dict[str, str] = field(default_factory=dict)  # its open pages' keys, by session
     history: list[Group] = field(default_factory=list)
-    settings: TakeSettings | None = None  # of the last click
-    seed: int = -1  # as the form had it then
     jobs: list[AdmittedJob] = field(default_factory=list)  # whose end no page has shown
     timer: threading.Timer | None = None  # stops its jobs
 
     @property
     def holds_something(self) -> bool:
         """Whether there is anything to find again."""
-        return bool(self.history or self.settings)
+        return bool(self.history or self.jobs)
 
     @property
     def job(self) -> AdmittedJob | None:
@@ -124,28 +117,20 @@ class Tab:
         """
         if job in self.jobs:
             self.jobs.remove(job)
-            self.note(job)
             if group:
                 self.history = [*(history or self.history), group][-KEPT_GROUPS:]
         if not self.is_busy:
             self.cancel()
         return self.history
 
-    def begin(self, job: AdmittedJob, seed: object) -> None:
-        """A page of it has a new job; `seed` is as the form has it, not as it was drawn."""
-        self.seed = int(seed) if isinstance(seed, (int, float)) else -1
-        self.note(job)
+    def begin(self, job: AdmittedJob) -> None:
+        """A page of it has a new job."""
         self.jobs.append(job)
 
     def take_over(self, other: Tab) -> None:
         """The jobs and takes of a page that had not said yet which tab it is in."""
         self.jobs += other.jobs
         self.history = [*self.history, *other.history][-KEPT_GROUPS:]
-        self.settings, self.seed = other.settings, other.seed
-
-    def note(self, job: AdmittedJob) -> None:
-        """Keeps the settings of a job, with the seed as the form has it and not as it was drawn."""
-        self.settings = job.request.settings() | {"seed": self.seed}
 
     def cancel(self) -> None:
         """Lets its jobs go on."""

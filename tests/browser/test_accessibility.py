@@ -77,6 +77,32 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
     page.goto("about:blank")
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("screen", "scheme"), [("desk", "light"), ("phone", "dark")])
+def test_axe_finds_nothing_in_queue_and_pad(
+    open_page: Open, engine: FakeBackend, screen: str, scheme: str
+) -> None:
+    if axe() is None:
+        pytest.skip("needs axe-core: npm install --global axe-core@4.11.4")
+    engine.speed = 0.5
+    page = open_page(screen, scheme)
+    generate(page, "calm", 60)
+    expect(page.locator("#generate")).to_have_text("Queue another")
+    for queued in (2, 3):
+        page.locator("#generate").click()
+        expect(page.locator(".job")).to_have_count(queued)
+    page.get_by_label("Live mode").check()
+    unfold(page, "More prompts")
+    page.locator("#live_prompt_2 textarea").fill("loud drums")
+    page.locator("#live_prompt_3 textarea").fill("strings")
+    page.locator("#live_prompt_3 textarea").press("Tab")
+    expect(page.get_by_role("slider", name="Mix of the prompts")).to_be_visible()
+    # Generate stays at the screen's lower edge: nothing is half behind it at the page's end.
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert serious(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 @pytest.mark.timeout(60)
 def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
     page = open_page(url=studio)

@@ -134,6 +134,41 @@ def test_clip_is_trimmed_by_keys_times_and_dragging(
 
 
 @pytest.mark.timeout(120)
+def test_a_late_answer_to_the_load_replaces_no_choice(open_page: Open) -> None:
+    page = open_page()
+    prompt, key = page.get_by_label("Prompt", exact=True), page.locator("#key input")
+    guidance = page.locator("#guidance_scale input[type=number]")
+    stereo, tempo = page.get_by_label("Stereo"), page.locator("#tempo_bpm input")
+    prompt.fill("first waltz")
+    tempo.fill("90")
+    tempo.press("Tab")
+    page.wait_for_function("() => sessionStorage.musicgenForm.includes('90')")
+    late: list[Route] = []
+    held = [True]
+    page.route(
+        "**/gradio_api/run/**", lambda route: late.append(route) if held else route.continue_()
+    )
+    page.reload()
+    expect(prompt).to_have_value("first waltz")  # without an answer of the server
+    expect(tempo).to_have_value("90")
+    prompt.fill("second waltz")
+    set_number(page, "guidance_scale", 5)
+    choose(page, "key", "C minor")
+    stereo.check()
+    page.locator("#length_choice").get_by_label("20 s").check()
+    held.clear()
+    for route in late:
+        route.continue_()
+    expect(page.locator("#checkpoint_line")).to_contain_text("Tones for testing")
+    expect(prompt).to_have_value("second waltz")
+    expect(guidance).to_have_value("5")
+    expect(key).to_have_value("C minor")
+    expect(stereo).to_be_checked()
+    expect(page.locator("#duration_s input[type=number]")).to_have_value("20")
+    expect(tempo).to_have_value("90")
+
+
+@pytest.mark.timeout(120)
 def test_a_late_answer_to_the_load_replaces_no_take(
     chromium: Browser, served: tuple[str, FakeBackend], engine: FakeBackend
 ) -> None:

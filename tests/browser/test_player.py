@@ -282,11 +282,25 @@ def test_picture_and_time_axis_agree_to_the_pixel(open_page: Open) -> None:
     assert re.fullmatch(r"0:0[12]\.\d\d · (9[5-9]\d|10[0-4]\d) Hz|.* · 1\.0 kHz", hz), hz
 
 
+def test_player_stays_within_reach_on_a_phone(open_page: Open) -> None:
+    page = open_page("phone")
+    floating = page.locator(".player-float")
+    page.evaluate("musicgenPlayer.toggle_loop()")  # it does not end meanwhile
+    page.locator(".player-play").click()
+    page.wait_for_function(f"() => {POSITION} > 0")
+    expect(floating).to_be_hidden()
+    page.evaluate("scrollTo(0, 0)")
+    expect(floating).to_have_attribute("aria-label", "Pause")
+    floating.click()
+    expect(floating).to_have_attribute("aria-label", "Play")
+    assert not page.evaluate("musicgenPlayer.sound.playing")
+
+
 @pytest.mark.parametrize("screen", ["desk", "phone"])
 def test_player_targets_are_large_enough(open_page: Open, screen: str) -> None:
     page = open_page(screen)
     least = 44 if screen == "phone" else 24
-    sizes = page.locator(".player :is(button, input)").evaluate_all(
+    sizes = page.locator(".player-foot :is(button, input)").evaluate_all(
         "all => all.map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
     )
     assert len(sizes) == 7 and min(min(size) for size in sizes) >= least

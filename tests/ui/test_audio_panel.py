@@ -108,10 +108,14 @@ def test_a_file_that_is_no_style_clip_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("able", "choice"), [("melody", FOLLOW), ("style", TAKE_STYLE)])
 def test_the_choice_is_offered_where_the_checkpoint_can_follow(able, choice):
-    offered = audio_panel.clip_uses({able: True}, choice)["clip_use"]
+    answer = audio_panel.clip_uses({able: True}, choice)
+    offered = answer["clip_use"]
+    assert not answer["clip_needs"]["visible"]
     assert offered["visible"] and offered["choices"] == [CONTINUE, choice]
     for facts in ({"melody": False, "style": False}, {}):
-        shown = audio_panel.clip_uses(facts, choice)["clip_use"]
+        answer = audio_panel.clip_uses(facts, choice)
+        shown = answer["clip_use"]
+        assert answer["clip_needs"]["visible"]  # it says what following needs
         assert not shown["visible"] and shown["value"] == CONTINUE
     other = {"melody": able == "style", "style": able == "melody"}
     assert audio_panel.clip_uses(other, choice)["clip_use"]["value"] == CONTINUE

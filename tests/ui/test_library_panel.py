@@ -16,10 +16,11 @@ import pytest
 from musicgen_ui import sidecar, takes
 from musicgen_ui.backends.admission import Admission
 from musicgen_ui.library import Library
+from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import library_panel, take_panel
 from musicgen_ui.ui.handlers import Handlers
 from musicgen_ui.ui.library_panel import NO_STATE, LibraryView
-from musicgen_ui.ui.request_form import Restoring
+from musicgen_ui.ui.request_form import SETTINGS, Restoring
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import wait_for
 from tests.helpers.page import TAB, compose, land, state
@@ -49,7 +50,8 @@ def save(library: Library, seconds: float = 0.5, **settings: Any) -> str:
 
 def act(view: LibraryView, now: dict[str, Any], act: str, *names: str, value: Any = None) -> Any:
     event: Any = SimpleNamespace(_data={"act": act, "names": list(names), "value": value})
-    return view.act("", False, "", now, [], *WINDOW, {}, event)
+    form = [FIELDS[name].default for name in SETTINGS]
+    return view.act(event, "", False, "", now, [], *WINDOW, {}, *form)
 
 
 def shown(updates: Any) -> list[str]:
@@ -68,8 +70,9 @@ def test_cards_come_in_pages(
     monkeypatch.setattr(library_panel, "PAGE", 2)
     for seed in range(5):
         save(library, prompt=f"take {seed}", seed=seed)
-    first = view.load("", False, "")
-    assert first["library_model"]["choices"] == [("every model", ""), ("bundled", "bundled")]
+    first = view.filter("", False, "")
+    models = view.models()["library_model"]["choices"]
+    assert models == [("every model", ""), ("bundled", "bundled")]
     assert len(shown(first)) == 2 and "1 to 2 of 5" in first["library_cards"]
     last = act(view, NO_STATE, "page", value="4")
     assert len(shown(last)) == 1 and last["library_state"]["start"] == 4
@@ -109,6 +112,8 @@ def test_opened_take_is_on_show_with_its_title(view: LibraryView, library: Libra
     assert len(updates["history"]) == 1
     settings = act(view, NO_STATE, "settings", name)
     assert settings["prompt"] == "jazz" and settings["seed"] == 7
+    assert settings["notice"]["undo"] == "settings"
+    assert "Prompt: “jazz” instead of nothing." in settings["notice"]["items"]
     assert act(view, NO_STATE, "continue", name)["audio_prompt"].endswith(f"{name}.wav")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import Client
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Chunk, Progress, Stage
@@ -70,6 +72,17 @@ def test_the_line_says_when_a_model_is_too_slow():
     assert "alert" not in live_panel.line(fast)
     slow = live_panel.line(Progress(Stage.COMPOSING, done_s=9, speed=0.6))
     assert "makes 0.6 s of music a second here" in slow and "smaller model" in slow
+
+
+def test_a_piece_that_falls_silent_is_said_until_it_sounds_again():
+    piece = live_panel.Piece(None, "x", Steering(), said="2.0 s are kept as a take.")
+    silence, music = (Clip(np.full((1, 16_000), level, "f4"), 16_000) for level in (0.001, 0.1))
+    for _ in range(3):
+        assert piece.remark == "2.0 s are kept as a take."
+        piece.measure(silence)
+    assert piece.remark == live_panel.NEARLY_SILENT
+    piece.measure(music)
+    assert piece.remark == "2.0 s are kept as a take."
 
 
 def test_reports_reach_the_owners_job_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gradio as gr
 import pytest
 
 from musicgen_ui.backends.admission import Admission
+from musicgen_ui.library import Library
 from musicgen_ui.request import CHECKPOINT_FIELDS, CLIP_FIELDS, FIELDS
 from musicgen_ui.ui import page
 from musicgen_ui.ui.components import (
@@ -28,8 +30,11 @@ from tests.helpers.fakes import FakeBackend
 
 
 @pytest.fixture(scope="module")
-def built() -> gr.Blocks:
-    return page.build(Admission(FakeBackend(), None), page.PageOptions())
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gr.Blocks]:
+    folder = tmp_path_factory.mktemp("music")
+    library = Library(folder / "takes", folder / "index.sqlite3")
+    yield page.build(Admission(FakeBackend(), None), page.PageOptions(), library)
+    library.close()
 
 
 def event(built: gr.Blocks, api_name: str) -> Any:
@@ -64,10 +69,29 @@ def test_generate_reads_every_setting(built: gr.Blocks) -> None:
     assert read == [None, *FIELDS]  # the checkpoint's defaults come first
 
 
-@pytest.mark.parametrize("api_name", ["use_settings", "restore", "enter"])
+@pytest.mark.parametrize("api_name", ["use_settings", "restore", "library_act"])
 def test_settings_come_back_to_their_fields(built: gr.Blocks, api_name: str) -> None:
     filled = {component.elem_id for component in event(built, api_name).outputs}
     assert set(FIELDS) - set(CLIP_FIELDS) <= filled
+
+
+def test_no_first_answer_fills_in_a_setting(built: gr.Blocks) -> None:
+    """It may come late, after the user has changed the form."""
+    opening: set[int] = set()
+    written = set()
+    for number, fn in sorted(built.fns.items()):
+        if ("load" in [name for _, name in fn.targets]) or fn.trigger_after in opening:
+            opening.add(number)
+            written |= {each.elem_id for each in fn.outputs} if fn.fn else set()
+    # The list of checkpoints, and a switch that the checkpoint may decide.
+    assert written & set(FIELDS) == {"checkpoint", "stereo"}
+
+
+@pytest.mark.parametrize("api_name", ["library_filter", "checkpoint"])
+def test_first_answer_and_later_ones_keep_their_order(built: gr.Blocks, api_name: str) -> None:
+    answer = event(built, api_name)
+    assert answer.trigger_mode == "always_last"
+    assert {"load", "change"} <= {name for _, name in answer.targets}
 
 
 def test_ideas_are_added_by_the_browser_alone(built: gr.Blocks) -> None:

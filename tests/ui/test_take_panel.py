@@ -37,6 +37,15 @@ def test_player_gets_the_chords_and_the_melody() -> None:
     assert state["melody"] == "" and player.take_state(None, settings, "rock")["chords"] == []
 
 
+def test_player_marks_what_the_model_has_heard() -> None:
+    """A checkpoint of a shorter window hears less; older files do not say it."""
+    settings = {**made().request.settings(), "prompt_s": 25.0, "made_s": 10.0, "duration_s": 10.0}
+    heard = player.take_state(None, {**settings, "context_used_s": 5.0}, "rock")["context_s"]
+    assert (heard, player.take_state(None, settings, "rock")["context_s"]) == (5.0, 20.0)
+    looped = {**settings, "context_used_s": 5.0, "prompt_s": 0.0}
+    assert player.take_state(None, looped, "rock")["context_s"] == 0.0
+
+
 def test_score_and_chords_are_among_the_facts(tmp_path: Path) -> None:
     (take,) = take_panel.group([saved(made(score=0.4321), tmp_path)])
     facts = take_panel.facts_line(take)
