@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Required, TypedDict, Unpack
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import gradio as gr
 from gradio import route_utils, routes
@@ -23,6 +23,7 @@ from gradio.data_classes import BlocksConfigDict
 from gradio.exceptions import InvalidPathError
 from gradio.http_server import Server
 from gradio.state_holder import SessionState
+from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -104,15 +105,31 @@ def upload_parser(
 
 
 async def refuse_urls(component: Block, file: str | Path | None) -> str | None:
-    """Makes components refuse a URL instead of a file.
+    """Makes components refuse a URL instead of a file, but for that of a file that is served here.
 
-    Gradio fetches public ones: a body of any size, and into memory. On the class, since Gradio
-    makes a page's components anew, and what was set on an instance is lost.
+    Gradio fetches public ones: a body of any size, and into memory. The URL of an upload is what
+    MCP clients have; it is not fetched either. On the class, since Gradio makes a page's components
+    anew, and what was set on an instance is lost.
     """
     if re.match(r"\s*[a-z][a-z0-9+.-]+:", str(file or ""), re.IGNORECASE):
-        raise gr.Error(NOT_FETCHED, print_exception=False)
+        file = _served_file(str(file))
+        if file is None:
+            raise gr.Error(NOT_FETCHED, print_exception=False)
     path: str | None = await _move_to_cache(component, file)
     return path
+
+
+def _served_file(address: str) -> Path | None:
+    """The file of such an address, whatever it says of scheme and host; only from the cache.
+
+    The cache names files by their content's hash, as in `middleware.RouteAllowList`.
+    """
+    try:
+        path = Path(unquote(urlsplit(address).path.partition("/gradio_api/file=")[2])).resolve()
+        is_served = path.is_relative_to(Path(get_upload_folder()).resolve()) and path.is_file()
+    except (OSError, ValueError):  # too long, a null byte
+        return None
+    return path if is_served else None
 
 
 def keep_no_values() -> None:

@@ -16,6 +16,7 @@ import gradio as gr
 import httpx
 import pytest
 from gradio import blocks, component_meta, route_utils, routes, state_holder
+from gradio_client.utils import encode_file_path
 from starlette.datastructures import Headers
 
 from musicgen_ui.server import gradio_patches
@@ -81,12 +82,33 @@ def test_upload_parser_takes_files_alone() -> None:
         asyncio.run(parse('name="files"'))
 
 
-def test_components_refuse_urls_before_they_are_fetched() -> None:
+def test_components_refuse_urls_before_they_are_fetched(demo: Any) -> None:
     assert blocks.Block.async_move_resource_to_block_cache is gradio_patches.refuse_urls
     used = "block.async_move_resource_to_block_cache("
     assert used in (GRADIO / "processing_utils.py").read_text(encoding="utf-8")
     with pytest.raises(gr.Error, match="instead of a URL"):
         asyncio.run(gr.Audio().async_move_resource_to_block_cache("https://example.com/a.wav"))
+
+
+def test_url_of_an_upload_is_that_upload(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Gradio's own upload tool gives it to MCP clients; nothing is fetched."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    upload, outside = tmp_path / "cache" / "1f" / "my clip #2.wav", tmp_path / "secret.wav"
+    upload.parent.mkdir(parents=True)
+    for file in (upload, outside):
+        file.write_bytes(b"RIFF")
+    (upload.parent / "link.wav").symlink_to(outside)
+
+    def moved(file: str) -> str:
+        address = f"http://server/music/gradio_api/file={encode_file_path(file)}"
+        return str(asyncio.run(gradio_patches.refuse_urls(gr.Audio(), address)))
+
+    assert Path(moved(str(upload))).read_bytes() == b"RIFF"
+    for other in (outside, upload.parent / "link.wav", upload.parent, upload.parent / "none.wav"):
+        with pytest.raises(gr.Error, match="instead of a URL"):
+            moved(str(other))
+    with pytest.raises(gr.Error, match="instead of a URL"):
+        moved(f"{upload.parent}/../../secret.wav")
 
 
 def test_sessions_keep_no_values(demo: Any) -> None:

@@ -6,6 +6,7 @@ where requirements-mcp.txt is installed too.
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -19,17 +20,19 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from musicgen_ui import __main__ as cli
 from musicgen_ui import takes
+from musicgen_ui.audio import load
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.engine.protocol import Finished
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings
 from tests.helpers.backends import KINDS, OPTIONS, backend_of
+from tests.helpers.engine import noise
 from tests.helpers.jobs import made
 from tests.helpers.local import free_port, wait_for
 from tests.helpers.pages import Page
@@ -115,6 +118,49 @@ def test_health_and_metrics_speak_of_the_backend(served, tiny_mono):
     metrics = httpx.get(f"{served.url}/metrics").text
     assert "musicgen_up 1.0" in metrics
     assert ("musicgen_replica_up" in metrics) == (served.kind != "local")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clips") / "clip.wav"
+    soundfile.write(path, noise(3.5, seed=3).samples.T, 32_000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def styled(tiny_style: Path, clip: Path) -> Iterator[Finished]:
+    """A take of `ASKED` in the style of the clip, from a single process."""
+    backend, style = LocalBackend(**OPTIONS), load.read(clip).clip
+    *_, take = made(backend, GenerationRequest(checkpoint=str(tiny_style), style=style, **ASKED))
+    yield take
+    backend.close()
+
+
+def test_api_takes_on_the_style_of_a_clip(served, styled, clip, tiny_style, tmp_path):
+    """Once as one take, once as one that is steered on its way as in live mode."""
+    if served.kind != "local":
+        pytest.skip("its replicas have one checkpoint")
+    client = Client(served.url, verbose=False, download_files=tmp_path)
+    asked = ASKED | {"checkpoint": str(tiny_style), "api_name": "/generate"}
+    files, settings = client.predict(**asked, style=handle_file(clip))
+    assert equals(files[0], styled) and settings["style_s"] == 3.5
+    rows = [[0, {"prompts": [["rock", 1.0]]}], [0.2, {"prompts": [["piano", 1.0]]}]]
+    steered, settings = client.predict(**asked, style=handle_file(clip), automation=rows)
+    assert settings["automation"] == rows and not equals(steered[0], styled)
+    with pytest.raises(AppError, match="from words, from the style of a clip, or from both"):
+        client.predict(**asked | {"prompt": ""})
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="needs requirements-mcp.txt")
+def test_mcp_tool_takes_on_the_style_of_a_clip(served, styled, clip, tiny_style):
+    if served.kind != "local":
+        pytest.skip("its replicas have one checkpoint")
+    client = [sys.executable, ROOT / "tests" / "helpers" / "mcp_client.py", served.url, "a", "b"]
+    client += [tiny_style, clip]
+    made, fetched = json.loads(subprocess.check_output(client, text=True, timeout=300))["styled"]
+    files, settings = ast.literal_eval(made[1])
+    assert not made[0] and settings["style_s"] == 3.5 and equals(files[0]["path"], styled)
+    assert fetched == [True, "Upload the file instead of a URL."]
 
 
 @pytest.mark.skipif(not HAS_MCP, reason="needs requirements-mcp.txt")
