@@ -355,7 +355,7 @@ class Handlers:
 
 def summary(saved: list[Saved]) -> dict[str, object]:
     """The API's JSON: the settings of the first take, and what differs from take to take."""
-    each = ("seed", "made_s", "prompt_s", "speed_x", "stopped")
+    each = ("seed", "score", "made_s", "prompt_s", "speed_x", "stopped")
     made = [saved_one.take for saved_one in saved if saved_one.take]
     listed = [
         {n: value for n, value in take.settings.items() if n in each} | {"notes": list(take.notes)}

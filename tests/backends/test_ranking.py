@@ -11,11 +11,13 @@ import pytest
 
 from musicgen_ui import takes as take_files
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.backends.admission import Saved
 from musicgen_ui.backends.clap import Clap
 from musicgen_ui.backends.ranking import Ranking
 from musicgen_ui.engine.protocol import Chunk, Event, Finished, Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.ui.handlers import summary
 from tests.helpers.fakes import FakeBackend
 from tests.helpers.jobs import made, takes
 
@@ -178,3 +180,14 @@ def test_score_is_in_the_takes_settings(tmp_path: Path):
     kept = take_files.save(best, tmp_path)
     settings = take_files.read_settings(kept.flac)
     assert settings["score"] == best.score and settings["keep"] == 0 and settings["seed"] == 11
+
+
+def test_scores_are_in_the_apis_answer(tmp_path: Path):
+    best = takes(made(Ranking(Faulty(silent=[10])), REQUEST))
+    saved = [
+        Saved(**vars(take), take=take_files.save(take, tmp_path))
+        for take in (*best, dataclasses.replace(best[0], score=None))
+    ]
+    listed = summary(saved)["takes"]
+    assert [take.get("score") for take in listed] == [best[0].score, best[1].score, None]
+    assert [take["seed"] for take in listed[:2]] == seeds(best)
