@@ -385,7 +385,9 @@ def require_able(source: Source, request: GenerationRequest) -> None:
             "checkpoint that can.",
             "checkpoint",
         )
-    if config["style"] and not (request.style or request.audio_prompt or any(request.texts)):
+    steered = (text for _, change in request.automation for text, _ in change.prompts or ())
+    words = (*request.texts, *steered)
+    if config["style"] and not (request.style or request.audio_prompt or any(words)):
         raise RequestError(
             f"{source.name} makes music from words, from the style of a clip, or from both: "
             "describe the music, or choose a style clip.",

@@ -179,9 +179,16 @@ class Conditioner:
             guidance_scale: in place of the request's.
 
         Raises:
-            RequestError: the checkpoint cannot follow a melody or chords, or take on a style.
+            RequestError: the checkpoint cannot follow a melody or chords, or take on a style; or a
+                style checkpoint would be left with neither words nor a style clip.
         """
         self._require_able(request)
+        if prompts and self.style and not (request.style or any(dict(prompts))):
+            raise RequestError(
+                "Without a style clip this checkpoint needs words: the piece goes on with those "
+                "before. Describe the music in one of the prompts.",
+                "prompt",
+            )
         texts = [text for text, _ in prompts] if prompts else request.texts
         prompts = prompts or ((request.words(at_s), 1.0),)
         scale = request.guidance_scale if guidance_scale is None else guidance_scale

@@ -23,6 +23,7 @@ from musicgen_ui.steering import Steering
 from tests.helpers.by_hand import steered
 from tests.helpers.engine import PIANO, ROCK, make_batch, noise
 from tests.helpers.melody import SCALE, melody_batch
+from tests.helpers.style import style_batch
 
 MIX = Steering(prompts=((ROCK, 0.25), (PIANO, 0.75)))
 RATE = 32_000
@@ -157,6 +158,38 @@ def test_a_melody_checkpoint_is_steered_too(tiny_melody):
         pass
     (again,) = [e for e in job_again.log.so_far() if isinstance(e, Finished)]
     assert np.array_equal(again.clip.samples, take.clip.samples)
+    end(batch, job)
+
+
+def test_a_style_checkpoint_is_steered_too(tiny_style):
+    """Its prompts change, its style stays; words are missed where there is no style clip."""
+    batch, again_on = style_batch(tiny_style), style_batch(tiny_style)
+    clip = noise(3.5, seed=5)
+    job, variation = begin(batch, style=clip)
+    for at_s in (0.2, 0.6):
+        listen(batch, job, at_s)
+        job.steer(MIX if at_s == 0.2 else Steering(prompts=(("", 1.0),)))
+    listen(batch, job, 2)
+    take = recorded(batch, job, 0, 1.6)
+    assert [change.prompts for _, change in take.request.automation] == [MIX.prompts, (("", 1.0),)]
+    end(batch, job)
+
+    def again(request: GenerationRequest) -> np.ndarray:
+        job = again_on.submit(request)
+        while again_on.step():
+            pass
+        (made,) = [e for e in job.log.so_far() if isinstance(e, Finished)]
+        return made.clip.samples
+
+    assert np.array_equal(again(dataclasses.replace(take.request, style=clip)), take.clip.samples)
+    other = dataclasses.replace(take.request, style=noise(3.5, seed=6))
+    assert not np.array_equal(again(other), take.clip.samples)
+
+    job, variation = begin(batch, prompt="", automation=((0.0, Steering(prompts=((ROCK, 1.0),))),))
+    job.steer(Steering(prompts=(("", 1.0),)))
+    listen(batch, job, 0.5)
+    assert variation.note.startswith("Without a style clip this checkpoint needs words")
+    assert [change.prompts for _, change in variation.automation] == [((ROCK, 1.0),)]
     end(batch, job)
 
 

@@ -23,6 +23,7 @@ from musicgen_ui.engine.protocol import Chunk
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
+from musicgen_ui.steering import Steering
 from tests.helpers import style
 from tests.helpers.engine import PIANO, ROCK, beside, codes_of, noise, run_job, stream
 
@@ -49,14 +50,9 @@ def reference(folder: Path) -> style.Reference:
     return style.Reference(folder)
 
 
-def scheduler(folder: Path, **options: Any) -> Scheduler:
-    loaded = registry.load(registry.resolve(str(folder)), torch.float32, lambda _: None, True)
-    return Scheduler(loaded.model, loaded.tokenizer, checkpoint=loaded.name, **options)
-
-
 @pytest.fixture(scope="module")
 def batch(folder: Path) -> Scheduler:
-    return scheduler(folder)
+    return style.style_batch(folder)
 
 
 def prefix_of(batch: Scheduler, reference: style.Reference, request: GenerationRequest) -> Any:
@@ -127,7 +123,7 @@ def test_style_logits_and_codes_equal_audiocrafts(batch, reference, request_):
 
 
 def test_style_converted_and_as_it_is_are_the_same(batch, converted, reference):
-    again = scheduler(converted)
+    again = style.style_batch(converted)
     for one, other in zip(
         batch.conditioner.conditions(BOTH).states,
         again.conditioner.conditions(BOTH).states,
@@ -160,13 +156,13 @@ def test_mert_comes_from_the_hub_or_where_one_says(batch, folder, tmp_path, monk
     assert asked == ["m-a-p/MERT-v1-95M"]
     expected = batch.conditioner.style.states(BOTH)
     for found in (copy, tmp_path / "out"):
-        assert torch.equal(scheduler(found).conditioner.style.states(BOTH), expected)
+        assert torch.equal(style.style_batch(found).conditioner.style.states(BOTH), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"graphs": True}, {"precision": "int8"}], ids=str)
 def test_style_takes_do_not_depend_on_others(batch, folder, options):
     """Beside takes of words, of a style, and of a clip that is continued; on every stepper."""
-    batch = scheduler(folder, **options) if options else batch
+    batch = style.style_batch(folder, **options) if options else batch
     drawn = dataclasses.replace(BOTH, do_sample=True, seed=7)
     others = [
         dataclasses.replace(WORDS, prompt=PIANO, do_sample=True, seed=1, guidance_scale=1.0),
@@ -224,6 +220,8 @@ def test_style_checkpoint_needs_something_to_go_by(folder, tiny_mono):
     registry.require_able(source, BOTH)
     with pytest.raises(RequestError, match="from the style of a clip, or from both"):
         registry.require_able(source, dataclasses.replace(WORDS, prompt=""))
+    steered = ((0.0, Steering(prompts=(("", 0.5), (ROCK, 0.5)))),)
+    registry.require_able(source, GenerationRequest(automation=steered, live=True))
     with pytest.raises(RequestError, match="cannot follow chords"):
         registry.require_able(source, dataclasses.replace(WORDS, chords="C G"))
     with pytest.raises(RequestError, match="cannot take on the style of a clip: choose style"):

@@ -13,12 +13,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from transformers import HubertConfig, HubertModel
+
+from musicgen_ui.checkpoints import registry
+from musicgen_ui.engine.scheduler import Scheduler
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SELF_WAV = "condition_provider.conditioners.self_wav."
@@ -69,6 +73,12 @@ def build(folder: Path) -> Path:
     shutil.copy(GOLDEN / "melody" / "compression_state_dict.bin", folder)
     shutil.copytree(GOLDEN / "text_encoder", folder / "text_encoder")
     return folder
+
+
+def style_batch(folder: Path, **options: Any) -> Scheduler:
+    """A scheduler of such a checkpoint."""
+    loaded = registry.load(registry.resolve(str(folder)), torch.float32, lambda _: None, True)
+    return Scheduler(loaded.model, loaded.tokenizer, checkpoint=loaded.name, **options)
 
 
 def _style_weights(width: int) -> Iterator[tuple[str, Tensor]]:

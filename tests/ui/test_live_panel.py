@@ -8,12 +8,14 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from musicgen_ui.backends.admission import Client
 from musicgen_ui.engine.job import LoggedJob
-from musicgen_ui.engine.protocol import Progress, Stage
+from musicgen_ui.engine.protocol import Chunk, Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from musicgen_ui.steering import Steering
 from musicgen_ui.ui import live_panel
+from tests.helpers.page import TAB, values
 
 
 def controls(**values: Any) -> dict[str, Any]:
@@ -47,6 +49,19 @@ def test_only_what_changed_is_sent():
     silent = {"live_prompt_1": "a", "live_prompt_3": "c"}
     with pytest.raises(RequestError, match="a weight above 0"):
         live_panel.steering_of(controls(**silent), "x")
+
+
+def test_a_live_piece_has_the_style_of_the_forms_clip(handlers, clip):
+    form = values(prompt="", style=clip, style_start_s=1.0)
+    steered = live_panel.steering_of(controls(live_prompt_1="rock"), "")
+    job = live_panel.LiveMode(handlers)._submit(form, steered, Client.of(TAB))
+    for event in job.follow():
+        if isinstance(event, Chunk):
+            job.stop()
+    (request,) = handlers.backend.backend.requests
+    assert request.live and request.style.duration_s == 5 and request.style_start_s == 1
+    ((at_s, change),) = request.automation
+    assert (at_s, change.prompts) == (0, (("rock", 1.0),))
 
 
 def test_the_line_says_when_a_model_is_too_slow():
