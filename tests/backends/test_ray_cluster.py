@@ -295,10 +295,10 @@ def head(tmp_path) -> Iterator[str]:
         assert cluster.poll() is None, written.read_text()
         yield address
     finally:
-        processes = psutil.Process(cluster.pid).children(recursive=True)
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        if cluster.poll() is None:
+            for process in psutil.Process(cluster.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         cluster.kill()
         cluster.wait()
         log.close()
