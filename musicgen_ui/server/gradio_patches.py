@@ -29,6 +29,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from musicgen_ui.ui.sessions import HOLD
+
 MAX_FILES = 8  # in one upload
 NOT_FETCHED = "Upload the file instead of a URL."
 TITLE = "MusicGen UI"
@@ -40,6 +42,7 @@ HEAD = f"""
   // Below a path that a proxy shows without its last slash, nothing relative would be found.
   if (!location.pathname.endsWith("/"))
     location.replace(location.pathname + "/" + location.search + location.hash);
+  {HOLD}
 </script>
 <title>{TITLE}</title>
 <link rel="icon" href="favicon.ico" />

@@ -30,8 +30,8 @@ KEY = re.compile("([0-9a-f]{32})([0-9a-f]{32})?")  # a tab's, and one of the pag
 SESSIONS_KEPT = 8  # pages of a tab, open or not
 
 # What a page is given when it opens may come late. It must not replace a take that the page made
-# meanwhile: a click that makes a take waits.
-ENTER = """() => {
+# meanwhile: a click that makes a take waits. In the page's head, so that no click is too early.
+HOLD = """(() => {
   let waiting = null;
   const hold = (event) => {
     const button = event.target.closest?.('#generate, #retake, #extend, #live_start');
@@ -45,6 +45,8 @@ ENTER = """() => {
     removeEventListener('click', hold, true);
     waiting?.click();
   };
+})();"""
+ENTER = """() => {
   const random = () => Array.from(
     crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, '0')).join('');
   if (!/^[0-9a-f]{32}$/.test(sessionStorage.musicgen || '')) sessionStorage.musicgen = random();
@@ -68,7 +70,7 @@ KEEP = """(...form) => {
   if (window.musicgenForm) sessionStorage.musicgenForm = JSON.stringify(form);
   return [];
 }"""
-ENTERED = "() => { window.musicgenEntered(); return []; }"
+ENTERED = "() => { window.musicgenEntered?.(); return []; }"
 BACK = """(live) => {
   const cut_off = sessionStorage.musicgenBusy && !live;
   addEventListener('pagehide', () => {
