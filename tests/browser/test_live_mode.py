@@ -28,6 +28,7 @@ def level(samples: np.ndarray, rate: int, hz: float) -> float:
     return float(np.abs(samples @ turns)) / len(samples)
 
 
+@pytest.mark.timeout(180)
 def test_play_steer_record_and_stop(open_page: Open, engine: FakeBackend, tmp_path: Path) -> None:
     page = open_page()
     page.get_by_label("Prompt", exact=True).fill("calm")
@@ -49,9 +50,15 @@ def test_play_steer_record_and_stop(open_page: Open, engine: FakeBackend, tmp_pa
     assert change.prompts == (("loud drums", 1.0),) and changed_s >= at_s
     page.wait_for_function(PLAYED.format(max(changed_s + 1, at_s + 3)))
     page.locator("#live_store_2").click()
+    expect(page.locator("#live_recall_2")).to_be_enabled()
+    # What the piece said before then may come after it: a click on a disabled button is lost.
+    made_s = page.evaluate("musicgenPlayer.state.done_s")
+    page.wait_for_function(f"() => musicgenPlayer.state.done_s > {made_s + 0.5}")
     page.locator("#live_recall_2").click()
+    wait_for(lambda: [change for _, change in engine.changes if change.recall], 30)
     page.locator("#live_record").click()
-    expect(page.locator("#live_line")).to_contain_text("s are kept as a take")
+    # The first take that a process saves imports what it needs.
+    expect(page.locator("#live_line")).to_contain_text("s are kept as a take", timeout=60_000)
     assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
     unfold(page, "More prompts")
     page.locator("#live_prompt_3 textarea").fill("strings")
