@@ -120,8 +120,9 @@ def test_imports_point_down_and_never_round():
     assert up == POINTING_UP
 
 
-def test_the_page_loads_without_torch():
-    assert not {"torch", "transformers"} & loaded_by("musicgen_ui.ui.page")
+def test_the_page_and_the_server_load_without_torch():
+    loaded = loaded_by("musicgen_ui.ui.page, musicgen_ui.server.app")
+    assert "gradio" in loaded and not {"torch", "transformers"} & loaded
 
 
 def test_the_bench_loads_without_gradio():

@@ -57,12 +57,6 @@ def test_every_setting_is_explained() -> None:
     assert "--queue-length" in [row[1] for row in rows]
 
 
-def test_the_page_and_the_server_load_without_torch() -> None:
-    code = "import sys, musicgen_ui.ui.page, musicgen_ui.server.app; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.stdout.strip() == "False", run.stderr
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's")
 @pytest.mark.parametrize("own", ["", "5"])  # what the user chose stays
 def test_threads_share_two_heaps(own: str, tmp_path: Path) -> None:
