@@ -256,7 +256,7 @@ def test_rolling_update_loses_no_take(front):
 
     two_replicas(front)
     old = {report.pid for report in front._fresh()}
-    jobs = [front.submit(ask(duration_s=300.0, seed=seed)) for seed in range(4)]
+    jobs = [front.submit(ask(duration_s=120.0, seed=seed)) for seed in range(4)]
     for job in jobs:
         next(event for event in job.follow() if isinstance(event, Chunk))
     settings = {"options": FLOAT32 | {"idle_s": 1000.0}, "checkpoint": "bundled", "replicas": 2}
@@ -266,7 +266,7 @@ def test_rolling_update_loses_no_take(front):
         (take,) = takes(events)
         chunks = [event.clip.samples for event in events if isinstance(event, Chunk)]
         assert np.array_equal(np.concatenate(chunks, axis=1), take.clip.samples)
-        assert not (take.stopped or take.fault) and take.clip.duration_s == 300.0
+        assert not (take.stopped or take.fault) and take.clip.duration_s == 120.0
     wait_for(lambda: not any(map(psutil.pid_exists, old)), START_S)
     two_replicas(front)
 
