@@ -10,7 +10,7 @@ import { Track } from './track.js';
 /**
  * @typedef {import('./track.js').Source} Source
  * @typedef {{ position_s: number, time_s: number, moving: boolean, playing: boolean,
- *   ready: boolean, received: number, underruns: number }} Report of the audio thread
+ *   ready: boolean, received: number, underruns: number, seeks: number }} Report of the audio thread
  */
 
 const LEAD_S = 0.08; // buffered before anything plays
@@ -45,7 +45,7 @@ export class Sound extends EventTarget {
     this.muted = false;
     /** @type {Report} */
     this.report = { position_s: 0, time_s: 0, moving: false, playing: false, ready: false,
-      received: 0, underruns: 0 };
+      received: 0, underruns: 0, seeks: 0 };
     /** @type {HTMLMediaElement | null} */
     this.other = null; // what else sounded last on this page
     this.media = new Audio(); // silence: without a media element there are no media keys
@@ -121,8 +121,11 @@ export class Sound extends EventTarget {
       this.dispatchEvent(new Event('ended'));
       return;
     }
-    const moved = data.moving !== this.report.moving;
-    this.report = data;
+    const { position_s, seeks, moving } = this.report;
+    // The audio thread had not come to the last seek yet: where it was counts no more.
+    const is_late = data.seeks !== seeks;
+    this.report = is_late ? { ...data, position_s, seeks, moving: false } : data;
+    const moved = this.report.moving !== moving;
     this.ready = data.ready;
     this.go_on();
     if (moved) this.changed();
@@ -252,8 +255,9 @@ export class Sound extends EventTarget {
     const track = this.track;
     const most_s = track?.source.live && !track.complete ? track.received_s - LEAD_S : Infinity;
     const clamped = Math.max(0, Math.min(position_s, most_s));
-    this.report = { ...this.report, position_s: clamped, moving: false };
-    this.post({ op: 'seek', value: clamped });
+    const seeks = this.report.seeks + 1;
+    this.report = { ...this.report, position_s: clamped, moving: false, seeks };
+    this.post({ op: 'seek', value: clamped, seeks });
     this.changed();
   }
 

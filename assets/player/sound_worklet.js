@@ -137,6 +137,7 @@ class Player extends AudioWorkletProcessor {
     this.level = 0; // of the fade at play, pause and seek
     /** @type {number | null} */
     this.seeking = null; // where to, once the sound has faded out
+    this.seeks = 0; // as of the last one
     /** @type {[number, number] | null} */
     this.loop = null; // context frames
     this.underruns = 0;
@@ -159,8 +160,10 @@ class Player extends AudioWorkletProcessor {
     else if (op === 'select') this.selected = value;
     else if (op === 'play') this.playing = value;
     else if (op === 'ready') this.ready = value;
-    else if (op === 'seek') this.seeking = Math.round(value * sampleRate);
-    else if (op === 'loop') this.loop = value && value.map((/** @type {number} */ s) => Math.round(s * sampleRate));
+    else if (op === 'seek') {
+      this.seeking = Math.round(value * sampleRate);
+      this.seeks = message.seeks;
+    } else if (op === 'loop') this.loop = value && value.map((/** @type {number} */ s) => Math.round(s * sampleRate));
     if (op !== 'append') this.report();
   }
 
@@ -175,6 +178,7 @@ class Player extends AudioWorkletProcessor {
       ready: this.ready,
       received: track?.received ?? 0,
       underruns: this.underruns,
+      seeks: this.seeks,
     });
   }
 

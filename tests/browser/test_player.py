@@ -164,6 +164,14 @@ def test_player_keys(open_page: Open) -> None:
     ):
         page.keyboard.press(key)
         expect(slider).to_have_attribute("aria-valuetext", f"{text} of 0:08")
+    # Keys come faster than the audio thread says where it is.
+    late = """() => {
+      const { sound } = musicgenPlayer, before = { ...sound.report };
+      sound.seek(3);
+      sound.take_report(before);
+      return sound.position_s;
+    }"""
+    assert page.evaluate(late) == 3
     page.keyboard.press("l")
     expect(page.get_by_role("button", name="Loop")).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("+")

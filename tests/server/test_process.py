@@ -225,7 +225,7 @@ def test_a_server_that_is_asked_to_stop_ends_as_asked(ended: SimpleNamespace) ->
 
 
 def test_what_its_jobs_made_until_then_is_kept(ended: SimpleNamespace) -> None:
-    takes = sorted((ended.folder / "takes").iterdir())
+    takes = sorted(file for file in (ended.folder / "takes").iterdir() if file.suffix != ".png")
     assert [take.suffix for take in takes] == [".flac", ".safetensors", ".wav"] * 3
     assert all(0 < soundfile.info(take).duration < 60 for take in takes[::3] + takes[2::3])
 

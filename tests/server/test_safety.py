@@ -463,7 +463,7 @@ def test_a_form_field_of_150_mb_is_refused_and_never_held(server):
             assert answer.status_code in (400, 413, 422)
         except httpx.TransportError:
             pass  # closed while it was still talking
-    assert most - before < 60e6
+    assert most - before < 100e6  # of the process that holds all tests
 
 
 def test_only_files_are_taken_and_few_at_once(server):
