@@ -82,9 +82,9 @@ def ranked(
 ) -> list[list[str]]:
     """Replicas in the order in which they should take a job; those of a rank are alike.
 
-    First those where its checkpoint is loaded; a busy one sends further jobs on, so that a
-    checkpoint that many ask for is loaded at more places. Then those where it fits beside what is
-    there, then those where it takes the place of others.
+    First those where its checkpoint is loaded, as long as they have a free row: a checkpoint is
+    loaded at another place only once these are full. Then those where it fits beside what is there,
+    then those where it takes the place of others.
 
     Args:
         replicas: what `Replica.record_routing_stats` gave, by replica.

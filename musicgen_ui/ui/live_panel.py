@@ -40,10 +40,8 @@ from musicgen_ui.ui.request_builder import without_unchanged
 from musicgen_ui.ui.wording import error_text, progress_text
 
 MEASURED_S = 2.0  # of music, until the speed is believed
-QUIET, QUIET_S = (
-    10 ** (-50 / 20),
-    3.0,
-)  # level of what is nearly silent, and how long until it is said
+QUIET = 10 ** (-50 / 20)  # root mean square of what is nearly silent: -50 dBFS
+QUIET_S = 3.0  # of it, until it is said
 NEARLY_SILENT = "The music is nearly silent: give one prompt more weight, or raise the temperature."
 CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
