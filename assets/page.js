@@ -81,7 +81,24 @@ const show_wrong = () => {
   if (!found.offsetParent) found.closest('.gr-accordion')?.querySelector('.label-wrap').click();
   bring_into_view(found);
 };
-new MutationObserver(show_wrong).observe(document.body, { subtree: true, childList: true });
+
+// Gradio names each radio button alone: with one name a choice is one stop of Tab, and arrows move
+// in it. Chromium lets Tab stop at a list that scrolls, and an open list goes as soon as it is left.
+const mend_gradio = () => {
+  for (const radio of document.querySelectorAll('fieldset[id] input[name^=radio-]'))
+    radio.name = radio.closest('fieldset').id;
+  for (const list of document.querySelectorAll('[role=listbox]:not([tabindex])')) list.tabIndex = -1;
+  for (const wav of document.querySelectorAll('#wav:not([draggable])')) {
+    wav.draggable = true;
+    wav.title = 'Click to download, or drag into a folder or another program';
+  }
+};
+const look = () => {
+  mend_gradio();
+  show_wrong();
+};
+look();
+new MutationObserver(look).observe(document.body, { subtree: true, childList: true });
 
 // A button that goes hands the focus to the one that takes its place, within a second or two.
 const in_its_place = { get_start: '#get_cancel', get_cancel: '#get_start', get_later: '#prompt textarea' };
@@ -183,12 +200,18 @@ document.addEventListener('drop', (event) => {
   if (event.dataTransfer.files.length > 1) say('One file at a time: the first one is taken.');
 });
 
-// A take is dragged out of the page, into a folder or another program, by its link to download.
-document.addEventListener('dragstart', ({ target, dataTransfer }) => {
-  const link = target.closest?.('a[download]');
-  if (!link || !dataTransfer) return;
-  const name = link.download || decodeURIComponent(new URL(link.href).pathname.split('/').pop());
-  dataTransfer.setData('DownloadURL', `application/octet-stream:${name}:${link.href}`);
+// A take is dragged out of the page, into a folder or another program: by its waveform in the
+// library, by a link to download, or by the player's WAV.
+document.addEventListener('dragstart', (event) => {
+  const { target, dataTransfer } = event;
+  const link = target.closest?.('a[download]')
+    ?? target.closest?.('.card-grip')?.closest('.card').querySelector('a[download]');
+  const address = link?.href ?? (target.closest?.('#wav') && window.musicgenPlayer.take?.wav?.url);
+  if (!address) return;
+  const url = new URL(address, location.href);
+  const name = link?.download || decodeURIComponent(url.pathname.split('/').pop());
+  dataTransfer.setData('DownloadURL', `application/octet-stream:${name}:${url.href}`);
+  dataTransfer.effectAllowed = 'copy';
 });
 
 // Browsers give a microphone to pages that come over https or from this computer alone.

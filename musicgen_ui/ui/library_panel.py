@@ -298,7 +298,8 @@ def card_html(card: Card, related: bool, depth: int = 0, in_tree: bool = False) 
 <li class="card" data-name="{html.escape(card.name, quote=True)}" style="--depth:{min(depth, 6)}"
   {'data-depth="1"' if depth else ""}>
   <button type="button" class="card-play" data-act="open" aria-label="Play {title}">{PLAY}</button>
-  {waveform_svg(card.overview)}
+  <span class="card-grip" draggable="true" title="Drag into a folder or another program">
+    {waveform_svg(card.overview)}</span>
   <div class="card-words">
     <input class="card-title" value="{title}" aria-label="Title" maxlength="200" dir="auto"
       data-act="rename" autocomplete="off">

@@ -185,7 +185,7 @@ def lay_out(c: Components, settings: PageOptions, with_library: bool = False) ->
         place(c.head.status_line, c.head.unload)
     place(c.head.notice, c.head.dropped_file, c.head.timer)
     get_model.lay_out(c.get_model, place)
-    with gr.Row(elem_id="desk", equal_height=False):
+    with gr.Row(elem_id="workspace", equal_height=False):
         with gr.Column(elem_id="compose", min_width=340):
             lay_out_form(c, settings)
         with gr.Column(elem_id="take", min_width=340):

@@ -103,6 +103,33 @@ def test_axe_finds_nothing_in_queue_and_pad(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+# The name of what has the focus, and whether the bar of Generate covers a part of it.
+FOCUSED = """() => {
+  const field = document.activeElement, box = field.getBoundingClientRect();
+  const bar = document.querySelector('#go').getBoundingClientRect();
+  const is_behind = !field.closest('#go, #take, #library, #teach')
+    && box.bottom > bar.top && box.top < bar.bottom && box.width > 0;
+  return [field.closest('[id]')?.id ?? field.tagName, is_behind];
+}"""
+
+
+def test_keys_reach_every_field_of_the_form(open_page: Open) -> None:
+    page = open_page("phone")
+    page.get_by_label("Prompt", exact=True).focus()
+    stops = []
+    while "generate" not in stops and len(stops) < 60:
+        page.keyboard.press("Tab")
+        stop, is_behind = page.evaluate(FOCUSED)
+        assert not is_behind, f"{stop} is behind Generate"
+        stops.append(stop)
+    assert "BODY" not in stops
+    assert {"tempo_bpm", "key", "seed", "guidance_scale", "checkpoint"} <= set(stops)
+    assert stops.count("length_choice") == 1
+    page.locator("#length_choice input:checked").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#duration_s input[type=number]")).to_have_value("20")
+
+
 @pytest.mark.timeout(60)
 def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
     page = open_page(url=studio)

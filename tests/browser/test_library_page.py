@@ -9,6 +9,13 @@ from playwright.sync_api import expect
 from tests.helpers.browser import Open, finished, generate, serving
 from tests.helpers.fakes import FakeBackend
 
+# What a folder or another program is handed when the element is dragged there.
+DRAGGED = """(element) => {
+  const dataTransfer = new DataTransfer();
+  element.dispatchEvent(new DragEvent('dragstart', { dataTransfer, bubbles: true }));
+  return dataTransfer.getData('DownloadURL');
+}"""
+
 
 def test_what_is_done_with_a_card_follows_its_take(open_page: Open, tmp_path: Path) -> None:
     """The list changes while a title is typed: every element stands for another take then."""
@@ -37,4 +44,11 @@ def test_what_is_done_with_a_card_follows_its_take(open_page: Open, tmp_path: Pa
         page.keyboard.press("Enter")
         title = "[...document.querySelectorAll('.card-title')].map((input) => input.defaultValue)"
         page.wait_for_function(f"() => {title}.join() === 'calm,calm seta'")
+        dragged = first.locator(".card-grip").evaluate(DRAGGED)
+        assert dragged == f"application/octet-stream:{name}.wav:{url}takes/{name}.wav"
+        page.locator(".card.is-current").wait_for()
+        current = page.locator(".card.is-current").get_attribute("data-name")
+        kind, file, address = page.locator("#wav").evaluate(DRAGGED).split(":", 2)
+        assert (kind, file) == ("application/octet-stream", f"{current}.wav")
+        assert page.request.get(address).body() == (tmp_path / f"{current}.wav").read_bytes()
         page.close()
