@@ -243,6 +243,9 @@ class Handlers:
         page = self._page(Client.of(request).session)
         on_show = in_player = take_panel.group_on_show(history, chosen)
         rows = page.land(elsewhere)
+        if not rows:  # an event before it took them; what it says of the history holds
+            yield {"jobs": page.state()}
+            return
         for row in rows:
             history = page.tab.end(row.job, row.group, history)
             in_player = row.group if row.group and row.job.id == page.followed else in_player
