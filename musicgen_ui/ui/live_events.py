@@ -17,9 +17,9 @@ def connect(c: Components, handlers: Handlers, page: gr.Blocks) -> Dependency:
     """Connects the panel's components to `LiveMode`; the event of a piece, from start to end."""
     events, mode, panel = Events(c), live_panel.LiveMode(handlers), c.live
     notice = [c.head.notice]
-    form = [c.request.prompt, c.request.guidance_scale, c.request.temperature]
+    form = [c.request.prompt, c.request.guidance_scale, c.request.temperature, c.request.top_k]
     shown: list[Block] = [panel.live_column, panel.live_prompt_1]
-    shown += [panel.live_guidance, panel.live_temperature]
+    shown += [panel.live_guidance, panel.live_temperature, panel.live_top_k]
     events.on(panel.live_mode.input, mode.switch, [panel.live_mode, *form], shown, "live_mode")
     more = [panel.live_prompt_3, panel.live_prompt_4]
     for prompt in more:

@@ -47,6 +47,7 @@ CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
     *("live_pad", "live_guidance", "live_temperature", "live_top_k"),
 )
+MOST_TOP_K = 500  # on the slider
 BODY_BYTES = 200  # of a report
 
 
@@ -101,7 +102,7 @@ def panel() -> LivePanel:
         live_pad=live_pad.pad(),
         live_guidance=_slider("live_guidance", "Guidance", 1, 10, 3, 0.1),
         live_temperature=_slider("live_temperature", "Temperature", 0.1, 2, 1),
-        live_top_k=_slider("live_top_k", "Top-k", 1, 500, 250, 1),
+        live_top_k=_slider("live_top_k", "Top-k", 1, MOST_TOP_K, 250, 1),
         live_start=gr.Button("Play live", variant="primary", elem_id="live_start", render=False),
         live_stop=gr.Button(
             "Stop", variant="stop", elem_id="live_stop", visible=False, render=False
@@ -248,7 +249,9 @@ class LiveMode:
         self._handlers = handlers
         self._pieces: dict[str, Piece] = {}  # under way, by session
 
-    def switch(self, on: bool, prompt: str, guidance: float, temperature: float) -> Updates:
+    def switch(
+        self, on: bool, prompt: str, guidance: float, temperature: float, top_k: float | None
+    ) -> Updates:
         """Shows the panel, with the form's settings to begin with."""
         if not on:
             return {"live_column": gr.update(visible=False)}
@@ -257,6 +260,8 @@ class LiveMode:
             "live_prompt_1": prompt,
             "live_guidance": guidance,
             "live_temperature": temperature,
+            # Without a limit (0) or beyond the slider there is nothing that it could show.
+            "live_top_k": top_k if top_k and 1 <= top_k <= MOST_TOP_K else gr.update(),
         }
 
     def weights(self, third: str, fourth: str) -> Updates:

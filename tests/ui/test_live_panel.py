@@ -43,6 +43,15 @@ def test_controls_are_a_mix_of_the_prompts_that_have_words(values, prompts):
     assert live_panel.steering_of(controls(**values), "of the form").prompts == prompts
 
 
+@pytest.mark.parametrize(("of_the_form", "shown"), [(50, 50), (1, 1), (0, 250), (2048, 250)])
+def test_switch_begins_with_the_settings_of_the_form(handlers, of_the_form, shown):
+    updates = live_panel.LiveMode(handlers).switch(True, "calm", 2.0, 0.7, of_the_form)
+    begins = controls() | {name: u for name, u in updates.items() if not isinstance(u, dict)}
+    steered = live_panel.steering_of({n: begins[n] for n in live_panel.CONTROLS}, "")
+    assert (steered.guidance_scale, steered.temperature, steered.top_k) == (2.0, 0.7, shown)
+    assert steered.prompts == (("calm", 1.0),)
+
+
 def test_only_what_changed_is_sent():
     before = live_panel.steering_of(controls(), "x")
     after = live_panel.steering_of(controls(live_top_k=5), "x")
