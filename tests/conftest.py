@@ -109,11 +109,21 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The summary shows why a test was run again."""
+    config.option.rerun_show_tracebacks = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Browser tests first: see `pytest_xdist_make_scheduler`."""
+    """Browser tests first: see `pytest_xdist_make_scheduler`; one that fails is run once more.
+
+    Not after its time is over: the second run would have no limit.
+    """
+    once_more = pytest.mark.flaky(reruns=1, rerun_except="from pytest-timeout")
     for item in items:
         if item.path.parent.name == "browser":
             item.add_marker(pytest.mark.browser)
+            item.add_marker(once_more)
     items.sort(key=lambda item: item.get_closest_marker("browser") is None)
 
 

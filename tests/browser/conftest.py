@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -25,12 +25,28 @@ REFUSED += ("AbortError", "errored out")  # streams that end with a page that is
 
 
 @pytest.fixture(scope="package")
-def chromium() -> Iterator[Browser]:
+def running_chromium() -> Iterator[Callable[[], Browser]]:
+    """Gives the one Chromium; another after it crashed."""
     expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
+    browsers: list[Browser] = []
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
-        yield browser
-        browser.close()
+
+        def running() -> Browser:
+            if not browsers or not browsers[-1].is_connected():
+                browsers.append(
+                    playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
+                )
+            return browsers[-1]
+
+        yield running
+        for browser in browsers:
+            browser.close()
+
+
+@pytest.fixture
+def chromium(running_chromium: Callable[[], Browser]) -> Browser:
+    return running_chromium()
 
 
 @pytest.fixture(scope="package")

@@ -53,7 +53,6 @@ def serious(page: Page) -> list[str]:
     ]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("screen", "scheme"), [("desk", "light"), ("desk", "dark"), ("phone", "light")]
 )
@@ -77,7 +76,6 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
     page.goto("about:blank")
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("screen", "scheme"), [("desk", "light"), ("phone", "dark")])
 def test_axe_finds_nothing_in_queue_and_pad(
     open_page: Open, engine: FakeBackend, screen: str, scheme: str
@@ -130,7 +128,6 @@ def test_keys_reach_every_field_of_the_form(open_page: Open) -> None:
     expect(page.locator("#duration_s input[type=number]")).to_have_value("20")
 
 
-@pytest.mark.timeout(60)
 def test_focus_stays_where_it_was(open_page: Open, studio: str) -> None:
     page = open_page(url=studio)
     expect(page.locator("#library_cards")).to_contain_text("Takes are kept in")

@@ -20,7 +20,6 @@ def choose(page: Page, name: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-@pytest.mark.timeout(120)
 def test_presets_and_prompts_stay_in_the_browser_with_undo(open_page: Open) -> None:
     page = open_page()
     prompt, said = page.get_by_label("Prompt", exact=True), page.locator(".notice-words")
@@ -133,7 +132,6 @@ def test_clip_is_trimmed_by_keys_times_and_dragging(
     expect(page.locator("#clip_line")).to_contain_text("of 30.0 s")
 
 
-@pytest.mark.timeout(120)
 def test_a_late_answer_to_the_load_replaces_no_choice(open_page: Open) -> None:
     page = open_page()
     prompt, key = page.get_by_label("Prompt", exact=True), page.locator("#key input")
@@ -168,7 +166,6 @@ def test_a_late_answer_to_the_load_replaces_no_choice(open_page: Open) -> None:
     expect(tempo).to_have_value("90")
 
 
-@pytest.mark.timeout(120)
 def test_a_late_answer_to_the_load_replaces_no_take(
     chromium: Browser, served: tuple[str, FakeBackend], engine: FakeBackend
 ) -> None:

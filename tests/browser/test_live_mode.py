@@ -28,7 +28,6 @@ def level(samples: np.ndarray, rate: int, hz: float) -> float:
     return float(np.abs(samples @ turns)) / len(samples)
 
 
-@pytest.mark.timeout(180)
 def test_play_steer_record_and_stop(open_page: Open, engine: FakeBackend, tmp_path: Path) -> None:
     page = open_page()
     page.get_by_label("Prompt", exact=True).fill("calm")

@@ -233,7 +233,7 @@ def test_any_sound_of_the_page_stops_every_other(open_page: Open) -> None:
     page = open_page()
     page.locator("#continue").click()
     play = page.locator("#audio_prompt").get_by_label("Play", exact=True)
-    # Gradio stops what is played before it has drawn the waveform.
+    # Gradio stops what begins to play before the length is there.
     expect(page.locator("#audio_prompt #duration")).to_have_text("0:08")
     play_example(page)
     play.click()

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
+
+from tests.helpers.fakes import FakeBackend
 
 # Posts each message at its time, with a moment for it to arrive, and gives the left channel.
 RENDER = """async ([rate, seconds, messages]) => {
@@ -47,12 +49,22 @@ Message = tuple[float, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Any, served: Any) -> Iterator[Page]:
-    page = chromium.new_page()
-    page.goto(served[0])
-    page.wait_for_function("() => window.musicgenPlayer")
-    yield page
-    page.close()
+def pages() -> Iterator[list[Page]]:
+    pages: list[Page] = []
+    yield pages
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, served: tuple[str, FakeBackend], pages: list[Page]) -> Page:
+    """One page for all tests here; another after it crashed."""
+    if not pages or pages[-1].is_closed():
+        page = chromium.new_page()
+        pages.append(page)
+        page.goto(served[0])
+        page.wait_for_function("() => window.musicgenPlayer")
+    return pages[-1]
 
 
 def render(page: Page, rate: int, seconds: float, messages: list[Message]) -> np.ndarray:

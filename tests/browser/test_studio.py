@@ -5,7 +5,6 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-import pytest
 import soundfile
 from playwright.sync_api import Page, expect
 
@@ -143,7 +142,6 @@ def found_again(page: Page, downloads: Path) -> None:
     assert takes.read_settings(download(page, "flac", downloads))
 
 
-@pytest.mark.timeout(180)
 def test_studio_evening(open_page: Open, tmp_path: Path) -> None:
     folder = tmp_path / "music"
     with serving(FakeBackend(speed=20), output_folder=str(folder)) as url:
