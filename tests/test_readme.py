@@ -152,8 +152,9 @@ def test_every_command_it_names_is_one():
     assert set(re.findall(r"python -m musicgen_ui (\w+)", TEXT)) == set(cli.COMMANDS)
 
 
-def test_the_apis_lines_run_against_a_server():
-    code = blocks("python")[0]
+def test_the_apis_lines_run_against_a_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, while_it_is_made = blocks("python")[:2]
     assert len([line for line in code.splitlines() if line]) <= 5
     port = free_port()
     demo, temporary = launch(Settings(port=port), FakeBackend())
@@ -162,13 +163,15 @@ def test_the_apis_lines_run_against_a_server():
         exec(code.replace("http://127.0.0.1:7860", f"http://127.0.0.1:{port}"), seen)
         assert [Path(file).suffix for file in seen["files"]] == [".wav", ".flac"]
         assert seen["settings"]["seed"] == 7 and soundfile.info(seen["files"][0]).duration == 5
+        exec(while_it_is_made, seen)
+        assert soundfile.info("piano.opus").duration == 30
     finally:
         close(demo, temporary)
 
 
 def test_the_lines_of_a_script_make_a_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = blocks("python")[1]
+    code = blocks("python")[2]
     assert len([line for line in code.splitlines() if line]) <= 5
     exec(code.replace("duration_s=5", "duration_s=1"), {})
     assert soundfile.info("piano.wav").duration == 1

@@ -10,6 +10,9 @@ A response ends after `RESPONSE_S` at the latest, and the client asks again from
 until it gets 204. So a proxy that holds whole responses back delays the sound by no more than that,
 a stream never takes one of a browser's six connections for long, and a connection that breaks is
 nothing special.
+
+With `format=opus` the answer is one Ogg Opus stream instead, from the sample on to the end of the
+music, for players other than the page's: 160 instead of 1,024 kbit/s in stereo at 32 kHz.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
+from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from musicgen_ui.audio import opus_stream
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.engine.protocol import Chunk, Event, Failed, Finished
 
@@ -36,6 +42,14 @@ HEADERS = {
     "x-accel-buffering": "no",  # nginx and its relatives pass each piece on as it comes
     "x-content-type-options": "nosniff",
 }
+WRONG = "after and variation are whole numbers, format is pcm or opus.\n"
+
+
+class Encoding(StrEnum):
+    """What the sound is sent as."""
+
+    PCM = "pcm"
+    OPUS = "opus"
 
 
 class HasEvents(Protocol):
@@ -59,9 +73,14 @@ def route(find: Find) -> Route:
         try:
             after = _number(request.query_params.get("after", "0"))
             variation = _number(request.query_params.get("variation", "0"))
+            encoding = Encoding(request.query_params.get("format", Encoding.PCM))
         except ValueError:
-            return PlainTextResponse("after and variation are whole numbers.\n", 400, HEADERS)
-        return await _response(_clips_after(job, variation, after), after)
+            return PlainTextResponse(WRONG, 400, HEADERS)
+        clips = _clips_after(job, variation, after)
+        if encoding is Encoding.OPUS:
+            fields = HEADERS | {"x-start": str(after)}
+            return StreamingResponse(_opus(clips), 200, fields, opus_stream.MEDIA_TYPE)
+        return await _response(clips, after)
 
     return Route("/jobs/{id}/audio", audio, methods=["GET"])
 
@@ -96,6 +115,17 @@ async def _response(clips: AsyncIterator[Clip], after: int) -> Response:
         "x-start": str(after),
     }
     return StreamingResponse(body(), 200, HEADERS | about, "application/octet-stream")
+
+
+async def _opus(clips: AsyncIterator[Clip]) -> AsyncIterator[bytes]:
+    """The clips as Ogg Opus."""
+    stream: opus_stream.OpusStream | None = None
+    async for clip in clips:
+        stream = stream or opus_stream.OpusStream(clip.sampling_rate, clip.channels)
+        if pages := await to_thread.run_sync(stream.write, clip):
+            yield pages
+    if stream:
+        yield await to_thread.run_sync(stream.close)
 
 
 async def _clips_after(job: HasEvents, variation: int, after: int) -> AsyncIterator[Clip]:

@@ -285,7 +285,8 @@ class Handlers:
                         if isinstance(event, Saved):
                             ended.append(event)
                         elif isinstance(event, Progress):
-                            yield None, {"stage": event.stage, "status": progress_text(event)}
+                            status = progress_text(event)
+                            yield None, {"job": job.id, "stage": event.stage, "status": status}
             finally:
                 job.leave()
             saved = [take for take in ended if take.take]

@@ -47,8 +47,7 @@ CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
     *("live_pad", "live_guidance", "live_temperature", "live_top_k"),
 )
-MOST_TOP_K = 500  # on the slider
-BODY_BYTES = 200  # of a report
+MOST_TOP_K, BODY_BYTES = 500, 200  # on the slider; of a report
 
 
 def _prompt(n: int) -> gr.Textbox:
@@ -260,8 +259,8 @@ class LiveMode:
             "live_prompt_1": prompt,
             "live_guidance": guidance,
             "live_temperature": temperature,
-            # Without a limit (0) or beyond the slider there is nothing that it could show.
-            "live_top_k": top_k if top_k and 1 <= top_k <= MOST_TOP_K else gr.update(),
+            # 0 is no limit, which the slider has no place for.
+            "live_top_k": top_k if top_k and top_k <= MOST_TOP_K else gr.update(),
         }
 
     def weights(self, third: str, fourth: str) -> Updates:

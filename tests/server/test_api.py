@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -116,6 +117,22 @@ def test_submit_tells_progress(client: Client, engine: FakeBackend) -> None:
     told = [progress["status"] for nothing, progress in job.outputs()[:-1]]
     assert any(line.startswith("Composing") for line in told)
     assert job.outputs()[-1][0]
+
+
+def test_a_caller_hears_the_take_while_it_is_made(client: Client, engine: FakeBackend) -> None:
+    with slowly(engine, 4):
+        job = client.submit(duration_s=4, api_name="/generate")
+        progress = next(iter(job))[1]
+        asked: Any = {"params": {"format": "opus"}, "headers": {"x-session": client.session_hash}}
+        address = f"{client.src}jobs/{progress['job']}/audio"
+        with httpx.stream("GET", address, **asked) as answer:
+            pages = answer.iter_bytes()
+            beginning = next(pages)
+            assert not job.done()
+            sound = beginning + b"".join(pages)
+    assert job.result()[1]["made_s"] == soundfile.info(io.BytesIO(sound)).duration == 4
+    stranger: Any = asked | {"headers": {"x-session": "other"}}
+    assert httpx.get(address, **stranger).status_code == 404
 
 
 @pytest.mark.parametrize(

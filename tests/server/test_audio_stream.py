@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import time
@@ -111,6 +112,46 @@ def test_stream_is_for_its_owner_alone(client: TestClient, log: EventLog):
     for job, headers in (("job", {}), ("job", {"x-session": "other"}), ("else", OWNER)):
         answer = client.get(f"/jobs/{job}/audio", headers=headers)
         assert answer.status_code == 404 and answer.text == "Not found.\n"
+
+
+@pytest.mark.parametrize("rate", [16_000, 32_000])
+def test_opus_is_one_stream_of_the_rest(client: TestClient, log: EventLog, rate: int):
+    t = np.arange(3 * rate) / rate
+    music = np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 660 * t)]).astype("f4") / 2
+    for start in range(0, music.shape[1], 1777):
+        log.append(Chunk(0, Clip(music[:, start : start + 1777], rate), start))
+    end(log)
+    answer = client.get("/jobs/job/audio?format=opus&after=8000", headers=OWNER)
+    assert answer.headers["content-type"] == "audio/ogg" and answer.headers["x-start"] == "8000"
+    heard, opus_rate = soundfile.read(io.BytesIO(answer.content), always_2d=True)
+    expected = audio.convert(Clip(music[:, 8000:], rate), opus_rate, 2).samples.T
+    assert len(heard) == len(expected)
+    assert len(answer.content) < 4 * (music.shape[1] - 8000) / 3  # a third of PCM at most
+    middle = slice(4800, -4800)  # a codec needs its time at the ends
+    error_db = 20 * np.log10(np.std((heard - expected)[middle]) / np.std(expected[middle]))
+    assert error_db < -20
+
+
+def test_opus_comes_while_the_music_is_made():
+    music = np.zeros((1, 16_000), np.float32)
+
+    async def clips():
+        yield Clip(music, 16_000)
+        yield Clip(music, 16_000)
+        raise AssertionError("nothing was sent before the end")
+
+    async def first() -> bytes:
+        pages = audio_stream._opus(clips())
+        return await anext(pages) + await anext(pages)
+
+    assert asyncio.run(first()).startswith(b"OggS")
+
+
+def test_opus_of_a_job_without_sound_is_empty(client: TestClient, log: EventLog):
+    log.append(Failed(ValueError("broken")))
+    answer = client.get("/jobs/job/audio?format=opus", headers=OWNER)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert client.get("/jobs/job/audio?format=mp3", headers=OWNER).status_code == 400
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1.5", "٣", "9" * 40, ""])
