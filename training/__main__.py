@@ -208,7 +208,8 @@ def do_all(job: Job) -> None:
     """Every stage in turn, mono then stereo; finished stages are skipped or resumed. With a budget
     in seconds: as in card.py, from songs that are rendered already."""
     if job.args.budget_s:
-        from training.card import Plan, run
+        from training.card import run
+        from training.card_plan import Plan
 
         args = job.args
         keep = args.keep or job.out / "keep"

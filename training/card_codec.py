@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EncodecModel
 
 from training import pack
-from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
+from training.card_plan import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
 from training.codec import ResidualQuantizer, make_codec, scale_layers
 from training.codec_losses import (
     TERM_WEIGHTS,

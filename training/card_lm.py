@@ -18,7 +18,7 @@ from transformers import EncodecConfig
 
 from musicgen_ui.engine.delay_pattern import delayed
 from training import pack
-from training.card import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
+from training.card_plan import FEWEST_STEPS, LOG_EVERY_S, Clips, Plan
 from training.dataset import CUT_FRAMES
 from training.fast import code_logits, text_states
 from training.lm import corrupted, make_model, widen_to_stereo

@@ -13,11 +13,13 @@ described in captions.py, how it sounds in render.py.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+
+from training.more_styles import MORE_STYLES, SOLOS
+from training.sketch import DRUM_CHANNEL, DRUM_KEYS, Note, Sketch
+from training.styles import STYLES
 
 FRAME_S = 0.02
-DRUM_CHANNEL = 9
-MODES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 KEYS = {  # pitch classes, nearest first
     "major": (0, 7, 5, 2, 10, 9, 3, 4, 8, 11, 1, 6),
     "minor": (9, 4, 2, 11, 7, 6, 0, 1, 5, 8, 10, 3),
@@ -25,16 +27,6 @@ KEYS = {  # pitch classes, nearest first
 PITCH_NAMES = "C,C sharp,D,E flat,E,F,F sharp,G,A flat,A,B flat,B".split(",")  # noqa: SIM905
 SLOW_BELOW_BPM, FAST_ABOVE_BPM = 88, 118  # of songs at any tempo
 SPEEDS = ("slow", "slow", "medium", "fast", "fast")  # of a style's five tempi
-VELOCITY_STEP = 8
-
-
-@dataclass(frozen=True)
-class Note:
-    frame: int
-    frames: int
-    channel: int
-    key: int  # MIDI
-    velocity: int
 
 
 @dataclass(frozen=True)
@@ -67,90 +59,6 @@ class Song:
     meta: Meta
 
 
-@dataclass
-class Sketch:
-    """What a style function writes into: one loop on the grid, and its instruments."""
-
-    rng: random.Random
-    mode: str
-    tonic: int
-    sixteenth: float  # frames, whole unless the song has a `bpm` of its own
-    bars: int
-    with_drums: bool
-    loud: int  # added to every velocity
-    palette: int  # which instrumentation of the style
-    number: int = 0  # of the song, for choices that its sections share
-    notes: list[Note] = field(default_factory=list)
-    programs: dict[int, int] = field(default_factory=dict)
-    pans: dict[int, int] = field(default_factory=dict)
-    instruments: list[str] = field(default_factory=list)
-
-    @property
-    def beat(self) -> float:
-        return 4 * self.sixteenth
-
-    @property
-    def loop(self) -> int:
-        return round(4 * self.bars * self.beat)
-
-    def voice(self, channel: int, program: int, name: str, pan: int = 64) -> None:
-        """An instrument on a channel; its name is what captions call it."""
-        self.programs[channel], self.pans[channel] = program, pan
-        if name not in self.instruments:
-            self.instruments.append(name)
-
-    def degree(self, degree: int, base: int) -> int:
-        """MIDI key of a scale degree (0 is the tonic) above `base`, a C."""
-        octave, step = divmod(degree, 7)
-        tonic = self.tonic if self.tonic < 8 else self.tonic - 12
-        return base + tonic + MODES[self.mode][step] + 12 * octave
-
-    def play(self, frame: float, frames: float, channel: int, key: int, velocity: int) -> None:
-        velocity = round((velocity + self.loud) / VELOCITY_STEP) * VELOCITY_STEP
-        note = Note(round(frame), max(2, round(frames)), channel, key, max(24, min(127, velocity)))
-        self.notes.append(note)
-
-    def progression(self) -> list[int]:
-        """Chord degrees of the loop, evenly spread over its bars."""
-        two = {"major": [[0, 3], [0, 4]], "minor": [[0, 5], [0, 6]]}
-        four = {"major": [[0, 4, 5, 3], [0, 5, 3, 4]], "minor": [[0, 5, 2, 6], [0, 6, 5, 6]]}
-        return self.rng.choice((four if self.bars == 2 else two)[self.mode])
-
-    def chord(self, degree: int, count: int = 3, low: int = 55) -> list[int]:
-        """Stacked thirds, each moved to the octave above `low` so that voices move little."""
-        keys = (self.degree(degree + 2 * i, 48) for i in range(count))
-        return sorted(low + (key - low) % 12 for key in keys)
-
-    def bass(self, degree: int, top: int = 45) -> int:
-        key = self.degree(degree, 36)
-        return key if key < top else key - 12
-
-    def pattern(self, channel: int, key: int, steps: str, velocity: int, swing: int = 0) -> None:
-        """Drum hits a sixteenth each: X full, x softer, o soft, a dot for none."""
-        share = {"X": 1.0, "x": 0.78, "o": 0.55}
-        for i in range(16 * self.bars):
-            hit = steps[i % len(steps)]
-            if hit != ".":
-                late = swing if i % 2 else 0
-                self.play(i * self.sixteenth + late, 6, channel, key, round(velocity * share[hit]))
-
-
-DRUM_KEYS = {
-    "kick": 36,
-    "snare": 38,
-    "rim": 37,
-    "clap": 39,
-    "hat": 42,
-    "open": 46,
-    "pedal": 44,
-    "ride": 51,
-    "shaker": 70,
-    "tom_high": 48,
-    "tom_mid": 45,
-    "tom_low": 41,
-}
-
-
 def compose(
     seed: int,
     style: str | None = None,
@@ -167,9 +75,6 @@ def compose(
     style's tempi it has, slowest first: the same song begins with the same notes at each. `bpm` is
     any tempo instead (beats a minute, to the nearest whole number of frames a loop).
     """
-    from training.more_styles import MORE_STYLES, SOLOS
-    from training.styles import STYLES
-
     rng = random.Random(seed)
     name = style or rng.choice(list(STYLES))
     spec = STYLES.get(name) or MORE_STYLES[name]

@@ -5,8 +5,8 @@ Written as those in styles.py. `TEMPI` is how fast a style usually is, for songs
 
 from __future__ import annotations
 
-from training.composer import Sketch
 from training.patterns import arpeggio, drums, melody, one_a_bar, riff, spans
+from training.sketch import Sketch
 from training.styles import LEFT, RIGHT, Style
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.composer import DRUM_CHANNEL, DRUM_KEYS, Sketch
+from training.sketch import DRUM_CHANNEL, DRUM_KEYS, Sketch
 
 
 def spans(p: Sketch, degrees: list[int]) -> list[tuple[float, float, int]]:

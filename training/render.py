@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
-from training.composer import DRUM_CHANNEL, FRAME_S, SPEEDS, Meta, Song, compose
+from training.composer import FRAME_S, SPEEDS, Meta, Song, compose
+from training.sketch import DRUM_CHANNEL
 from training.styles import STYLES
 
 SYNTH_RATE_HZ = 32_000

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from training.composer import MODES
+from training.sketch import MODES
 
 RATE_HZ = 16_000
 HOP = 160  # 100 frames a second

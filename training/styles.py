@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from training.composer import DRUM_CHANNEL, DRUM_KEYS, Sketch
 from training.patterns import arpeggio, drums, melody, one_a_bar, riff, spans
+from training.sketch import DRUM_CHANNEL, DRUM_KEYS, Sketch
 
 LEFT, RIGHT = 28, 100
 

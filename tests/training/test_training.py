@@ -24,16 +24,17 @@ from training import evaluated, fast, pack, pictures
 from training.__main__ import main
 from training.assemble import build
 from training.captions import caption, misspelt
-from training.card import Clips, Plan
 from training.card_codec import CardCodec
 from training.card_lm import CardDecoder, Songs
+from training.card_plan import Clips, Plan
 from training.codec_losses import mel_bank
-from training.composer import DRUM_CHANNEL, compose
+from training.composer import compose
 from training.dataset import CUT_FRAMES, Dataset, composed
 from training.lm import code_logits, make_model, widen_to_stereo
 from training.more_styles import MORE_STYLES
 from training.presets import PRESETS
 from training.render import SoundfontRenderer, find_soundfont, load_metas, render_sines
+from training.sketch import DRUM_CHANNEL
 from training.styles import STYLES
 from training.tokenizer import UNKNOWN, make_tokenizer
 from training.train_codec import CodecTrainer
