@@ -82,6 +82,20 @@ const show_wrong = () => {
   bring_into_view(found);
 };
 
+// A field is tied to the words about it: its help, and why it was refused.
+let described = 0;
+const tie_help = () => {
+  const of_block = new Map();
+  for (const text of document.querySelectorAll('.block .info-text, .block .validation-error')) {
+    const block = text.closest('.block');
+    text.id ||= `about-${described++}`;
+    of_block.set(block, `${of_block.get(block) ?? ''} ${text.id}`.trim());
+  }
+  for (const [block, ids] of of_block)
+    for (const field of block.querySelectorAll('input, textarea'))
+      if (field.getAttribute('aria-describedby') !== ids) field.setAttribute('aria-describedby', ids);
+};
+
 // Gradio names each radio button alone: with one name a choice is one stop of Tab, and arrows move
 // in it. Chromium lets Tab stop at a list that scrolls, and an open list goes as soon as it is left.
 const mend_gradio = () => {
@@ -95,6 +109,7 @@ const mend_gradio = () => {
 };
 const look = () => {
   mend_gradio();
+  tie_help();
   show_wrong();
 };
 look();

@@ -123,6 +123,14 @@ def test_keys_reach_every_field_of_the_form(open_page: Open) -> None:
     assert "BODY" not in stops
     assert {"tempo_bpm", "key", "seed", "guidance_scale", "checkpoint"} <= set(stops)
     assert stops.count("length_choice") == 1
+    help_texts = {
+        "#guidance_scale input": "1 is off",
+        "#stereo input": "left and right",
+        "#seed input": "-1",
+    }
+    for field, words in help_texts.items():
+        tied = page.locator(field).first.get_attribute("aria-describedby")
+        expect(page.locator(f"#{tied}")).to_contain_text(words)
     page.locator("#length_choice input:checked").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#duration_s input[type=number]")).to_have_value("20")
