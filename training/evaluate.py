@@ -17,6 +17,7 @@ import torch
 from scipy.signal import resample_poly
 
 from training.evaluated import EvaluatedCheckpoint
+from training.free_figures import asked_figures, free_figures
 from training.prompts import FREE_PROMPTS, PROMPTS, TEMPO_PROMPTS
 from training.style_classifier import (
     RATE_HZ,
@@ -209,6 +210,8 @@ PARTS = {
     "codec": codec_figures,
     "style": style_figures,
     "control": control_figures,
+    "free": free_figures,
+    "asked": asked_figures,
     "continuation": continuation_figures,
     "signal": signal_figures,
 }

@@ -55,6 +55,10 @@ class EvaluatedCheckpoint:
         stereo = to_clip(render(song, SECONDS), song.gain, RATE_HZ)
         return stereo.mean(0).astype(np.float32) / 32767
 
+    def pairs(self, style: str) -> list[tuple[Song, np.ndarray]]:
+        """The songs of a style with their rendered clips."""
+        return list(zip(self.songs[style], self.rendered[style], strict=True))
+
     def held_out(self, style: str) -> list[np.ndarray]:
         return self.rendered[style][self.judge_clips :]
 

@@ -51,11 +51,11 @@ def measure(clip: Clip) -> Measures:
     )
     chroma = librosa.feature.chroma_stft(y=mono, sr=RATE_HZ, hop_length=4 * HOP, tuning=0.0)
     bpm = round(float(np.ravel(tempo)[0])) if len(beats) >= 2 * BEATS_A_BAR else 0
-    return Measures(bpm, _key(chroma.mean(1)), tuple(map(float, beats[::BEATS_A_BAR])))
+    return Measures(bpm, key_of(chroma.mean(1)), tuple(map(float, beats[::BEATS_A_BAR])))
 
 
-def _key(chroma: np.ndarray) -> str:
-    """The key of mean chroma [12], C first."""
+def key_of(chroma: np.ndarray) -> str:
+    """The key of mean chroma [12], C first, as "C# minor"; empty where none is clear."""
     if chroma.std() == 0:
         return ""
     matches = {
