@@ -24,7 +24,7 @@ ORDER = (
     *("__main__", "server", "cli", "benchmark", "ui", "finetune", "backends", "checkpoints"),
     *("library", "library_index", "remote_folder", "retake", "takes", "sidecar"),
     *("engine", "request", "take_settings", "coercion", "steering", "audio", "environment"),
-    *("errors", "files"),
+    *("errors", "files", "heap"),
 )
 # Imports that still point up; none may join them.
 POINTING_UP: set[tuple[str, str]] = set()

@@ -6,10 +6,7 @@ silence on MPS (reported in audiocraft's pull request 612), so the codec stays o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from musicgen_ui import heap
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 
@@ -215,6 +213,4 @@ def give_memory_back() -> None:
         torch.cuda.empty_cache()
     if _has_mps():
         torch.mps.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    heap.trim()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from musicgen_ui import files, takes
+from musicgen_ui import files, heap, takes
 from musicgen_ui.checkpoints import memory as checkpoint_memory
 from musicgen_ui.checkpoints import registry
 from musicgen_ui.checkpoints.registry import Source
@@ -138,6 +138,7 @@ class _Run:
 
         say(f"loading {self.source.name}")
         registry.fetch(self.source, say)
+        heap.keep_large_blocks_out()
         loaded = registry.load(self.source, torch.float32, say)
         decoder = loaded.model.decoder
         encoder = Encoder(loaded, self.device, options.folder / "cache", self.place.codec_device)

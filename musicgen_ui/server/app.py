@@ -29,7 +29,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
-from musicgen_ui import environment, files, library
+from musicgen_ui import environment, files, heap, library
 from musicgen_ui.engine.protocol import Backend, Trouble
 from musicgen_ui.errors import RequestError
 from musicgen_ui.server import cleanup, gradio_import, logs
@@ -386,7 +386,7 @@ def serve(chosen: Settings, backend: Backend | None = None) -> int:
         RequestError: what was asked for is not installed or wrong here.
         OSError: another program listens on the port.
     """
-    cleanup.share_heaps()
+    heap.share()
     if chosen.mcp and find_spec("mcp") is None:
         raise RequestError("--mcp needs more: pip install -r requirements-mcp.txt")
     if chosen.backend == "ray" and find_spec("ray") is None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from musicgen_ui import heap
+
 TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows
 YOUNG_S = 300.0  # a file that no bound on bytes deletes: it may be in use
 SWEEP_EVERY_S = 60.0
-M_ARENA_MAX, HEAPS = -8, 2  # glibc's name for the setting, and what it becomes
 
 
 def sweep(
@@ -74,21 +72,4 @@ def clean_while(running: Callable[[], bool], folder: Path, kept_bytes: float) ->
         sweep(folder, KEPT_S, kept_bytes, skip=takes)
         sweep(takes, TAKE_KEPT_S, kept_bytes)
         gc.collect()
-        _glibc("malloc_trim", 0)  # what is free in the heaps goes back to the system
-
-
-def share_heaps() -> None:
-    """Gives the threads two heaps together, where glibc would give each core eight.
-
-    Memory that is free in one heap is not for the others: in 300 jobs of the soak on two cores
-    the process grew by 5.4 %, and by 0.5 % with two. Call it before there are threads.
-    """
-    if "MALLOC_ARENA_MAX" not in os.environ:
-        _glibc("mallopt", M_ARENA_MAX, HEAPS)
-
-
-def _glibc(name: str, *arguments: int) -> None:
-    """Calls the C library's function where there is one."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another library than glibc
-            getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)
+        heap.trim()

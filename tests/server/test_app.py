@@ -62,8 +62,8 @@ def test_every_setting_is_explained() -> None:
 def test_threads_share_two_heaps(own: str, tmp_path: Path) -> None:
     code = """
 import ctypes, threading
-from musicgen_ui.server.cleanup import share_heaps
-share_heaps()
+from musicgen_ui import heap
+heap.share()
 c, over = ctypes.CDLL(None), threading.Event()
 for _ in range(12):
     threading.Thread(target=lambda: (c.malloc(5000), over.wait())).start()
