@@ -280,8 +280,7 @@ def build(arguments: Arguments) -> Application:
             "runtime_env": {"env_vars": _environment(replicas if not gpus else 1)},
         },
         request_router_config=RequestRouterConfig(
-            request_router_class="musicgen_ui.backends.ray_router.BytesRouter",
-            request_routing_stats_period_s=2.0,
+            request_router_class="musicgen_ui.backends.ray_router.OrderedRouter"
         ),
         health_check_period_s=10,
         health_check_timeout_s=30,

@@ -43,11 +43,13 @@ from musicgen_ui.steering import Steering
 
 if TYPE_CHECKING:  # torch
     from musicgen_ui.backends.local import EngineOptions
-    from musicgen_ui.backends.ray_scaling import RoutingStats
 
 HEARTBEAT_S = 1.0
 GATHER_S = 0.25  # after audio, for what goes with the next message; at most half of what plays
 LEASE_S = 10.0  # a front that is silent for so long has gone
+# What a further row adds to a step, of a step with one: about as assets/bench has it, on CPUs for
+# the bundled checkpoints too.
+CPU_ROW, GPU_ROW = 0.5, 0.1
 FATAL = (Trouble.STUCK, Trouble.THREAD_ENDED, Trouble.DEVICE_LOST)  # a new process helps
 
 
@@ -66,6 +68,8 @@ class Report:
     pid: int
     rows: int  # variations that it steps together
     most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
+    budget_bytes: int  # for all models together
+    row_cost: float  # what a further row adds to a step, of a step with one
     jobs: tuple[str, ...]  # ids of those that are under way
     music_s: float  # made since it started
     status: Status
@@ -114,7 +118,7 @@ class Replica:
         request: GenerationRequest,
         client: str,
         made: np.ndarray | None = None,
-        model: tuple[str, int] = ("", 0),
+        order: Sequence[str] = (),
     ) -> AsyncGenerator[Item, None]:
         """Makes one variation.
 
@@ -124,7 +128,7 @@ class Replica:
             request: of one variation, with its seed.
             client: who takes turns with others.
             made: int16 [codebooks, new frames] that another replica made before.
-            model: name and bytes of its checkpoint, as far as the front knows them: for the router.
+            order: names of the replicas that should take it, the best one first: for the router.
         """
         self._seen_s[front] = time.monotonic()
         job = self._backend.submit(request, client, {} if made is None else {0: made})
@@ -188,6 +192,8 @@ class Replica:
             os.getpid(),
             self._rows,
             self._most_bytes,
+            self._backend.budget_bytes,
+            CPU_ROW if self._backend.place.device == "cpu" else GPU_ROW,
             tuple(self._jobs),
             self._made_s,
             self._backend.status(),
@@ -240,14 +246,6 @@ class Replica:
     async def unload(self) -> None:
         """See `Backend.unload`."""
         await asyncio.to_thread(self._backend.unload)
-
-    def record_routing_stats(self) -> RoutingStats:
-        """For `ray_router`, by way of Serve: its rows, bytes of the models here and for all."""
-        return {
-            "rows": self._rows,
-            "models": self._backend.health().models,
-            "budget_bytes": self._backend.budget_bytes,
-        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `ray_scaling.policy`, by way of Serve."""

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from musicgen_ui.backends.ray_scaling import (
-    FEW_SINCE,
-    IDLE_S,
-    desired_replicas,
-    policy,
-    ranked,
-)
+from musicgen_ui.backends.ray_scaling import FEW_SINCE, IDLE_S, desired_replicas, policy
 
 
 @pytest.mark.parametrize(
@@ -56,23 +50,3 @@ def test_policy_keeps_the_number_before_anything_is_recorded():
     nothing = context(3, 0.0, {})
     nothing.aggregated_metrics = None
     assert policy(nothing)[0] == 3
-
-
-def test_checkpoint_goes_where_it_is_loaded_or_fits():
-    def stats(budget_bytes: int, **models: int) -> dict:
-        return {"models": models, "budget_bytes": budget_bytes, "rows": 4}
-
-    replicas = {
-        "loaded": stats(10, large=6),
-        "empty": stats(10),
-        "beside": stats(20, small=3),
-        "instead": stats(8, small=3),
-        "never": stats(4),
-        "starting": {},  # nothing is recorded yet
-    }
-    loaded, fits, evicts = ranked(replicas, "large", 6, {"loaded": 3})
-    assert (loaded, evicts) == (["loaded"], ["instead"])
-    assert fits == ["empty", "beside", "starting"]
-    assert ranked(replicas, "unknown", 0, {}) == [list(replicas)]
-    assert ranked({"never": stats(4)}, "large", 6, {}) == [["never"]]  # which says why not
-    assert ranked(replicas, "large", 6, {"loaded": 4}) == [fits, evicts, ["loaded"]]  # no free row
