@@ -28,6 +28,7 @@ import psutil
 import pytest
 import soundfile
 import yaml
+from gradio_client import Client
 
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.backends.ray_cluster import (
@@ -46,6 +47,7 @@ from musicgen_ui.request import GenerationRequest
 from tests.helpers.backends import REAL
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import free_port, wait_for
+from tests.helpers.object_storage import needs_s3, s3_server
 from tests.helpers.pages import Page
 from tests.helpers.ray_cluster import make_in_process
 from tests.helpers.requirements import ROOT
@@ -404,6 +406,40 @@ def test_front_ends_and_begins_anew_while_pages_stream(head, tmp_path):
     assert len(lengths_s(tmp_path)) == 60
     assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM
     assert "Traceback" not in front.log
+
+
+@pytest.mark.long
+@needs_s3
+def test_moved_visitor_finds_the_takes_in_object_storage(head, tmp_path, monkeypatch):
+    """Two fronts with s3:// share nothing but the cluster and a bucket."""
+    import fsspec
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        folder = ("--output-folder", "s3://visitors/takes")
+        first = Front(head, tmp_path, "--replicas", "1", "--device", "cpu", *folder)
+        second = Front(head, tmp_path, "--front-only", *folder)
+        client = Client(first.url, verbose=False, download_files=tmp_path)
+        client.predict(prompt="a waltz", duration_s=1.0, api_name="/generate")
+        storage = fsspec.filesystem("s3", skip_instance_cache=True)
+        found = list[str]()
+
+        def is_stored() -> bool:
+            storage.invalidate_cache()
+            found[:] = storage.glob("visitors/takes/*.wav")
+            return bool(found)
+
+        wait_for(is_stored, START_S)
+        path = f"/takes/{Path(found[0]).name}"
+        moved = httpx.get(first.url + path, timeout=60)
+        wait_for(lambda: httpx.get(second.url + path, timeout=60).status_code == 200, START_S)
+        assert httpx.get(second.url + path, timeout=60).content == moved.content
+        for front in (second, first):
+            assert front.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    mirrors = [path for path in tmp_path.rglob("mirrors/*") if path.is_dir()]
+    assert len(mirrors) == 2, mirrors
 
 
 @pytest.mark.parametrize(
