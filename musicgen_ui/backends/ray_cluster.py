@@ -74,7 +74,6 @@ class Arguments(TypedDict, total=False):
     replicas: int  # 0 is one for each GPU, or one without any
     max_replicas: int  # with more than `replicas`, the number goes by the music that waits
     most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
-    loopback: bool  # a replica listens on the loopback address alone
 
 
 def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") -> RayBackend:
@@ -221,13 +220,11 @@ def _handles(cluster: Cluster, options: EngineOptions, checkpoint: str) -> list[
         ]
     # No proxies: visitors reach the front alone.
     serve.start(proxy_location="Disabled")
-    loopback = not cluster.address
     arguments: Arguments = {
         "options": options,
         "checkpoint": checkpoint,
         "replicas": cluster.replicas,
         "max_replicas": cluster.most_replicas,
-        "loopback": loopback,
     }
     handles = [serve.run(build(arguments), name=APPLICATION, route_prefix=None)]
     if cluster.cpu_replicas:
@@ -243,7 +240,6 @@ def _handles(cluster: Cluster, options: EngineOptions, checkpoint: str) -> list[
             "checkpoint": "bundled",  # always there: others are loaded when they are asked for
             "replicas": cluster.cpu_replicas,
             "most_bytes": SMALL_BYTES,
-            "loopback": loopback,
         }
         handles.append(serve.run(build(arguments), name=CPU_APPLICATION, route_prefix=None))
     return handles
@@ -291,7 +287,6 @@ def build(arguments: Arguments) -> Application:
     return deployment(Replica).bind(
         options,
         arguments.get("checkpoint", "auto"),
-        loopback=bool(arguments.get("loopback", False)),
         most_bytes=int(arguments.get("most_bytes", 0)),
     )
 

@@ -83,7 +83,6 @@ class Replica:
         options: of `LocalBackend`.
         checkpoint: loaded before the replica takes jobs.
         name: in reports; None is what Serve calls it.
-        loopback: whether the replica may listen on the loopback address alone.
         most_bytes: of a checkpoint that should come here while others can take it; 0 is any.
     """
 
@@ -92,11 +91,10 @@ class Replica:
         options: EngineOptions,
         checkpoint: str = "auto",
         name: str | None = None,
-        loopback: bool = False,
         most_bytes: int = 0,
     ) -> None:
-        if loopback:
-            _listen_on_loopback()
+        if name is None:
+            _listen_on_node_address()
         from musicgen_ui.backends.local import LocalBackend  # torch, in the replica alone
 
         self._backend = LocalBackend(**options)
@@ -291,20 +289,23 @@ def _without_clips(request: GenerationRequest) -> GenerationRequest:
     return dataclasses.replace(request, audio_prompt=None, melody=None, style=None)
 
 
-def _listen_on_loopback() -> None:
-    """Has Serve open this process's port for other deployments on the loopback address.
+def _listen_on_node_address() -> None:
+    """Has Serve open this process's port for other deployments on the node's address alone.
 
-    It is opened on every address, and Serve has no setting for it. An upgrade that moves it ends
-    the replica here.
+    That is the loopback address in a cluster of a front's own, else what `ray start` was given. It
+    is opened on every address, and Serve has no setting for it. An upgrade that moves it ends the
+    replica here.
     """
+    import ray
     from ray.serve._private import replica
 
-    add_port = replica.add_port_to_grpc_server
+    add_port, node = replica.add_port_to_grpc_server, ray.util.get_node_ip_address()
+    node = f"[{node}]" if ":" in node else node
 
-    def add_loopback_port(server: object, address: str) -> int:
-        return int(add_port(server, address.replace("[::]", "127.0.0.1")))
+    def add_node_port(server: object, address: str) -> int:
+        return int(add_port(server, address.replace("[::]", node)))
 
-    replica.add_port_to_grpc_server = add_loopback_port
+    replica.add_port_to_grpc_server = add_node_port
 
 
 def _replica_name() -> str:

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.backends.ray_replica import Item, Replica
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.jobs import read
 
+START_S = 800.0  # of real replicas, on a computer that does other things too
 ORDER = list(inspect.signature(Replica.compose).parameters).index("order") - 1
 
 
@@ -139,3 +142,14 @@ def make_in_process(requests: list[GenerationRequest]) -> int:
     for job in [_backend_of_process().submit(request) for request in requests]:
         read(job)
     return os.getpid()
+
+
+def others_reach() -> list[str]:
+    """Processes that listen on another address than that of loopback, and which one."""
+    loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+    return [
+        f"{process.name()} {each.laddr.ip}"
+        for process in psutil.Process().children(recursive=True)
+        for each in process.net_connections()
+        if each.status == psutil.CONN_LISTEN and each.laddr.ip not in loopback
+    ]
