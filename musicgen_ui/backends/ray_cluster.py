@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from musicgen_ui import files
 from musicgen_ui.backends.ray_replica import Replica
+from musicgen_ui.backends.ray_scaling import DELAYS
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.errors import RequestError
 
@@ -263,7 +264,7 @@ def build(arguments: Arguments) -> Application:
     number: dict[str, object] = {"num_replicas": replicas}
     if most > replicas:
         policy = {"policy_function": "musicgen_ui.backends.ray_scaling:policy"}
-        limits = {"min_replicas": replicas, "max_replicas": most}
+        limits = {"min_replicas": replicas, "max_replicas": most, **DELAYS}
         number = {"autoscaling_config": {**limits, "look_back_period_s": 15.0, "policy": policy}}
     deployment = serve.deployment(
         name="Replica",

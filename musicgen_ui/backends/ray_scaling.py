@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
 
 TARGET_WAIT_S = 15.0  # in which what waits should be begun
 IDLE_S = 120.0  # that fewer replicas must be enough before one is stopped
-FEW_SINCE = "few_since_s"
+DELAYS = {"upscale_delay_s": 0.0, "downscale_delay_s": IDLE_S}  # of Serve's configuration
 
 
 def desired_replicas(waiting_s: float, busy: int, rows: int, replicas: int, speed: float) -> int:
@@ -33,20 +32,24 @@ def desired_replicas(waiting_s: float, busy: int, rows: int, replicas: int, spee
 
 
 def policy(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
-    """Serve's autoscaling policy: more replicas at once, fewer when that was enough for a while.
+    """Serve's autoscaling policy: more replicas at once, fewer one by one.
+
+    How long fewer must have been enough is `IDLE_S`, which Serve counts: `DELAYS`.
 
     Args:
         context: Serve's; its metrics are what replicas record.
 
     Returns:
-        Replicas that there should be, and what is to be remembered until the next call.
+        Replicas that there should be, and nothing to be remembered until the next call.
     """
     metrics = context.aggregated_metrics or {}
 
     def recorded(name: str) -> list[float]:
         return [float(value) for value in metrics.get(name, {}).values()]
 
-    there, now = int(context.target_num_replicas), float(context.current_time or time.time())
+    there = int(context.target_num_replicas)
+    if not metrics:  # as while the first one starts
+        return there, {}
     wanted = desired_replicas(
         max(recorded("waiting_s"), default=0.0),  # each replica knows what waits in all fronts
         math.ceil(sum(recorded("busy"))),
@@ -55,10 +58,4 @@ def policy(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
         max(recorded("speed"), default=1.0),
     )
     least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    wanted = max(least, min(most, wanted))
-    if wanted >= there:
-        return wanted, {}
-    few_since_s = float((context.policy_state or {}).get(FEW_SINCE, now))
-    if now - few_since_s < IDLE_S:
-        return there, {FEW_SINCE: few_since_s}
-    return there - 1, {}
+    return max(least, min(most, max(wanted, there - 1))), {}

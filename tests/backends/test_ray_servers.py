@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,11 +161,12 @@ def test_cluster_grows_while_music_waits_and_shrinks(head, tmp_path):
     front = Front(head, tmp_path, "--device", "cpu", "--max-replicas", "2", "--jobs", "1")
 
     def replicas() -> int:
+        time.sleep(1.0)  # asking costs the front time
         text = httpx.get(f"{front.url}/metrics", timeout=60).text
         return len(re.findall(r"^musicgen_replica_up\{.*\} 1", text, re.MULTILINE))
 
     assert replicas() == 1
-    pages = [Page(front.url, front.config, duration_s=120.0, prompt=str(n)) for n in range(6)]
+    pages = [Page(front.url, front.config, duration_s=60.0, prompt=str(n)) for n in range(6)]
     wait_for(lambda: replicas() == 2, START_S)
     for page in pages:
         page.thread.join(START_S)
