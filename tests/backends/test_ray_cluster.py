@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def front(environment: pytest.MonkeyPatch) -> Iterator[RayBackend]:
     """Two replicas; afterwards no process and no file of the cluster is left."""
+    resource_tracker.ensure_running()  # Python's own process, which stays
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     environment.setenv("OMP_NUM_THREADS", "1")  # of each replica
     backend = connect(Cluster(replicas=2), FLOAT32, "bundled")
