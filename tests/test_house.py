@@ -71,7 +71,7 @@ def third_party(folders: list[str]) -> set[str]:
     own = {"musicgen_ui", "training", "tests"} | {f.stem for f in files}
     tops = {name.partition(".")[0] for file in files for name in imports(file)}
     return (
-        tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp", "ray", "triton"}
+        tops - own - set(sys.stdlib_module_names) - {"spaces", "mcp", "moto", "ray", "triton"}
     )  # elsewhere
 
 

@@ -1,7 +1,11 @@
-"""Takes in object storage: two servers with a mirror each."""
+"""Takes in object storage: two servers with a mirror each.
+
+With a server that speaks S3 too: `python -m pytest -m long tests/test_remote_folder.py`.
+"""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +18,29 @@ from musicgen_ui.library import Library, kept_folder
 from musicgen_ui.remote_folder import RemoteFolder
 from musicgen_ui.takes import save
 from tests.helpers.local import wait_for
+from tests.helpers.object_storage import needs_s3, s3_server
 from tests.helpers.takes import finished
 
-URL = "memory://takes"
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["memory", pytest.param("s3", marks=[needs_s3, pytest.mark.long])])
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Storage without anything in it."""
+    if request.param == "s3":
+        for name, value in request.getfixturevalue("s3").items():
+            monkeypatch.setenv(name, value)
+    yield f"{request.param}://takes-{uuid.uuid4()}/all"
+    fsspec.filesystem("memory").store.clear()
 
 
 @pytest.fixture
 def servers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[tuple[RemoteFolder, Library]]]:
     """Two servers with the same storage, which look at it only when a test says so."""
     monkeypatch.setattr(remote_folder, "LOCAL_S", 1000.0)
@@ -29,12 +48,11 @@ def servers(
     for name in "ab":
         (tmp_path / name).mkdir()
         library = Library(tmp_path / name, tmp_path / f"{name}.sqlite3")
-        made.append((RemoteFolder(URL, library.folder), library))
+        made.append((RemoteFolder(url, library.folder), library))
     yield made
     for folder, library in made:
         folder.close()
         library.close()
-    fsspec.filesystem("memory").store.clear()
 
 
 def synchronise(servers: list[tuple[RemoteFolder, Library]]) -> None:
@@ -60,6 +78,19 @@ def test_take_of_one_server_is_in_the_library_of_the_other(servers):
     synchronise(servers)
     titles = [library.page().cards[0].title for library in (here, there)]
     assert titles[0] == titles[1] and here.card(card.name).starred
+
+
+def test_what_is_the_same_is_not_copied_again(servers, monkeypatch):
+    (folder, here), _ = servers
+    save(finished(), here.folder)
+    synchronise(servers)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    for way in ("put_file", "cat_file"):
+        monkeypatch.setattr(folder._storage, way, refuse)
+    synchronise(servers)
 
 
 def test_deleted_take_goes_to_the_trash_of_the_other_server(servers):

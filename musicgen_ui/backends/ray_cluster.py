@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from musicgen_ui import files
 from musicgen_ui.backends.ray_replica import Replica
+from musicgen_ui.backends.ray_scaling import DELAYS
 from musicgen_ui.backends.ray_serve import RayBackend
 from musicgen_ui.errors import RequestError
 
@@ -74,7 +75,6 @@ class Arguments(TypedDict, total=False):
     replicas: int  # 0 is one for each GPU, or one without any
     max_replicas: int  # with more than `replicas`, the number goes by the music that waits
     most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
-    loopback: bool  # a replica listens on the loopback address alone
 
 
 def connect(cluster: Cluster, options: EngineOptions, checkpoint: str = "auto") -> RayBackend:
@@ -221,13 +221,11 @@ def _handles(cluster: Cluster, options: EngineOptions, checkpoint: str) -> list[
         ]
     # No proxies: visitors reach the front alone.
     serve.start(proxy_location="Disabled")
-    loopback = not cluster.address
     arguments: Arguments = {
         "options": options,
         "checkpoint": checkpoint,
         "replicas": cluster.replicas,
         "max_replicas": cluster.most_replicas,
-        "loopback": loopback,
     }
     handles = [serve.run(build(arguments), name=APPLICATION, route_prefix=None)]
     if cluster.cpu_replicas:
@@ -243,7 +241,6 @@ def _handles(cluster: Cluster, options: EngineOptions, checkpoint: str) -> list[
             "checkpoint": "bundled",  # always there: others are loaded when they are asked for
             "replicas": cluster.cpu_replicas,
             "most_bytes": SMALL_BYTES,
-            "loopback": loopback,
         }
         handles.append(serve.run(build(arguments), name=CPU_APPLICATION, route_prefix=None))
     return handles
@@ -267,7 +264,7 @@ def build(arguments: Arguments) -> Application:
     number: dict[str, object] = {"num_replicas": replicas}
     if most > replicas:
         policy = {"policy_function": "musicgen_ui.backends.ray_scaling:policy"}
-        limits = {"min_replicas": replicas, "max_replicas": most}
+        limits = {"min_replicas": replicas, "max_replicas": most, **DELAYS}
         number = {"autoscaling_config": {**limits, "look_back_period_s": 15.0, "policy": policy}}
     deployment = serve.deployment(
         name="Replica",
@@ -280,8 +277,7 @@ def build(arguments: Arguments) -> Application:
             "runtime_env": {"env_vars": _environment(replicas if not gpus else 1)},
         },
         request_router_config=RequestRouterConfig(
-            request_router_class="musicgen_ui.backends.ray_router.BytesRouter",
-            request_routing_stats_period_s=2.0,
+            request_router_class="musicgen_ui.backends.ray_router.OrderedRouter"
         ),
         health_check_period_s=10,
         health_check_timeout_s=30,
@@ -292,7 +288,6 @@ def build(arguments: Arguments) -> Application:
     return deployment(Replica).bind(
         options,
         arguments.get("checkpoint", "auto"),
-        loopback=bool(arguments.get("loopback", False)),
         most_bytes=int(arguments.get("most_bytes", 0)),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
-from musicgen_ui.backends.ray_pool import Pool
+from musicgen_ui.backends.ray_pool import Placement
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.variation import Specification
@@ -54,13 +53,12 @@ class RayJob(LoggedJob):
 class Made:
     """What the front has of a variation that is not finished."""
 
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
     clips: list[Clip] = field(default_factory=list)  # new audio, in order
     samples: int = 0  # in them
     codes: list[np.ndarray] = field(default_factory=list)  # int16 [codebooks, frames] each
     frames: int = 0  # in them; may be ahead of the audio
     lost: int = 0  # replicas, since there was new music
-    pool: Pool | None = None  # whose replica makes it
+    place: Placement = field(default_factory=Placement)  # of this try
     at_replica: bool = False  # which one has begun
     played: tuple[int, int] = (0, 0)  # what the replica of a live piece knows of its listener
     controlling: bool = False  # it is being told more

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from musicgen_ui.backends.ray_replica import HEARTBEAT_S, Report
@@ -16,9 +18,26 @@ if TYPE_CHECKING:  # Ray need not be installed
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 BEAT_TIMEOUT_S = 2.0  # for a replica to answer a beat
+SILENT_S = BEAT_TIMEOUT_S + 2 * HEARTBEAT_S  # one that is silent for so long is not used
 ILL_S = 60.0  # a replica that is silent is reported for so long
+LOAD_BYTES_S = 500e6  # of a checkpoint: read from a disk and made ready
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one try of a variation is made."""
+
+    pool: Pool | None = None  # None before the first try
+    id: str = ""  # of the try; the ids of a front begin alike
+    checkpoint: str = ""  # that it needs
+    order: tuple[str, ...] = ()  # of the replicas that may make it
+
+    @property
+    def replica(self) -> str:
+        """The replica that should have taken it."""
+        return self.order[0] if self.order else ""
 
 
 class Pool:
@@ -66,10 +85,17 @@ class Pool:
             if now - seen_s > ILL_S:
                 del self._reports[name]
 
+    def lost(self, placed: Placement) -> None:
+        """Counts the replica of a stream that broke as gone until it answers a beat."""
+        name = self._replica_of(placed)
+        if name in self._reports:
+            report, _ = self._reports[name]
+            self._reports[name] = report, time.monotonic() - SILENT_S
+
     def fresh(self) -> list[Report]:
         """The reports of replicas that answer."""
-        oldest_s = time.monotonic() - BEAT_TIMEOUT_S - 2 * HEARTBEAT_S
-        return [report for report, seen_s in list(self._reports.values()) if seen_s >= oldest_s]
+        oldest_s = time.monotonic() - SILENT_S
+        return [report for report, seen_s in list(self._reports.values()) if seen_s > oldest_s]
 
     def well(self) -> list[Report]:
         """The reports of replicas that can make music."""
@@ -80,11 +106,57 @@ class Pool:
         """Replicas answer, or did so lately."""
         return time.monotonic() - self._there_s <= ILL_S
 
-    def free_rows(self, own: Collection[str]) -> int:
-        """Rows that are not in use by this front, with the ids of its jobs here, and by others."""
-        well = self.well()
-        others = sum(len(set(report.jobs).difference(own)) for report in well)
-        return sum(report.rows for report in well) - others - len(own)
+    def jobs(self, front: str, own: Iterable[Placement]) -> dict[str, list[str]]:
+        """What each replica that can make music is making: a name for each job.
+
+        Args:
+            front: ids of its jobs begin so. Those that a report has may have ended since.
+            own: the jobs of this front that are made here.
+        """
+        jobs = {
+            report.replica: [id for id in report.jobs if not id.startswith(front)]
+            for report in self.well()
+        }
+        for placed in own:
+            jobs.get(self._replica_of(placed), []).append(placed.checkpoint)
+        return jobs
+
+    def _replica_of(self, placed: Placement) -> str:
+        """The replica that has a job, or that should have taken it."""
+        reports = [report for report, _ in list(self._reports.values())]
+        having = [report.replica for report in reports if placed.id in report.jobs]
+        return having[0] if having else placed.replica
+
+    def free_rows(self, jobs: Mapping[str, Collection[str]]) -> int:
+        """Rows that are not in use."""
+        return sum(max(0, report.rows - len(jobs[report.replica])) for report in self.well())
+
+    def order(
+        self, jobs: Mapping[str, Collection[str]], checkpoint: str, nbytes: int, duration_s: float
+    ) -> tuple[str, ...]:
+        """The replicas in the order in which they should take a job: see `cost_s`.
+
+        Those without a free row come last, and after them those where it never fits.
+
+        Args:
+            jobs: of each replica.
+            checkpoint: that the job needs.
+            nbytes: that it needs; 0 is not known.
+            duration_s: of its music.
+        """
+        well = [report for report in self.well() if report.replica in jobs]
+        held = [report.health.models.get(checkpoint, 0) for report in well]
+        nbytes = nbytes or max(held, default=0)
+
+        def rank(report: Report) -> tuple[bool, bool, float, float]:
+            there = jobs[report.replica]
+            never = 0 < report.budget_bytes < nbytes and checkpoint not in report.health.models
+            full = len(there) >= report.rows
+            cost = cost_s(report, there, checkpoint, nbytes, duration_s)
+            # Alike ones by chance: fronts do not know each other's newest jobs.
+            return never, full, cost, random.random()
+
+        return tuple(report.replica for report in sorted(well, key=rank))
 
     def holds(self, checkpoint: str) -> bool:
         """Whether a replica has loaded a checkpoint."""
@@ -120,6 +192,32 @@ class Pool:
                 music_s=report.music_s,
             )
         return replicas, warnings
+
+
+def cost_s(
+    report: Report, jobs: Collection[str], checkpoint: str, nbytes: int, duration_s: float
+) -> float:
+    """The seconds that a job costs at a replica: of sharing its steps, and of a load.
+
+    A further row makes each step longer by `Report.row_cost`, for the job and for those beside it;
+    so two jobs of a CPU's two replicas are made at one each, while on a GPU jobs of a large
+    checkpoint stay together until they lose more than another load takes. A load that takes the
+    place of others counts their bytes too, since they come back, and waits for the jobs there.
+
+    Args:
+        report: of the replica.
+        jobs: that it is making, by their checkpoints.
+        checkpoint: that the job needs.
+        nbytes: that it needs; 0 is not known.
+        duration_s: of its music.
+    """
+    shared_s = report.row_cost * len(jobs) * duration_s
+    models = report.health.models
+    if checkpoint in models or checkpoint in jobs:  # or it is being loaded for them
+        return shared_s
+    evicted = max(0, sum(models.values()) + nbytes - report.budget_bytes)
+    waits_s = duration_s * len(jobs) if evicted else 0.0
+    return shared_s + waits_s + (nbytes + evicted) / LOAD_BYTES_S
 
 
 def pool_for(

@@ -43,11 +43,13 @@ from musicgen_ui.steering import Steering
 
 if TYPE_CHECKING:  # torch
     from musicgen_ui.backends.local import EngineOptions
-    from musicgen_ui.backends.ray_scaling import RoutingStats
 
 HEARTBEAT_S = 1.0
 GATHER_S = 0.25  # after audio, for what goes with the next message; at most half of what plays
 LEASE_S = 10.0  # a front that is silent for so long has gone
+# What a further row adds to a step, of a step with one: about as assets/bench has it, on CPUs for
+# the bundled checkpoints too.
+CPU_ROW, GPU_ROW = 0.5, 0.1
 FATAL = (Trouble.STUCK, Trouble.THREAD_ENDED, Trouble.DEVICE_LOST)  # a new process helps
 
 
@@ -66,6 +68,8 @@ class Report:
     pid: int
     rows: int  # variations that it steps together
     most_bytes: int  # of a checkpoint that should come here while others can take it; 0 is any
+    budget_bytes: int  # for all models together
+    row_cost: float  # what a further row adds to a step, of a step with one
     jobs: tuple[str, ...]  # ids of those that are under way
     music_s: float  # made since it started
     status: Status
@@ -79,7 +83,6 @@ class Replica:
         options: of `LocalBackend`.
         checkpoint: loaded before the replica takes jobs.
         name: in reports; None is what Serve calls it.
-        loopback: whether the replica may listen on the loopback address alone.
         most_bytes: of a checkpoint that should come here while others can take it; 0 is any.
     """
 
@@ -88,11 +91,10 @@ class Replica:
         options: EngineOptions,
         checkpoint: str = "auto",
         name: str | None = None,
-        loopback: bool = False,
         most_bytes: int = 0,
     ) -> None:
-        if loopback:
-            _listen_on_loopback()
+        if name is None:
+            _listen_on_node_address()
         from musicgen_ui.backends.local import LocalBackend  # torch, in the replica alone
 
         self._backend = LocalBackend(**options)
@@ -114,7 +116,7 @@ class Replica:
         request: GenerationRequest,
         client: str,
         made: np.ndarray | None = None,
-        model: tuple[str, int] = ("", 0),
+        order: Sequence[str] = (),
     ) -> AsyncGenerator[Item, None]:
         """Makes one variation.
 
@@ -124,7 +126,7 @@ class Replica:
             request: of one variation, with its seed.
             client: who takes turns with others.
             made: int16 [codebooks, new frames] that another replica made before.
-            model: name and bytes of its checkpoint, as far as the front knows them: for the router.
+            order: names of the replicas that should take it, the best one first: for the router.
         """
         self._seen_s[front] = time.monotonic()
         job = self._backend.submit(request, client, {} if made is None else {0: made})
@@ -188,6 +190,8 @@ class Replica:
             os.getpid(),
             self._rows,
             self._most_bytes,
+            self._backend.budget_bytes,
+            CPU_ROW if self._backend.place.device == "cpu" else GPU_ROW,
             tuple(self._jobs),
             self._made_s,
             self._backend.status(),
@@ -241,14 +245,6 @@ class Replica:
         """See `Backend.unload`."""
         await asyncio.to_thread(self._backend.unload)
 
-    def record_routing_stats(self) -> RoutingStats:
-        """For `ray_router`, by way of Serve: its rows, bytes of the models here and for all."""
-        return {
-            "rows": self._rows,
-            "models": self._backend.health().models,
-            "budget_bytes": self._backend.budget_bytes,
-        }
-
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `ray_scaling.policy`, by way of Serve."""
         return {
@@ -293,20 +289,23 @@ def _without_clips(request: GenerationRequest) -> GenerationRequest:
     return dataclasses.replace(request, audio_prompt=None, melody=None, style=None)
 
 
-def _listen_on_loopback() -> None:
-    """Has Serve open this process's port for other deployments on the loopback address.
+def _listen_on_node_address() -> None:
+    """Has Serve open this process's port for other deployments on the node's address alone.
 
-    It is opened on every address, and Serve has no setting for it. An upgrade that moves it ends
-    the replica here.
+    That is the loopback address in a cluster of a front's own, else what `ray start` was given. It
+    is opened on every address, and Serve has no setting for it. An upgrade that moves it ends the
+    replica here.
     """
+    import ray
     from ray.serve._private import replica
 
-    add_port = replica.add_port_to_grpc_server
+    add_port, node = replica.add_port_to_grpc_server, ray.util.get_node_ip_address()
+    node = f"[{node}]" if ":" in node else node
 
-    def add_loopback_port(server: object, address: str) -> int:
-        return int(add_port(server, address.replace("[::]", "127.0.0.1")))
+    def add_node_port(server: object, address: str) -> int:
+        return int(add_port(server, address.replace("[::]", node)))
 
-    replica.add_port_to_grpc_server = add_loopback_port
+    replica.add_port_to_grpc_server = add_node_port
 
 
 def _replica_name() -> str:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.ray_job import Made, RayJob, take_so_far, with_clips
-from musicgen_ui.backends.ray_pool import Pool, pool_for
+from musicgen_ui.backends.ray_pool import Placement, Pool, pool_for
 from musicgen_ui.backends.ray_replica import HEARTBEAT_S, Report
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.job_queue import JobQueue
@@ -245,7 +245,7 @@ class RayBackend:
         for specification in self._rows:
             made, job = self._made[specification], specification.job
             if job.stopping.is_set() or job.ended:
-                self._stop(made.id)
+                self._stop(made.place.id)
             if job.request.live:
                 self._pass_on(job, made)
         while upcoming := self._next():
@@ -276,8 +276,8 @@ class RayBackend:
         made.played, made.controlling = played, True
 
         async def tell() -> None:
-            if made.pool:
-                await made.pool.tell("control", made.id, changes, stretches, played)
+            if made.place.pool:
+                await made.place.pool.tell("control", made.place.id, changes, stretches, played)
             made.controlling = False
             self._wake.set()
 
@@ -285,17 +285,24 @@ class RayBackend:
 
     def _next(self) -> Specification | None:
         """Takes the next variation for which a replica has a free row from the queue."""
-        ids: dict[Pool | None, set[str]] = {}
-        for made in map(self._made.__getitem__, self._rows):
-            ids.setdefault(made.pool, set()).add(made.id)
-        free = [pool for pool in self._pools if pool.free_rows(ids.get(pool, set())) > 0]
+        places = [self._made[specification].place for specification in self._rows]
+        jobs = {
+            pool: pool.jobs(self._front, [each for each in places if each.pool is pool])
+            for pool in self._pools
+        }
+        free = [pool for pool in self._pools if pool.free_rows(jobs[pool])]
 
         def place(specification: Specification) -> Pool | None:
             return pool_for(self._pools, free, *self._model(specification.request))
 
         upcoming = self._queue.pop(lambda each: place(each) is not None) if free else None
-        if upcoming:
-            self._made.setdefault(upcoming, Made()).pool = place(upcoming)
+        if upcoming and (pool := place(upcoming)):
+            request, (name, nbytes) = upcoming.request, self._model(upcoming.request)
+            order = pool.order(jobs[pool], name, nbytes, request.duration_s)
+            # An id for each try: the one before may run on where only the connection was lost.
+            id = f"{self._front}-{secrets.token_hex(8)}"
+            made = self._made.setdefault(upcoming, Made())
+            made.place = Placement(pool, id, name, order)
         return upcoming
 
     def _model(self, request: GenerationRequest) -> tuple[str, int]:
@@ -318,7 +325,7 @@ class RayBackend:
     async def _compose(self, specification: Specification) -> None:
         """Has a variation made on a replica; puts it back where the replica is lost."""
         made = self._made[specification]
-        samples, id = made.samples, made.id
+        samples, place = made.samples, made.place
         try:
             await self._read(specification, made)
         except asyncio.CancelledError:
@@ -326,7 +333,8 @@ class RayBackend:
         except Exception as error:  # Ray has many for a replica that died
             log.warning("A replica was lost: %s", str(error).partition("\n")[0])
             made.lost = 1 if made.samples > samples else made.lost + 1
-            made.id = secrets.token_hex(8)  # it may run on where only the connection was lost
+            if place.pool:
+                place.pool.lost(place)
             live = specification.request.live and made.at_replica
             if live or specification.job.stopping.is_set() or made.lost >= MOST_LOST:
                 self._end(specification)
@@ -334,7 +342,7 @@ class RayBackend:
                 self._queue.put_back(specification)
         finally:
             self._rows.pop(specification, None)
-            self._stops_s.pop(id, None)
+            self._stops_s.pop(place.id, None)
             if specification.job.ended or made.lost == 0:
                 self._made.pop(specification, None)
             self._wake.set()
@@ -350,9 +358,9 @@ class RayBackend:
         name, nbytes = self._model(request)
         if nbytes and len(self._pools) > 1:  # "auto" is what the first pool calls so
             request = dataclasses.replace(request, checkpoint=name)
-        pool = made.pool or self._pools[0]
-        response = pool.compose(
-            self._front, made.id, request, job.client, made.known(), (name, nbytes)
+        place = made.place
+        response = (place.pool or self._pools[0]).compose(
+            self._front, place.id, request, job.client, made.known(), place.order
         )
         frames, expected, heard_s, made.at_replica = 0, 0, time.monotonic(), False
         upcoming = asyncio.ensure_future(anext(response))

@@ -62,6 +62,7 @@ FAILED, WRONG = 1, 2  # exit codes
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 JOBS_END_S = 5.0  # that stopped jobs have to save what they made
 DELIVERY_S = 2.0  # that their pages have to get the last updates
+CHILDREN_S = 5.0  # for what the process started to end
 DRAINED_DELIVERY_S = 10.0  # the same where the server may take its time
 FLUSH_S = 0.3  # until what was written is sent, and a page has asked for what it shows in the end
 SESSIONS = 800  # pages whose state Gradio remembers, 9 kB each
@@ -478,9 +479,13 @@ def leave(code: int) -> NoReturn:
     Some threads cannot be ended, such as one that imports a library or asks a silent Hub. An
     interpreter that shuts down beside them waits for them, or is aborted by one in native code.
     """
-    for child in psutil.Process().children(recursive=True):
+    children = psutil.Process().children(recursive=True)
+    for child in children:
         with contextlib.suppress(psutil.Error):
             child.terminate()
+    # Until they have ended, those of a cluster write to folders that were deleted before.
+    psutil.wait_procs(children, timeout=CHILDREN_S)
+    files.delete_private()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # a signal came in a write

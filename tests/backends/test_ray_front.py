@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import ray_replica, ray_serve
-from musicgen_ui.backends.ray_pool import Pool, pool_for
 from musicgen_ui.backends.ray_serve import RayBackend, RayJob
 from musicgen_ui.engine.protocol import (
     Chunk,
     Event,
     Failed,
     Finished,
-    Health,
     Progress,
     Stage,
-    Status,
     Trouble,
 )
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
 from tests.helpers.jobs import read, takes
 from tests.helpers.local import wait_for
-from tests.helpers.ray_cluster import Answers, FakeCluster
+from tests.helpers.ray_cluster import ORDER, Answers, FakeCluster
 
 LONG_S = 200.0  # what a busy computer does in less than that
 
@@ -106,7 +101,7 @@ def test_killed_replica_leaves_the_undisturbed_take(front, cluster, tiny_mono, w
     assert np.array_equal(audio(events), take.clip.samples)
     assert np.array_equal(take.clip.samples[:, : before.shape[1]], before)
     assert np.allclose(take.clip.samples, alone.clip.samples, atol=1e-4)
-    assert [call[5][0] for call in cluster.calls] == [str(tiny_mono)] * 2
+    assert [len(call[ORDER]) for call in cluster.calls] == [2, 1]
     assert cluster.calls[1][4].shape[1] >= 10  # the codes that had arrived
 
 
@@ -287,24 +282,3 @@ def test_small_checkpoints_go_to_the_replicas_for_them(tiny_mono):
     front.close()
     for cluster in (gpus, cpus):
         cluster.close()
-
-
-def pool_of(*models: str, most_bytes: int = 0, up: bool = True) -> Pool:
-    pool = Pool(SimpleNamespace(options=lambda stream: None))
-    health = Health(None, dict.fromkeys(models, 1))
-    report = ray_replica.Report("", 0, 4, most_bytes, (), 0.0, Status(), health)
-    pool._there_s = time.monotonic() if up else -math.inf
-    pool._reports = {"": (report, pool._there_s)}
-    return pool
-
-
-def test_pool_of_a_job_goes_by_bytes_and_by_what_is_loaded():
-    gpus, cpus = both = [pool_of("large"), pool_of("bundled", most_bytes=10)]
-    assert pool_for(both, both, "large", 100) is gpus is pool_for(both, both, "?", 0)
-    assert pool_for(both, both, "small", 8) is cpus is pool_for(both, both, "bundled", 1)
-    assert pool_for(both, [gpus], "small", 8) is gpus
-    assert pool_for(both, [cpus], "large", 100) is None
-    with_small = [pool_of("large", "small"), cpus]
-    assert pool_for(with_small, with_small, "small", 8) is with_small[0]
-    without = [pool_of("large", up=False), cpus]
-    assert pool_for(without, [cpus], "large", 100) is cpus

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from musicgen_ui.backends.ray_scaling import (
-    FEW_SINCE,
-    IDLE_S,
-    desired_replicas,
-    policy,
-    ranked,
-)
+from musicgen_ui.backends.ray_scaling import desired_replicas, policy
 
 
 @pytest.mark.parametrize(
@@ -30,49 +24,24 @@ def test_replicas_go_by_the_music_that_waits(waiting_s, busy, replicas, wanted):
     assert desired_replicas(waiting_s, busy, 4, replicas, speed=4.0) == wanted
 
 
-def context(there: int, now_s: float, state: dict, **metrics: float) -> SimpleNamespace:
-    values = {"waiting_s": 0.0, "busy": 0.0, "rows": 4.0, "speed": 4.0, **metrics}
+def context(there: int, metrics: bool = True, **recorded: float) -> SimpleNamespace:
+    values = {"waiting_s": 0.0, "busy": 0.0, "rows": 4.0, "speed": 4.0, **recorded}
+    aggregated = {name: dict.fromkeys(range(there), v) for name, v in values.items()}
     return SimpleNamespace(
-        aggregated_metrics={name: dict.fromkeys(range(there), v) for name, v in values.items()},
+        aggregated_metrics=aggregated if metrics else None,
         target_num_replicas=there,
-        current_time=now_s,
-        policy_state=state,
         capacity_adjusted_min_replicas=1,
         capacity_adjusted_max_replicas=6,
     )
 
 
 def test_policy_adds_at_once_and_stops_replicas_one_by_one():
-    assert policy(context(2, 0.0, {}, waiting_s=90, busy=4))[0] == 4
-    assert policy(context(2, 0.0, {}, waiting_s=9000, busy=4))[0] == 6  # the limit
-    number, state = policy(context(4, 100.0, {}))
-    assert (number, state) == (4, {FEW_SINCE: 100.0})
-    assert policy(context(4, 99.0 + IDLE_S, state))[0] == 4
-    assert policy(context(4, 100.0 + IDLE_S, state)) == (3, {})
-    assert policy(context(4, 100.0 + IDLE_S, state, busy=4))[1] == {}  # they are needed again
+    assert policy(context(2, waiting_s=90, busy=4)) == (4, {})
+    assert policy(context(2, waiting_s=9000, busy=4)) == (6, {})  # the limit
+    assert policy(context(4)) == (3, {})  # once Serve's delay has passed
+    assert policy(context(1)) == (1, {})
+    assert policy(context(4, busy=4)) == (4, {})  # they are needed
 
 
 def test_policy_keeps_the_number_before_anything_is_recorded():
-    nothing = context(3, 0.0, {})
-    nothing.aggregated_metrics = None
-    assert policy(nothing)[0] == 3
-
-
-def test_checkpoint_goes_where_it_is_loaded_or_fits():
-    def stats(budget_bytes: int, **models: int) -> dict:
-        return {"models": models, "budget_bytes": budget_bytes, "rows": 4}
-
-    replicas = {
-        "loaded": stats(10, large=6),
-        "empty": stats(10),
-        "beside": stats(20, small=3),
-        "instead": stats(8, small=3),
-        "never": stats(4),
-        "starting": {},  # nothing is recorded yet
-    }
-    loaded, fits, evicts = ranked(replicas, "large", 6, {"loaded": 3})
-    assert (loaded, evicts) == (["loaded"], ["instead"])
-    assert fits == ["empty", "beside", "starting"]
-    assert ranked(replicas, "unknown", 0, {}) == [list(replicas)]
-    assert ranked({"never": stats(4)}, "large", 6, {}) == [["never"]]  # which says why not
-    assert ranked(replicas, "large", 6, {"loaded": 4}) == [fits, evicts, ["loaded"]]  # no free row
+    assert policy(context(3, metrics=False)) == (3, {})

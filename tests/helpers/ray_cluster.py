@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from musicgen_ui.backends.local import LocalBackend
 from musicgen_ui.backends.ray_replica import Item, Replica
 from musicgen_ui.backends.ray_serve import RayBackend
+from musicgen_ui.request import GenerationRequest
+from tests.helpers.jobs import read
+
+START_S = 800.0  # of real replicas, on a computer that does other things too
+ORDER = list(inspect.signature(Replica.compose).parameters).index("order") - 1
 
 
 class KilledError(Exception):
@@ -37,9 +48,10 @@ class Stream:
 
     async def __anext__(self) -> Item:
         while self._replica is None:  # the router waits for one with a free row
-            free = [r for r in self._cluster.replicas if len(r._jobs) < r._rows]
+            free = {r._name: r for r in self._cluster.replicas if len(r._jobs) < r._rows}
             if free:
-                self._replica = min(free, key=lambda replica: len(replica._jobs))
+                named = [name for name in self._arguments[ORDER] if name in free]
+                self._replica = free[(named or list(free))[0]]
                 self._items = self._replica.compose(*self._arguments)
             else:
                 await asyncio.sleep(0.01)
@@ -118,3 +130,26 @@ class FakeCluster:
     def close(self) -> None:
         for replica in (*self.replicas, *self.draining):
             replica._backend.close()
+
+
+@functools.cache
+def _backend_of_process() -> LocalBackend:
+    return LocalBackend(device="cpu", precision="float32", max_jobs=4)
+
+
+def make_in_process(requests: list[GenerationRequest]) -> int:
+    """Makes takes together in this process, as one replica does, but for no front; its id."""
+    for job in [_backend_of_process().submit(request) for request in requests]:
+        read(job)
+    return os.getpid()
+
+
+def others_reach() -> list[str]:
+    """Processes that listen on another address than that of loopback, and which one."""
+    loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+    return [
+        f"{process.name()} {each.laddr.ip}"
+        for process in psutil.Process().children(recursive=True)
+        for each in process.net_connections()
+        if each.status == psutil.CONN_LISTEN and each.laddr.ip not in loopback
+    ]

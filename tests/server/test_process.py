@@ -294,15 +294,37 @@ def test_a_stop_during_the_launch_ends_it_at_once(tmp_path: Path) -> None:
 # How it ends
 
 
+CHILD = """
+import os, signal, sys
+
+def write(*_):
+    os.makedirs(sys.argv[1])  # it was deleted before
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, write)
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+PARENT = f"""
+import subprocess, sys
+from musicgen_ui import files
+from musicgen_ui.server import app as server
+
+folder = files.private_folder(files.SHORT)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}, folder], stdout=subprocess.PIPE)
+print(folder, int(child.stdout.readline()), flush=True)
+files.delete_private()
+server.leave(3)
+"""
+
+
 def test_a_process_that_ends_takes_along_what_it_started() -> None:
-    code = (
-        "import subprocess, sys; from musicgen_ui.server import app as server\n"
-        "print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE).pid)\n"
-        "server.leave(3)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    """And what that writes as it ends."""
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3, done.stderr
-    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+    folder, pid = done.stdout.split()
+    wait_for(lambda: not psutil.pid_exists(int(pid)))
+    assert not Path(folder).exists()
 
 
 class Drained:
