@@ -183,6 +183,7 @@ def test_a_late_answer_to_the_load_replaces_no_take(
             route.continue_()
 
     page.goto(url)
+    settled(page)
     generate(page, "first waltz", 1)
     finished(page)
     page.route("**/gradio_api/run/**", hold)

@@ -16,6 +16,18 @@ from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 Open = Callable[..., Page]
+# Until nothing was added to the page for ten frames.
+MOUNTED = """() => new Promise((done) => {
+  let count = 0, quiet = 0, frames = 0;
+  const look = () => {
+    const now = document.getElementsByTagName('*').length;
+    quiet = now === count ? quiet + 1 : 0;
+    count = now;
+    if (quiet === 10 || ++frames === 300) done();
+    else requestAnimationFrame(look);
+  };
+  look();
+})"""
 
 
 @contextmanager
@@ -54,7 +66,7 @@ def set_number(page: Page, name: str, value: float) -> None:
 
 def unfold(page: Page, name: str) -> None:
     page.get_by_role("button", name=name).click()
-    page.wait_for_timeout(400)  # fields that are still being mounted forget what is typed
+    page.evaluate(MOUNTED)  # fields that are still being mounted forget what is typed
 
 
 def finished(page: Page, stage: str = "finished") -> None:
