@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.helpers.browser import Open, serving, settled
 from tests.helpers.fakes import FakeBackend
 
+# Chromium loads two pages of its address bar into each window, which cost more than ours. It obeys
+# the last list of features alone, so what Playwright turns off stands here too.
+NO_FEATURES = (
+    "WebUIOmniboxPopup,WebUIOmniboxAimPopup,AimEnabled,AvoidCorsURLLoaderRestartOnRedirect,"
+    "AvoidUnnecessaryBeforeUnloadCheckSync,DestroyProfileOnBrowserClose,HttpsUpgrades,LensOverlay,"
+    "HttpsFirstBalancedModeAutoEnable,MediaRouter,NetworkTimeServiceQuerying,OptimizationHints,"
+    "PaintHolding,PreconnectToSearch,ThirdPartyStoragePartitioning"
+)
 ARGUMENTS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--autoplay-policy=no-user-gesture-required",
+    *("--autoplay-policy=no-user-gesture-required", f"--disable-features={NO_FEATURES}"),
 ]
 SCREENS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 # What the browser logs when the page refuses a form (422), a file that is no audio or too large,
@@ -22,6 +31,8 @@ REFUSED = ("422", "Waveform load error", "413", "Response", "ERR_INCOMPLETE_CHUN
 # A connection that a test breaks, and what a page asks a server that has ended.
 REFUSED += ("ERR_CONNECTION_RESET", "ERR_CONNECTION_REFUSED")
 REFUSED += ("AbortError", "errored out")  # streams that end with a page that is loaded anew
+
+Used = defaultdict[tuple[Browser, str, str], list[BrowserContext]]
 
 
 @pytest.fixture(scope="package")
@@ -64,19 +75,43 @@ def engine(served: tuple[str, FakeBackend]) -> Iterator[FakeBackend]:
     return engine
 
 
+@pytest.fixture(scope="package")
+def used() -> Used:
+    """Contexts that `open_page` may use again."""
+    return defaultdict(list)
+
+
 @pytest.fixture
 def open_page(
-    chromium: Browser, served: tuple[str, FakeBackend], engine: FakeBackend
+    request: pytest.FixtureRequest,
+    chromium: Browser,
+    used: Used,
+    served: tuple[str, FakeBackend],
+    engine: FakeBackend,
 ) -> Iterator[Open]:
-    """Opens the page in a context of its own; anything odd in the browser fails the test."""
-    contexts, odd = [], []
+    """Opens the page in a context of its own; anything odd in the browser fails the test.
+
+    Pages of the usual server have contexts of earlier tests, without what was stored there: they
+    hold the page's scripts, and loading and compiling them is a third of what opening it costs.
+    """
+    if getattr(request.node, "execution_count", 1) > 1:  # a test that failed and is run again
+        used.clear()
+    taken: list[tuple[BrowserContext, list[BrowserContext]]] = []
+    odd: list[str] = []
 
     def open_one(screen: str = "desk", scheme: str = "light", url: str = served[0]) -> Page:
-        context = chromium.new_context(
-            viewport=SCREENS[screen], color_scheme=scheme, has_touch=screen == "phone"
-        )
-        contexts.append(context)
+        idle = used[chromium, screen, scheme] if url == served[0] else []
+        if not idle:
+            context = chromium.new_context(
+                viewport=SCREENS[screen], color_scheme=scheme, has_touch=screen == "phone"
+            )
+            idle.append(context)
+        context = idle.pop()
+        taken.append((context, idle))
         page = context.new_page()
+        context.clear_cookies()
+        stored = {"origin": url.rstrip("/"), "storageTypes": "all"}
+        context.new_cdp_session(page).send("Storage.clearDataForOrigin", stored)
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: odd.append(str(error)))
         page.on("console", lambda m: odd.append(m.text) if m.type == "error" else None)
@@ -86,8 +121,10 @@ def open_page(
         return page
 
     yield open_one
-    for context in contexts:
-        context.close()
+    for context, idle in taken:
+        for page in context.pages:
+            page.close()
+        idle.append(context)
     assert [what for what in odd if not any(known in what for known in REFUSED)] == []
 
 

@@ -44,7 +44,8 @@ def serious(page: Page) -> list[str]:
     script = axe()
     assert script
     page.evaluate(script.read_text(encoding="utf-8"))
-    found = page.evaluate("rules => axe.run({ runOnly: rules })", RULES)["violations"]
+    only = {"runOnly": RULES, "resultTypes": ["violations"]}  # what passes costs as much again
+    found = page.evaluate("only => axe.run(only)", only)["violations"]
     return [
         f"{each['id']}: {node['target']}"
         for each in found
@@ -53,9 +54,7 @@ def serious(page: Page) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("screen", "scheme"), [("desk", "light"), ("desk", "dark"), ("phone", "light")]
-)
+@pytest.mark.parametrize(("screen", "scheme"), [("desk", "light"), ("phone", "dark")])
 def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, scheme: str) -> None:
     page = open_page(screen, scheme, studio)
     set_number(page, "variations", 2)
@@ -76,7 +75,7 @@ def test_axe_finds_nothing_serious(open_page: Open, studio: str, screen: str, sc
     page.goto("about:blank")
 
 
-@pytest.mark.parametrize(("screen", "scheme"), [("desk", "light"), ("phone", "dark")])
+@pytest.mark.parametrize(("screen", "scheme"), [("desk", "dark"), ("phone", "light")])
 def test_axe_finds_nothing_in_queue_and_pad(
     open_page: Open, engine: FakeBackend, screen: str, scheme: str
 ) -> None:

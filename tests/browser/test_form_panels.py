@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.helpers.browser import Open, finished, generate, set_number, settled, unfold
+from tests.helpers.browser import Open, finished, generate, mounted, set_number, settled, unfold
 from tests.helpers.fakes import FakeBackend
 
 
@@ -183,11 +183,13 @@ def test_a_late_answer_to_the_load_replaces_no_take(
             route.continue_()
 
     page.goto(url)
+    settled(page)
     generate(page, "first waltz", 1)
     finished(page)
     page.route("**/gradio_api/run/**", hold)
     page.reload()
     page.locator("#generate").wait_for()
+    mounted(page)
     page.get_by_label("Prompt", exact=True).fill("second waltz")
     page.locator("#generate").click()
     page.wait_for_timeout(1500)  # in which the second take would be made

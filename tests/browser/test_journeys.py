@@ -226,23 +226,31 @@ def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeBackend)
     assert [engine.requests[-1].seed, engine.requests[-1].variations] == [40, 3]
 
 
-@pytest.mark.parametrize(
-    ("screen", "scheme"), [("phone", "dark"), ("desk", "dark"), ("phone", "light")]
-)
-def test_the_page_fits_its_screen(open_page: Open, screen: str, scheme: str) -> None:
+NAMELESS = """() => [...document.querySelectorAll('button, input, textarea, img')]
+  .filter(e => e.offsetParent && e.type !== 'file')
+  .filter(e => !(e.ariaLabel || e.innerText || e.title || e.alt || e.labels?.length))
+  .filter(e => !e.querySelector('img[alt]'))
+  .map(e => e.outerHTML.slice(0, 120))"""
+TARGETS = "all => all.map(e => e.getBoundingClientRect()).map(b => Math.min(b.width, b.height))"
+
+
+@pytest.mark.parametrize(("screen", "scheme"), [("phone", "dark"), ("desk", "light")])
+def test_the_page_fits_its_screen_and_has_names(open_page: Open, screen: str, scheme: str) -> None:
     page = open_page(screen, scheme)
     dark = page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
     assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == scheme
-    unfold(page, "Start from audio")
-    unfold(page, "Advanced")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.reload()
-    page.locator("#generate").wait_for()
     for name in ("#prompt", "#generate"):  # above the fold
         box = page.locator(name).bounding_box()
         assert box is not None and box["y"] >= 0
         assert box["y"] + box["height"] <= page.evaluate("innerHeight")
+    sizes = page.locator(".player-foot :is(button, input)").evaluate_all(TARGETS)
+    assert len(sizes) == 7 and min(sizes) >= (44 if screen == "phone" else 24)
+    unfold(page, "Start from audio")
+    unfold(page, "Advanced")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(NAMELESS) == []
+    expect(page.locator(".player-said")).to_have_attribute("aria-live", "polite")
 
 
 def test_streaming_moves_nothing(open_page: Open, engine: FakeBackend) -> None:
@@ -259,14 +267,3 @@ def test_streaming_moves_nothing(open_page: Open, engine: FakeBackend) -> None:
     finished(page)
     top = "e => Math.round(e.getBoundingClientRect().top + scrollY)"
     assert page.locator("#take_title").evaluate(top) == before[3]
-
-
-def test_everything_has_a_name_for_screen_readers(open_page: Open) -> None:
-    page = open_page()
-    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, textarea, img')]
-        .filter(e => e.offsetParent && e.type !== 'file')
-        .filter(e => !(e.ariaLabel || e.innerText || e.title || e.alt || e.labels?.length))
-        .filter(e => !e.querySelector('img[alt]'))
-        .map(e => e.outerHTML.slice(0, 120))""")
-    assert nameless == []
-    expect(page.locator(".player-said")).to_have_attribute("aria-live", "polite")

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, Route, expect
 
 from musicgen_ui.audio import spectrogram
 from musicgen_ui.audio.clip import Clip
-from tests.helpers.browser import Open, finished, generate, unfold
+from tests.helpers.browser import Open, finished, generate
 from tests.helpers.fakes import FakeBackend, tone
 from tests.helpers.played import PLAYED, RECORD, samples
 
@@ -304,15 +304,3 @@ def test_player_stays_within_reach_on_a_phone(open_page: Open) -> None:
     floating.click()
     expect(floating).to_have_attribute("aria-label", "Play")
     assert not page.evaluate("musicgenPlayer.sound.playing")
-
-
-@pytest.mark.parametrize("screen", ["desk", "phone"])
-def test_player_targets_are_large_enough(open_page: Open, screen: str) -> None:
-    page = open_page(screen)
-    least = 44 if screen == "phone" else 24
-    sizes = page.locator(".player-foot :is(button, input)").evaluate_all(
-        "all => all.map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
-    )
-    assert len(sizes) == 7 and min(min(size) for size in sizes) >= least
-    unfold(page, "Advanced")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

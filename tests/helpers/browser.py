@@ -16,6 +16,18 @@ from tests.helpers.fakes import FakeBackend
 from tests.helpers.local import free_port
 
 Open = Callable[..., Page]
+# Until nothing was added to the page for ten frames.
+MOUNTED = """() => new Promise((done) => {
+  let count = 0, quiet = 0, frames = 0;
+  const look = () => {
+    const now = document.getElementsByTagName('*').length;
+    quiet = now === count ? quiet + 1 : 0;
+    count = now;
+    if (quiet === 10 || ++frames === 300) done();
+    else requestAnimationFrame(look);
+  };
+  look();
+})"""
 
 
 @contextmanager
@@ -40,7 +52,13 @@ def settled(page: Page) -> None:
     page.wait_for_function("() => window.musicgenPlayer && window.musicgenForm")
 
 
+def mounted(page: Page) -> None:
+    """Nothing is added to the page any more: fields that are being mounted forget what is typed."""
+    page.evaluate(MOUNTED)
+
+
 def generate(page: Page, prompt: str = "calm", length_s: float = 3.0) -> None:
+    page.evaluate("() => { window.before = window.musicgenPlayer?.take?.id; }")
     page.get_by_label("Prompt", exact=True).fill(prompt)
     set_number(page, "duration_s", length_s)
     page.get_by_role("button", name="Generate", exact=True).click()
@@ -54,13 +72,16 @@ def set_number(page: Page, name: str, value: float) -> None:
 
 def unfold(page: Page, name: str) -> None:
     page.get_by_role("button", name=name).click()
-    page.wait_for_timeout(400)  # fields that are still being mounted forget what is typed
+    mounted(page)
 
 
 def finished(page: Page, stage: str = "finished") -> None:
-    """The followed job has ended, and what it made is in the player."""
+    """The followed job has ended, and what it made is in the player and behind the buttons."""
     expect(page.locator(f".player[data-stage={stage}]")).to_be_visible()
     expect(page.locator("#stop")).to_be_hidden()
+    if stage != "failed":  # the take comes after the word that it is finished
+        another = "() => ![undefined, window.before].includes(musicgenPlayer.take?.id)"
+        page.wait_for_function(another)
 
 
 def download(page: Page, name: str, folder: Path) -> Path:
