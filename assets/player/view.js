@@ -178,6 +178,7 @@ export class View {
     if (take.picture) this.load_picture(take);
     if (this.next === take.id && !this.sound.playing) this.toggle();
     if (this.next === take.id) this.next = '';
+    if (!known) this.sound.changed(); // for who marks what plays, such as the library
   }
 
   /**

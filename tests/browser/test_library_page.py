@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import expect
@@ -51,4 +52,15 @@ def test_what_is_done_with_a_card_follows_its_take(open_page: Open, tmp_path: Pa
         kind, file, address = page.locator("#wav").evaluate(DRAGGED).split(":", 2)
         assert (kind, file) == ("application/octet-stream", f"{current}.wav")
         assert page.request.get(address).body() == (tmp_path / f"{current}.wav").read_bytes()
+        # Another take comes into the player, with nothing else that the library would hear of.
+        page.evaluate(
+            """id => {
+              musicgenPlayer.sound.stop();
+              musicgenPlayer.streaming = 'job';
+              const { take } = musicgenPlayer;
+              musicgenPlayer.show_take({ ...take, id, job: 'job', as_streamed: true });
+            }""",
+            name,
+        )
+        expect(first).to_have_class(re.compile("is-current"))
         page.close()
