@@ -10,6 +10,7 @@ docs/int8_kernels.md draws the layouts.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import threading
@@ -199,18 +200,21 @@ def _attention(
 
 # Calls on all threads
 
-_CALLS: SimpleQueue[list[tuple[Callable[..., None], tuple[Any, ...]]]] = SimpleQueue()
+_Call = list[tuple[Callable[..., None], tuple[Any, ...]]]
+_CALLS: SimpleQueue[_Call | None] = SimpleQueue()  # None ends a helper
+_HELPERS: list[threading.Thread] = []
+ENDING_S = 1.0  # for the helpers, at the end of the process
 
 
 @functools.cache
 def _start_helper(number: int) -> None:
-    name = f"musicgen-int8-{number}"
-    threading.Thread(target=_help, name=name, daemon=True).start()
+    helper = threading.Thread(target=_help, name=f"musicgen-int8-{number}", daemon=True)
+    helper.start()
+    _HELPERS.append(helper)
 
 
 def _help() -> None:
-    while True:
-        call = _CALLS.get()
+    while (call := _CALLS.get()) is not None:
         try:
             function, args = call.pop()
         except IndexError:  # the call has returned
@@ -220,6 +224,15 @@ def _help() -> None:
         except Exception as error:  # before its first piece: the other threads do them all
             log.warning("A thread could not help", exc_info=error)
         del function, args
+
+
+@atexit.register
+def _end_helpers() -> None:
+    """Ends the helpers: Python aborts where one comes out of a kernel while it shuts down."""
+    for _ in _HELPERS:
+        _CALLS.put(None)
+    for helper in _HELPERS:
+        helper.join(ENDING_S)
 
 
 def run(function: Callable[..., None], barriers: int, *args: Any) -> None:

@@ -56,6 +56,22 @@ def test_code_that_is_loaded_computes_as_when_it_was_compiled(tmp_path: Path) ->
     assert start() == first
 
 
+def test_no_thread_is_in_a_kernel_when_python_shuts_down() -> None:
+    """It would abort the process: `generate` that had made its take failed in the end."""
+    script = """
+import atexit, threading
+atexit.register(lambda: print(sorted(thread.name for thread in threading.enumerate())))
+import torch
+from musicgen_ui.engine.cpu import int8
+torch.set_num_threads(3)
+int8.run(lambda *given: None, 1)
+assert len(threading.enumerate()) == 3
+"""
+    asked = [sys.executable, "-c", script]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["['MainThread']"]
+
+
 def test_kernels_are_compiled_from_this_package_alone() -> None:
     decorators = {"compiled", "compiled_sum", "kernel", "_intrinsic"}
     for file in (ROOT / "musicgen_ui").rglob("*.py"):
