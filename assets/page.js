@@ -98,6 +98,7 @@ const tie_help = () => {
 
 // Gradio names each radio button alone: with one name a choice is one stop of Tab, and arrows move
 // in it. Chromium lets Tab stop at a list that scrolls, and an open list goes as soon as it is left.
+// Its download buttons cannot be dragged.
 const mend_gradio = () => {
   for (const radio of document.querySelectorAll('fieldset[id] input[name^=radio-]'))
     radio.name = radio.closest('fieldset').id;

@@ -33,9 +33,9 @@ def share() -> None:
 def keep_large_blocks_out() -> None:
     """Takes each block of 2 MB or more from the system, to which it goes back when it is free.
 
-    glibc moves its limit up to 32 MB by itself. The activations of a training step lie below that,
-    beside blocks that live for a moment, and left holes: two examples of 10 s on musicgen-small's
-    size took 9.4 GB instead of 6.5 GB.
+    glibc raises its limit to 32 MB by itself. Most activations of a training step are smaller, and
+    with temporary blocks between them they fragment the heap: two examples of 10 s on
+    musicgen-small's size took 9.4 GB instead of 6.5 GB.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         _glibc("mallopt", _M_MMAP_THRESHOLD, LARGE_BYTES)

@@ -191,15 +191,15 @@ def _routes(
     chosen: Settings,
 ) -> list[BaseRoute]:
     """What the page and others ask beside Gradio: sound, scripts, the library's files, metrics."""
-    from musicgen_ui.server import audio_stream, library_files
+    from musicgen_ui.server import audio_stream, library_files, played
     from musicgen_ui.server.metrics import Metrics, metrics_routes
-    from musicgen_ui.ui import live_panel, player
+    from musicgen_ui.ui import player
 
     proxied = bool(chosen.trusted_proxies) or chosen.share
     return [
         *(demo.sessions.route(), audio_stream.route(demo.sessions.job), player.scripts()),
         *(library_files.routes(kept, temporary) if kept else ()),
-        live_panel.route(demo.sessions.job),
+        played.route(demo.sessions.job),
         *metrics_routes(Metrics(admission, admission.job_log), chosen.metrics_token, proxied),
     ]
 

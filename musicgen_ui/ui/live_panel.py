@@ -1,6 +1,6 @@
 """Live mode: an endless piece whose prompts, guidance and sampling change while it plays.
 
-The browser reports what it played to `/jobs/{id}/played`, and the engine makes little more than
+The browser reports what it played (`server.played`), and the engine makes little more than
 that, so a change is heard about `engine.live.LOOK_AHEAD_S` later. A recording becomes a take like
 any other: its file holds the changes, and its settings make it again.
 """
@@ -8,7 +8,6 @@ any other: its file holds the changes, and its settings make it again.
 from __future__ import annotations
 
 import html
-import json
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -19,9 +18,6 @@ from typing import cast
 import gradio as gr
 import numpy as np
 from anyio import to_thread
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import AdmittedJob, Client, Saved
@@ -47,7 +43,7 @@ CONTROLS = (
     *("live_prompt_1", "live_prompt_2", "live_prompt_3", "live_prompt_4", "live_fader"),
     *("live_pad", "live_guidance", "live_temperature", "live_top_k"),
 )
-MOST_TOP_K, BODY_BYTES = 500, 200  # on the slider; of a report
+MOST_TOP_K = 500  # on the slider
 
 
 def _prompt(n: int) -> gr.Textbox:
@@ -474,26 +470,6 @@ def _recordings(count: int) -> str:
     if not count:
         return "nothing was recorded"
     return "the recording is a take" if count == 1 else f"the {count} recordings are takes"
-
-
-def route(find: Callable[[str, str], AdmittedJob | None]) -> Route:
-    """Where a page says what it has played; `find` gives a job to its owner alone."""
-
-    async def played(request: Request) -> Response:
-        job = find(request.path_params["id"], request.headers.get("x-session", ""))
-        if job is None:
-            return PlainTextResponse("Not found.\n", 404)
-        try:
-            body = json.loads((await request.body())[:BODY_BYTES])
-            samples, underruns = int(body["samples"]), int(body["underruns"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return PlainTextResponse("samples and underruns are whole numbers.\n", 400)
-        if min(samples, underruns) < 0:
-            return PlainTextResponse("samples and underruns are whole numbers.\n", 400)
-        job.played(samples, underruns)
-        return Response(status_code=204)
-
-    return Route("/jobs/{id}/played", played, methods=["POST"])
 
 
 name_parameters(LiveMode.start, (*CONTROLS, *FIELDS))

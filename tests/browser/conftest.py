@@ -96,17 +96,18 @@ def open_page(
     """
     if getattr(request.node, "execution_count", 1) > 1:  # a test that failed and is run again
         used.clear()
-    taken: list[tuple[BrowserContext, list[BrowserContext]]] = []
+    taken: list[tuple[BrowserContext, list[BrowserContext] | None]] = []
     odd: list[str] = []
 
     def open_one(screen: str = "desk", scheme: str = "light", url: str = served[0]) -> Page:
-        idle = used[chromium, screen, scheme] if url == served[0] else []
-        if not idle:
-            context = chromium.new_context(
+        idle = used[chromium, screen, scheme] if url == served[0] else None
+        context = (
+            idle.pop()
+            if idle
+            else chromium.new_context(
                 viewport=SCREENS[screen], color_scheme=scheme, has_touch=screen == "phone"
             )
-            idle.append(context)
-        context = idle.pop()
+        )
         taken.append((context, idle))
         page = context.new_page()
         context.clear_cookies()
@@ -122,6 +123,9 @@ def open_page(
 
     yield open_one
     for context, idle in taken:
+        if idle is None:
+            context.close()
+            continue
         for page in context.pages:
             page.close()
         idle.append(context)

@@ -1,4 +1,4 @@
-"""Live mode's controls as changes, its words, and the reports of what was played."""
+"""Live mode's controls as changes, and its words."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from starlette.applications import Starlette
-from starlette.testclient import TestClient
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import Client
-from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.protocol import Chunk, Progress, Stage
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import GenerationRequest
 from musicgen_ui.steering import Steering
 from musicgen_ui.ui import live_panel
 from tests.helpers.page import TAB, values
@@ -92,23 +88,3 @@ def test_a_piece_that_falls_silent_is_said_until_it_sounds_again():
     assert piece.remark == live_panel.NEARLY_SILENT
     piece.measure(music)
     assert piece.remark == "2.0 s are kept as a take."
-
-
-def test_reports_reach_the_owners_job_alone():
-    job = LoggedJob(GenerationRequest(live=True))
-
-    def find(id: str, session: str) -> LoggedJob | None:
-        return job if (id, session) == ("job", "mine") else None
-
-    client = TestClient(Starlette(routes=[live_panel.route(find)]))  # type: ignore[arg-type]
-
-    def post(body: object, session: str = "mine") -> int:
-        answer = client.post("/jobs/job/played", json=body, headers={"x-session": session})
-        return answer.status_code
-
-    assert post({"samples": 8000, "underruns": 2}) == 204
-    assert job.listener.heard_s(16_000) == 0.5 and job.listener.underruns == 2
-    assert post({"samples": 9000, "underruns": 2}, "other") == 404
-    for wrong in ({}, [], {"samples": "x", "underruns": 0}, {"samples": -1, "underruns": 0}):
-        assert post(wrong) == 400
-    assert job.listener.heard_s(16_000) == 0.5
