@@ -237,6 +237,8 @@ class Conditioner:
         """
         if self.style and request.style:
             self.style.tokens(request)
+        if self.melody:
+            self.melody.prepare(request)
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
         """Melody and chords over the whole of the new music; None without them."""
