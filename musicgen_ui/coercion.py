@@ -44,7 +44,7 @@ def text_of(spec: Spec, value: object, where: str = "") -> str:
     """Text without control characters; `where` it stands in a table, for the error."""
     if not isinstance(value, str):
         raise refusal(spec, f"{where}must be text.")
-    # Lone surrogates and control characters cannot be tokenised, written to a file or _shown.
+    # Lone surrogates and control characters cannot be tokenised, written to a file or shown.
     text = value
     if not value.isprintable():
         text = "".join(c for c in value if c in "\n\t" or c.isprintable())

@@ -145,7 +145,8 @@ def delete(folder: Path, patience_s: float = 5.0) -> bool:
 
 def delete_private() -> None:
     """Deletes the private folders of this process, also those that others wrote to since."""
-    held = [path for path in _LOCKS if path.name.startswith((PRIVATE, SHORT))]
+    # A copy: threads that still save change it.
+    held = [path for path in tuple(_LOCKS) if path.name.startswith((PRIVATE, SHORT))]
     for prefix in (PRIVATE, SHORT):
         held += Path(tempfile.gettempdir()).glob(f"{_mine(prefix)}*")
     for path in held:

@@ -217,7 +217,7 @@ class Library:
                         path.rename(trash / path.name)
         except OSError as error:
             raise _refused(error) from error
-        with self._index.changing():
+        with suppress(OSError), self._index.changing():  # the files are what counts
             self._index.remove(card.name for card in cards)
         return token
 
@@ -241,7 +241,7 @@ class Library:
             trash.rmdir()
         except OSError as error:
             raise _refused(error) from error
-        with self._index.changing():
+        with suppress(OSError), self._index.changing():
             self._index.read_again(names)
         return names
 

@@ -6,8 +6,10 @@ files again, and a file that is no index is replaced. Several servers may share 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -48,6 +50,8 @@ SCHEMA = (
 A_TAKE = "made_at IS NOT NULL"  # other sounds are indexed too, so as not to be read each time
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,15 +165,26 @@ class Index:
 
     @contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:
-        """The connection for a change that no other thread or server interrupts."""
+        """The connection for a change that no other thread or server interrupts.
+
+        Raises:
+            OSError: another server keeps the file busy. The next look at the folder brings the
+                index up to date.
+        """
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._transact("BEGIN IMMEDIATE")
             try:
                 yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                self._transact("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    def _transact(self, statement: str) -> None:
+        try:
+            self._connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.EBUSY, f"its index is in use ({error})") from error
 
     def _whole(self, work: Callable[[], T]) -> T:
         """What `work` gives; if the index turns out to be damaged, with a new one."""
@@ -221,7 +236,14 @@ class Index:
 
     def refresh_beside(self) -> None:
         """Does so on a thread of its own; `close` waits for it."""
-        threading.Thread(target=self.refresh, daemon=True).start()
+
+        def refresh() -> None:
+            try:
+                self.refresh()
+            except (OSError, sqlite3.Error) as error:  # the next look may succeed
+                log.warning("The takes in %s were not looked at: %s", self.folder, error)
+
+        threading.Thread(target=refresh, daemon=True).start()
 
     def read_again(self, names: Iterable[str]) -> None:
         """Brings the rows of these takes up to date, without a look at the others' files."""

@@ -120,7 +120,11 @@ class RemoteFolder:
         copied: dict[str, str] | None = None
         tried_s = 0.0
         while not self._ended.wait(LOCAL_S):
-            local = self._local()
+            try:
+                local = self._local()
+            except OSError as error:  # such as too many open files: the next look may succeed
+                log.warning("The folder of takes cannot be looked at: %s", error)
+                continue
             if local != copied or time.monotonic() - tried_s >= REMOTE_S:
                 self._try()
                 copied, tried_s = local, time.monotonic()

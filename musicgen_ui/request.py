@@ -300,6 +300,12 @@ class GenerationRequest:
         seed = (self.seed + index) % (MAX_SEED + 1)
         return dataclasses.replace(self, seed=seed, variations=1, keep=0)
 
+    def without_clips(self) -> GenerationRequest:
+        """The same request without its clips, which hold most of its memory."""
+        if not any(getattr(self, name) for name in CLIP_FIELDS):
+            return self
+        return dataclasses.replace(self, audio_prompt=None, melody=None, style=None)
+
     @property
     def takes(self) -> int:
         """How many takes come of it."""

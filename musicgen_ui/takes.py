@@ -73,10 +73,6 @@ class Origin:
         }
 
 
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
@@ -100,7 +96,7 @@ RESULTS: dict[str, Callable[[object], bool]] = {
     "channels": _is_amount,
     "speed_x": _is_amount,
     "score": _is_number,
-    "stopped": _is_flag,
+    "stopped": lambda value: isinstance(value, bool),
     "gain_db": _is_number,  # that `normalize` took; samples and codes differ by it
     "id": _is_id,
     "parent": _is_id,
@@ -225,6 +221,20 @@ def export_file(sound: Path, ending: str, shape: Shape = AS_MADE, title: str = "
         prompt_s = 0.0 if shape.loop_bars else settings.get("prompt_s", 0.0)
         settings = {**settings, **_measures(clip, prompt_s), **shape.settings()}
     return _encoded(clip, ending, settings, title)
+
+
+def export_to(path: Path, sound: Path, shape: Shape = AS_MADE, title: str = "") -> None:
+    """Writes `export_file`, of the kind that the ending of `path` says.
+
+    Raises:
+        RequestError: the folder cannot be written to, the disk is full, or see `export_file`.
+    """
+    content = export_file(sound, path.suffix, shape, title)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, content)
+    except OSError as error:
+        raise RequestError(_complaint(error)) from error
 
 
 def _encoded(clip: Clip, ending: str, settings: TakeSettings, title: str = "") -> bytes:

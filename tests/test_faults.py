@@ -238,6 +238,25 @@ def test_a_folder_goes_though_a_thread_still_writes_into_it(
     assert folder.exists() is not goes and files_written >= 2
 
 
+def test_private_folders_are_deleted_while_threads_still_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks: dict[Path, int] = {}
+
+    class Saving(type(tmp_path)):  # type: ignore[misc]
+        """A file beside which another one is begun when its name is asked for."""
+
+        @property
+        def name(self) -> str:
+            locks[tmp_path / f"{len(locks)}"] = -1
+            return "part"
+
+    locks[Saving(tmp_path / "a")] = -1
+    monkeypatch.setattr(files, "_LOCKS", locks)
+    files.delete_private()
+    assert len(locks) == 2
+
+
 def test_a_server_whose_device_is_lost_ends_to_be_restarted() -> None:
     health = SimpleNamespace(trouble=Trouble.DEVICE_LOST)
     backend = SimpleNamespace(health=lambda: health, backend=None)

@@ -409,6 +409,32 @@ def test_a_folder_that_cannot_be_written_to_says_so_and_keeps_all(folder, librar
     assert not library.card(name).starred
 
 
+def test_deleted_takes_come_back_where_the_index_is_busy(folder, library, tmp_path, monkeypatch):
+    name = save(folder)
+    library.page()
+    library._index._connection.execute("PRAGMA busy_timeout = 0")
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite3")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        token = library.delete([name])
+        assert not (folder / f"{name}.wav").exists()
+        other.rollback()
+    library.refresh()
+    assert not names(library.page())
+    assert library.restore(token) == [name] == names(library.page())
+
+
+def test_an_index_that_was_busy_takes_the_next_change(folder, library, tmp_path):
+    name = save(folder)
+    library.page()
+    library._index._connection.execute("PRAGMA busy_timeout = 0")
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite3")) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM takes").fetchone()  # held until the transaction ends
+        with pytest.raises(RequestError, match="index is in use"):
+            library.star(name)
+    assert library.star(name).starred
+
+
 def test_takes_at_home_are_in_the_music_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_music_dir", lambda: str(tmp_path / "Music"))
     found = library_module.home_folder()

@@ -144,6 +144,24 @@ def test_server_copies_by_itself_and_at_its_end(tmp_path, monkeypatch):
     assert storage.cat_file("/by-itself/b.wav") == b"b" and not folder._thread.is_alive()
 
 
+def test_copying_goes_on_after_a_look_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_folder, "LOCAL_S", 0.02)
+    look, failed = RemoteFolder._local, []
+
+    def fail_once(folder: RemoteFolder) -> dict[str, str]:
+        if not failed:
+            failed.append(folder)
+            raise OSError(24, "Too many open files")
+        return look(folder)
+
+    monkeypatch.setattr(RemoteFolder, "_local", fail_once)
+    folder, storage = RemoteFolder("memory://after-all", tmp_path), fsspec.filesystem("memory")
+    wait_for(lambda: failed)
+    (tmp_path / "a.wav").write_bytes(b"a")
+    wait_for(lambda: storage.exists("/after-all/a.wav"))
+    folder.close()
+
+
 def test_names_of_folders_and_urls(tmp_path, monkeypatch):
     monkeypatch.setattr(remote_folder.platformdirs, "user_data_dir", lambda *_, **__: tmp_path)
     assert kept_folder("file:///takes/all%20of%20them", "0.0.0.0", True) == Path(

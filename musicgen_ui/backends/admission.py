@@ -54,7 +54,7 @@ NAME_CHARACTERS = 64  # of a session's name, which the client chooses
 NEW_AT_LEAST_S = 0.02  # a take with less new music than a frame is not saved
 KEPT_BYTES = 256_000_000  # of audio in the logs of jobs that have ended
 
-Complete = Callable[[], tuple[GenerationRequest, tuple[str, ...]]]
+Complete = Callable[[GenerationRequest], tuple[GenerationRequest, tuple[str, ...]]]
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +265,9 @@ class Admission(WrappingBackend):
         Args:
             request: what to make, as far as it is known.
             client: whose job it is.
-            complete: gives the request to be made and notes for its takes; called on a thread of
-                the job, since it may read clips and wait for the backend.
+            complete: makes of the request, with its seed, the one to be made and notes for its
+                takes; called on a thread of the job, since it may read clips and wait for the
+                backend. None where the request is complete.
             origin: what its takes say that they were made from.
         """
         owner = Client(client) if isinstance(client, str) else client
@@ -279,7 +280,6 @@ class Admission(WrappingBackend):
         except RequestError as error:
             self._end(job, Failed(error))
             return job
-        complete = complete or (lambda: (job.request, ()))
         # In the context of the request: ZeroGPU counts by the visitor whom Gradio names there.
         run = contextvars.copy_context().run
         work = threading.Thread(target=run, args=(self._run, job, complete), daemon=True)
@@ -355,20 +355,21 @@ class Admission(WrappingBackend):
 
     # On the job's thread
 
-    def _run(self, job: AdmittedJob, complete: Complete) -> None:
+    def _run(self, job: AdmittedJob, complete: Complete | None) -> None:
         try:
             last = self._all_but_the_last(job, complete)
         except Exception as error:
             last = Failed(error)
         self._end(job, last)
 
-    def _all_but_the_last(self, job: AdmittedJob, complete: Complete) -> Event | None:
+    def _all_but_the_last(self, job: AdmittedJob, complete: Complete | None) -> Event | None:
         """Appends the events of the job but the last one, which it returns."""
         if self.backend.status().starting:
             job.log.append(Progress(Stage.LOADING, note="starting the engine"))
-        request, notes = complete()
-        job.request = request.with_seed()
-        job.record.set_request(job.request)
+        notes: tuple[str, ...] = ()
+        if complete:
+            job.request, notes = complete(job.request)
+            job.record.set_request(job.request)
         with self.quota.reserve(job.owner, job.record):
             if not job.begin():
                 return None
@@ -387,24 +388,29 @@ class Admission(WrappingBackend):
         return None
 
     def _saved(self, job: AdmittedJob, finished: Finished, notes: tuple[str, ...]) -> Saved:
-        """Saves the take, which never fails the job: its client was sent the music already."""
+        """Saves the take, which never fails the job: its client was sent the music already.
+
+        The log is kept for readers that come back, who need no clips of the request.
+        """
         values = {f.name: getattr(finished, f.name) for f in dataclasses.fields(Finished)}
-        saved = Saved(**values | {"notes": (*notes, *finished.notes)})
+        values |= {"notes": (*notes, *finished.notes), "request": finished.request.without_clips()}
         new_s = finished.clip.duration_s - finished.prompt_s
         if self.folder is None or job.left or new_s < NEW_AT_LEAST_S:
-            return saved
+            return Saved(**values)
+        finished = dataclasses.replace(finished, notes=(*notes, *finished.notes))
         try:
-            take = takes.save(saved, self.folder, spare=self.spare, origin=job.origin)
+            take = takes.save(finished, self.folder, spare=self.spare, origin=job.origin)
         except takes.UnsavedError as error:
             log.error("A take could not be saved", exc_info=error)
-            return dataclasses.replace(saved, error=error)
-        return dataclasses.replace(saved, take=take)
+            return Saved(**values, error=error)
+        return Saved(**values, take=take)
 
     def _end(self, job: AdmittedJob, last: Event | None) -> None:
         """Frees the job's place and logs it; then its readers learn of the end."""
         if isinstance(last, Failed):
             job.record.note(last)
         job.set_behind(None)
+        job.request = job.request.without_clips()
         with self._lock:
             if self._jobs.pop(job.id, None):
                 self._ended[job.id] = job

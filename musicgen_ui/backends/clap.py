@@ -84,9 +84,10 @@ class Clap:
         ]
 
     def unload(self) -> None:
-        """Frees its memory."""
-        with self._lock:
+        """Frees its memory; does nothing while it is being loaded."""
+        if self._lock.acquire(blocking=False):
             self._loaded = None
+            self._lock.release()
 
 
 def _read(folder: Path) -> Parts:

@@ -279,7 +279,9 @@ class LocalBackend:
         folder = None
         if request.adapter:
             request, folder = self._adapted(request)
-        return request, self._source(request), folder
+        source = self._resolve(request.checkpoint, request.stereo)
+        registry.require_able(source, request)
+        return request, registry.with_contents(source), folder
 
     def _adapted(self, request: GenerationRequest) -> tuple[GenerationRequest, Path]:
         """The request with its adapter's base, and the adapter's folder."""
@@ -288,11 +290,6 @@ class LocalBackend:
         found = lora.find(request.adapter)
         folder = lora.fetch(found)
         return lora.with_base(request, found, folder, self.place.device), folder
-
-    def _source(self, request: GenerationRequest) -> Source:
-        source = self._resolve(request.checkpoint, request.stereo)
-        registry.require_able(source, request)
-        return registry.with_contents(source)
 
     def _resolve(self, checkpoint: str, stereo: bool) -> Source:
         if self._allow_any:

@@ -169,7 +169,9 @@ class Ranking(WrappingBackend):
         return list(left.values())
 
     def _submit(self, job: RelayedJob, request: GenerationRequest) -> Job:
-        behind = self.backend.submit(dataclasses.replace(request, keep=0), job.client)
+        if request.keep:  # chosen here: all variations are made
+            request = dataclasses.replace(request, keep=0)
+        behind = self.backend.submit(request, job.client)
         job.set_behind(behind)
         return behind
 

@@ -172,9 +172,9 @@ class Replica:
             clip = event.clip
             prompt = clip.samples[:, : round(event.prompt_s * clip.sampling_rate)]
             clip = Clip(np.ascontiguousarray(prompt), clip.sampling_rate, None, clip.codec)
-            return dataclasses.replace(event, clip=clip, request=_without_clips(event.request))
+            return dataclasses.replace(event, clip=clip, request=event.request.without_clips())
         if isinstance(event, Recorded):
-            request = _without_clips(event.take.request)
+            request = event.take.request.without_clips()
             return Recorded(dataclasses.replace(event.take, request=request))
         if isinstance(event, Failed) and not isinstance(event.error, RequestError):
             # Not every error can be sent to another process.
@@ -283,10 +283,6 @@ class Replica:
 def _hold_s(events: Sequence[Event]) -> float:
     """How long to wait for what goes with the next message: not at all before any audio."""
     return min(GATHER_S, sum(e.clip.duration_s for e in events if isinstance(e, Chunk)) / 2)
-
-
-def _without_clips(request: GenerationRequest) -> GenerationRequest:
-    return dataclasses.replace(request, audio_prompt=None, melody=None, style=None)
 
 
 def _listen_on_node_address() -> None:

@@ -58,7 +58,11 @@ class StartingBackend:
             self._error = error
         finally:
             self._ready.set()
-        if isinstance(self._backend, Preloads) and not self._closed:
+        if self._closed:  # meanwhile: what was built is not left behind, such as a cluster
+            if self._backend is not None:
+                self._backend.close()
+            return
+        if isinstance(self._backend, Preloads):
             try:
                 self._backend.preload(self._checkpoint)
             except RequestError as error:  # a click loads again and shows the reason

@@ -1,17 +1,17 @@
-"""What a job's rows are conditioned on: prompts, melody and chords, the style of a clip.
+"""What a variation's rows are conditioned on: prompts, melody and chords, the style of a clip.
 
-Every prompt is encoded alone and without padding, so its states never depend on other jobs. Most
-checkpoints attend to them by cross-attention, and an empty prompt is the null condition: no states
-at all, which is exact, since MusicGen's null states are zeros and its cross-attention has no
+Every prompt is encoded alone and without padding, so its states never depend on other variations.
+Most checkpoints attend to them by cross-attention, and an empty prompt is the null condition: no
+states at all, which is exact, since MusicGen's null states are zeros and its cross-attention has no
 biases.
 
 A melody checkpoint has no cross-attention: its states are a prefix of the decoder's input, first a
 window's columns of chroma, of a melody or chords, then the prompt. There silence (class C
 throughout) and zeros are the null conditions, as in audiocraft, and count as positions, so the
-prompts of a job's rows are padded with zeros to the longest. A style checkpoint is the same with
-the tokens of a clip's style in the place of chroma; its null condition is as many zeros.
+prompts of a variation's rows are padded with zeros to the longest. A style checkpoint is the same
+with the tokens of a clip's style in the place of chroma; its null condition is as many zeros.
 
-A job may mix several prompts: each has a row of its own, and their logits are mixed by weight
+A variation may mix several prompts: each has a row of its own, and their logits are mixed by weight
 before guidance (`sampling.mix`). With words and a style clip, the style alone is one of them, with
 a negative weight (`style.double_guided`).
 """
@@ -48,7 +48,7 @@ MAX_TOKENS = 512  # T5 was trained on sequences of 512 tokens
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """A job's rows: one for each of its prompts, then, when guided, the uncond row."""
+    """A variation's rows: one for each of its prompts, then, when guided, the uncond row."""
 
     prompts: tuple[str, ...]
     weights: tuple[float, ...]  # of the prompts; they sum to 1, and some may be negative
@@ -66,7 +66,7 @@ class Conditions:
 
     @property
     def names(self) -> tuple[str | None, ...]:
-        """What tells a job's rows apart: the prompt; None of the uncond row."""
+        """What tells a variation's rows apart: the prompt; None of the uncond row."""
         return (*self.prompts, None) if self.guided else self.prompts
 
     def sources(self, before: Conditions) -> list[int]:
@@ -166,7 +166,7 @@ class Conditioner:
         prompts: tuple[tuple[str, float], ...] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditions:
-        """The rows of a job.
+        """The rows of a variation.
 
         The uncond row is left out where guidance is off, or where it would equal the cond row.
 
@@ -237,6 +237,8 @@ class Conditioner:
         """
         if self.style and request.style:
             self.style.tokens(request)
+        if self.melody:
+            self.melody.prepare(request)
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
         """Melody and chords over the whole of the new music; None without them."""

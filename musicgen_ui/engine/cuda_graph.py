@@ -1,19 +1,20 @@
 """Steps as one captured graph: the stepper of CUDA.
 
-Everything that a step reads or writes lies in buffers that never move: in `Slots` each job has its
-columns, its position, its sampling parameters, the random numbers drawn ahead, its KV cache and its
-prompt's keys and values. The step is one function of those buffers without a host synchronisation;
-it is captured once for a few numbers of jobs, and replayed. The host runs a few steps ahead of the
-device and reads the codes when the codec wants them. A graph covers the slots from 0 to the highest
-in use, so jobs take the lowest free slot; what it computes for slots that are not ready is ignored.
+Everything that a step reads or writes lies in buffers that never move: in `Slots` each variation
+has its columns, its position, its sampling parameters, the random numbers drawn ahead, its KV cache
+and its prompt's keys and values. The step is one function of those buffers without a host
+synchronisation; it is captured once for a few numbers of variations, and replayed. The host runs a
+few steps ahead of the device and reads the codes when the codec wants them. A graph covers the
+slots from 0 to the highest in use, so variations take the lowest free slot; what it computes for
+slots that are not ready is ignored.
 
 The step itself is `gpu.step.TritonStep` where Triton is installed, eight launches a layer.
-Elsewhere, and for jobs with an adapter, it is plain torch, some 25 launches a layer, whose
+Elsewhere, and for variations with an adapter, it is plain torch, some 25 launches a layer, whose
 attention reads a fixed number of positions, so that graph is captured for a few lengths too. Off
 CUDA, or with `capture` off, the same functions run uncaptured.
 
-A slot has two rows, cond and uncond. A job that mixes several prompts needs more, so it is stepped
-by an `EagerStepper` while it does; its slot waits for it.
+A slot has two rows, cond and uncond. A variation that mixes several prompts needs more, so it is
+stepped by an `EagerStepper` while it does; its slot waits for it.
 
 The strict graph around a step follows moshi's `CUDAGraphed` (Kyutai), the static buffers follow
 gpt-fast (PyTorch).
@@ -39,14 +40,14 @@ from musicgen_ui.engine.delay_pattern import UNWRITTEN
 from musicgen_ui.engine.gpu.slots import ROWS, TEXT_TOKENS, Slots
 from musicgen_ui.engine.lora import AppliedAdapter, RowAdapters
 from musicgen_ui.engine.sampling import SamplingParams
-from musicgen_ui.engine.stepper import EagerStepper, JobState
+from musicgen_ui.engine.stepper import EagerStepper, VariationState
 from musicgen_ui.engine.transformer import Decoder
 from musicgen_ui.engine.variation import Slot, Variation
 
 if TYPE_CHECKING:
     from musicgen_ui.engine.gpu.step import TritonStep
 
-GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # jobs that a graph steps
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # variations that a graph steps
 GRAPH_LENGTHS = (256, 512, 1024, 1536)  # positions that a graph of plain torch attends to
 PREFIX_POSITIONS = 768  # more in a melody checkpoint: 235 of chroma and a prompt's tokens
 STEPS_AHEAD = 8  # that the host may be ahead of the device
@@ -55,12 +56,12 @@ log = logging.getLogger(__name__)
 
 
 class CudaGraphStepper:
-    """Writes the next column of the jobs that it is given.
+    """Writes the next column of the variations that it is given.
 
     Args:
         decoder: on the device where it will run, in a floating precision.
-        slots: jobs at once; the buffers for all of them are allocated here.
-        positions: the longest job's columns.
+        slots: variations at once; the buffers for all of them are allocated here.
+        positions: the longest variation's columns.
         capture: whether to capture graphs; only CUDA can.
         triton: whether to step with Triton's kernels; None does where CUDA and Triton are.
     """
@@ -79,8 +80,8 @@ class CudaGraphStepper:
         decoder.reserve(self.positions)
         self._free = set(range(slots))
         self._slot: dict[Variation, int] = {}
-        self._jobs: dict[Variation, JobState] = {}
-        self._eager = EagerStepper(decoder)  # its jobs are those that mix prompts
+        self._states: dict[Variation, VariationState] = {}
+        self._eager = EagerStepper(decoder)  # its variations are those that mix prompts
         self._stepped: list[int] = []  # slots that are marked ready
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
         self._pool: Any = None  # the memory of all graphs; its class is private to torch
@@ -106,46 +107,47 @@ class CudaGraphStepper:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, which hold the jobs' KV caches, and of those beside them."""
+        """Bytes of the buffers, which hold the variations' KV caches, and of those beside them."""
         return self.slots.nbytes + self._eager.nbytes
 
     @torch.inference_mode()
-    def admit(self, job: Variation, conditions: Conditions) -> None:
-        """Gives a job the lowest free slot, and its next window the same one.
+    def admit(self, variation: Variation, conditions: Conditions) -> None:
+        """Gives a variation the lowest free slot, and its next window the same one.
 
         Its sampling parameters are those of its request until `set_sampling` changes them.
         """
-        state, slots = self._jobs.get(job), self.slots
-        slot = self._slot[job] if state else min(self._free)
-        params = state.sampling if state else SamplingParams.of(job.request)
+        state, slots = self._states.get(variation), self.slots
+        slot = self._slot[variation] if state else min(self._free)
+        params = state.sampling if state else SamplingParams.of(variation.request)
         if not state:
             slots.finite[slot] = True
         if conditions.mixed:
-            self._eager.admit(job, conditions)
-            sequence = job.slot.sequence
+            self._eager.admit(variation, conditions)
+            sequence = variation.slot.sequence
         else:
             states, caches = conditions.states, slots.views(slot, len(conditions.states))
-            sequence = self.decoder.sequence(states, job.window.positions, caches, job.adapter)
-        job.slot = Slot(sequence, slots.finite[slot])
+            positions = variation.window.positions
+            sequence = self.decoder.sequence(states, positions, caches, variation.adapter)
+        variation.slot = Slot(sequence, slots.finite[slot])
         slots.prefix[slot] = sequence.prefix.shape[1]
-        window, drawn = job.window, job.next_uniform
+        window, drawn = variation.window, variation.next_uniform
         slots.columns[slot, :, : window.positions + 1] = window.columns
         window.columns = slots.columns[slot, :, : window.positions + 1]
         steps = window.positions - window.written
-        slots.uniforms[slot, window.written : window.positions] = job.uniforms[drawn:][:steps]
-        state = JobState(conditions, params)
-        self._place(job, slot, state)
-        self._jobs[job] = state
-        self._slot[job] = slot  # at last: a job for which there was no memory has no slot
+        slots.uniforms[slot, window.written : window.positions] = variation.uniforms[drawn:][:steps]
+        state = VariationState(conditions, params)
+        self._place(variation, slot, state)
+        self._states[variation] = state
+        self._slot[variation] = slot  # at last: one for which there was no memory has no slot
         self._free.discard(slot)
 
     @torch.inference_mode()
-    def set_conditions(self, job: Variation, conditions: Conditions) -> None:
-        """Conditions the job's columns from the next one on; not for a melody checkpoint.
+    def set_conditions(self, variation: Variation, conditions: Conditions) -> None:
+        """Conditions the variation's columns from the next one on; not for a melody checkpoint.
 
         Rows may come and go; see `Conditions.sources` for the past of a new one.
         """
-        state, slot = self._jobs[job], self._slot[job]
+        state, slot = self._states[variation], self._slot[variation]
         before, state.conditions = state.conditions, conditions
         if conditions.names != before.names:
             sources = conditions.sources(before)
@@ -153,34 +155,34 @@ class CudaGraphStepper:
             caches = None
             if not (conditions.mixed or in_place):
                 caches = self.slots.views(slot, len(sources))
-            self.decoder.change_conditions(job.slot.sequence, conditions.states, sources, caches)
-            self._place(job, slot, state)
+            sequence = variation.slot.sequence
+            self.decoder.change_conditions(sequence, conditions.states, sources, caches)
+            self._place(variation, slot, state)
 
-    def set_sampling(self, job: Variation, params: SamplingParams) -> None:
-        """Draws the job's columns with other parameters from the next one on."""
-        state = self._jobs[job]
+    def set_sampling(self, variation: Variation, params: SamplingParams) -> None:
+        """Draws the variation's columns with other parameters from the next one on."""
+        state = self._states[variation]
         state.sampling = params
-        self._write_sampling(self._slot[job], state)
+        self._write_sampling(self._slot[variation], state)
 
     @torch.inference_mode()
-    def move(self, job: Variation) -> None:
+    def move(self, variation: Variation) -> None:
         """Goes on from the window's `written`, which was moved over known columns."""
-        self.slots.at[self._slot[job]] = job.window.written
+        self.slots.at[self._slot[variation]] = variation.window.written
 
-    def _place(self, job: Variation, slot: int, state: JobState) -> None:
-        """Has the job stepped in its slot, or by the eager stepper while it mixes prompts."""
-        self.slots.at[slot] = (
-            job.window.written
-        )  # known codes: a graph reads those of idle slots too
+    def _place(self, variation: Variation, slot: int, state: VariationState) -> None:
+        """Has the variation stepped in its slot, or by the eager stepper while it mixes prompts."""
+        # Known codes: a graph reads those of idle slots too.
+        self.slots.at[slot] = variation.window.written
         if state.conditions.mixed:
-            self._eager.jobs[job] = state
+            self._eager.states[variation] = state
             return
-        self._eager.jobs.pop(job, None)
-        if self.slots.write_text(slot, job.slot.sequence.text):
+        self._eager.states.pop(variation, None)
+        if self.slots.write_text(slot, variation.slot.sequence.text):
             self._graphs.clear()  # they read the old buffers
         self._write_sampling(slot, state)
 
-    def _write_sampling(self, slot: int, state: JobState) -> None:
+    def _write_sampling(self, slot: int, state: VariationState) -> None:
         params = state.sampling
         if not state.conditions.guided:  # the slot's second row holds no uncond logits
             params = dataclasses.replace(params, guidance_scale=1.0)
@@ -188,39 +190,40 @@ class CudaGraphStepper:
             self.slots.sampling.write(slot, params)
 
     @torch.inference_mode()
-    def release(self, job: Variation) -> None:
-        """Frees the slot of a job that has ended."""
-        slot = self._slot.pop(job)
-        del self._jobs[job]
-        self._eager.jobs.pop(job, None)
-        job.window.columns = job.window.columns.clone()  # the take is still made of them
+    def release(self, variation: Variation) -> None:
+        """Frees the slot of a variation that has ended."""
+        slot = self._slot.pop(variation)
+        del self._states[variation]
+        self._eager.states.pop(variation, None)
+        # The take is still made of them.
+        variation.window.columns = variation.window.columns.clone()
         self._free.add(slot)
 
     @torch.inference_mode()
-    def step(self, jobs: list[Variation]) -> None:
-        """Writes the next column of every job."""
+    def step(self, variations: list[Variation]) -> None:
+        """Writes the next column of every variation."""
         # The eager stepper first: it may find no memory, and no slot has moved on then.
-        if mixing := [job for job in jobs if job in self._eager.jobs]:
+        if mixing := [each for each in variations if each in self._eager.states]:
             self._eager.step(mixing)
-        if captured := [job for job in jobs if job not in self._eager.jobs]:
+        if captured := [each for each in variations if each not in self._eager.states]:
             self._step_slots(captured)
 
-    def _step_slots(self, jobs: list[Variation]) -> None:
-        slots = sorted(self._slot[job] for job in jobs)
+    def _step_slots(self, variations: list[Variation]) -> None:
+        slots = sorted(self._slot[each] for each in variations)
         if slots != self._stepped:
             self._stepped = slots
             self.slots.ready.zero_()
             self.slots.ready[slots] = True
         size = _at_least(GRAPH_SIZES, 1 + slots[-1], len(self.slots.at))
-        filled = max(job.slot.sequence.filled for job in jobs)
+        filled = max(each.slot.sequence.filled for each in variations)
         length = _at_least(GRAPH_LENGTHS, 1 + filled, self.positions)
-        adapters = [(self._slot[job], job.adapter) for job in jobs if job.adapter]
+        adapters = [(self._slot[each], each.adapter) for each in variations if each.adapter]
         if adapters:  # not captured: every mix of adapters would need a graph
             self._torch_step(size, length, adapters)
         else:
             self._graph(size, 0 if self.triton else length)()
-        for job in jobs:
-            job.slot.sequence.length += 1
+        for variation in variations:
+            variation.slot.sequence.length += 1
         self._limit_steps_ahead()
 
     def _limit_steps_ahead(self) -> None:
@@ -280,7 +283,7 @@ class CudaGraphStepper:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Captures the graphs of a single job, so that the first one does not wait for them.
+        """Captures the graphs of a single variation, so that the first one does not wait for them.
 
         Triton compiles its kernels here. Where it cannot, since there is no C compiler or the
         device is too old for it, every step is plain torch from now on.

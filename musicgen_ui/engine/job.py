@@ -159,8 +159,8 @@ class RelayedJob(LoggedJob):
     def stop(self) -> None:
         """Ends the job behind it at its next step, or this one now where nothing was begun."""
         super().stop()
-        if self._behind:
-            self._behind.stop()
+        if behind := self._behind:  # read once: it may be taken away meanwhile
+            behind.stop()
 
     def steer(self, change: Steering) -> None:
         """Changes the job behind it, as soon as it is there."""
@@ -174,14 +174,11 @@ class RelayedJob(LoggedJob):
     def played(self, samples: int, underruns: int = 0) -> None:
         """The listener has heard so much of the job behind it."""
         super().played(samples, underruns)
-        if self._behind:
-            self._behind.played(samples, underruns)
+        if behind := self._behind:
+            behind.played(samples, underruns)
 
     def record_stretch(self, start_s: float, end_s: float) -> None:
         """Makes a take of a stretch of the job behind it."""
-        self._job_behind().record_stretch(start_s, end_s)
-
-    def _job_behind(self) -> Job:
-        if self._behind is None:
+        if (behind := self._behind) is None:
             raise RequestError("This piece is not being made yet: try again in a moment.")
-        return self._behind
+        behind.record_stretch(start_s, end_s)

@@ -433,7 +433,7 @@ class LiveVariation(Variation):
         return Finished(
             variation=self.index,
             clip=clip,
-            request=dataclasses.replace(request, stereo=self._codec.channels == 2),
+            request=request,
             prompt_s=0.0,
             speed=self._speed,
             notes=notes,

@@ -120,6 +120,13 @@ class MelodyEncoder:
             silence[:, 0] = 1
         return silence
 
+    def prepare(self, request: GenerationRequest) -> None:
+        """Analyses the clips that `window` and `chroma` will need, on any thread."""
+        if request.melody:
+            self._classes_of(request.melody)
+        if request.audio_prompt and request.followed:
+            self._classes_of(request.audio_prompt)
+
     def window(self, request: GenerationRequest, start_s: float) -> Tensor:
         """The columns of the window that begins `start_s` into the new music: float32
         [length, classes].

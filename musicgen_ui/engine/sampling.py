@@ -1,9 +1,9 @@
 """From logits to codes: mixed prompts, guidance, temperature, top-k, top-p and the draw.
 
-Each job has its own random generator, drawn ahead of time: one uniform number for each codebook of
-each step. The draw is the inverse of the cumulative distribution in the order of the codebook, so
-a take depends on its seed alone, never on its row or on other jobs, and a rounding difference
-changes a code only where it crosses the edge between two codes.
+Each variation has a random generator of its own, drawn ahead of time: one uniform number for each
+codebook of each step. The draw is the inverse of the cumulative distribution in the order of the
+codebook, so a take depends on its seed alone, never on its row or on other variations, and a
+rounding difference changes a code only where it crosses the edge between two codes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def uniforms(seed: int, steps: int, codebooks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a job's codes are drawn; a job may get others between two steps."""
+    """How a variation's codes are drawn; a variation may get others between two steps."""
 
     guidance_scale: float  # 1 is off
     temperature: float
@@ -47,25 +47,25 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """The sampling parameters of several jobs, as tensors that broadcast over their logits."""
+    """The parameters of several variations, as tensors that broadcast over their logits."""
 
-    guidance_scale: Tensor  # [jobs, 1, 1]
-    temperature: Tensor  # [jobs, 1, 1]
-    top_k: Tensor  # int64 [jobs, 1, 1], at least 1
-    top_p: Tensor  # [jobs, 1, 1], 1 is off
-    greedy: Tensor  # bool [jobs, 1]
+    guidance_scale: Tensor  # [variations, 1, 1]
+    temperature: Tensor  # [variations, 1, 1]
+    top_k: Tensor  # int64 [variations, 1, 1], at least 1
+    top_p: Tensor  # [variations, 1, 1], 1 is off
+    greedy: Tensor  # bool [variations, 1]
     # Known on the host, so that the device is never asked:
     max_top_k: int
-    same_top_k: bool  # all jobs have `max_top_k`
+    same_top_k: bool  # all variations have `max_top_k`
     any_top_p: bool
-    any_sampled: bool  # any job draws
-    any_greedy: bool  # any job takes the likeliest code
+    any_sampled: bool  # any variation draws
+    any_greedy: bool  # any variation takes the likeliest code
 
     @classmethod
     def of(
         cls, params: Sequence[SamplingParams], codebook_size: int, device: torch.device
     ) -> SamplingTensors:
-        """Gathers the parameters of several jobs on `device`."""
+        """Gathers the parameters of several variations on `device`."""
         top_k = [min(p.top_k or codebook_size, codebook_size) for p in params]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,16 +89,16 @@ class SamplingTensors:
         names = ("guidance_scale", "temperature", "top_k", "top_p", "greedy")
         return {name: getattr(self, name) for name in names}
 
-    def first(self, jobs: int) -> SamplingTensors:
-        """The parameters of the first jobs alone, as views."""
-        views = {name: tensor[:jobs] for name, tensor in self._tensors.items()}
+    def first(self, variations: int) -> SamplingTensors:
+        """The parameters of the first variations alone, as views."""
+        views = {name: tensor[:variations] for name, tensor in self._tensors.items()}
         return replace(self, **views)  # type: ignore[arg-type]
 
-    def write(self, job: int, params: SamplingParams) -> None:
-        """Writes the parameters of one job into the tensors, in place."""
+    def write(self, variation: int, params: SamplingParams) -> None:
+        """Writes the parameters of one variation into the tensors, in place."""
         other = SamplingTensors.of([params], self.max_top_k, self.greedy.device)
         for name, tensor in self._tensors.items():
-            tensor[job] = other._tensors[name][0]
+            tensor[variation] = other._tensors[name][0]
 
 
 def mix(logits: Tensor, weights: Sequence[float]) -> Tensor:
@@ -123,7 +123,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
 
 
 def finite(logits: Tensor) -> Tensor:
-    """Whether all logits of a job are finite: bool [jobs], without asking the device."""
+    """Whether all its logits are finite: bool [variations], without asking the device."""
     return logits.sum((1, 2)).isfinite()
 
 
@@ -131,8 +131,8 @@ def probabilities(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     """The distribution that is drawn from: temperature, then top-k, then top-p, as transformers.
 
     Args:
-        logits: float32 [jobs, codebooks, codebook_size].
-        sampling: of the same jobs.
+        logits: float32 [variations, codebooks, codebook_size].
+        sampling: of the same variations.
 
     Returns:
         float32 of the same shape; 0 for the codes that are never drawn.
@@ -143,7 +143,7 @@ def probabilities(logits: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 def _threshold(scores: Tensor, sampling: SamplingTensors) -> Tensor:
-    """The least score that may be drawn: [jobs, codebooks, 1]."""
+    """The least score that may be drawn: [variations, codebooks, 1]."""
     if sampling.same_top_k and not sampling.any_top_p:  # a third of the time of sorting them
         return scores.topk(sampling.max_top_k, sorted=False).values.amin(-1, keepdim=True)
     best = scores.topk(sampling.max_top_k).values  # falling
@@ -158,12 +158,12 @@ def _threshold(scores: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 def draw(logits: Tensor, sampling: SamplingTensors, uniform: Tensor) -> Tensor:
-    """The next codes, int64 [jobs, codebooks].
+    """The next codes, int64 [variations, codebooks].
 
     Args:
-        logits: float32 [jobs, codebooks, codebook_size], guidance applied.
-        sampling: of the same jobs.
-        uniform: float32 [jobs, codebooks] in [0, 1).
+        logits: float32 [variations, codebooks, codebook_size], guidance applied.
+        sampling: of the same variations.
+        uniform: float32 [variations, codebooks] in [0, 1).
     """
     if not sampling.any_sampled:
         return logits.argmax(-1)

@@ -43,7 +43,7 @@ class Specification:
 
     job: LoggedJob
     index: int  # its number among the job's variations
-    request: GenerationRequest  # with its own seed and the checkpoint's name
+    request: GenerationRequest  # of this variation alone, as its take records it
     prompt: AudioPrompt | None
     steps: int  # that it takes, about
 
@@ -58,7 +58,8 @@ class Specification:
         cls, job: LoggedJob, prompt: AudioPrompt | None, checkpoint: str, codec: Codec
     ) -> list[Specification]:
         """One for each variation of the job."""
-        request = dataclasses.replace(job.request, checkpoint=checkpoint)
+        stereo = codec.channels == 2
+        request = dataclasses.replace(job.request, checkpoint=checkpoint, stereo=stereo)
         context = prompt.codes.shape[1] if prompt else 0
         delayed = codec.codebooks - 1
         steps = round(request.end_s * codec.frame_rate) + delayed + prefill_steps(context)
@@ -398,7 +399,7 @@ class Variation:
         return Finished(
             variation=self.index,
             clip=clip,
-            request=dataclasses.replace(self.request, stereo=self._codec.channels == 2),
+            request=self.request,
             prompt_s=prompt.clip.duration_s if prompt else 0.0,
             speed=self._speed,
             stopped=not self.window.done,

@@ -106,7 +106,7 @@ class Runs:
         """Starts `finetune` on a run's music, or goes on with it.
 
         Raises:
-            RequestError: another run trains, or there is no music.
+            RequestError: another run trains, there is no music, or no process can be started.
         """
         folder = self.path(name)
         dataset.find([folder / MUSIC])
@@ -115,8 +115,11 @@ class Runs:
                 raise RequestError(f"“{self._running}” is being trained: pause it first.")
             command = [sys.executable, "-m", "musicgen_ui", "finetune", str(folder / MUSIC)]
             command += ["-o", str(folder), "--quiet", *flags]
-            with (folder / LOG).open("wb") as log:
-                self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                with (folder / LOG).open("wb") as log:
+                    self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            except OSError as error:
+                raise RequestError(f"The training cannot be started: {error.strerror}.") from error
             self._running = " ".join(name.split())
 
     def pause(self) -> None:
@@ -140,8 +143,12 @@ class Runs:
             process = self._process if self._running == " ".join(name.split()) else None
         if process is None or process.poll() in (None, 0, 130):
             return ""
-        lines = (self.path(name) / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        return lines[-1] if lines else "The training ended without a word: see the server's log."
+        try:
+            text = (self.path(name) / LOG).read_text(encoding="utf-8", errors="replace")
+        except OSError:  # its folder is gone
+            text = ""
+        lines = text.splitlines()
+        return lines[-1] if lines else "The training ended without a message: start it again."
 
 
 def _has_audio(music: Path) -> bool:

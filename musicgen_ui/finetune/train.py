@@ -6,6 +6,7 @@ alone. So a run that is resumed goes on exactly as if it had never ended.
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from musicgen_ui import files
 from musicgen_ui.engine.delay_pattern import delayed
 from musicgen_ui.engine.transformer import LanguageModel
 from musicgen_ui.errors import RequestError
@@ -176,9 +178,9 @@ class Trainer:
             "adapter": self.adapter.state(),
             "optimizer": self.optimizer.state_dict(),
         }
-        part = folder / f".{STATE}"
-        torch.save(state, part)
-        part.replace(folder / STATE)
+        content = io.BytesIO()  # torch's own error of a full disk is not an OSError
+        torch.save(state, content)
+        files.replace(folder / STATE, content.getvalue())
 
     def resume(self, folder: Path) -> bool:
         """Goes on from what `save_state` wrote, if it did.

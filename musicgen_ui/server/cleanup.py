@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ TAKE_KEPT_S = 24 * 3600  # a take in the temporary folder
 KEPT_S = 3600  # an upload, or the copy of a take that the page shows
 YOUNG_S = 300.0  # a file that no bound on bytes deletes: it may be in use
 SWEEP_EVERY_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 def sweep(
@@ -69,7 +72,10 @@ def clean_while(running: Callable[[], bool], folder: Path, kept_bytes: float) ->
     takes = folder / "takes"
     while running():
         time.sleep(SWEEP_EVERY_S)
-        sweep(folder, KEPT_S, kept_bytes, skip=takes)
-        sweep(takes, TAKE_KEPT_S, kept_bytes)
+        for swept, kept_s, skip in ((folder, KEPT_S, takes), (takes, TAKE_KEPT_S, None)):
+            try:
+                sweep(swept, kept_s, kept_bytes, skip)
+            except OSError as error:  # such as too many open files: the next sweep may succeed
+                log.warning("Old files in %s were not deleted: %s", swept, error)
         gc.collect()
         heap.trim()

@@ -15,7 +15,9 @@ from typing import TypedDict
 import gradio as gr
 import numpy as np
 
+from musicgen_ui import takes
 from musicgen_ui.audio import clip_cache, waveform
+from musicgen_ui.coercion import float_of
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import (
     CLIP_FIELDS,
@@ -35,9 +37,10 @@ from musicgen_ui.ui.components import (
     Undo,
     Updates,
     notice,
+    sent_by,
     undo_button,
 )
-from musicgen_ui.ui.request_form import PageFacts, settings_of
+from musicgen_ui.ui.request_form import PageFacts
 from musicgen_ui.ui.take_panel import Group, chosen_take
 
 UNRECORDED = (
@@ -369,7 +372,7 @@ def with_clip(
 
 def offer(path: Path) -> Updates:
     """Offers the settings that a take's file holds."""
-    settings = settings_of(path)
+    settings = takes.read_settings(path)
     if not settings:
         return no_offer()
     label = f"This is a take with seed {settings.get('seed', '?')}: use its settings"
@@ -407,14 +410,14 @@ def trim(choice: str, audio_prompt: str | None, melody: str | None, event: gr.Ev
 
     Gradio writes the file, and its field checks it as any other.
     """
-    path, asked = melody if choice == FOLLOW else audio_prompt, event._data
-    if not path or not isinstance(asked, dict):
+    path = melody if choice == FOLLOW else audio_prompt
+    if not path:
         return {}
     try:
         reading = clip_cache.read(Path(path), TRIM_S)
         start_s = max(reading.full_s - reading.clip.duration_s, 0.0)
-        places = [float(asked[end]) - start_s for end in ("from_s", "to_s")]
-    except (RequestError, KeyError, TypeError, ValueError):
+        places = [float_of(sent_by(event, end)) - start_s for end in ("from_s", "to_s")]
+    except (RequestError, TypeError, ValueError):
         return {}
     rate = reading.clip.sampling_rate
     start, end = (round(rate * min(max(s, 0.0), reading.clip.duration_s)) for s in places)

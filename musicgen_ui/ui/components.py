@@ -456,6 +456,15 @@ def notice(
     return {"text": text, "items": list(items), "wrong": wrong, "undo": undo and undo.value}
 
 
+def sent_by(event: gr.EventData, name: str) -> object:
+    """A value that a script on the page sent with an event; None where it did not."""
+    try:
+        found: object = getattr(event, name, None)
+    except TypeError:  # an event without any value, as a program may send it
+        return None
+    return found
+
+
 def undo_button(what: Undo) -> gr.Button:
     """The button that the notice presses: out of sight."""
     return gr.Button("Undo", visible="hidden", elem_id=f"undo_{what}", render=False)

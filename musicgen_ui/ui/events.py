@@ -384,7 +384,8 @@ def deciding(
     def use_settings(
         history: list[Group], chosen: list[int], variation: int | None, *before: object
     ) -> Updates:
-        return restoring.take(take_panel.chosen_take(history, chosen, variation).settings, *before)
+        take = take_panel.chosen_take(history, chosen, variation)
+        return restoring.settings(take.settings, *before)
 
     def keep(history: list[Group], chosen: list[int], variation: int | None) -> Updates:
         return take_panel.keep(history, chosen, variation, library.star if library else None)

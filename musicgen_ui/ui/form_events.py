@@ -78,8 +78,8 @@ def trimming(events: Events) -> None:
     """A part of the clip, and all of it again."""
     request, audio = events.c.request, events.c.audio
     clips: list[Block] = [request.audio_prompt, request.melody]
-    told = [*clips, audio.untrimmed, events.c.head.notice]
-    events.on(audio.trim.click, audio_panel.trim, [audio.clip_use, *clips], told, "trim")
+    trimmed = [*clips, audio.untrimmed, events.c.head.notice]
+    events.on(audio.trim.click, audio_panel.trim, [audio.clip_use, *clips], trimmed, "trim")
     asked = [audio.clip_use, audio.untrimmed]
     events.on(audio.undo_trim.click, audio_panel.untrim, asked, clips, "untrim")
 

@@ -17,6 +17,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from musicgen_ui.engine.protocol import Failed, Progress
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import CHECKPOINT_FIELDS, FIELDS, MAX_DURATION_S
 from musicgen_ui.ui import take_panel
-from musicgen_ui.ui.components import Updates, notice
+from musicgen_ui.ui.components import Updates, notice, sent_by
 from musicgen_ui.ui.page_jobs import PageJobs
 from musicgen_ui.ui.request_builder import RequestBuilder, without_unchanged
 from musicgen_ui.ui.sessions import TABS, Sessions, Tab
@@ -41,9 +42,9 @@ _Handler = TypeVar("_Handler", bound=Callable[..., object])
 def name_parameters(handler: Callable[..., object], names: Iterable[str]) -> None:
     """Names the `**values` of a handler as optional parameters: Gradio reads the signature."""
     signature = inspect.signature(handler)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    first = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
-    handler.__dict__["__signature__"] = signature.replace(parameters=own + named)
+    handler.__dict__["__signature__"] = signature.replace(parameters=first + named)
 
 
 def names_every_setting(handler: _Handler) -> _Handler:
@@ -76,9 +77,12 @@ class Handlers:
         self._pages: OrderedDict[str, PageJobs] = OrderedDict()  # by session
 
     @names_every_setting
-    def validate(self, own: object = None, **values: object) -> list[dict[str, object]]:
-        """What is wrong with the form, said at the field; before anything is queued."""
-        at = {name: gr.validate(True, "") for name in ("own", *FIELDS)}
+    def validate(self, given: object = None, **values: object) -> list[dict[str, object]]:
+        """What is wrong with the form, at its field and before anything is queued.
+
+        Gradio takes an answer for each input of `compose`, `given` included.
+        """
+        at = {name: gr.validate(True, "") for name in ("given", *FIELDS)}
         try:
             self.builder.check(values)
         except RequestError as error:
@@ -87,16 +91,16 @@ class Handlers:
 
     @names_every_setting
     async def compose(
-        self, own: dict[str, object], request: gr.Request, **values: object
+        self, given: dict[str, object], request: gr.Request, **values: object
     ) -> AsyncGenerator[Updates, None]:
         """The page's Generate: how its jobs stand, until none is under way.
 
-        A setting that still is as the page had it from a checkpoint (`own`) is left to the chosen
+        A setting that still is as a checkpoint gave it to the page (`given`) is left to the chosen
         checkpoint, which the page may not know yet.
         """
         client = Client.of(request)
         try:
-            job = self._submit(without_unchanged(values, own), client)
+            job = self._submit(without_unchanged(values, given), client)
         except RequestError as error:
             raise self._shown(error) from None
         async for update in self._begun(job, client.session):
@@ -209,14 +213,13 @@ class Handlers:
         event: gr.EventData,
     ) -> Updates:
         """A button of a job's row; see `assets/player/jobs.js`."""
-        asked = event._data if isinstance(event._data, dict) else {}
-        page, job = self._page(Client.of(request).session), str(asked.get("job", ""))
-        shown: Updates = {}
-        if asked.get("act") == "stop":
+        page, job = self._page(Client.of(request).session), str(sent_by(event, "job") or "")
+        act, shown = sent_by(event, "act"), Updates()
+        if act == "stop":
             page.stop(job)
-        elif asked.get("act") == "dismiss":
+        elif act == "dismiss":
             page.dismiss(job)
-        elif asked.get("act") == "show":
+        elif act == "show":
             page.follow(job)
             row = page.rows.get(job)
             if row and row.group:
@@ -317,7 +320,7 @@ class Handlers:
             return {"notice": notice(str(error), wrong=True)}
         return {"exported": gr.update(value=str(path))}
 
-    def stop(self, request: gr.Request) -> Updates:
+    async def stop(self, request: gr.Request) -> Updates:
         """Stops the job that the player follows; what was made so far comes as a take."""
         session = Client.of(request).session
         page = self._pages.get(session)
@@ -347,7 +350,7 @@ class Handlers:
         except RequestError as error:
             self.backend.refuse(error)
             raise
-        return self.backend.submit(request, client, lambda: self.builder.complete(request, values))
+        return self.backend.submit(request, client, partial(self.builder.complete, values=values))
 
     def _shown(self, error: Exception) -> gr.Error:
         # Gradio shows it as HTML, and it may quote what somebody typed.

@@ -19,13 +19,14 @@ import numpy as np
 
 from musicgen_ui import takes
 from musicgen_ui.audio.clip import ENDINGS
+from musicgen_ui.coercion import float_of
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
 from musicgen_ui.library import Branch, Library
 from musicgen_ui.library_index import Card
 from musicgen_ui.take_settings import Results, TakeSettings
 from musicgen_ui.ui import audio_panel, take_panel
-from musicgen_ui.ui.components import LibraryPanel, Updates, notice
+from musicgen_ui.ui.components import LibraryPanel, Updates, notice, sent_by
 from musicgen_ui.ui.player import PLAY, clock
 from musicgen_ui.ui.request_form import PageFacts, Restoring
 from musicgen_ui.ui.take_panel import FORMATS, Group, ShownTake
@@ -163,15 +164,15 @@ class LibraryView:
 
         `before` are the form's values, of `SETTINGS`, to say what taking over a take's changes.
         """
-        asked = event._data if isinstance(event._data, dict) else {}
-        names = [name for name in asked.get("names", []) if isinstance(name, str)]
-        act, value = str(asked.get("act", "")), asked.get("value")
+        selected, value = sent_by(event, "names"), sent_by(event, "value")
+        selected = selected if isinstance(selected, list) else []
+        names = [name for name in selected if isinstance(name, str)]
         changing: dict[str, Callable[[], Change]] = {
             "star": lambda: self._edit(self._library.star, names, bool(value)),
             "rename": lambda: self._edit(self._library.rename, names, str(value or "")),
             "delete": lambda: self._delete(names),
             "undo": lambda: self._undo(state),
-            "page": lambda: {"start": max(int(value or 0), 0)},
+            "page": lambda: {"start": max(round(float_of(value or 0)), 0)},
             "tree": lambda: {"tree": names[0] if names else ""},
         }
         answering: dict[str, Callable[[], Updates]] = {
@@ -180,6 +181,7 @@ class LibraryView:
             "continue": lambda: self._continue(names, duration_s, context_s, overlap_s, facts),
             "settings": lambda: self._settings(names, before),
         }
+        act = str(sent_by(event, "act"))
         try:
             if answer := answering.get(act):
                 return answer()
@@ -213,15 +215,14 @@ class LibraryView:
         """A take of the library as the player shows it.
 
         Raises:
-            RequestError: it is not there.
+            RequestError: it is not there, or there is no room for its WAV.
         """
         card = self._library.card(name)
         wav = card.sound
         if wav.suffix != ".wav":  # the player reads WAV
             wav = self._spare / f"{name}.wav"
             if not wav.exists():
-                wav.parent.mkdir(parents=True, exist_ok=True)
-                wav.write_bytes(takes.export_file(card.sound, ".wav"))
+                takes.export_to(wav, card.sound)
         flac = next((file for file in card.files if file.suffix == ".flac"), None)
         # Older files do not say all.
         missing: Results = {"made_s": card.duration_s, "prompt_s": 0.0}
@@ -253,7 +254,7 @@ class LibraryView:
     def _settings(self, names: Sequence[str], before: Sequence[object]) -> Updates:
         if not names:
             return {}
-        return self._restoring.take(self._library.card(names[0]).settings, *before)
+        return self._restoring.settings(self._library.card(names[0]).settings, *before)
 
 
 def waveform_svg(overview: np.ndarray) -> str:

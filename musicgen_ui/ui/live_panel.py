@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import gradio as gr
@@ -21,11 +22,12 @@ from anyio import to_thread
 
 from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import AdmittedJob, Client, Saved
+from musicgen_ui.backends.job_log import Outcome
 from musicgen_ui.coercion import PROMPT_CHARACTERS, float_of
 from musicgen_ui.engine.protocol import NO_LIVE_MODE, Chunk, Failed, Progress, Recorded, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.files import ASSETS
-from musicgen_ui.request import FIELDS, GenerationRequest, steering
+from musicgen_ui.request import FIELDS, steering
 from musicgen_ui.steering import MEMORY_SLOTS, Steering
 from musicgen_ui.ui import live_pad, take_panel
 from musicgen_ui.ui.components import LivePanel, Updates, notice
@@ -267,11 +269,11 @@ class LiveMode:
     async def start(
         self,
         history: list[take_panel.Group],
-        own: dict[str, object],
+        given: dict[str, object],
         request: gr.Request,
         **values: object,
     ) -> AsyncGenerator[Updates, None]:
-        """Plays a piece until Stop."""
+        """Plays a piece until Stop; `given` is as in `Handlers.compose`."""
         client = Client.of(request)
         state = JobState(session=client.session, endless=True)
         if client.session in self._pieces:
@@ -281,7 +283,7 @@ class LiveMode:
             controls = steering_of({name: values.pop(name) for name in CONTROLS}, words)
             # An audio prompt is for takes, and so are the length and the number of takes.
             without = ("audio_prompt", "automation", "skip_s", "variations", "normalize")
-            settings = without_unchanged({**values, **dict.fromkeys(without)}, own)
+            settings = without_unchanged({**values, **dict.fromkeys(without)}, given)
             job = self._submit(settings, controls, client)
         except RequestError as error:
             yield {"notice": notice(str(error), wrong=True)}
@@ -290,7 +292,7 @@ class LiveMode:
         self._handlers.unfollow(client.session)
         state.job = job.id
         yield playing(True) | {
-            "live": state.message("waiting", "Getting ready …"),
+            "live": state.message(Stage.WAITING, "Getting ready …"),
             "live_listener": {"job": job.id, "session": client.session},
         }
         try:
@@ -308,15 +310,8 @@ class LiveMode:
         except RequestError as error:
             backend.refuse(error)
             raise
-
-        def live(request: GenerationRequest) -> GenerationRequest:
-            return replace(request, live=True, automation=((0.0, controls),))
-
-        def complete() -> tuple[GenerationRequest, tuple[str, ...]]:
-            completed, notes = builder.complete(request, values)
-            return live(completed), notes
-
-        return backend.submit(live(request), client, complete)
+        request = replace(request, live=True, automation=((0.0, controls),))
+        return backend.submit(request, client, partial(builder.complete, values=values))
 
     async def _updates(
         self, piece: Piece, state: JobState, history: list[take_panel.Group]
@@ -338,7 +333,7 @@ class LiveMode:
                         continue
                     shown_s = now_s
                     yield self._now(event, state, piece) | piece.buttons
-        stage = "failed" if error else "stopped"
+        stage = Outcome.FAILED if error else Outcome.STOPPED
         text = error or f"The live piece has ended; {_recordings(len(piece.recordings))}"
         end = playing(False) | {"live": state.message(stage, text), "live_line": ""}
         if error:

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Iterable
 import gradio as gr
 
 from musicgen_ui.backends.admission import AdmittedJob, Saved
+from musicgen_ui.backends.job_log import Outcome
 from musicgen_ui.engine.protocol import Event, Failed, Progress, Stage
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
@@ -75,13 +76,13 @@ class JobReader:
         stage, text = ending(self.takes)
         kept = saved or any(take.error for take in self.takes)
         if self._returned:
-            stage, text = ("finished", DONE) if kept else ("failed", BROKEN)
+            stage, text = (Outcome.FINISHED, DONE) if kept else (Outcome.FAILED, BROKEN)
         return self._live.message(stage, text, done_s=self._live.total_s if kept else 0.0)
 
     def failed(self, error: Exception) -> JobMessage:
         """The last message of a job that failed."""
         text = error_text(error)
-        return self._live.message("failed", BROKEN if self._returned else text)
+        return self._live.message(Outcome.FAILED, BROKEN if self._returned else text)
 
 
 class Row:
@@ -98,7 +99,7 @@ class Row:
         self._live = JobState(job.request.duration_s, session=session, job=job.id)
         self.reader = JobReader(self._live, returned)
         text = UNDER_WAY if returned else "Getting ready …"
-        self.message = self._live.message("waiting", text)
+        self.message = self._live.message(Stage.WAITING, text)
         self.ended = False  # all of its events were read
         self.landed = False  # its takes are in the history
         self.group: take_panel.Group = []  # as they are there
@@ -120,11 +121,11 @@ class Row:
     @property
     def has_takes(self) -> bool:
         """Whether there is something to show of it."""
-        return any(take.take or take.error for take in self.reader.takes)
+        return bool(self.group) or any(take.take or take.error for take in self.reader.takes)
 
     def state(self) -> RowState:
         """The row as the page draws it; see `assets/player/jobs.js`."""
-        text = str(self.message["text"])
+        text = self.message["text"]
         if not self.ended and self.job.stopping.is_set():
             text = "Stopping …"
         wav = self.group[0].wav if self.group else None
@@ -250,6 +251,7 @@ class PageJobs:
         for row in ended:
             row.landed = True
             row.group = take_panel.group(row.reader.takes, row.job.id)
+            row.reader.takes.clear()  # they hold the audio, for as long as the page is open
             if elsewhere and row.job.id == self.followed:
                 self.followed = ""
         return ended

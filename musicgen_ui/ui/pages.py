@@ -10,6 +10,8 @@ import json
 import gradio as gr
 
 from musicgen_ui.backends.admission import Client
+from musicgen_ui.backends.job_log import Outcome
+from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.ui import take_panel
 from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.page_jobs import BROKEN, UNDER_WAY, JobReader
@@ -19,7 +21,7 @@ from musicgen_ui.ui.sessions import BACK, Sessions
 
 def back() -> str:
     """The script that says so of a take that is lost."""
-    message = JobState().message("failed", BROKEN)
+    message = JobState().message(Outcome.FAILED, BROKEN)
     return BACK.replace("CUT_OFF", json.dumps(message))
 
 
@@ -50,6 +52,6 @@ class Pages:
         if message:
             shown["live"] = message
         if tab.job:
-            message = JobState().message("waiting", UNDER_WAY)
+            message = JobState().message(Stage.WAITING, UNDER_WAY)
             shown |= {"live": message, "job_id": tab.job.id}
         return shown

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from musicgen_ui.audio.chords import beats_a_bar
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.audio.spectrogram import Edges
+from musicgen_ui.backends.job_log import Outcome
 from musicgen_ui.engine.protocol import Stage
 from musicgen_ui.files import ASSETS
 from musicgen_ui.request import context_used_s, section_pairs
@@ -152,7 +153,7 @@ class JobMessage(TypedDict):
 
     job: str
     session: str
-    stage: str
+    stage: Stage | Outcome
     text: str
     done_s: float
     total_s: float
@@ -169,7 +170,7 @@ class RowState(TypedDict):
     title: str
     text: str
     share: float  # of its length, 0 to 1
-    stage: str
+    stage: Stage | Outcome
     under_way: bool
 
 
@@ -238,8 +239,10 @@ class JobState:
     job: str = ""  # whose sound the player fetches; "" is none
     endless: bool = False  # a live piece
 
-    def message(self, stage: str, text: str, done_s: float = 0.0, speed: float = 0.0) -> JobMessage:
-        """What the player should show now. A stage that is none of a job under way ends it."""
+    def message(
+        self, stage: Stage | Outcome, text: str, done_s: float = 0.0, speed: float = 0.0
+    ) -> JobMessage:
+        """What the player should show now; an `Outcome` is the last message of a job."""
         return {
             "job": self.job,
             "session": self.session,
@@ -249,7 +252,7 @@ class JobState:
             "total_s": self.total_s,
             "speed": round(speed, 3),
             "endless": self.endless,
-            "last": stage not in list(Stage),
+            "last": isinstance(stage, Outcome),
         }
 
 

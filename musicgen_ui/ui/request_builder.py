@@ -52,9 +52,13 @@ class RequestBuilder:
         self._take_folders = tuple(take_folders)
 
     def check(self, values: Mapping[str, object]) -> GenerationRequest:
-        """The request as far as it is known before `complete`: without clips; raises RequestError.
+        """The request as far as it is known before `complete`: without clips.
 
-        The one validation of a click.
+        All values are checked here. The page's validator asks too, to say what is wrong at its
+        field before anything is queued.
+
+        Raises:
+            RequestError: a value is wrong, or more than this server makes.
         """
         request = GenerationRequest.parse({**values, **dict.fromkeys(CLIP_FIELDS)})
         if values.get("duration_s") is not None and request.duration_s > self._max_duration_s:
@@ -95,7 +99,7 @@ class RequestBuilder:
                 notes += reading.notes
         if melody := changes.get("melody"):
             check_melody(melody)
-        completed = replace(request, **changes)
+        completed = replace(request, **changes) if changes else request
         check_style(completed)
         if completed.sections and completed.duration_s < request.duration_s:
             GenerationRequest.parse({"sections": completed.sections, **changes})

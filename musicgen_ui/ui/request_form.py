@@ -13,7 +13,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict, cast
 
 import gradio as gr
@@ -150,8 +149,9 @@ def follow_checkpoint(facts: PageFacts, defaults: dict[str, object], *values: ob
 
 
 def following(facts: PageFacts, defaults: dict[str, object], *values: object) -> Updates:
-    """See `follow_checkpoint`, with the values as pairs: as they were asked about, as they are to
-    be. The browser sets those that are still as they were.
+    """As `follow_checkpoint`, for the browser, which sets only values that have not changed since.
+
+    "following" has a pair for each setting that changes: its value before, and after.
     """
     updates = dict(follow_checkpoint(facts, defaults, *values))
     shown = zip(CHECKPOINT_FIELDS, values, strict=True)
@@ -251,11 +251,6 @@ class CheckpointFacts:
         return self.status()
 
 
-def settings_of(path: Path) -> TakeSettings | None:
-    """What a take file made here was made with; None for any other file."""
-    return takes.read_settings(path)
-
-
 def checkpoint_label(name: str, info: CheckpointInfo) -> str:
     """A checkpoint in the list: name, memory, sound, and what it takes to use it here."""
     facts = [name.removeprefix("facebook/")]
@@ -329,16 +324,12 @@ class Restoring:
     def file(self, path: str | None, *before: object) -> Updates:
         """Fills the form from a take file, or says that it holds no settings.
 
-        `before` are the form's values, of `SETTINGS`, to say what changes; so in `take`.
+        `before` are the form's values, of `SETTINGS`, to say what changes.
         """
-        settings = settings_of(Path(path)) if path else None
+        settings = takes.read_settings(path) if path else None
         if not settings:
             text = "This file holds no settings: choose a WAV or FLAC that was made here."
             return {"notice": notice(text, wrong=True)}
-        return self.settings(settings, *before)
-
-    def take(self, settings: TakeSettings, *before: object) -> Updates:
-        """Fills the form from a take; what its files do not hold is said."""
         return self.settings(settings, *before)
 
     def settings(self, settings: TakeSettings, *before: object) -> Updates:

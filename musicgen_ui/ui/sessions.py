@@ -142,7 +142,7 @@ class Tab:
 
 
 class Sessions:
-    """The tabs that were here.
+    """The tabs that were here. Its methods may be called from any thread.
 
     Args:
         backend: whose jobs they have.
@@ -153,6 +153,7 @@ class Sessions:
         self._backend, self._grace = backend, grace
         self._tabs: OrderedDict[str, Tab] = OrderedDict()  # by key
         self._keys: dict[str, str] = {}  # by session
+        self._lock = threading.RLock()  # guards both
 
     def enter(self, session: str, key: str, address: str = "") -> Tab | None:
         """A page was opened; the tab that it is in, None for a key that no page makes.
@@ -165,16 +166,17 @@ class Sessions:
         keys = KEY.fullmatch(key or "")
         if not keys:
             return None
-        self._take_out(session)
-        tab = self._tabs.setdefault(keys[1], Tab(address))
-        self._tabs.move_to_end(keys[1])
-        self._keys[session] = keys[1]
-        tab.sessions.append(session)
-        tab.open[session] = keys[2] or ""
-        if len(tab.sessions) > SESSIONS_KEPT:  # it was loaded anew many times
-            self._take_out(min(tab.sessions[:-1], key=lambda other: other in tab.open))
-        tab.cancel()
-        self._make_room()
+        with self._lock:
+            self._take_out(session)
+            tab = self._tabs.setdefault(keys[1], Tab(address))
+            self._tabs.move_to_end(keys[1])
+            self._keys[session] = keys[1]
+            tab.sessions.append(session)
+            tab.open[session] = keys[2] or ""
+            if len(tab.sessions) > SESSIONS_KEPT:  # it was loaded anew many times
+                self._take_out(min(tab.sessions[:-1], key=lambda other: other in tab.open))
+            tab.cancel()
+            self._make_room()
         return tab
 
     def _take_out(self, session: str) -> None:
@@ -196,7 +198,8 @@ class Sessions:
 
     def of(self, session: str) -> Tab | None:
         """The tab that shows, or showed, a page."""
-        return self._tabs.get(self._keys.get(session, ""))
+        with self._lock:
+            return self._tabs.get(self._keys.get(session, ""))
 
     def job(self, id: str, session: str) -> AdmittedJob | None:
         """A job by its id, for a page of the tab that asked for it."""
@@ -213,22 +216,24 @@ class Sessions:
         if tab is None:
             self._backend.leave(session)
             return
-        tab.open.pop(session, None)
-        if not tab.open and tab.timer is None:
-            self._stop_after(tab, GRACE_S if self._grace else 0.0)
+        with self._lock:
+            tab.open.pop(session, None)
+            if not tab.open and tab.timer is None:
+                self._stop_after(tab, GRACE_S if self._grace else 0.0)
 
     def left(self, key: str) -> None:
         """A page was closed: its tab's jobs end soon, unless the tab shows or opens another."""
         keys = KEY.fullmatch(key)
-        tab = self._tabs.get(keys[1]) if keys else None
-        if keys is None or tab is None:
-            return
-        for session, page in list(tab.open.items()):
-            if page == (keys[2] or ""):
-                del tab.open[session]
-        if not tab.open:
-            tab.cancel()
-            self._stop_after(tab, LEFT_S if self._grace else 0.0)
+        with self._lock:
+            tab = self._tabs.get(keys[1]) if keys else None
+            if keys is None or tab is None:
+                return
+            for session, page in list(tab.open.items()):
+                if page == (keys[2] or ""):
+                    del tab.open[session]
+            if not tab.open:
+                tab.cancel()
+                self._stop_after(tab, LEFT_S if self._grace else 0.0)
 
     def stop(self, session: str) -> int:
         """Stops the jobs of a page; where it has none, those it shows of its tab's other pages.
@@ -250,7 +255,7 @@ class Sessions:
         if not tab.is_busy:
             return
         stop = self._backend.stop
-        tab.timer = threading.Timer(seconds, lambda: [stop(s) for s in tab.sessions])
+        tab.timer = threading.Timer(seconds, lambda: [stop(s) for s in tuple(tab.sessions)])
         tab.timer.daemon = True
         tab.timer.start()
 

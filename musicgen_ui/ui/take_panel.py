@@ -388,18 +388,16 @@ def export(
     """Writes the take on show as a file of some kind and shape to `folder`.
 
     Raises:
-        RequestError: the take has no file, or cannot have the shape.
+        RequestError: the take has no file or cannot have the shape, or there is no room.
     """
     take = chosen_take(history, chosen, variation)
     sound = take.wav if take.wav else take.flac
     if sound is None:
         raise RequestError("This take could not be saved, so there is no file of it.")
     shape = Shape(round(loop_bars or 0), float(fade_out_s or 0))
-    content = takes.export_file(sound, ending, shape, take.edited_title)
     kind = f"-loop-{shape.loop_bars}-bars" if shape.loop_bars else ""
     path = folder / f"{sound.stem}{kind}{ending}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files.replace(path, content)
+    takes.export_to(path, sound, shape, take.edited_title)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from musicgen_ui.backends.admission import Saved, about_time
+from musicgen_ui.backends.job_log import Outcome
 from musicgen_ui.checkpoints.memory import size_in_words
 from musicgen_ui.engine.protocol import Progress, Stage, Status
 from musicgen_ui.errors import RequestError
@@ -54,17 +55,17 @@ def status_text(status: Status) -> str:
     return " · ".join(parts)
 
 
-def ending(takes: list[Saved]) -> tuple[str, str]:
-    """The live player's last stage and the text at the end of a job."""
+def ending(takes: list[Saved]) -> tuple[Outcome, str]:
+    """How a job ended that did not fail, and what the player says of it."""
     if lost := next((take.error for take in takes if take.error), None):
-        return "finished", str(lost)
+        return Outcome.FINISHED, str(lost)
     saved = [take for take in takes if take.take]
     if not saved or saved[0].take is None:
-        return "stopped", "Stopped before the first sound: there is nothing to keep"
+        return Outcome.STOPPED, "Stopped before the first sound: there is nothing to keep"
     made_s = saved[0].take.settings["made_s"]
     if fault := next((take.fault for take in saved if take.fault), ""):
-        return "stopped", f"Broken off, what was made is kept. {fault}"
+        return Outcome.STOPPED, f"Broken off, what was made is kept. {fault}"
     if saved[0].stopped:
-        return "stopped", f"Stopped: {made_s:.1f} s are kept as a take"
+        return Outcome.STOPPED, f"Stopped: {made_s:.1f} s are kept as a take"
     count = f"{len(saved)} takes of " if len(saved) > 1 else ""
-    return "finished", f"Finished: {count}{made_s:.1f} s at {saved[0].speed:.1f}× real time"
+    return Outcome.FINISHED, f"Finished: {count}{made_s:.1f} s at {saved[0].speed:.1f}× real time"

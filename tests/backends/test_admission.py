@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends import admission
 from musicgen_ui.backends.admission import Admission, AdmittedJob, Client, HourlyQuota, Saved
 from musicgen_ui.backends.job_log import JobRecord, Outcome
 from musicgen_ui.engine.protocol import Chunk, Failed
 from musicgen_ui.errors import RequestError
-from musicgen_ui.request import FIELDS, GenerationRequest
+from musicgen_ui.request import CLIP_FIELDS, FIELDS, GenerationRequest
 from musicgen_ui.server.app import close, launch
 from musicgen_ui.server.settings import Settings, settings
-from tests.helpers.fakes import FakeBackend
+from tests.helpers.fakes import FakeBackend, tone
 from tests.helpers.jobs import takes
 from tests.helpers.local import free_port, wait_for
 
@@ -259,6 +262,18 @@ def test_audio_of_ended_jobs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     wait_for(lambda: (backend.job(old.id) is None) != (backend.job(new.id) is None))
     sizes = sorted(sum(e.clip.samples.size for e in takes(list(j.follow()))) for j in (old, new))
     assert sizes == [0, 320_000]
+
+
+@pytest.mark.parametrize("name", CLIP_FIELDS)
+def test_clips_of_ended_jobs_are_freed(tmp_path: Path, name: str) -> None:
+    clip, fake = Clip(tone(1, 6.0, 16_000, 1), 16_000), FakeBackend()
+    there, backend = weakref.ref(clip), Admission(fake, tmp_path)
+    job = backend.submit(GenerationRequest(duration_s=0.5, **{name: clip}), ANNA)
+    del clip
+    events = list(job.follow())
+    fake.requests.clear()
+    wait_for(lambda: gc.collect() is None or there() is None)
+    assert backend.job(job.id) is job and takes(events)
 
 
 def test_shares_are_off_at_home_and_on_in_public(monkeypatch: pytest.MonkeyPatch) -> None:

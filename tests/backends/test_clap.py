@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,16 @@ def test_nothing_is_downloaded_where_that_is_not_allowed(monkeypatch):
     monkeypatch.setattr("musicgen_ui.checkpoints.hub.download", pytest.fail)
     with pytest.raises(RequestError, match="is not on this server"):
         Clap(may_download=False).load(lambda note: None)
+
+
+def test_unload_does_not_wait_for_a_load(folder: Path) -> None:
+    clap, alive = Clap(folder), []
+
+    def report(_: str) -> None:
+        unload = threading.Thread(target=clap.unload, daemon=True)
+        unload.start()
+        unload.join(2.0)
+        alive.append(unload.is_alive())
+
+    clap.load(report)
+    assert alive == [False]

@@ -47,7 +47,7 @@ def compose(handlers: Handlers, leave: bool = False, stop: bool = False, **chang
                 if leave:
                     break
                 if stop:
-                    handlers.stop(TAB)
+                    await handlers.stop(TAB)
         await updates.aclose()
 
     asyncio.run(run())

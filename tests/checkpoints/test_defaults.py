@@ -137,7 +137,7 @@ def test_a_click_before_the_page_knows_its_checkpoint_leaves_its_settings_to_it(
     general = {name: FIELDS[name].default for name in CHECKPOINT_FIELDS}
     for own in (general, general | {"temperature": 0.5}):
         shown = own | {"top_p": 0.9, "duration_s": 1.0}
-        compose(handlers, own=own, checkpoint="wide", **shown)
+        compose(handlers, given=own, checkpoint="wide", **shown)
         asked = handlers.backend.backend.requests[-1]
         assert (asked.temperature, asked.top_k) == (0.7, 50)
         assert (asked.top_p, asked.duration_s) == (0.9, 1.0)

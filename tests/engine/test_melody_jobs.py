@@ -250,3 +250,17 @@ def test_sections_change_at_their_frame_beside_a_melody(batch, reference):
         likeliest = logits.argmax(-1)[:, len(states) :]  # [codebooks, columns]
         free = torch.arange(batch.decoder.codebooks) < batch.codec.channels  # never a start token
         assert torch.equal(likeliest[free][:, part], columns[0, free, 1:][:, part])
+
+
+def test_clips_are_analysed_before_the_job_is_stepped(folder, monkeypatch):
+    batch = melody_batch(folder)
+    clip = noise(2, batch.codec.channels)
+    request = GenerationRequest(ROCK, melody=SCALE, audio_prompt=clip, duration_s=1.0)
+    batch.encode(request)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("on the stepping thread")
+
+    monkeypatch.setattr(ChromaExtractor, "__call__", refuse)
+    assert batch.conditioner.conditions(request, start_s=-1.0).states
+    assert len(batch.conditioner.chroma(request).classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import threading
 from dataclasses import replace
@@ -21,7 +22,7 @@ from musicgen_ui.finetune import estimate, progress, run
 from musicgen_ui.finetune.examples import Encoder, Examples
 from musicgen_ui.finetune.options import Options, Preset
 from musicgen_ui.finetune.progress import Event, Kind
-from musicgen_ui.finetune.train import DivergedError, Schedule, Trainer
+from musicgen_ui.finetune.train import STATE, DivergedError, Schedule, Trainer
 from musicgen_ui.request import GenerationRequest
 from tests.helpers import songs
 from tests.helpers.engine import ROCK, make_batch, run_job
@@ -105,6 +106,24 @@ def test_second_run_computes_nothing_again(tiny_mono, music, tmp_path, monkeypat
     monkeypatch.setattr(Encoder, "_encode", refuse)
     monkeypatch.setattr("musicgen_ui.engine.conditioning.Conditioner._encode", refuse)
     assert go(chosen)[0]
+
+
+def test_state_that_finds_no_room_is_an_error_of_the_disk(tiny_mono, music, tmp_path):
+    chosen = options(music, tmp_path / "run", tiny_mono)
+    go(chosen, pause_at=1)
+    decoder, made = examples(tiny_mono, music, tmp_path)
+    trainer = Trainer(decoder, made, Schedule(6, 2, 1e-2), 4)
+    trainer.resume(chosen.folder)
+    before = (chosen.folder / STATE).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            trainer.save_state(chosen.folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (chosen.folder / STATE).read_bytes() == before
+    assert not [path for path in chosen.folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("kind", ["mono", "stereo", "melody"])

@@ -37,12 +37,12 @@ def clip(tmp_path: Path) -> str:
 
 
 def compose(
-    handlers: Handlers, history: Any = (), own: Any = None, **changes: Any
+    handlers: Handlers, history: Any = (), given: Any = None, **changes: Any
 ) -> list[dict[str, Any]]:
     """What a click on Generate shows, until its takes have landed in the history."""
 
     async def run() -> list[dict[str, Any]]:
-        click = handlers.compose(own or {}, TAB, **values(**changes))
+        click = handlers.compose(given or {}, TAB, **values(**changes))
         updates = [update async for update in click]
         return updates + await land(handlers, updates, history)
 

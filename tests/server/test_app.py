@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from musicgen_ui.backends import starting
 from musicgen_ui.backends.starting import StartingBackend
 from musicgen_ui.engine.protocol import Progress, Stage, Trouble
 from musicgen_ui.errors import RequestError
@@ -113,6 +114,24 @@ def test_an_engine_that_fails_to_start_is_said_in_a_sentence() -> None:
     with pytest.raises(RequestError, match="could not start"):
         engine.describe("auto")
     assert engine.health().trouble is Trouble.NOT_STARTED
+
+
+def test_engine_that_is_built_after_the_end_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "CLOSE_S", 0.0)
+    asked, built, backend = threading.Event(), threading.Event(), FakeBackend()
+
+    def build() -> FakeBackend:
+        asked.set()
+        built.wait()
+        return backend
+
+    engine = StartingBackend(build, "mono")
+    engine.start()
+    asked.wait()
+    engine.close()
+    built.set()
+    engine._thread.join()
+    assert backend.ended
 
 
 async def app(scope: dict, receive: Any, send: Any) -> None:

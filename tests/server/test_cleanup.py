@@ -47,3 +47,16 @@ def test_sweep_deletes_the_oldest_takes_of_too_many(tmp_path: Path, later) -> No
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"b.wav", "b.flac", "a.wav", "a.flac"}
     assert sweep(tmp_path, kept_s=1e6, kept_bytes=500) == 0
+
+
+def test_cleaning_goes_on_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[Path] = []
+
+    def sweep(folder: Path, *_: object, **__: object) -> int:
+        swept.append(folder)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(cleanup, "sweep", sweep)
+    monkeypatch.setattr(cleanup, "SWEEP_EVERY_S", 0.0)
+    cleanup.clean_while(lambda: len(swept) < 2, tmp_path, 1e9)
+    assert len(swept) == 2

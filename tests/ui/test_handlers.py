@@ -107,8 +107,8 @@ def test_stop_keeps_what_was_made(tmp_path: Path) -> None:
         async for update in handlers.compose({}, TAB, **values(duration_s=20)):
             updates.append(update)
             if update.get("live", {}).get("done_s") and not told:
-                handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
-                told = handlers.stop(TAB)["stop"] if len(updates) > 5 else None
+                await handlers.stop(OTHER_TAB)  # somebody else's stop ends nothing of ours
+                told = (await handlers.stop(TAB))["stop"] if len(updates) > 5 else None
                 assert told is None or told["value"] == "Stopping …"
         return updates + await land(handlers, updates)
 
@@ -126,7 +126,7 @@ def test_stopped_before_the_first_sound_there_is_no_take(tmp_path: Path) -> None
     async def run() -> list[dict[str, Any]]:
         updates = []
         async for update in handlers.compose({}, TAB, **values()):
-            handlers.stop(TAB)
+            await handlers.stop(TAB)
             updates.append(update)
         return updates + await land(handlers, updates)
 
@@ -210,7 +210,7 @@ def test_errors_become_sentences_and_the_page_is_usable_again(
 def test_a_wrong_value_is_said_at_its_field(
     handlers: Handlers, changes: dict[str, Any], field: str
 ) -> None:
-    answers = dict(zip(["own", *FIELDS], handlers.validate({}, **values(**changes)), strict=True))
+    answers = dict(zip(["given", *FIELDS], handlers.validate({}, **values(**changes)), strict=True))
     assert [name for name, answer in answers.items() if not answer["is_valid"]] == [field]
     assert answers[field]["message"].endswith(".")
 
@@ -264,7 +264,7 @@ def test_the_api_gives_files_first_and_settings_second(handlers: Handlers, clip:
 
 def test_handlers_name_every_field_and_nothing_else(handlers: Handlers) -> None:
     for handler, own in (
-        (handlers.compose, ["own", "request"]),
+        (handlers.compose, ["given", "request"]),
         (handlers.generate, ["request"]),
     ):
         assert list(inspect.signature(handler).parameters) == [*own, *FIELDS]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import pytest
 
-from musicgen_ui import sidecar, takes
+from musicgen_ui import files, sidecar, takes
 from musicgen_ui.backends.admission import Admission
+from musicgen_ui.errors import RequestError
 from musicgen_ui.library import Library
 from musicgen_ui.request import FIELDS
 from musicgen_ui.ui import library_panel, take_panel
@@ -49,7 +50,7 @@ def save(library: Library, seconds: float = 0.5, **settings: Any) -> str:
 
 
 def act(view: LibraryView, now: dict[str, Any], act: str, *names: str, value: Any = None) -> Any:
-    event: Any = SimpleNamespace(_data={"act": act, "names": list(names), "value": value})
+    event = gr.EventData(None, {"act": act, "names": list(names), "value": value})
     form = [FIELDS[name].default for name in SETTINGS]
     return view.act(event, "", False, "", now, [], *WINDOW, {}, *form)
 
@@ -210,3 +211,27 @@ def test_kept_take_has_a_star_and_stands_alone(handlers: Handlers, library: Libr
     (card,) = library.page(starred=True).cards
     assert card.settings["seed"] == first["history"][0][1].settings["seed"]
     assert kept["compare"] is None and sidecar.read(sidecar.beside(card.sound)).starred  # type: ignore[union-attr]
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_export_that_finds_no_room_says_so(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = state(compose(handlers))
+    monkeypatch.setattr(files, "replace", refuse)
+    answer = handlers.export(made["history"], [0, 0], 0, ".flac", 0, 0)
+    assert "the disk is full" in answer["notice"]["text"]
+
+
+def test_take_that_finds_no_room_for_its_wav_says_so(
+    view: LibraryView, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = save(library)
+    (library.folder / f"{name}.wav").unlink()
+    library.refresh()
+    monkeypatch.setattr(files, "replace", refuse)
+    with pytest.raises(RequestError, match="the disk is full"):
+        view.shown_take(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from musicgen_ui.audio.clip import Clip
 from musicgen_ui.backends.admission import Admission, Client
+from musicgen_ui.engine.protocol import Progress, Stage
 from musicgen_ui.errors import RequestError
 from musicgen_ui.ui.components import Updates
 from musicgen_ui.ui.handlers import Handlers
@@ -125,7 +129,7 @@ def test_the_player_follows_the_take_that_is_picked(tmp_path: Path) -> None:
         await page.until(lambda: page.now["jobs"]["followed"] == picked)
         assert page.now["live"]["job"] == picked
         await page.until(lambda: page.now["live"]["done_s"] > 0)
-        page.handlers.stop(TAB)  # that one alone
+        await page.handlers.stop(TAB)  # that one alone
         await first
         assert page.engine.requests[0].prompt == "one" and page.now["live"]["stage"] == "stopped"
         await page.land()
@@ -188,3 +192,21 @@ def test_a_page_that_is_loaded_anew_finds_every_job(tmp_path: Path) -> None:
         assert [group[0].settings["prompt"] for group in end["history"]] == ["one", "two"]
 
     asyncio.run(run())
+
+
+def test_rows_of_takes_that_landed_hold_no_audio(tmp_path: Path) -> None:
+    page = Page(tmp_path)
+    clips: list[weakref.ref[Clip]] = []
+
+    async def run() -> None:
+        await page.generate("one")
+        (row,) = page.handlers._pages[TAB.session_hash].rows.values()
+        clips.extend(weakref.ref(take.clip) for take in row.reader.takes)
+        row.job.log.rewrite(lambda event: Progress(Stage.COMPOSING))  # as for those before it
+        await page.land()
+
+    asyncio.run(run())
+    page.updates.clear()
+    gc.collect()
+    assert clips and not any(there() for there in clips)
+    assert page.handlers._pages[TAB.session_hash].rows

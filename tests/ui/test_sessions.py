@@ -146,6 +146,30 @@ def test_a_flood_of_tabs_forgets_no_job_and_no_take(
     assert "busy" not in stopped and "done" not in stopped
 
 
+def test_tabs_are_opened_by_several_threads(
+    tabs: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One opens while another one looks which tab to forget."""
+    monkeypatch.setattr(sessions, "TABS", 1)
+    opened = threading.Thread(target=tabs.enter, args=("late", f"{9:032x}"))
+
+    class Job(FakeJob):
+        @property
+        def ended(self) -> bool:
+            if not opened.ident:
+                opened.start()
+                opened.join(0.2)  # it may have to wait for its turn
+            return False
+
+        @ended.setter
+        def ended(self, _: bool) -> None: ...
+
+    tabs.enter("one", KEY).jobs = [Job("one")]
+    tabs.enter("two", OTHER)
+    opened.join()
+    assert tabs.of("one") and tabs.of("late")
+
+
 def test_a_session_that_takes_many_keys_is_in_one_tab(tabs: Sessions) -> None:
     for key in (KEY, OTHER, KEY + OTHER):
         tab = tabs.enter("page", key)
