@@ -147,6 +147,30 @@ def do_lm(job: Job) -> None:
     Trainer(model, make_tokenizer(), material, job.preset.decoder, run).train()
 
 
+def do_transfer(job: Job) -> None:
+    """The decoder that a run with a budget kept, for the codes of `--codec`: lm starts from it."""
+    import numpy as np
+
+    from training import pack, transfer
+    from training.card_codec import kept_codec
+    from training.codec import load_codec, make_codec
+
+    args, size = job.args, job.preset
+    state = kept_codec(args.resume)
+    old = make_codec(PRESETS["card"].codec)
+    old.load_state_dict(state)
+    new = load_codec(job.codec, size.codec)
+    songs = transfer.encoded_by_both(
+        old.eval(), new, args.soundfont, args.clips or 400, size.seconds
+    )
+    codes = [np.concatenate(side, axis=1) for side in zip(*songs, strict=True)]
+    places = transfer.matched(*codes, old.config.codebook_size, new.config.codebook_size)
+    path = job.out / "transferred.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": transfer.moved(pack.read(args.resume, "mono"), places)}, path)
+    print(f"wrote {path}")
+
+
 def do_assemble(job: Job) -> None:
     from training.assemble import assemble, build
 
@@ -241,6 +265,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "render": do_render,
     "codec": do_codec,
     "encode": do_encode,
+    "transfer": do_transfer,
     "lm": do_lm,
     "assemble": do_assemble,
     "evaluate": do_evaluate,

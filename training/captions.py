@@ -6,6 +6,8 @@ import random
 
 from training.composer import PITCH_NAMES, Meta
 
+TYPOS = 0.08  # share of the captions trained on that have misspelt words
+
 STYLE_WORDS = {
     "piano ballad": [
         "piano ballad",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.captions import caption
+from training.captions import TYPOS, caption
 from training.encode import load_codes
 from training.render import load_metas
 
@@ -59,7 +59,7 @@ def composed(data: Path, *, stereo: bool = False, held_out: int = 60) -> Dataset
     loops = [meta.loop if ok else 0 for meta, ok in zip(metas, steady, strict=True)]
     return Dataset(
         list(codes),
-        lambda clip, rng: caption(metas[clip], rng),
+        lambda clip, rng: caption(metas[clip], rng, TYPOS),
         loops,
         [meta.change for meta in metas],
         min(held_out, len(codes) // 4),

@@ -226,6 +226,8 @@ def evaluate(
     out: Path | None = None,
 ) -> dict[str, float]:
     """Print the table as it grows, and write it as JSON if asked."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = EvaluatedCheckpoint(folder, soundfont, judge_clips, per_style)
     table: dict[str, float] = {}
     for part in parts:

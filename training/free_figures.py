@@ -36,11 +36,11 @@ def fault(samples: np.ndarray) -> str:
     found = defects.measure(Clip(samples[None], RATE_HZ))
     if np.sqrt((samples**2).mean()) < NEARLY_SILENT or found.silent >= 0.5:
         return "silent"
-    if found.stuck >= 0.5:
-        return "stuck"
     spectrum = np.abs(np.fft.rfft(samples)) + 1e-6
     flatness = np.exp(np.log(spectrum).mean()) / spectrum.mean()
-    return "noisy" if flatness > NOISY_FLATNESS else ""
+    if flatness > NOISY_FLATNESS:  # which steady noise is before it is stuck
+        return "noisy"
+    return "stuck" if found.stuck >= 0.5 else ""
 
 
 def has_tempo(samples: np.ndarray, bpm: float) -> bool:

@@ -1,8 +1,9 @@
-"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for a GPU's minutes."""
+"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for a GPU's minutes, and
+`move` for the card's decoder on the codes of the `cpu` preset's codec."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -74,3 +75,8 @@ PRESETS = {
         DecoderSize(448, 6, 7, 1792, 256, 3, 96, 500, (1000, 1496), 1e-3, 0),
     ),
 }
+PRESETS["move"] = replace(
+    PRESETS["card"],
+    codec=PRESETS["cpu"].codec,
+    decoder=replace(PRESETS["card"].decoder, batch=5, window=480, learning_rate=6e-4),
+)

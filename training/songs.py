@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.captions import caption
+from training.captions import TYPOS, caption
 from training.composer import Meta, Song, compose
 from training.more_styles import MORE_STYLES, TEMPI
 from training.render import SINES, SoundfontRenderer, render_sines, to_clip
@@ -27,7 +27,7 @@ from training.tokenizer import make_tokenizer
 SONG_SEED = 1_000_000_000  # the judge's songs have lower ones
 CLIPS_A_PART = 32
 CAPTIONS, TOKENS = 24, 40  # a clip, and the most of a caption
-TYPOS, ODD_TEMPO = 0.08, 0.25  # shares of captions and of songs
+ODD_TEMPO = 0.25  # share of songs
 WEIGHTS = dict.fromkeys(STYLES, 1.0) | dict.fromkeys(MORE_STYLES, 0.5)
 WEIGHTS |= {"drums": 1.8, "piano ballad": 1.2, "solo": 1.8}
 

@@ -30,7 +30,7 @@ from training.lm import code_logits, corrupted, trained_state
 from training.presets import DecoderSize
 
 BOOK_WEIGHTS = (1.3, 1.0, 0.9, 0.8)  # the first codebook carries the rhythm
-CAPTION_DROP, CAPTION_TOKENS = 0.12, 32
+CAPTION_DROP, CAPTION_TOKENS = 0.12, 40
 EARLY_WEIGHT, EARLY_FRAMES = 3.0, 48  # the frames that only words can tell
 LONG_SHARE = 0.06  # of the batches: windows up to 30 s
 OPENING_PART = 5  # an opening is so much shorter than a window, and its batch so much larger

@@ -38,6 +38,17 @@ def held_chord(seconds: float) -> np.ndarray:
     return (chord * tremolo + noise).astype(np.float32)
 
 
+def trembling_chord(seconds: float) -> np.ndarray:
+    """The same, coarsely coded: every partial trembles at a rate of its own."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    partials = (110, 220, 277, 330, 440, 660, 1_320, 1_760, 2_640, 3_520, 5_000)
+    chord = sum(
+        0.05 * (1 + 0.5 * np.sin(2 * np.pi * (6 + 0.7 * i) * t)) * np.sin(2 * np.pi * hz * t)
+        for i, hz in enumerate(partials)
+    )
+    return (chord + np.random.default_rng(0).normal(0, 4e-3, t.shape)).astype(np.float32)
+
+
 def pad(seconds: float) -> np.ndarray:
     """A pad that was asked for: detuned voices that beat, and breath."""
     t = np.arange(round(seconds * RATE)) / RATE
@@ -83,6 +94,10 @@ def test_held_chord_is_stuck_and_a_pad_that_moves_is_not():
     assert found(melody(3), held_chord(7)).stuck == pytest.approx(0.7, abs=0.05)
     assert found(melody(3), held_chord(7)).unusable
     assert found(pad(8)).stuck == 0
+
+
+def test_chord_that_only_trembles_is_stuck():
+    assert found(melody(3), trembling_chord(6)).stuck == pytest.approx(0.67, abs=0.05)
 
 
 def test_clipping_is_a_run_at_full_scale():
