@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU is needed for, in one command: the tests, the bench, a profile of one step.
 #
-#   tests/gpu/run.sh                  all of it, about 200 s on an H100
+#   tests/gpu/run.sh                  all of it, at most 250 s on an H100
 #   STEPS="bench" tests/gpu/run.sh    parts of it: tests, bench, profile
 #   tests/gpu/run.sh --device cpu     a rehearsal in tiny sizes
 #
