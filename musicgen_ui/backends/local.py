@@ -67,6 +67,7 @@ def load_scheduler(source: Source, place: Place, max_jobs: int, say: Say) -> Sch
         codec_device=place.codec_device,
         max_jobs=max_jobs,
         window_s=loaded.window_s,
+        kv_cache_dtype=place.kv_cache_dtype,
     )
 
 
@@ -80,6 +81,7 @@ class EngineOptions(TypedDict, total=False):
     max_jobs: int
     allow_any: bool
     also: Sequence[str]
+    kv_cache_dtype: str
 
 
 class LocalBackend:
@@ -94,10 +96,11 @@ class LocalBackend:
         allow_any: whether any Hub id or folder may be asked for, or only what is on this computer
             or in `also`, as on a public server: nothing is downloaded that the host did not list.
         also: checkpoints that the host lists.
+        kv_cache_dtype: one of `kv_cache.DTYPES`.
         load: makes a `Scheduler` of a source; tests pass their own.
 
     Raises:
-        RequestError: there is no such device or precision here.
+        RequestError: there is no such device, precision or type of the KV cache here.
     """
 
     def __init__(
@@ -109,10 +112,11 @@ class LocalBackend:
         max_jobs: int = 8,
         allow_any: bool = True,
         also: Sequence[str] = (),
+        kv_cache_dtype: str = "auto",
         load: Callable[[Source, Place, int, Say], Scheduler] = load_scheduler,
     ) -> None:
         self._threads: dict[threading.Thread, LoggedJob] = {}  # of the jobs that are not through
-        self.place = devices.choose(device, precision)
+        self.place = devices.choose(device, precision, kv_cache_dtype)
         self.budget_bytes = budget_bytes or devices.budget_bytes(self.place)
         self._allow_any = allow_any
         self._also = tuple(also)

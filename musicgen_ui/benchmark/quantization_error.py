@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from musicgen_ui.backends.local import load_scheduler
-from musicgen_ui.benchmark.runners import GUIDANCE_SCALE
+from musicgen_ui.benchmark.runners import GUIDANCE_SCALE, place_of
 from musicgen_ui.checkpoints.registry import Source
-from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.engine.variation import Variation
 from musicgen_ui.request import GenerationRequest
@@ -41,7 +40,7 @@ class Distance:
 
 
 def measure(source: Source, precision: str, device: str = "cpu", minute_s: float = 60) -> Distance:
-    """The distance of `precision` from float32 on a checkpoint, over `minute_s` of music."""
+    """The distance of a precision from float32 on a checkpoint, over `minute_s` of music."""
     exact, other = (_load(source, each, device) for each in ("float32", precision))
     lengths_s = [minute_s / len(PROMPTS)] * len(PROMPTS)
     found = [
@@ -52,8 +51,7 @@ def measure(source: Source, precision: str, device: str = "cpu", minute_s: float
 
 
 def _load(source: Source, precision: str, device: str) -> Scheduler:
-    place = devices.choose(device, precision)
-    return load_scheduler(source, place, 1, lambda note: None)
+    return load_scheduler(source, place_of(device, precision), 1, lambda note: None)
 
 
 def _take(batch: Scheduler, prompt: str, duration_s: float, seed: int) -> Variation:

@@ -56,8 +56,8 @@ from musicgen_ui.engine import device as devices
 from musicgen_ui.engine.device import Place
 from musicgen_ui.errors import RequestError
 
-PRECISIONS = {  # ours, by device
-    "cuda": ["bfloat16", "float16", "float32"],
+PRECISIONS = {  # ours, by device; see `runners.place_of`
+    "cuda": ["bfloat16", "bfloat16/int8", "float16", "float32"],
     "mps": ["float32"],
     "cpu": ["float32", "int8"],
 }
@@ -78,7 +78,7 @@ Workload = tuple[int, float]  # jobs, duration_s
 class Published(NamedTuple):
     """A row of docs/performance.md, for some candidates."""
 
-    parts: str  # of their names
+    parts: str  # of their names, as `Candidate.called` takes them
     jobs: int
     duration_s: float
     rounds: int = 0  # 0 is all
@@ -96,6 +96,7 @@ PUBLISHED = {  # by device; the first first, where the time does not suffice for
         Published("transformers bfloat16", 1, 10, 1),
         Published("musicgen_ui bfloat16", 1, 10),
         Published("musicgen_ui bfloat16", 32, 30, 1),
+        Published("musicgen_ui bfloat16/int8", 32, 30, 1),
         Published("musicgen_ui bfloat16", 1, 10, 0, "random:medium"),
         Published("musicgen_ui bfloat16", 1, 10, 0, "random:large"),
         Published("musicgen_ui bfloat16", 8, 10),
@@ -118,11 +119,11 @@ class Candidate:
         return "transformers" if self.peer else "musicgen_ui"
 
     def __str__(self) -> str:
-        return f"{self.name} {self.place.precision}"
+        return f"{self.name} {runners.precision_of(self.place)}"
 
     def called(self, parts: str) -> bool:
-        """One of the comma-separated `parts` is in its name."""
-        return any(part in str(self) for part in parts.split(","))
+        """One of the comma-separated `parts`, which are words, is in its name."""
+        return any(f" {part} " in f" {self} " for part in parts.split(",")) or not parts
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +135,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "weights of Meta's sizes) or random:tiny (default %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", help="ours, such as float32,int8 (default: by the device)")
+    parser.add_argument(
+        "--precision",
+        help="ours, such as float32,int8 (default: by the device); "
+        "bfloat16/int8 is bfloat16 with the KV cache in int8",
+    )
     parser.add_argument("--jobs", type=_numbers(int), default=[1], help="together, as 1,4,16")
     parser.add_argument(
         "--durations", type=_numbers(float), default=[10.0], help="in seconds, as 10,30"
@@ -196,7 +201,7 @@ def run(flags: argparse.Namespace) -> list[Row]:
     transformers.logging.disable_progress_bar()
     place = devices.choose(flags.device)
     if flags.profile:
-        return _profile(flags, devices.choose(flags.device, flags.precision or "auto"))
+        return _profile(flags, runners.place_of(flags.device, flags.precision or "auto"))
     chosen = _candidates(place, flags.precision, flags.only)
     rows: list[Row] = []
     try:
@@ -249,7 +254,7 @@ def _profile(flags: argparse.Namespace, place: Place) -> list[Row]:
         bandwidth = machine.bandwidth(place)
         for jobs in flags.jobs:
             runner = runners.EngineRunner(source, place, jobs)
-            read = _bytes_read(_config(source), jobs, duration_s / 2, place.precision)
+            read = _bytes_read(_config(source), jobs, duration_s / 2, place)
             request = request_of(duration_s, 0)
             text += step_profile.measure(runner.batch, request, jobs, read / bandwidth)
             flags.profile.write_text(text, encoding="utf-8")
@@ -261,7 +266,7 @@ def _profile(flags: argparse.Namespace, place: Place) -> list[Row]:
 
 def _distance(flags: argparse.Namespace) -> list[Row]:
     name = "bundled" if flags.checkpoint.startswith("random:") else flags.checkpoint
-    place = devices.choose(flags.device, flags.distance)
+    place = runners.place_of(flags.device, flags.distance)
     found = quantization_error.measure(registry.resolve(name), flags.distance, place.device)
     print(f"{name}, {flags.distance} against float32 on {place.label}: {found}")
     return []
@@ -309,7 +314,7 @@ def _candidates(place: Place, precisions: str | None, only: str) -> list[Candida
     kind = place.device.partition(":")[0]
     ours = precisions.split(",") if precisions else PRECISIONS[kind]
     named = [(True, p) for p in PEER_PRECISIONS[kind]] + [(False, p) for p in ours]
-    every = [Candidate(peer, devices.choose(place.device, p)) for peer, p in named]
+    every = [Candidate(peer, runners.place_of(place.device, p)) for peer, p in named]
     chosen = [c for c in every if c.called(only)]
     if not chosen:
         raise RequestError(
@@ -369,7 +374,7 @@ def _figures(
     ran = runner.run(jobs, duration_s)
     per_s = _steps(config, duration_s) / (ran.wall_s - ran.codec_wait_s)
     mean_s = duration_s / 2  # half of the keys and values, on average
-    floor = bandwidth / _bytes_read(config, jobs, mean_s, candidate.place.precision)
+    floor = bandwidth / _bytes_read(config, jobs, mean_s, candidate.place)
     return {
         "steps_per_s": per_s,
         "real_time_factor": jobs * duration_s / ran.wall_s,
@@ -384,13 +389,14 @@ def _config(source: Source | RandomWeights) -> Configuration:
     return source.config if isinstance(source, RandomWeights) else registry.config_of(source)
 
 
-def _bytes_read(config: Configuration, jobs: int, at_s: float, precision: str) -> float:
+def _bytes_read(config: Configuration, jobs: int, at_s: float, place: Place) -> float:
     """What a step at `at_s` of guided takes must read: weights once, keys and values of each."""
     decoder = config["decoder"]
     columns = 2 * jobs * _steps(config, at_s)  # with guidance
     cached = 2 * columns * decoder["num_hidden_layers"] * decoder["hidden_size"]
-    read: float = _weights_read(decoder) * BYTES_READ[precision] + cached * BYTES_CACHED[precision]
-    return read
+    of_cache = place.precision if place.kv_cache_dtype == "auto" else place.kv_cache_dtype
+    weights: float = _weights_read(decoder) * BYTES_READ[place.precision]
+    return weights + cached * BYTES_CACHED[of_cache]
 
 
 def _steps(config: Configuration, duration_s: float) -> int:
@@ -421,7 +427,7 @@ def _rows(
                 "name": candidate.name,
                 "peer": candidate.peer,
                 "device": candidate.place.label,
-                "precision": candidate.place.precision,
+                "precision": runners.precision_of(candidate.place),
                 "checkpoint": checkpoint,
                 "jobs": jobs,
                 "duration_s": duration_s,

@@ -56,6 +56,22 @@ class RunTimes:
     codec_wait_s: float  # that the decoder's thread spent in the codec; 0 on a GPU, which does both
 
 
+def place_of(device: str, named: str) -> Place:
+    """Where a precision runs; "bfloat16/int8" is bfloat16 with the KV cache in int8.
+
+    Raises:
+        RequestError: there is no such device or precision here.
+    """
+    precision, _, kv_cache_dtype = named.partition("/")
+    return devices.choose(device, precision, kv_cache_dtype or "auto")
+
+
+def precision_of(place: Place) -> str:
+    """What `place_of` takes."""
+    named = {"auto": place.precision}
+    return named.get(place.kv_cache_dtype, f"{place.precision}/{place.kv_cache_dtype}")
+
+
 class Runner(Protocol):
     """A loaded candidate."""
 
@@ -305,6 +321,7 @@ class RandomWeights:
             precision=place.precision,
             codec_device=place.codec_device,
             max_jobs=max_jobs,
+            kv_cache_dtype=place.kv_cache_dtype,
         )
 
     def loaded(self, device: str, dtype: torch.dtype, streamed: bool = False) -> registry.Loaded:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import EncodecConfig, PreTrainedModel
 
 from musicgen_ui.engine.codec_layers import Past, Precision, assemble, through
+from musicgen_ui.engine.device import side_stream
 from musicgen_ui.engine.finite import require_finite, require_finite_weight
 from musicgen_ui.errors import RequestError
 
@@ -107,7 +108,7 @@ class Codec:
     @functools.cached_property
     def side(self) -> torch.cuda.Stream | None:
         """Where audio is decoded beside the decoder's steps; None off CUDA."""
-        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        return side_stream(self.device)
 
 
 class CodecStream:

@@ -18,8 +18,9 @@ a negative weight (`style.double_guided`).
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from musicgen_ui.audio.clip import Chroma
 from musicgen_ui.engine import faults
-from musicgen_ui.engine.device import copy_weights
+from musicgen_ui.engine.device import copy_weights, keep_for_this_stream, moved
 from musicgen_ui.engine.finite import require_finite
 from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, LoraStore, RowAdapters
 from musicgen_ui.engine.melody import ChromaExtractor, MelodyEncoder
@@ -101,6 +102,7 @@ class Conditioner:
         self.style = style  # None where it is not conditioned on a clip's style
         self.states = lru_cache(maxsize=64)(self._encode)  # prompts are often repeated
         self._adapters: LoraStore | None = None
+        self._tokenizing = threading.Lock()  # tokenizers are for one thread at a time
 
     @classmethod
     def of(
@@ -109,6 +111,7 @@ class Conditioner:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         extractor: Mapping[str, object] | None,
+        precision: str = "float32",
     ) -> Conditioner:
         """Takes over the modules that a model has before its decoder.
 
@@ -117,24 +120,30 @@ class Conditioner:
             tokenizer: of the checkpoint.
             device: where to run.
             extractor: the feature extractor's configuration, of a melody checkpoint.
+            precision: of the decoder; the text encoder takes up bfloat16, while T5 overflows in
+                float16 and is float32 there.
 
         Raises:
             RequestError: a weight is NaN or infinite.
         """
 
-        def moved(name: str) -> Any:  # torch's stubs know nothing of a module's parts
+        def part(name: str, dtype: torch.dtype = torch.float32) -> Any:  # whatever it is
             module = getattr(model, name, None)  # a projection is only there where widths differ
             require_finite(module, name)
             copy_weights(module)
-            return None if module is None else module.to(device)
+            return None if module is None else module.to(device, dtype)
 
         length, melody, style = getattr(model.config, "chroma_length", None), None, None
-        if encoder := moved("style"):
-            style = StyleConditioner(encoder, moved("audio_enc_to_dec_proj"))
+        if encoder := part("style"):
+            style = StyleConditioner(encoder, part("audio_enc_to_dec_proj"))
         elif length is not None:
             chroma = ChromaExtractor.of(extractor or {})
-            melody = MelodyEncoder(moved("audio_enc_to_dec_proj"), length, chroma)
-        return cls(moved("text_encoder"), moved("enc_to_dec_proj"), tokenizer, melody, style)
+            melody = MelodyEncoder(part("audio_enc_to_dec_proj"), length, chroma)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        text_encoder, projection = (
+            part(name, dtype) for name in ("text_encoder", "enc_to_dec_proj")
+        )
+        return cls(text_encoder, projection, tokenizer, melody, style)
 
     @property
     def prefixed(self) -> bool:
@@ -200,6 +209,8 @@ class Conditioner:
         states = [self.states(text, adapter) for text, _ in prompts]
         if guided:
             states.append(self.states(request.negative_prompt, adapter))
+        for of_row in states:
+            keep_for_this_stream(of_row)
         if self.prefixed:
             cond, uncond = self._audio_states(request, start_s, adapter)
             states = _prefixes([cond] * len(prompts) + [uncond] * guided, states)
@@ -229,8 +240,12 @@ class Conditioner:
         cond = self.style.states(request, adapter)
         return cond, torch.zeros_like(cond)
 
-    def prepare(self, request: GenerationRequest) -> None:
+    def prepare(self, request: GenerationRequest, texts: bool = False) -> None:
         """Computes what takes long and is kept for `conditions`; on any thread.
+
+        Args:
+            request: whose style clip is encoded.
+            texts: whether its texts are encoded too, unless an adapter changes them.
 
         Raises:
             RequestError: the checkpoint has fewer style codebooks than asked for.
@@ -239,6 +254,11 @@ class Conditioner:
             self.style.tokens(request)
         if self.melody:
             self.melody.prepare(request)
+        if texts and not request.adapter:
+            # `conditions` comes upon the same error, where it is known what to do.
+            with contextlib.suppress(Exception):
+                for text in (*request.texts, request.negative_prompt):
+                    self.states(text, None)
 
     def chroma(self, request: GenerationRequest) -> Chroma | None:
         """Melody and chords over the whole of the new music; None without them."""
@@ -252,7 +272,7 @@ class Conditioner:
         tokens = self._tokens(prompt)
         if not tokens:
             return None
-        ids = torch.tensor([tokens], device=self.text_encoder.device)
+        ids = moved(torch.tensor([tokens]), self.text_encoder.device)
         states: Tensor = self.text_encoder(input_ids=ids)[0][0]
         if self.projection is None:
             return states
@@ -267,8 +287,9 @@ class Conditioner:
         """
         if len(self._tokens(prompt, truncate=False)) <= MAX_TOKENS:
             return None
-        with _tokenizer_errors():
-            used = self.tokenizer.decode(self._tokens(prompt), skip_special_tokens=True)
+        tokens = self._tokens(prompt)
+        with self._tokenizing, _tokenizer_errors():
+            used = self.tokenizer.decode(tokens, skip_special_tokens=True)
             words = str(used).split()
         return " ".join(words[-3:])
 
@@ -279,7 +300,7 @@ class Conditioner:
             RequestError: the tokenizer fails on it, or is not that of the text encoder.
         """
         limit = {"max_length": MAX_TOKENS} if truncate else {}
-        with _tokenizer_errors():
+        with self._tokenizing, _tokenizer_errors():
             tokens: list[int] = self.tokenizer(prompt, truncation=truncate, **limit).input_ids
         if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:  # a GPU would fail
             raise RequestError(
@@ -307,7 +328,7 @@ def _prefixes(audio: list[Tensor], states: list[Tensor | None]) -> list[Tensor |
     return rows
 
 
-@contextmanager
+@contextlib.contextmanager
 def _tokenizer_errors() -> Iterator[None]:
     """Raises a sentence for whatever a tokenizer raises on a prompt, a panic in Rust included."""
     try:

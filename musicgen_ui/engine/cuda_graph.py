@@ -13,6 +13,10 @@ Elsewhere, and for variations with an adapter, it is plain torch, some 25 launch
 attention reads a fixed number of positions, so that graph is captured for a few lengths too. Off
 CUDA, or with `capture` off, the same functions run uncaptured.
 
+An audio prompt, and what else is known of a variation's columns, is taken in on a stream of its
+own, and it is stepped once that is done: the steps of the others do not wait for it. Slots that are
+not ready write their keys and values at the position after the known ones, so the two do not meet.
+
 A slot has two rows, cond and uncond. A variation that mixes several prompts needs more, so it is
 stepped by an `EagerStepper` while it does; its slot waits for it.
 
@@ -22,12 +26,13 @@ gpt-fast (PyTorch).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +42,7 @@ from torch import Tensor
 from musicgen_ui.engine import faults, sampling
 from musicgen_ui.engine.conditioning import Conditions
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
+from musicgen_ui.engine.device import side_stream
 from musicgen_ui.engine.gpu.slots import ROWS, TEXT_TOKENS, Slots
 from musicgen_ui.engine.lora import AppliedAdapter, RowAdapters
 from musicgen_ui.engine.sampling import SamplingParams
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # variations that a graph steps
 GRAPH_LENGTHS = (256, 512, 1024, 1536)  # positions that a graph of plain torch attends to
+FIRST_ROOM = GRAPH_LENGTHS[1]  # positions that KV caches have room for until more are needed
 PREFIX_POSITIONS = 768  # more in a melody checkpoint: 235 of chroma and a prompt's tokens
 STEPS_AHEAD = 8  # that the host may be ahead of the device
 
@@ -61,7 +68,7 @@ class CudaGraphStepper:
     Args:
         decoder: on the device where it will run, in a floating precision.
         slots: variations at once; the buffers for all of them are allocated here.
-        positions: the longest variation's columns.
+        positions: the longest variation's columns; the KV caches grow up to them when one needs it.
         capture: whether to capture graphs; only CUDA can.
         triton: whether to step with Triton's kernels; None does where CUDA and Triton are.
     """
@@ -85,9 +92,12 @@ class CudaGraphStepper:
         self._stepped: list[int] = []  # slots that are marked ready
         self._graphs: dict[tuple[int, int], Callable[[], object]] = {}
         self._pool: Any = None  # the memory of all graphs; its class is private to torch
+        self.side = side_stream(decoder.device)  # of encoders and prefills; None off CUDA
+        self._prefilled: dict[Variation, torch.cuda.Event] = {}  # those that steps know nothing of
         self._launched: deque[torch.cuda.Event] = deque()  # an event for each unfinished step
         with torch.inference_mode():
-            self.slots = Slots.of(decoder, slots, positions, self.positions)
+            self.room = min(FIRST_ROOM, self.positions)  # positions in the KV caches
+            self.slots = Slots.of(decoder, slots, positions, self.room)
             self.triton = self._triton_step(triton)
 
     def _triton_step(self, triton: bool | None) -> TritonStep | None:
@@ -100,10 +110,11 @@ class CudaGraphStepper:
 
     @staticmethod
     def slot_nbytes(decoder: Decoder, positions: int = GRAPH_LENGTHS[-1]) -> int:
-        """Bytes that a slot takes, nearly: its KV cache and its prompt's keys and values."""
-        text = PREFIX_POSITIONS if decoder.prefixed else TEXT_TOKENS[0]
-        numbers = 2 * ROWS * (positions + text) * decoder.heads * decoder.head_dim
-        return numbers * len(decoder.layers) * decoder.dtype.itemsize
+        """Bytes that a slot takes at most, nearly: its KV cache, its prompt's keys and values."""
+        positions += PREFIX_POSITIONS * decoder.prefixed
+        tokens = 0 if decoder.prefixed else TEXT_TOKENS[0]
+        token = 2 * len(decoder.layers) * decoder.heads * decoder.head_dim * decoder.dtype.itemsize
+        return ROWS * (positions * decoder.kv_position_nbytes + tokens * token)
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +127,9 @@ class CudaGraphStepper:
 
         Its sampling parameters are those of its request until `set_sampling` changes them.
         """
+        self._wait_for_prefills([variation])
+        prefix = self.decoder.prefix_length(conditions.states)
+        self._make_room(prefix + variation.window.positions)
         state, slots = self._states.get(variation), self.slots
         slot = self._slot[variation] if state else min(self._free)
         params = state.sampling if state else SamplingParams.of(variation.request)
@@ -141,12 +155,33 @@ class CudaGraphStepper:
         self._slot[variation] = slot  # at last: one for which there was no memory has no slot
         self._free.discard(slot)
 
+    def _make_room(self, positions: int) -> None:
+        """Lengthens the KV caches where a variation has more positions than they have room for.
+
+        One that mixes prompts too, since a graph writes to the slots of those as well.
+        """
+        if positions <= self.room:
+            return
+        room = _at_least(GRAPH_LENGTHS, positions, self.positions)
+        self._wait_for_prefills(list(self._prefilled))
+        self._graphs.clear()  # they use the old memory
+        try:
+            for cache in self.slots.caches:  # one by one: the memory of each is free then
+                cache.lengthen(room)
+        finally:  # where there was no memory for all of them, too
+            for variation, slot in self._slot.items():
+                if variation not in self._eager.states:
+                    sequence = variation.slot.sequence
+                    sequence.caches = self.slots.views(slot, sequence.rows)
+        self.room = room
+
     @torch.inference_mode()
     def set_conditions(self, variation: Variation, conditions: Conditions) -> None:
         """Conditions the variation's columns from the next one on; not for a melody checkpoint.
 
         Rows may come and go; see `Conditions.sources` for the past of a new one.
         """
+        self._wait_for_prefills([variation])
         state, slot = self._states[variation], self._slot[variation]
         before, state.conditions = state.conditions, conditions
         if conditions.names != before.names:
@@ -192,6 +227,7 @@ class CudaGraphStepper:
     @torch.inference_mode()
     def release(self, variation: Variation) -> None:
         """Frees the slot of a variation that has ended."""
+        self._wait_for_prefills([variation])
         slot = self._slot.pop(variation)
         del self._states[variation]
         self._eager.states.pop(variation, None)
@@ -199,9 +235,41 @@ class CudaGraphStepper:
         variation.window.columns = variation.window.columns.clone()
         self._free.add(slot)
 
+    def prefill(self, variation: Variation, most_positions: int) -> None:
+        """Takes in so much of what is left of its prefix, else of its known columns."""
+        with self._beside(variation):
+            self._eager.prefill(variation, most_positions)
+
+    @contextlib.contextmanager
+    def _beside(self, variation: Variation) -> Iterator[None]:
+        """What is launched within runs beside steps that do not know of it, after those before."""
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.decoder.device))
+        try:
+            with torch.cuda.stream(self.side):
+                yield
+        finally:  # after an error too: what was launched uses memory that is freed then
+            self._prefilled[variation] = done = torch.cuda.Event()
+            done.record(self.side)
+
+    def _wait_for_prefills(self, variations: list[Variation]) -> None:
+        """Lets what is launched from now on wait for the prefills of these variations."""
+        for variation in variations:
+            if done := self._prefilled.pop(variation, None):
+                torch.cuda.current_stream(self.decoder.device).wait_event(done)
+
+    def steppable(self, variations: list[Variation]) -> list[Variation]:
+        """Those that a step need not wait for; all where there is nothing else to step."""
+        pending = self._prefilled
+        done = [each for each in variations if each not in pending or pending[each].query()]
+        return done or variations
+
     @torch.inference_mode()
     def step(self, variations: list[Variation]) -> None:
         """Writes the next column of every variation."""
+        self._wait_for_prefills(variations)
         # The eager stepper first: it may find no memory, and no slot has moved on then.
         if mixing := [each for each in variations if each in self._eager.states]:
             self._eager.step(mixing)
@@ -211,12 +279,12 @@ class CudaGraphStepper:
     def _step_slots(self, variations: list[Variation]) -> None:
         slots = sorted(self._slot[each] for each in variations)
         if slots != self._stepped:
+            for slot in {*slots} ^ {*self._stepped}:  # one by one: a list would be sent over, and
+                self.slots.ready[slot] = slot in slots  # the host would wait for the device
             self._stepped = slots
-            self.slots.ready.zero_()
-            self.slots.ready[slots] = True
         size = _at_least(GRAPH_SIZES, 1 + slots[-1], len(self.slots.at))
         filled = max(each.slot.sequence.filled for each in variations)
-        length = _at_least(GRAPH_LENGTHS, 1 + filled, self.positions)
+        length = _at_least(GRAPH_LENGTHS, 1 + filled, self.room)
         adapters = [(self._slot[each], each.adapter) for each in variations if each.adapter]
         if adapters:  # not captured: every mix of adapters would need a graph
             self._torch_step(size, length, adapters)
@@ -299,7 +367,7 @@ class CudaGraphStepper:
                 self.triton = None
                 self._graphs.clear()
         if self.capture and not self.triton:
-            for length in sorted({*GRAPH_LENGTHS, self.positions}):
+            for length in sorted({min(length, self.room) for length in GRAPH_LENGTHS}):
                 self._graph(1, length)
 
     def _torch_step(
@@ -327,10 +395,8 @@ class CudaGraphStepper:
         def attend_self(index: int, qkv: Tensor) -> Tensor:
             q, k, v = qkv.view(-1, 3, decoder.heads, decoder.head_dim).unbind(1)
             cache = buffers.caches[index]
-            cache.keys[rows, :, row_positions] = k
-            cache.values[rows, :, row_positions] = v
-            keys = cache.keys[: len(rows), :, :length]
-            values = cache.values[: len(rows), :, :length]
+            cache.write((rows, slice(None), row_positions), k, v)
+            keys, values = cache.read(slice(len(rows)), length)
             return _attend(q, keys, values, filled)  # filled: [rows, length]
 
         def attend_text(index: int, query: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ silence on MPS (reported in audiocraft's pull request 612), so the codec stays o
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 from musicgen_ui import heap
+from musicgen_ui.engine.kv_cache import DTYPES
 from musicgen_ui.engine.linear import PRECISIONS
 from musicgen_ui.errors import RequestError
 
@@ -27,6 +30,9 @@ _RAM_SHARE = 0.6  # of the computer's memory; the rest is for the system and the
 GROUPS, PROCESS_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux cgroups
 
 
+_Result = TypeVar("_Result")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where models run and how."""
@@ -36,6 +42,7 @@ class Place:
     precision: str  # one of `linear.PRECISIONS`
     label: str  # the device's name, for users
     reason: str = ""  # why it is not the usual precision, for users
+    kv_cache_dtype: str = "auto"  # one of `kv_cache.DTYPES`
 
     @property
     def bytes_a_weight(self) -> float:
@@ -43,11 +50,11 @@ class Place:
         return BYTES_A_WEIGHT[self.precision]
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Place:
+def choose(device: str = "auto", precision: str = "auto", kv_cache_dtype: str = "auto") -> Place:
     """The place that `device` and `precision` name; "auto" takes the best of this computer.
 
     Raises:
-        RequestError: there is no such device or precision here.
+        RequestError: there is no such device, precision or type of the KV cache here.
     """
     kind = _kind(device)
     device = kind if device == "auto" else device
@@ -58,8 +65,12 @@ def choose(device: str = "auto", precision: str = "auto") -> Place:
         raise RequestError(f'There is no precision "{precision}": choose {", ".join(PRECISIONS)}.')
     if precision == "int8" and kind != "cpu":
         raise RequestError("int8 runs on the CPU alone: choose bfloat16 or float16.")
+    if kv_cache_dtype not in DTYPES:
+        raise RequestError(
+            f'The KV cache cannot be "{kv_cache_dtype}": choose {", ".join(DTYPES)}.'
+        )
     codec_device = "cpu" if kind == "mps" else device
-    return Place(device, codec_device, precision, _label(device), reason)
+    return Place(device, codec_device, precision, _label(device), reason, kv_cache_dtype)
 
 
 def _kind(device: str) -> str:
@@ -195,6 +206,50 @@ def copy_weights(module: torch.nn.Module | None) -> None:
     """Copies weights out of the file that they are mapped from, so that it can be unmapped."""
     for weight in module.parameters() if module else ():
         weight.data = weight.data.clone()
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for work beside the decoder's steps; None off CUDA, where there are none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`; the host does not wait for what CUDA has to do before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def keep_for_this_stream(tensor: torch.Tensor | None) -> None:
+    """Keeps the memory of another stream's tensor until the work of this one on it is done."""
+    if tensor is not None and tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+class SideThread:
+    """Work beside the decoder's steps, of any thread: on a single thread and a stream.
+
+    A single thread, as cuBLAS has a workspace for each (32 MB on an H100).
+
+    Args:
+        stream: of `side_stream`; None runs the work where it is asked for.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self._thread = ThreadPoolExecutor(1, "musicgen-encoder") if stream else None
+
+    def run(self, work: Callable[[], _Result]) -> _Result:
+        """The work's result, once the device has it too; raises what the work raises."""
+        return self._thread.submit(self._run, work).result() if self._thread else work()
+
+    def _run(self, work: Callable[[], _Result]) -> _Result:
+        with torch.cuda.stream(self.stream):
+            result = work()
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        done.synchronize()
+        return result
 
 
 def synchronize(device: torch.device | str) -> None:

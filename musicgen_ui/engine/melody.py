@@ -29,6 +29,7 @@ from transformers.audio_utils import chroma_filter_bank
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.chords import PITCH_CLASSES
 from musicgen_ui.audio.clip import Chroma, Clip
+from musicgen_ui.engine.device import moved
 from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, RowAdapters
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -195,5 +196,5 @@ class MelodyEncoder:
             return columns
         weight = next(self.projection.parameters())
         adapters = RowAdapters.of([(adapter, len(columns))])
-        chroma = columns.to(weight)
+        chroma = moved(columns, weight.device).to(weight)
         return adapters.product(NO_LAYER, "audio_enc_to_dec_proj", self.projection, chroma)

@@ -66,19 +66,21 @@ class SamplingTensors:
         cls, params: Sequence[SamplingParams], codebook_size: int, device: torch.device
     ) -> SamplingTensors:
         """Gathers the parameters of several variations on `device`."""
-        top_k = [min(p.top_k or codebook_size, codebook_size) for p in params]
+        values = [_values(p, codebook_size) for p in params]
+        top_k = {each["top_k"] for each in values}
 
-        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            numbers = [each[name] for each in values]
+            return torch.tensor(numbers, dtype=dtype, device=device).view(-1, 1, 1)
 
         return cls(
-            guidance_scale=column([p.guidance_scale for p in params]),
-            temperature=column([p.temperature for p in params]),
-            top_k=column(top_k, torch.int64),
-            top_p=column([p.top_p or 1.0 for p in params]),
-            greedy=column([not p.do_sample for p in params], torch.bool).squeeze(-1),
-            max_top_k=max(top_k),
-            same_top_k=len(set(top_k)) == 1,
+            guidance_scale=column("guidance_scale"),
+            temperature=column("temperature"),
+            top_k=column("top_k", torch.int64),
+            top_p=column("top_p"),
+            greedy=column("greedy", torch.bool).squeeze(-1),
+            max_top_k=int(max(top_k)),
+            same_top_k=len(top_k) == 1,
             any_top_p=any(0 < p.top_p < 1 for p in params),
             any_sampled=any(p.do_sample for p in params),
             any_greedy=not all(p.do_sample for p in params),
@@ -95,10 +97,20 @@ class SamplingTensors:
         return replace(self, **views)  # type: ignore[arg-type]
 
     def write(self, variation: int, params: SamplingParams) -> None:
-        """Writes the parameters of one variation into the tensors, in place."""
-        other = SamplingTensors.of([params], self.max_top_k, self.greedy.device)
-        for name, tensor in self._tensors.items():
-            tensor[variation] = other._tensors[name][0]
+        """Writes the parameters of one variation, in place, without a wait for the device."""
+        for name, value in _values(params, self.max_top_k).items():
+            self._tensors[name][variation] = value
+
+
+def _values(params: SamplingParams, codebook_size: int) -> dict[str, float]:
+    """The parameters of a variation as the tensors hold them."""
+    return {
+        "guidance_scale": params.guidance_scale,
+        "temperature": params.temperature,
+        "top_k": min(params.top_k or codebook_size, codebook_size),
+        "top_p": params.top_p or 1.0,
+        "greedy": not params.do_sample,
+    }
 
 
 def mix(logits: Tensor, weights: Sequence[float]) -> Tensor:

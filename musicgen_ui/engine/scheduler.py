@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 import traceback
@@ -31,7 +32,7 @@ from musicgen_ui.engine.code_window import bounded_window_s
 from musicgen_ui.engine.codec import Codec
 from musicgen_ui.engine.conditioning import Conditioner, Conditions
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
-from musicgen_ui.engine.device import THREADS, copy_weights, threads_for
+from musicgen_ui.engine.device import THREADS, SideThread, copy_weights, threads_for
 from musicgen_ui.engine.job import LoggedJob, empty_take
 from musicgen_ui.engine.job_queue import JobQueue
 from musicgen_ui.engine.live import LiveVariation
@@ -73,6 +74,7 @@ class Scheduler:
         graphs: whether steps go through `CudaGraphStepper`; None is on CUDA alone.
         extractor: the feature extractor's configuration, of a melody checkpoint.
         window_s: the length of the decoder's training examples.
+        kv_cache_dtype: see `kv_cache.DTYPES`.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Scheduler:
         graphs: bool | None = None,
         extractor: Mapping[str, object] | None = None,
         window_s: float = WINDOW_S,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.checkpoint = checkpoint
         self.window_s = window_s
@@ -103,8 +106,8 @@ class Scheduler:
             precision="float32" if precision == "float32" else "int16",
             release=True,
         )
-        self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor)
-        self.decoder = Decoder(model.decoder, self.device, precision)
+        self.conditioner = Conditioner.of(model, tokenizer, self.device, extractor, precision)
+        self.decoder = Decoder(model.decoder, self.device, precision, kv_cache_dtype)
         on_cpu = self.device.type == "cpu"
         self.threads = threads_for(self.decoder.nbytes) if on_cpu else THREADS
         self.adapters = LoraStore(
@@ -122,6 +125,7 @@ class Scheduler:
             self.stepper.warm_up()
         elif precision == "int8":
             self._compile()
+        self._encoder = SideThread(self.stepper.side)
         self.queue = JobQueue()
         self.running: list[Variation] = []
         self._places = self.max_jobs
@@ -170,15 +174,15 @@ class Scheduler:
 
     def encode(self, request: GenerationRequest) -> AudioPrompt | None:
         """The request's audio prompt for `add`; the style of its clip is computed here too."""
+        return self._encoder.run(functools.partial(self._encode, request))
+
+    def _encode(self, request: GenerationRequest) -> AudioPrompt | None:
         torch.set_num_threads(self.threads)
-        self.conditioner.prepare(request)
+        self.conditioner.prepare(request, texts=self._encoder.stream is not None)
         if request.audio_prompt is None:
             return None
-        return AudioPrompt.of(
-            request.audio_prompt,
-            request.context_used_s(bounded_window_s(self.window_s)),
-            self.codec,
-        )
+        context_s = request.context_used_s(bounded_window_s(self.window_s))
+        return AudioPrompt.of(request.audio_prompt, context_s, self.codec)
 
     def add(self, job: LoggedJob, prompt: AudioPrompt | None) -> None:
         """Queues every variation of a job, unless it was stopped before."""
@@ -304,14 +308,13 @@ class Scheduler:
             if variation.prefilled:
                 continue
             with self._failing_alone(variation):
-                window = variation.window
-                known = window.columns[:, : window.written]
-                self.decoder.prefill(variation.slot.sequence, known, PREFILL_COLUMNS)
+                self.stepper.prefill(variation, PREFILL_COLUMNS)
             return
 
     def _advance(self) -> list[Variation]:
         """Writes the next column of every variation that is ready for it; which they are."""
         ready = [each for each in self.running if each.ready and not each.waits]
+        ready = self.stepper.steppable(ready)
         if not ready:
             return ready
         try:

@@ -33,6 +33,7 @@ class EagerStepper:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.side = None  # there is nothing beside the steps
         self.states: dict[Variation, VariationState] = {}
         self._gathered: tuple[list[SamplingParams], SamplingTensors] | None = None  # last step's
 
@@ -78,6 +79,16 @@ class EagerStepper:
         """Frees the KV cache of a variation that has ended."""
         self.states.pop(variation, None)
         variation.slot.sequence.caches.clear()
+
+    def prefill(self, variation: Variation, most_positions: int) -> None:
+        """Takes in so much of what is left of its prefix, else of its known columns."""
+        window = variation.window
+        known = window.columns[:, : window.written]
+        self.decoder.prefill(variation.slot.sequence, known, most_positions)
+
+    def steppable(self, variations: list[Variation]) -> list[Variation]:
+        """Those that a step need not wait for."""
+        return variations
 
     @torch.inference_mode()
     def step(self, variations: list[Variation]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from musicgen_ui.audio import clip as audio
 from musicgen_ui.audio.clip import Clip
+from musicgen_ui.engine.device import keep_for_this_stream
 from musicgen_ui.engine.lora import NO_LAYER, AppliedAdapter, RowAdapters
 from musicgen_ui.errors import RequestError
 from musicgen_ui.request import GenerationRequest
@@ -198,7 +199,9 @@ class StyleConditioner:
         weight = next(self.projection.parameters())
         if request.style is None:
             return weight.new_zeros(1, len(weight))
-        tokens = self.tokens(request).to(weight)
+        tokens = self.tokens(request)
+        keep_for_this_stream(tokens)
+        tokens = tokens.to(weight)
         adapters = RowAdapters.of([(adapter, len(tokens))])
         return adapters.product(NO_LAYER, "audio_enc_to_dec_proj", self.projection, tokens)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from musicgen_ui.engine.finite import require_finite
+from musicgen_ui.engine.kv_cache import FloatCache, QuantizedCache
 from musicgen_ui.engine.linear import Linear, computing_dtype
 from musicgen_ui.engine.lora import NO_ADAPTERS, NO_LAYER, AppliedAdapter, RowAdapters
 
@@ -51,59 +52,6 @@ DecoderLayer: TypeAlias = "MusicgenDecoderLayer | MusicgenMelodyDecoderLayer"
 Attend: TypeAlias = Callable[[int, Tensor], Tensor]
 TextKV: TypeAlias = "list[tuple[Tensor, Tensor]]"  # a layer: [1, heads, tokens, head_dim] each
 Caches: TypeAlias = "list[FloatCache] | list[Int8Cache]"  # a layer
-
-
-class FloatCache:
-    """The KV cache of a job's rows in one layer, in the computing dtype.
-
-    `keys` and `values` are [rows, heads, positions, head_dim]. int8 on the CPU has `Int8Cache`.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def view(self, rows: slice) -> FloatCache:
-        """Some of the rows, in the same memory."""
-        view = FloatCache.__new__(FloatCache)
-        view.keys, view.values = self.keys[rows], self.values[rows]
-        return view
-
-    def copy_rows(self, other: object, sources: list[int], filled: int) -> None:
-        """Copies the filled positions of `other`'s row `sources[i]` to row i."""
-        assert isinstance(other, FloatCache)
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            mine[:, :, :filled] = theirs[:, :, :filled][sources]
-
-    def attend(self, qkv: Tensor, start: int) -> Tensor:
-        """Appends the keys and values of new columns; each column attends to all up to itself.
-
-        Args:
-            qkv: [rows, columns, 3, heads, head_dim].
-            start: positions filled before.
-
-        Returns:
-            [rows, columns, heads · head_dim].
-        """
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [rows, heads, columns, head_dim]
-        n = q.shape[2]
-        end = start + n
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
-        mask = None if n == 1 else _causal_mask(n, start, q.device)
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return out.transpose(1, 2).flatten(2)
-
-
-def _causal_mask(n: int, start: int, device: torch.device) -> Tensor:
-    """bool [n, start + n]: the positions that each of n columns attends to."""
-    return torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start)
 
 
 @dataclass(frozen=True)
@@ -200,15 +148,23 @@ class Decoder:
         lm: transformers' decoder; its layers' weights may be released as they are packed.
         device: where to run.
         precision: see `linear.PRECISIONS`.
+        kv_cache_dtype: see `kv_cache.DTYPES`; in precision "int8" it is int8 in any case.
 
     Raises:
         RequestError: a weight is NaN, infinite or too large for the precision.
     """
 
-    def __init__(self, lm: LanguageModel, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        device: torch.device,
+        precision: str,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         config = lm.config
         self.device = device
         self.precision = precision
+        self.kv_cache_dtype = kv_cache_dtype
         self.dtype = computing_dtype(precision)
         self.heads: int = config.num_attention_heads
         self.head_dim: int = config.hidden_size // config.num_attention_heads
@@ -279,8 +235,13 @@ class Decoder:
             text = [self.text_kv(states, adapter) for states in conditions]
         positions = prefix.shape[1] + columns
         self.reserve(positions)
-        caches = caches or self._new_caches(rows, positions)
+        caches = caches or self.new_caches(rows, positions)
         return Sequence(caches, text, prefix, positions, -prefix.shape[1], adapter)
+
+    def prefix_length(self, conditions: list[Tensor | None]) -> int:
+        """Positions before the first column of a `sequence` with these states."""
+        lengths = [len(states) for states in conditions if states is not None]
+        return max(lengths, default=0) * self.prefixed
 
     @torch.inference_mode()
     def change_conditions(
@@ -303,7 +264,7 @@ class Decoder:
                 it where the rows change.
         """
         if caches or sources != list(range(sequence.rows)):
-            caches = caches or self._new_caches(len(sources), sequence.positions)
+            caches = caches or self.new_caches(len(sources), sequence.positions)
             for layer in range(len(caches)):
                 caches[layer].copy_rows(sequence.caches[layer], sources, sequence.filled)
             sequence.caches = caches
@@ -316,13 +277,23 @@ class Decoder:
         if positions > len(self.positions):
             self.positions = self._sinusoids(positions)
 
-    def _new_caches(self, rows: int, positions: int) -> Caches:
+    def new_caches(self, rows: int, positions: int) -> Caches:
+        """Memory for the KV cache of so many rows and positions, uninitialised."""
         shape = (rows, self.heads, positions, self.head_dim)
         if self.precision == "int8":
             from musicgen_ui.engine.cpu.int8 import Int8Cache
 
             return Int8Cache.of_layers(len(self.layers), shape)
-        return [FloatCache(shape, self.dtype, self.device) for _ in self.layers]
+        kind = QuantizedCache if self.kv_cache_dtype == "int8" else FloatCache
+        return [kind.empty(shape, self.dtype, self.device) for _ in self.layers]
+
+    @property
+    def kv_position_nbytes(self) -> int:
+        """Bytes of a row's keys and values of one position, of all layers."""
+        head = self.head_dim * self.dtype.itemsize
+        if self.kv_cache_dtype == "int8" or self.precision == "int8":
+            head = self.head_dim + torch.float32.itemsize
+        return 2 * len(self.layers) * self.heads * head
 
     def text_kv(
         self, states: Tensor | None, adapter: AppliedAdapter | None = None

@@ -23,6 +23,7 @@ from musicgen_ui.engine import sampling
 from musicgen_ui.engine.audio_prompt import AudioPrompt
 from musicgen_ui.engine.code_window import CodeWindow
 from musicgen_ui.engine.codec import Codec, Decoding
+from musicgen_ui.engine.device import moved
 from musicgen_ui.engine.faults import NotFiniteError
 from musicgen_ui.engine.job import LoggedJob
 from musicgen_ui.engine.lora import AppliedAdapter
@@ -255,7 +256,7 @@ class Variation:
         prompt = specification.prompt
         codes = prompt.codes if prompt else np.zeros((codebooks, 0), np.int16)
         self._made_frames = 0
-        self._begin(torch.from_numpy(codes).to(device, torch.int64), start_token, window_s)
+        self._begin(moved(torch.from_numpy(codes), device).to(torch.int64), start_token, window_s)
         self._text = request.words(self.at_s)
         self._started_s: float | None = None
         self.reported_s = 0.0  # when progress was last reported, on the monotonic clock
@@ -268,7 +269,7 @@ class Variation:
         # Drawn for the whole piece: a code's number depends on its frame and never on the window.
         draws = new_frames + self.window.positions - self.window.window_frames
         device, index = context.device, self.specification.index
-        self.uniforms = sampling.uniforms(request.seed, draws, len(context)).to(device)
+        self.uniforms = moved(sampling.uniforms(request.seed, draws, len(context)), device)
         made = self.job.made
         self.recorder = TakeRecorder(self.window, codec, index, with_codes=made is not None)
         if made and (frames := made.get(index)) is not None:

@@ -45,6 +45,7 @@ def _engine_options(chosen: Settings) -> EngineOptions:
         "max_jobs": chosen.jobs,
         "allow_any": chosen.any_checkpoint,
         "also": chosen.listed_checkpoints,
+        "kv_cache_dtype": chosen.kv_cache_dtype,
     }
 
 

@@ -25,6 +25,7 @@ PREFIX = "MUSICGEN_UI_"
 DEVICES = ("auto", "cuda", "mps", "cpu")
 BACKENDS = ("local", "ray")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+KV_CACHE_DTYPES = ("auto", "int8")
 YEAR_S = 366 * 24 * 3600.0  # the longest time that every timer takes
 LARGE = 1e6
 RAY_DRAIN_S = 20.0  # with the rest of the end less than the 30 s that Kubernetes gives
@@ -147,6 +148,11 @@ class Settings(BaseSettings):
     )
     precision: Annotated[str, AfterValidator(_one_of(PRECISIONS))] = Field(
         "auto", description="auto, float32, bfloat16, float16 or int8"
+    )
+    kv_cache_dtype: Annotated[str, AfterValidator(_one_of(KV_CACHE_DTYPES))] = Field(
+        "auto",
+        description="on GPUs: keys and values of the music so far in the precision, auto, or in "
+        "half of bfloat16's memory, int8, for many takes at once; see docs/performance.md",
     )
     memory_gb: float = Field(
         0.0, ge=0, le=LARGE, description="memory for loaded models in GB; 0 is by the device"

@@ -13,8 +13,9 @@ from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
 from musicgen_ui.engine import linear
 from musicgen_ui.engine.cpu.int8 import Int8Cache
+from musicgen_ui.engine.kv_cache import FloatCache, QuantizedCache
 from musicgen_ui.engine.linear import Linear
-from musicgen_ui.engine.transformer import Decoder, FloatCache
+from musicgen_ui.engine.transformer import Decoder
 from tests.helpers.engine import CPU, made_in_whole_numbers
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +48,13 @@ def test_loud_neighbour_changes_nothing_but_rounding(precision):
     assert (beside - exact).norm() <= 2 * rounding + 1e-4 * exact.norm()
 
 
+@pytest.mark.parametrize("kind", ["cpu", "torch"])
 @pytest.mark.parametrize("columns", [[1] * 9, [5, 1, 1, 2], [130]])
-def test_int8_cache_attends_like_the_float_cache(columns):
+def test_int8_cache_attends_like_the_float_cache(columns, kind):
     shape = (2, 4, sum(columns), 16)
-    exact, (packed,) = FloatCache(shape, torch.float32, CPU), Int8Cache.of_layers(1, shape)
+    exact, (packed,) = FloatCache.empty(shape, torch.float32, CPU), Int8Cache.of_layers(1, shape)
+    if kind == "torch":
+        packed = QuantizedCache.empty(shape, torch.float32, CPU)
     generator, start = torch.Generator().manual_seed(0), 0
     for n in columns:
         qkv = torch.randn(2, n, 3, 4, 16, generator=generator)
@@ -63,7 +67,7 @@ def test_int8_cache_attends_like_the_float_cache(columns):
 def test_int8_cache_holds_a_third_of_the_bytes():
     shape = (2, 16, 1500, 64)
     (packed,) = Int8Cache.of_layers(1, shape)
-    assert packed.nbytes < FloatCache(shape, torch.float32, CPU).nbytes / 3
+    assert packed.nbytes < FloatCache.empty(shape, torch.float32, CPU).nbytes / 3
 
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.0}  # of the logits' own size

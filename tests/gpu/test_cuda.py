@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import MusicgenMelodyForConditionalGeneration
 
-from musicgen_ui.engine import code_window, delay_pattern, faults, variation
+from musicgen_ui.engine import code_window, delay_pattern, faults
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.scheduler import Scheduler
@@ -381,11 +381,10 @@ def test_a_job_that_finds_no_memory_costs_the_other_nothing(tiny_mono, make, exh
     first = GenerationRequest(ROCK, duration_s=1.0, seed=1)
     second = GenerationRequest(PIANO, audio_prompt=noise(0.5), duration_s=0.5, seed=2)
     expected = [alone(make(tiny_mono), request) for request in (first, second)]
-    owner = batch.decoder if place == "prefill" else batch.stepper
-    begin, refused = getattr(owner, place), []
+    begin, refused = getattr(batch.stepper, place), []
 
     def small(*args: Any, **options: Any) -> Any:
-        short = len(callers) == 2 and running(batch, 1) and touches(batch, args, 2)
+        short = len(callers) == 2 and running(batch, 1) and touches(args, 2)
         with exhausted() if short else contextlib.nullcontext():
             try:
                 return begin(*args, **options)
@@ -397,7 +396,7 @@ def test_a_job_that_finds_no_memory_costs_the_other_nothing(tiny_mono, make, exh
     finish(batch, lambda: running(batch, 1))
     for _ in range(3):
         batch.step()
-    setattr(owner, place, small)
+    setattr(batch.stepper, place, small)
     callers.append(Caller(batch, second))
     finish(batch)
     assert refused
@@ -412,16 +411,10 @@ def running(batch: Scheduler, seed: int) -> bool:
     return any(job.request.seed == seed for job in batch.running)
 
 
-def touches(batch: Scheduler, args: tuple, seed: int) -> bool:
-    """Whether a call of the stepper or the decoder is about the job of this seed."""
+def touches(args: tuple, seed: int) -> bool:
+    """Whether a call of the stepper is about the job of this seed."""
     jobs = args[0] if isinstance(args[0], list) else [args[0]]
-    for each in jobs:
-        if isinstance(each, variation.Variation) and each.request.seed == seed:
-            return True
-        own = [j for j in batch.running if getattr(j, "sequence", None) is each]
-        if own and own[0].request.seed == seed:
-            return True
-    return False
+    return any(job.request.seed == seed for job in jobs)
 
 
 def test_a_model_that_finds_no_memory_costs_the_one_in_use_nothing(tiny_mono, make, exhausted):

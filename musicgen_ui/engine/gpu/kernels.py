@@ -110,12 +110,12 @@ def linear(
     keys_ptr,  # [rows, heads, positions, head_dim], with CACHE
     values_ptr,  # the same
     length_ptr,  # int32 [rows], with CACHE: positions filled, this one included
+    positions,  # that the cache has room for
     inputs: tl.constexpr,
     outputs: tl.constexpr,
     rows: tl.constexpr,
     heads: tl.constexpr,
     head_dim: tl.constexpr,
-    positions: tl.constexpr,
     splits: tl.constexpr,
     input_kind: tl.constexpr,
     output_kind: tl.constexpr,
@@ -196,10 +196,20 @@ def linear(
 
 
 @triton.jit
+def quantize(x):
+    """`kv_cache.quantize` of a head: whole numbers up to 127 and their scale, in float32."""
+    scale = tl.max(tl.abs(x), 0) / 127.0
+    inverse = tl.where(scale > 1e-30, 1.0 / tl.maximum(scale, 1e-30), 0.0)
+    return tl.floor(x * inverse + 0.5), scale
+
+
+@triton.jit
 def attend(
     query_ptr,  # [rows, query_stride]: a row begins with its queries, [heads * head_dim]
     keys_ptr,  # [rows, heads, positions, head_dim]
     values_ptr,  # the same
+    key_scales_ptr,  # float32 [rows, heads, positions], where keys and values are int8
+    value_scales_ptr,  # the same
     length_ptr,  # int32 [rows]: positions to attend to; 0 is none
     out_ptr,  # [splits, rows, heads * head_dim]
     log_sum_ptr,  # float32, the same, with more than one split
@@ -211,7 +221,8 @@ def attend(
     heads: tl.constexpr,
     head_dim: tl.constexpr,
     splits: tl.constexpr,
-    append: tl.constexpr,  # keys and values follow the queries and go into the cache; one split
+    append: tl.constexpr,  # keys and values follow the queries and go into the cache
+    quantized: tl.constexpr,  # keys and values of the cache are int8; see `kv_cache`
     block: tl.constexpr,  # positions at once
     pdl: tl.constexpr,
 ):
@@ -220,7 +231,11 @@ def attend(
     With the output of each split its log-sum-exp is stored, once for each output, so that `linear`,
     which merges the splits, reads both alike. For a split without positions they are 0 and -1e30.
     Every position of a block keeps its own softmax over the blocks, so that programs reduce over
-    positions once, after the loop.
+    positions once, after the loop. With `append` the first split attends to the new position too;
+    every one stores it, which are the same numbers.
+
+    The scale of int8 keys and values is that of a whole head, of which a program of `linear` has
+    a few numbers only: there `append` writes the cache.
     """
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -234,6 +249,7 @@ def attend(
     qkv_ptr = query_ptr + row * query_stride + head * head_dim + d
     query = tl.load(qkv_ptr).to(tl.float32) * scale
     offset = row.to(tl.int64) * row_stride + head * head_stride
+    scales = offset // head_dim
     best = tl.full([block], -1e30, tl.float32)
     total = tl.zeros([block], tl.float32)
     out = tl.zeros([block, head_dim], tl.float32)
@@ -241,9 +257,17 @@ def attend(
         key = tl.load(qkv_ptr + heads * head_dim)
         value = tl.load(qkv_ptr + 2 * heads * head_dim)
         last = offset + (length - 1) * head_dim + d
+        if quantized:
+            key, key_scale = quantize(key.to(tl.float32))
+            value, value_scale = quantize(value.to(tl.float32))
+            tl.store(key_scales_ptr + scales + length - 1, key_scale)
+            tl.store(value_scales_ptr + scales + length - 1, value_scale)
         tl.store(keys_ptr + last, key.to(keys_ptr.dtype.element_ty))
         tl.store(values_ptr + last, value.to(values_ptr.dtype.element_ty))
-        first = p == 0
+        if quantized:
+            key *= key_scale
+            value *= value_scale
+        first = (p == 0) & (split == 0)
         best = tl.where(first, tl.sum(key.to(tl.float32) * query, 0), best)
         total = tl.where(first, 1.0, total)
         out = tl.where(first[:, None], value.to(tl.float32)[None, :], out)
@@ -257,16 +281,26 @@ def attend(
     at = tl.maximum(tl.minimum(begin + p, end - 1), 0)
     keys = tl.load(keys_ptr + place + at[:, None] * head_dim)
     values = tl.load(values_ptr + place + at[:, None] * head_dim)
+    if quantized:
+        key_scales = tl.load(key_scales_ptr + scales + at)
+        value_scales = tl.load(value_scales_ptr + scales + at)
     for start in range(begin, end, block):
         at = tl.minimum(start + block + p, end - 1)
         next_keys = tl.load(keys_ptr + place + at[:, None] * head_dim)
         next_values = tl.load(values_ptr + place + at[:, None] * head_dim)
         there = start + p < end
-        scores = tl.where(there, tl.sum(keys.to(tl.float32) * query[None, :], 1), -1e30)
+        scores = tl.sum(keys.to(tl.float32) * query[None, :], 1)
+        if quantized:
+            scores *= key_scales
+        scores = tl.where(there, scores, -1e30)
         higher = tl.maximum(best, scores)
         weights = tl.where(there, tl.exp(scores - higher), 0.0)
         kept = tl.exp(best - higher)
         total = total * kept + weights
+        if quantized:
+            weights *= value_scales
+            key_scales = tl.load(key_scales_ptr + scales + at)
+            value_scales = tl.load(value_scales_ptr + scales + at)
         out = out * kept[:, None] + values.to(tl.float32) * weights[:, None]
         best = higher
         keys = next_keys

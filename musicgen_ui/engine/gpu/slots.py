@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musicgen_ui.engine.kv_cache import FloatCache
 from musicgen_ui.engine.sampling import SamplingTensors
-from musicgen_ui.engine.transformer import Decoder, FloatCache, TextKV
+from musicgen_ui.engine.transformer import Decoder, TextKV
 
 TEXT_TOKENS = (64, 512)  # of a prompt: what the buffers hold at first, and at most
 ROWS = 2  # of a slot: cond and uncond
@@ -37,10 +38,11 @@ class Slots:
         """Buffers for so many jobs of so many columns, the first one not counted."""
         device = decoder.device
         zeros = functools.partial(torch.zeros, device=device)
-        shape = (ROWS * slots, decoder.heads, positions, decoder.head_dim)
-        caches = [FloatCache(shape, decoder.dtype, device) for _ in decoder.layers]
-        for cache in caches:  # masked positions are multiplied by 0, so they must not be NaN
-            cache.keys.zero_(), cache.values.zero_()
+        caches = []
+        for cache in decoder.new_caches(ROWS * slots, positions):
+            assert isinstance(cache, FloatCache)  # on the CPU there is another one
+            cache.zero_()  # masked positions are multiplied by 0, so they must not be NaN
+            caches.append(cache)
         layers = 0 if decoder.prefixed else len(decoder.layers)
         text = (layers, 2, ROWS * slots, decoder.heads, TEXT_TOKENS[0], decoder.head_dim)
         return cls(

@@ -18,6 +18,7 @@ from torch import Tensor
 from musicgen_ui.engine.gpu import kernels
 from musicgen_ui.engine.gpu.kernels import Input, Output
 from musicgen_ui.engine.gpu.slots import ROWS, Slots
+from musicgen_ui.engine.kv_cache import FloatCache, QuantizedCache
 from musicgen_ui.engine.linear import Linear
 from musicgen_ui.engine.transformer import Decoder
 
@@ -68,6 +69,8 @@ class TritonStep:
         self.length = empty(rows, dtype=torch.int32)
         self.x = empty(rows, self.hidden)
         self.query = empty(few, self.hidden)
+        self.quantized = isinstance(slots.caches[0], QuantizedCache)
+        self.qkv = empty(few if self.quantized else 0, 3 * self.hidden)
         self.inner = empty(few, decoder.inner, dtype=decoder.dtype)
         self.logits = empty(rows, decoder.codebooks, decoder.codebook_size)
         partial_rows = self._splits(ROWS) * few
@@ -100,11 +103,15 @@ class TritonStep:
         """All layers and the heads by `kernels`: `x` to `logits`."""
         slots, splits = self.slots, self._splits(rows)
         for index, layer in enumerate(self.decoder.layers):
-            cache = slots.caches[index]
-            self._linear(
-                rows, layer.qkv, self.x, self.query, Output.CACHE, norm=layer.self_norm, cache=cache
-            )
-            self._attend(rows, self.query, cache.keys, cache.values, self.length, splits)
+            cache, norm = slots.caches[index], layer.self_norm
+            if self.quantized:
+                self._linear(rows, layer.qkv, self.x, self.qkv, Output.STORE, norm=norm)
+                self._attend(rows, self.qkv, cache, self.length, splits, append=True)
+            else:
+                self._linear(
+                    rows, layer.qkv, self.x, self.query, Output.CACHE, norm=norm, cache=cache
+                )
+                self._attend(rows, self.query, cache, self.length, splits)
             self._linear(rows, layer.self_out, self.partial, self.x, Output.ADD, splits=splits)
             if text := layer.text:
                 self._linear(rows, text.q, self.x, self.query, Output.STORE, norm=text.norm)
@@ -123,7 +130,7 @@ class TritonStep:
         for index, layer in enumerate(decoder.layers):
             cache = slots.caches[index]
             qkv = layer.qkv(layer.self_norm(x))
-            self._attend(rows, qkv, cache.keys, cache.values, self.length, 1, out=out, append=True)
+            self._attend(rows, qkv, cache, self.length, 1, out=out, append=True)
             x.addmm_(out, layer.self_out.weight.t())
             if text := layer.text:
                 query = text.q(text.norm(x))
@@ -215,8 +222,7 @@ class TritonStep:
         self,
         rows: int,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: FloatCache,
         length: Tensor,
         splits: int,
         *,
@@ -224,13 +230,17 @@ class TritonStep:
         append: bool = False,
     ) -> None:
         """Attention to the positions so far, in `splits` parts."""
-        decoder = self.decoder
+        decoder, keys = self.decoder, cache.keys
+        scales = keys, keys
+        if quantized := isinstance(cache, QuantizedCache):
+            scales = cache.key_scales, cache.value_scales
         self._launch(
             kernels.attend,
             (rows, decoder.heads, splits),
             query,
             keys,
-            values,
+            cache.values,
+            *scales,
             length,
             self.partial if out is None else out,
             self.log_sum,
@@ -243,6 +253,7 @@ class TritonStep:
             head_dim=decoder.head_dim,
             splits=splits,
             append=append,
+            quantized=quantized,
             block=POSITIONS[splits == 1],
             num_warps=POSITIONS[splits == 1] // 16,
         )
@@ -252,7 +263,7 @@ class TritonStep:
         decoder, slots = self.decoder, self.slots
         keys, values = slots.text[index]
         if keys.shape[2] > SHORT_PROMPT:
-            self._attend(rows, query, keys, values, slots.tokens, 1, out=out)
+            self._attend(rows, query, FloatCache(keys, values), slots.tokens, 1, out=out)
             return
         self._launch(
             kernels.attend_prompt,

@@ -14,9 +14,10 @@ from torch import Tensor
 from musicgen_ui.engine import sampling
 from musicgen_ui.engine.cuda_graph import CudaGraphStepper
 from musicgen_ui.engine.delay_pattern import UNWRITTEN
+from musicgen_ui.engine.kv_cache import FloatCache, QuantizedCache
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
-from tests.helpers.engine import ROCK, make_batch, submit
+from tests.helpers.engine import CPU, ROCK, make_batch, submit
 from tests.helpers.melody import melody_batch
 
 triton = pytest.importorskip("triton")
@@ -105,19 +106,22 @@ def test_linear_writes_keys_and_values_at_each_rows_position():
     assert keys.count_nonzero() == values.count_nonzero() == 2 * HIDDEN  # nothing elsewhere
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_attention_over_each_rows_length(splits):
+def run_attend(
+    query: Tensor, cache: FloatCache, length: Tensor, splits: int, append: bool = False
+) -> Tensor:
+    """Attention whose splits are merged, [rows, HIDDEN]."""
     from musicgen_ui.engine.gpu import kernels
     from musicgen_ui.engine.gpu.kernels import Input, Output
 
-    length, rows = torch.tensor([37, 5, 0], dtype=torch.int32), 3
-    query, keys = normal(rows, HIDDEN), normal(rows, HEADS, 40, HEAD_DIM, seed=1)
-    values = normal(rows, HEADS, 40, HEAD_DIM, seed=2)
+    rows, keys = len(query), cache.keys
+    quantized = isinstance(cache, QuantizedCache)
+    scales = (cache.key_scales, cache.value_scales) if quantized else (keys, keys)
     parts, log_sum = torch.empty(2, splits, rows, HIDDEN)
     kernels.attend[(rows, HEADS, splits)](
-        *(query, keys, values, length, parts, log_sum, 1 / math.sqrt(HEAD_DIM)),
+        *(query, keys, cache.values, *scales, length, parts, log_sum, 1 / math.sqrt(HEAD_DIM)),
         *(query.stride(0), keys.stride(0), keys.stride(1), rows),
-        **{"heads": HEADS, "head_dim": HEAD_DIM, "splits": splits, "append": False},
+        **{"heads": HEADS, "head_dim": HEAD_DIM, "splits": splits},
+        **{"append": append, "quantized": quantized},
         block=8,
         pdl=False,
     )
@@ -126,35 +130,58 @@ def test_attention_over_each_rows_length(splits):
     run_linear(
         parts, torch.eye(HIDDEN), merged, (kind, Output.ADD), splits=splits, log_sum_ptr=log_sum
     )
+    return merged
+
+
+def filled_cache(kind: type[FloatCache], rows: int, positions: int) -> FloatCache:
+    """A cache whose positions are all written."""
+    shape = (rows, HEADS, positions, HEAD_DIM)
+    cache = kind.empty(shape, torch.float32, CPU)
+    at = (slice(None), slice(None), slice(positions))
+    cache.write(at, normal(*shape, seed=1), normal(*shape, seed=2) * 3)
+    return cache
+
+
+@pytest.mark.parametrize("kind", [FloatCache, QuantizedCache])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_attention_over_each_rows_length(splits, kind):
+    length, rows = torch.tensor([37, 5, 0], dtype=torch.int32), 3
+    query, cache = normal(rows, HIDDEN), filled_cache(kind, rows, 40)
+    found = run_attend(query, cache, length, splits)
     for row, filled in enumerate(length):
         expected = F.scaled_dot_product_attention(
-            query[row].view(HEADS, 1, HEAD_DIM), keys[row, :, :filled], values[row, :, :filled]
+            query[row : row + 1].view(1, HEADS, 1, HEAD_DIM),
+            *cache.read(slice(row, row + 1), int(filled)),
         )
         expected = expected.flatten() if filled else torch.zeros(HIDDEN)  # the null condition
-        torch.testing.assert_close(merged[row], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_that_appends_its_own_position():
-    from musicgen_ui.engine.gpu import kernels
+@pytest.mark.parametrize(
+    ("kind", "splits"), [(FloatCache, 1), (QuantizedCache, 1), (QuantizedCache, 4)]
+)
+def test_attention_that_appends_its_own_position(kind, splits):
+    """As the cache in torch, which holds the same afterwards."""
+    length, qkv = torch.tensor([30, 1], dtype=torch.int32), normal(2, 3 * HIDDEN)
+    cache, expected = (filled_cache(kind, 2, 32) for _ in range(2))
+    found = run_attend(qkv, cache, length, splits, append=True)
+    for row, filled in enumerate(length.tolist()):
+        rows = slice(row, row + 1)
+        own = qkv[rows].view(1, 1, 3, HEADS, HEAD_DIM)
+        attended = expected.view(rows).attend(own, filled - 1)
+        torch.testing.assert_close(found[row], attended.flatten(), atol=1e-5, rtol=1e-5)
+    for name, numbers in expected.tensors.items():
+        assert torch.equal(cache.tensors[name], numbers), name
 
-    length, qkv = torch.tensor([10, 1], dtype=torch.int32), normal(2, 3 * HIDDEN)
-    keys, values = normal(2, 2, HEADS, 12, HEAD_DIM, seed=1)
-    out = torch.empty(2, HIDDEN)
-    kernels.attend[(2, HEADS, 1)](
-        *(qkv, keys, values, length, out, out, 1 / math.sqrt(HEAD_DIM)),
-        *(qkv.stride(0), keys.stride(0), keys.stride(1), 2),
-        **{"heads": HEADS, "head_dim": HEAD_DIM, "splits": 1, "append": True},
-        block=8,
-        pdl=False,
-    )
-    q, k, v = qkv.view(2, 3, HEADS, 1, HEAD_DIM).unbind(1)
-    for row, filled in enumerate(length):
-        assert torch.equal(keys[row, :, filled - 1], k[row, :, 0])
-        assert torch.equal(values[row, :, filled - 1], v[row, :, 0])
-        expected = F.scaled_dot_product_attention(
-            q[row], keys[row, :, :filled], values[row, :, :filled]
-        )
-        torch.testing.assert_close(out[row], expected.flatten(), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy computes with it
+def test_appended_numbers_that_are_not_finite_stay_so():
+    """A number that is too large must not become music."""
+    qkv = normal(1, 3 * HIDDEN)
+    qkv[0, HIDDEN] = torch.inf  # of a key
+    cache = filled_cache(QuantizedCache, 1, 4)
+    found = run_attend(qkv, cache, torch.tensor([3], dtype=torch.int32), 1, append=True)
+    assert not found.isfinite().all()
 
 
 def test_sample_draws_as_torch_does():
@@ -221,8 +248,16 @@ def stepped(batch: Scheduler, requests: list[GenerationRequest], steps: int) -> 
     return [job.window.columns.clone() for job in batch.running]
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("mono", "few"), ("mono", "many"), ("melody", "few")])
-def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
+@pytest.mark.parametrize(
+    ("kind", "rows", "kv_cache_dtype"),
+    [
+        ("mono", "few", "auto"),
+        ("mono", "many", "auto"),
+        ("melody", "few", "auto"),
+        ("mono", "few", "int8"),
+    ],
+)
+def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows, kv_cache_dtype):
     """Jobs that were admitted one after the other, with other settings and positions."""
     from musicgen_ui.engine.gpu import step
 
@@ -236,7 +271,7 @@ def test_triton_step_equals_the_torch_step(request, monkeypatch, kind, rows):
     ]
     made = []
     for with_triton in (False, True):
-        batch = make(folder, graphs=True, max_jobs=2)
+        batch = make(folder, graphs=True, max_jobs=2, kv_cache_dtype=kv_cache_dtype)
         batch.stepper = CudaGraphStepper(batch.decoder, 2, triton=with_triton)
         assert bool(batch.stepper.triton) == with_triton
         made.append(stepped(batch, asked, steps=4))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from musicgen_ui.benchmark import runners
-from musicgen_ui.engine import code_window
+from musicgen_ui.engine import code_window, codec, cuda_graph
 from musicgen_ui.engine.protocol import Chunk, Finished
 from musicgen_ui.engine.scheduler import Scheduler
 from musicgen_ui.request import GenerationRequest
@@ -63,11 +63,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
 
     for name in ("Stream", "stream", "device", "graph", "current_stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
+    for module in (codec, cuda_graph):
+        monkeypatch.setattr(module, "side_stream", Nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     for name in {CPU_KERNELS, *(n for n in sys.modules if n.startswith(CPU_KERNELS))}:
         monkeypatch.setitem(sys.modules, name, None)  # none may be imported
-    there = torch.Tensor.cpu, torch.Tensor.__bool__
+    there = torch.Tensor.cpu, torch.Tensor.__bool__, torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *where: Any, **options: Any) -> torch.Tensor:
+        if tensor.is_meta and where == ("cpu",):
+            return cpu(tensor)
+        return there[2](tensor, *where, **options)
 
     def cpu(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
@@ -76,6 +83,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Nothing]:
         return made(tensor.shape, dtype=tensor.dtype, device="cpu")
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: t.is_meta or there[1](t))
     return made
 
@@ -87,12 +95,17 @@ def on_card(batch: Scheduler) -> Scheduler:
     return batch
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "kv_cache_dtype"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float16", "int8")],
+)
+def test_cuda_lines_make_music_on_meta_tensors(precision, kv_cache_dtype, graphs, monkeypatch):
     """An audio prompt, sections, further windows, neighbours that come and go."""
     monkeypatch.setattr(code_window, "WINDOW_S", 2.0)
+    monkeypatch.setattr(cuda_graph, "FIRST_ROOM", 80)  # a window of the long take has more
     made = runners.RandomWeights("tiny").loaded("cpu", torch.float32)
     place = {"device": "meta", "precision": precision, "max_jobs": 3}
+    place["kv_cache_dtype"] = kv_cache_dtype
     batch = on_card(Scheduler(made.model, made.tokenizer, checkpoint="tiny", graphs=True, **place))
     captured = len(graphs)
     assert captured
@@ -104,6 +117,7 @@ def test_cuda_lines_make_music_on_meta_tensors(precision, graphs, monkeypatch):
     long = GenerationRequest("", duration_s=3, overlap_s=1, top_p=0.9, negative_prompt=PIANO)
     (take,) = [event for event in stream(batch, long) if isinstance(event, Finished)]
     assert take.clip.samples.shape == (1, 3 * 32_000) and not take.fault
+    assert batch.stepper.room == 256
     assert len(graphs) > captured and all(graph.replayed for graph in graphs[captured:])
     batch.free_model()
 
