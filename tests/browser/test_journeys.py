@@ -217,23 +217,6 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     expect(prompt).to_have_value("kept")
 
 
-def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
-    page = open_page()
-    page.get_by_role("checkbox", name="Stereo").check()
-    generate(page, length_s=1)
-    finished(page)
-    assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
-    model = page.get_by_label("Checkpoint")
-    for name, on in (("mono", False), ("wide", True)):
-        model.click()
-        page.get_by_role("option", name=re.compile(f"^{name} ")).click()
-        expect(page.get_by_role("checkbox", name="Stereo")).to_be_disabled()
-        expect(page.get_by_role("checkbox", name="Stereo")).to_be_checked(checked=on)
-    model.fill("nonsense")
-    model.press("Enter")
-    expect(page.locator("#checkpoint_line [role=alert]")).to_contain_text("no checkpoint")
-
-
 def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     prompt = page.get_by_label("Prompt", exact=True)

@@ -97,16 +97,16 @@ def test_player_holds_the_take_and_goes_on_after_its_clip(
     page = open_page()
     page.locator("#continue").click()  # the example: 8 s
     expect(page.locator("#clip_line")).to_contain_text("8.0 s")
-    engine.speed = 2.0
-    generate(page, length_s=4)
-    page.wait_for_function(f"() => {POSITION} > 0.5 && {POSITION} < 4")
+    engine.speed = 4.0
+    generate(page, length_s=7)
+    page.wait_for_function(f"() => {POSITION} > 0.5 && {POSITION} < 7")
     expect(page.locator("#take_facts")).to_contain_text("after your clip of")
     page.wait_for_function(f"() => {POSITION} > 8.5")  # the same music, after the clip
     shown = page.evaluate("musicgenPlayer.shown")
-    assert (shown["prompt_s"], shown["context_s"], shown["duration_s"]) == (8, 8, 12)
+    assert (shown["prompt_s"], shown["context_s"], shown["duration_s"]) == (8, 8, 15)
     ended(page)
     expect(page.get_by_role("slider", name="Position")).to_have_attribute(
-        "aria-valuetext", "0:12 of 0:12"
+        "aria-valuetext", "0:15 of 0:15"
     )
 
 
