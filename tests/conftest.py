@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from musicgen_ui import heap
+from musicgen_ui.server import gradio_import
+
 if TYPE_CHECKING:
     from transformers import MusicgenForConditionalGeneration
     from xdist.remote import Producer
@@ -28,6 +31,10 @@ os.environ["XDG_MUSIC_DIR"] = tempfile.mkdtemp(prefix="music-of-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_MUSIC_DIR"], ignore_errors=True)
 if not Path("/dev/nvidia0").exists():  # without a GPU Triton's kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+
+# As the app does: a process of tests is a gigabyte smaller, and imports two seconds faster.
+heap.share()
+gradio_import.skip_stubs()
 
 # A shell's background job ignores interrupts, and so would the servers that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,14 +124,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Browser tests first: see `pytest_xdist_make_scheduler`; one that fails is run once more.
 
-    Not after its time is over: the second run would have no limit.
+    Not after its time is over: the second run would have no limit. The recipe's tests come next:
+    they are the longest file, and no process is to be left alone with it in the end.
     """
     once_more = pytest.mark.flaky(reruns=1, rerun_except="from pytest-timeout")
     for item in items:
         if item.path.parent.name == "browser":
             item.add_marker(pytest.mark.browser)
             item.add_marker(once_more)
-    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+    order = ["browser", "training"]
+    items.sort(key=lambda item: [*order, item.path.parent.name].index(item.path.parent.name))
 
 
 def pytest_collection_finish() -> None:
@@ -142,15 +151,20 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """All browser tests in one process (`-n 2`), the other files whole in whichever is free.
+    """Browser tests in two processes, the other files whole in whichever is free.
 
-    They wait for sound in real time while the others need the processor, and begin first.
+    Browser tests wait for sound in real time while the others need the processor (`-n 3` on two
+    cores), and begin first. These files last as long as the other browser tests.
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    first = "accessibility", "form_page", "hostile", "journeys", "lost_connection", "studio"
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "browser" if "/browser/" in nodeid else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            folder, _, name = file.rpartition("/browser/test_")
+            return f"browser {name.removesuffix('.py') in first}" if folder else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

@@ -54,7 +54,7 @@ def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
     install = "python3 -m venv .venv && .venv/bin/pip install -r "
     run = " && .venv/bin/python "
     assert start == install + "requirements.txt" + run + "app.py"
-    assert test == install + "requirements-dev.txt" + run + "-m pytest -n 2"
+    assert test == install + "requirements-dev.txt" + run + "-m pytest -n 3"
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m 1 -E '(.*)' README.md", script)[1]
     found = ["grep", "-m", "1", "-E", pattern, "README.md"]
@@ -111,7 +111,7 @@ def test_the_command_lines_examples_run(tmp_path, monkeypatch, tiny_melody, tiny
     for arguments in EXAMPLES:
         tiny = {"melody": str(tiny_melody), "style": str(tiny_style)}
         arguments = [tiny.get(word, word) for word in arguments]
-        short = ["--duration", "0.5", "--device", "cpu", "--quiet"]
+        short = ["--duration", "0.5", "--device", "cpu", "--precision", "float32", "--quiet"]
         short += ["--sections", '[[0, "a"], [0.2, "b"]]'] if "--sections" in arguments else []
         if "--loop-bars" in arguments:
             short += ["--tempo", "300", "--loop-bars", "1", "--duration", "0.9"]

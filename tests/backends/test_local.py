@@ -231,7 +231,7 @@ def test_a_failed_load_is_a_sentence_and_the_next_request_is_served(tiny_mono):
             raise failures.pop()
         return load_scheduler(*settings)
 
-    manager = LocalBackend(device="cpu", load=load)
+    manager = LocalBackend(device="cpu", precision="float32", load=load)
     with pytest.raises(RequestError, match="disk is full"):
         made(manager, ask(tiny_mono))
     assert takes(made(manager, ask(tiny_mono)))

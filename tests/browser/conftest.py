@@ -99,7 +99,9 @@ def open_page(
     taken: list[tuple[BrowserContext, list[BrowserContext] | None]] = []
     odd: list[str] = []
 
-    def open_one(screen: str = "desk", scheme: str = "light", url: str = served[0]) -> Page:
+    def open_one(
+        screen: str = "desk", scheme: str = "light", url: str = served[0], script: str = ""
+    ) -> Page:
         idle = used[chromium, screen, scheme] if url == served[0] else None
         context = (
             idle.pop()
@@ -113,6 +115,7 @@ def open_page(
         context.clear_cookies()
         stored = {"origin": url.rstrip("/"), "storageTypes": "all"}
         context.new_cdp_session(page).send("Storage.clearDataForOrigin", stored)
+        page.add_init_script(script)  # before the page's own
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: odd.append(str(error)))
         page.on("console", lambda m: odd.append(m.text) if m.type == "error" else None)

@@ -28,7 +28,8 @@ def untouched(page: Page) -> None:
     assert page.locator("#hostile, img[src=x], a[href^=javascript]").count() == 0
 
 
-def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeBackend) -> None:
+def test_markup_is_shown_as_text(open_page: Open, engine: FakeBackend, tmp_path: Path) -> None:
+    """In a prompt, in an error, and in the name and settings of a clip that is a take."""
     page = open_page()
     unfold(page, "Advanced")
     page.get_by_label("Negative prompt").fill(MARKUP)
@@ -39,25 +40,15 @@ def test_a_prompt_of_markup_is_shown_as_text(open_page: Open, engine: FakeBacken
     expect(page.locator("#take_title")).to_contain_text("<img src=x onerror")
     expect(page.locator("#take_facts")).to_contain_text("<svg onload")
     expect(page.locator("#take_history label")).to_have_count(2)
-    untouched(page)
-
-
-def test_an_error_that_quotes_markup_is_text(open_page: Open, engine: FakeBackend) -> None:
-    page = open_page()
     engine.failure = RequestError(f"There is no checkpoint “{MARKUP}”: choose another.")
     generate(page, "calm", 1)
     expect(page.get_by_test_id("toast-body")).to_contain_text("There is no checkpoint")
     finished(page, "failed")
     untouched(page)
-
-
-def test_a_file_of_markup_restores_text(open_page: Open, tmp_path: Path) -> None:
-    """A take whose settings, and name, hold markup, uploaded as a clip."""
     request = GenerationRequest(MARKUP, seed=5, negative_prompt=MARKUP, checkpoint="auto")
     tone = Clip(0.2 * np.sin(np.arange(16_000) / 9, dtype=np.float32)[None], 16_000)
     take = takes.save(Finished(0, tone, request, 0.0, 1.0), tmp_path)
     hostile = take.wav.rename(tmp_path / "<img src=x onerror=window.hacked='name'>.flac")
-    page = open_page()
     unfold(page, "Start from audio")
     page.locator("#audio_prompt input[type=file]").set_input_files(hostile)
     expect(page.locator("#clip_line")).to_contain_text("but holds WAV")

@@ -18,23 +18,57 @@ from tests.helpers.local import wait_for
 HEARD = "() => musicgenPlayer.sound.position_s"
 
 
-@pytest.mark.parametrize("screen", ["desk", "phone"])
-def test_generate_hear_and_download(
-    open_page: Open, engine: FakeBackend, tmp_path: Path, screen: str
+NAMELESS = """() => [...document.querySelectorAll('button, input, textarea, img')]
+  .filter(e => e.offsetParent && e.type !== 'file')
+  .filter(e => !(e.ariaLabel || e.innerText || e.title || e.alt || e.labels?.length))
+  .filter(e => !e.querySelector('img[alt]'))
+  .map(e => e.outerHTML.slice(0, 120))"""
+TARGETS = "all => all.map(e => e.getBoundingClientRect()).map(b => Math.min(b.width, b.height))"
+PLACES = """['#live', '.player-picture', '.player-foot', '#take_title', '#go'].map(s =>
+  Math.round(document.querySelector(s).getBoundingClientRect().top + scrollY))"""
+
+
+def fits(page: Page, screen: str, scheme: str) -> None:
+    """The page at rest: its colors, what is above the fold, sizes and names."""
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == scheme
+    for name in ("#prompt", "#generate"):  # above the fold
+        box = page.locator(name).bounding_box()
+        assert box is not None and box["y"] >= 0
+        assert box["y"] + box["height"] <= page.evaluate("innerHeight")
+    sizes = page.locator(".player-foot :is(button, input)").evaluate_all(TARGETS)
+    assert len(sizes) == 7 and min(sizes) >= (44 if screen == "phone" else 24)
+    unfold(page, "Start from audio")
+    unfold(page, "Advanced")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(NAMELESS) == []
+    expect(page.locator(".player-said")).to_have_attribute("aria-live", "polite")
+    unfold(page, "Start from audio")  # closed again
+    unfold(page, "Advanced")
+
+
+@pytest.mark.parametrize(("screen", "scheme"), [("phone", "dark"), ("desk", "light")])
+def test_page_fits_and_a_take_is_made_heard_and_downloaded(
+    open_page: Open, engine: FakeBackend, tmp_path: Path, screen: str, scheme: str
 ) -> None:
-    page = open_page(screen)
+    page = open_page(screen, scheme)
+    fits(page, screen, scheme)
     engine.speed = 2.0
+    page.get_by_label("Prompt", exact=True).fill("slow waltz")
+    set_number(page, "duration_s", 4)
+    before = page.evaluate(PLACES)
     generate(page, "slow waltz", 4)
     expect(page.locator(".player-text")).to_have_text(
         re.compile(r"^Composing [123]\.\d of 4.0 s at 2")
     )
     page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.5")
-    before = page.evaluate(HEARD)
-    page.wait_for_function(
-        f"() => musicgenPlayer.sound.position_s > {before} + 0.3"
-    )  # the clock runs
+    assert page.evaluate(PLACES) == before  # streaming moves nothing
+    heard_s = page.evaluate(HEARD)
+    page.wait_for_function(f"() => musicgenPlayer.sound.position_s > {heard_s} + 0.3")
     finished(page)
     expect(page.locator("#take_title")).to_have_text("slow waltz")
+    assert page.evaluate(PLACES)[3] == before[3]
     expect(page.locator("#player-alt")).to_contain_text("Mel spectrogram")
     page.wait_for_function("() => musicgenPlayer.sound.position_s > 3.9")
     assert page.evaluate("musicgenPlayer.sound.track.lost") == 0
@@ -183,23 +217,6 @@ def test_mistakes_are_said_at_the_field_and_lose_nothing(
     expect(prompt).to_have_value("kept")
 
 
-def test_stereo_follows_the_model(open_page: Open, tmp_path: Path) -> None:
-    page = open_page()
-    page.get_by_role("checkbox", name="Stereo").check()
-    generate(page, length_s=1)
-    finished(page)
-    assert soundfile.info(download(page, "wav", tmp_path)).channels == 2
-    model = page.get_by_label("Checkpoint")
-    for name, on in (("mono", False), ("wide", True)):
-        model.click()
-        page.get_by_role("option", name=re.compile(f"^{name} ")).click()
-        expect(page.get_by_role("checkbox", name="Stereo")).to_be_disabled()
-        expect(page.get_by_role("checkbox", name="Stereo")).to_be_checked(checked=on)
-    model.fill("nonsense")
-    model.press("Enter")
-    expect(page.locator("#checkpoint_line [role=alert]")).to_contain_text("no checkpoint")
-
-
 def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeBackend) -> None:
     page = open_page()
     prompt = page.get_by_label("Prompt", exact=True)
@@ -224,46 +241,3 @@ def test_variations_ideas_and_the_keyboard(open_page: Open, engine: FakeBackend)
     page.locator("#generate").scroll_into_view_if_needed()  # below the open fold
     expect(page.locator("#live")).to_be_in_viewport()
     assert [engine.requests[-1].seed, engine.requests[-1].variations] == [40, 3]
-
-
-NAMELESS = """() => [...document.querySelectorAll('button, input, textarea, img')]
-  .filter(e => e.offsetParent && e.type !== 'file')
-  .filter(e => !(e.ariaLabel || e.innerText || e.title || e.alt || e.labels?.length))
-  .filter(e => !e.querySelector('img[alt]'))
-  .map(e => e.outerHTML.slice(0, 120))"""
-TARGETS = "all => all.map(e => e.getBoundingClientRect()).map(b => Math.min(b.width, b.height))"
-
-
-@pytest.mark.parametrize(("screen", "scheme"), [("phone", "dark"), ("desk", "light")])
-def test_the_page_fits_its_screen_and_has_names(open_page: Open, screen: str, scheme: str) -> None:
-    page = open_page(screen, scheme)
-    dark = page.evaluate("document.body.classList.contains('dark')")
-    assert dark == (scheme == "dark")
-    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == scheme
-    for name in ("#prompt", "#generate"):  # above the fold
-        box = page.locator(name).bounding_box()
-        assert box is not None and box["y"] >= 0
-        assert box["y"] + box["height"] <= page.evaluate("innerHeight")
-    sizes = page.locator(".player-foot :is(button, input)").evaluate_all(TARGETS)
-    assert len(sizes) == 7 and min(sizes) >= (44 if screen == "phone" else 24)
-    unfold(page, "Start from audio")
-    unfold(page, "Advanced")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate(NAMELESS) == []
-    expect(page.locator(".player-said")).to_have_attribute("aria-live", "polite")
-
-
-def test_streaming_moves_nothing(open_page: Open, engine: FakeBackend) -> None:
-    page = open_page()
-    places = """['#live', '.player-picture', '.player-foot', '#take_title', '#go'].map(s =>
-        Math.round(document.querySelector(s).getBoundingClientRect().top + scrollY))"""
-    for name in ("#live", ".player-play", "#go"):  # not all is there at once
-        page.locator(name).wait_for()
-    engine.speed = 2.0
-    before = page.evaluate(places)
-    generate(page, length_s=3)
-    page.wait_for_function("() => musicgenPlayer.sound.position_s > 0.5")
-    assert page.evaluate(places) == before
-    finished(page)
-    top = "e => Math.round(e.getBoundingClientRect().top + scrollY)"
-    assert page.locator("#take_title").evaluate(top) == before[3]

@@ -42,7 +42,7 @@ def evening(page: Page, folder: Path, downloads: Path) -> None:
     set_number(page, "variations", 3)
     page.locator("#tempo_bpm input").fill("120")
     page.locator("#tempo_bpm input").press("Tab")
-    generate(page, "warm jazz", 12)
+    generate(page, "warm jazz", 6)
     finished(page)
     cards(page, 3)
 
@@ -61,15 +61,15 @@ def evening(page: Page, folder: Path, downloads: Path) -> None:
     expect(page.locator(".card-star[aria-pressed=true]")).to_have_count(1)
     press(page, "Escape")
 
-    # Again from 0:08, then longer: a tree of three.
-    page.evaluate("() => window.musicgenPlayer.seek(8)")
+    # Again from 0:04, then longer: a tree of three.
+    page.evaluate("() => window.musicgenPlayer.seek(4)")
     remade(page, "retake", 3)
     remade(page, "extend", 4)
     menu(page, "Versions")
     cards(page, 3)
     facts = page.locator(".card-facts")
-    expect(facts.nth(1)).to_contain_text("retaken at 0:08")
-    expect(facts.nth(2)).to_contain_text("extended at 0:12")
+    expect(facts.nth(1)).to_contain_text("retaken at 0:04")
+    expect(facts.nth(2)).to_contain_text("extended at 0:06")
     page.get_by_role("button", name="All takes").click()
     cards(page, 5)
 
@@ -83,11 +83,11 @@ def evening(page: Page, folder: Path, downloads: Path) -> None:
     page.locator("#library_words textarea, #library_words input").fill("")
     cards(page, 5)
 
-    # A loop of four bars as MP3 and as WAV.
+    # A loop of two bars as MP3 and as WAV.
     unfold(page, "Export")
-    page.locator("#loop_bars input").fill("4")
+    page.locator("#loop_bars input").fill("2")
     page.locator("#loop_bars input").press("Tab")
-    assert page.evaluate("() => window.musicgenPlayer.sound.loop") == [12, 20]
+    assert page.evaluate("() => window.musicgenPlayer.sound.loop") == [6, 10]
     for ending in ("MP3", "WAV"):
         page.locator("#export_ending").get_by_label(ending).check()
         with page.expect_download() as waiting:
@@ -96,8 +96,8 @@ def evening(page: Page, folder: Path, downloads: Path) -> None:
         waiting.value.save_as(path)
         settings = takes.read_settings(path)
         assert path.suffix == f".{ending.lower()}"
-        assert settings and settings["loop_bars"] == 4 and settings["prompt"] == "warm jazz"
-    assert soundfile.info(path).duration == 8
+        assert settings and settings["loop_bars"] == 2 and settings["prompt"] == "warm jazz"
+    assert soundfile.info(path).duration == 4
     assert b"smpl" in path.read_bytes()[:200]
 
     # Several as a ZIP, and one deleted and brought back.

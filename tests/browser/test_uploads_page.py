@@ -47,6 +47,8 @@ def test_a_file_is_taken_wherever_it_is_dropped_and_what_fails_says_why(
         expect(line).to_contain_text("of 2.0 s")  # the fold opened
         page.locator("#audio_prompt").get_by_label("Clear").click()
         expect(line).not_to_contain_text("of 2.0 s")
+        expect(page.locator("#audio_prompt").get_by_label("Record audio")).to_be_visible()
+        expect(page.locator("#unrecorded")).to_be_hidden()
         page.locator(".notice-close").click()
         large = tune.with_name("large.wav")
         large.write_bytes(bytes(1_200_000))
@@ -62,14 +64,8 @@ def test_a_file_is_taken_wherever_it_is_dropped_and_what_fails_says_why(
 
 
 def test_a_page_without_a_microphone_says_why_and_offers_none(open_page: Open) -> None:
-    page = open_page()
-    record = page.locator("#audio_prompt").get_by_label("Record audio")
-    page.get_by_role("button", name="Start from audio").click()
-    expect(record).to_be_visible()
-    expect(page.locator("#unrecorded")).to_be_hidden()
-    # As over http from another computer.
-    page.add_init_script("Object.defineProperty(window, 'isSecureContext', { value: false })")
-    page.reload()
+    """As over http from another computer."""
+    page = open_page(script="Object.defineProperty(window, 'isSecureContext', { value: false })")
     page.get_by_role("button", name="Start from audio").click()
     expect(page.locator("#unrecorded")).to_contain_text("https")
-    expect(record).to_be_hidden()
+    expect(page.locator("#audio_prompt").get_by_label("Record audio")).to_be_hidden()

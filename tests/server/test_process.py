@@ -282,7 +282,8 @@ def test_ctrl_c_during_imports_is_no_traceback(
 def test_a_stop_during_the_launch_ends_it_at_once(tmp_path: Path) -> None:
     process = started(tmp_path, "app.py")
     try:
-        wait_for(lambda: list((tmp_path / "tmp").iterdir()), 60)  # its folder: it is launching
+        # Its folder: it is launching.
+        wait_for(lambda: list((tmp_path / "tmp").glob("musicgen-ui-*")), 60)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=5)
     finally:

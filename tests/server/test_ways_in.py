@@ -103,7 +103,7 @@ def test_page_shows_the_take_and_stops_when_it_is_told(served, tiny_mono):
     assert not page.lost and '"finished"' in page.told and ".wav" in page.told
     before = set(served.folder.glob("*.wav"))
     page = Page(served.url, config, duration_s=300, checkpoint=str(tiny_mono))
-    wait_for(lambda: served.backend.health().jobs, 60)
+    wait_for(lambda: '"composing"' in page.told, 60)  # Stop is shown with it
     page.stop()
     page.thread.join(60)
     assert not page.thread.is_alive() and '"stopped"' in page.told
