@@ -1,4 +1,4 @@
-"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for a GPU's minutes, and
+"""Sizes: `tiny` for the smoke test, `cpu` for two cores and a night, `card` for a GPU's minutes,
 `move` for the card's decoder on the codes of the `cpu` preset's codec."""
 
 from __future__ import annotations
