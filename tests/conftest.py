@@ -151,20 +151,15 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Browser tests in two processes, the other files whole in whichever is free.
+    """All browser tests in one process (`-n 2`), the other files whole in whichever is free.
 
-    Browser tests wait for sound in real time while the others need the processor (`-n 3` on two
-    cores), and begin first. These files last as long as the other browser tests.
+    They wait for sound in real time while the others need the processor, and begin first.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    first = "accessibility", "form_page", "hostile", "journeys", "lost_connection", "studio"
-
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder, _, name = file.rpartition("/browser/test_")
-            return f"browser {name.removesuffix('.py') in first}" if folder else file
+            return "browser" if "/browser/" in nodeid else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

@@ -54,7 +54,7 @@ def test_the_first_commands_are_one_line_each_and_ci_runs_the_second():
     install = "python3 -m venv .venv && .venv/bin/pip install -r "
     run = " && .venv/bin/python "
     assert start == install + "requirements.txt" + run + "app.py"
-    assert test == install + "requirements-dev.txt" + run + "-m pytest -n 3"
+    assert test == install + "requirements-dev.txt" + run + "-m pytest -n 2"
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"grep -m 1 -E '(.*)' README.md", script)[1]
     found = ["grep", "-m", "1", "-E", pattern, "README.md"]
