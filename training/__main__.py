@@ -152,21 +152,17 @@ def do_transfer(job: Job) -> None:
     import numpy as np
 
     from training import pack, transfer
-    from training.card_codec import kept_codec
-    from training.codec import load_codec, make_codec
+    from training.codec import load_codec
 
     args, size = job.args, job.preset
-    state = kept_codec(args.resume)
-    old = make_codec(PRESETS["card"].codec)
-    old.load_state_dict(state)
+    if not args.resume:
+        raise SystemExit("transfer needs --resume: what a run with a budget kept.")
+    old = load_codec(_kept_codec(args.resume, job.out / "kept.pt"), PRESETS["card"].codec)
     new = load_codec(job.codec, size.codec)
-    songs = transfer.encoded_by_both(
-        old.eval(), new, args.soundfont, args.clips or 400, size.seconds
-    )
+    songs = transfer.encoded_by_both(old, new, args.soundfont, args.clips or 400, size.seconds)
     codes = [np.concatenate(side, axis=1) for side in zip(*songs, strict=True)]
     places = transfer.matched(*codes, old.config.codebook_size, new.config.codebook_size)
     path = job.out / "transferred.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": transfer.moved(pack.read(args.resume, "mono"), places)}, path)
     print(f"wrote {path}")
 
